@@ -1,0 +1,78 @@
+"""Knowledge editing for Hugging Face models: change what a model knows, see it, undo it, save it, measure it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+_LAZY = {
+    "AutoEditConfig": "config",
+    "EditConfig": "config",
+    "Edit": "journal",
+    "EditRequest": "requests",
+    "EditResult": "model",
+    "EditableModel": "model",
+    "FTLConfig": "methods.ft",
+    "FTMConfig": "methods.ft",
+    "KeditError": "errors",
+    "MEMITConfig": "methods.memit",
+    "Probe": "requests",
+    "ROMEConfig": "methods.rome",
+    "evaluate_edits": "evaluation",
+    "load_edit_dataset": "data",
+    "load_requests": "requests",
+}
+_MODULES = ("data", "embedded", "errors", "evaluation", "logging", "methods")
+
+if TYPE_CHECKING:
+    from . import data, embedded, errors, evaluation, logging, methods
+    from .config import AutoEditConfig, EditConfig
+    from .data import load_edit_dataset
+    from .errors import KeditError
+    from .evaluation import evaluate_edits
+    from .journal import Edit
+    from .methods.ft import FTLConfig, FTMConfig
+    from .methods.memit import MEMITConfig
+    from .methods.rome import ROMEConfig
+    from .model import EditableModel, EditResult
+    from .requests import EditRequest, Probe, load_requests
+
+__all__ = [
+    "AutoEditConfig",
+    "Edit",
+    "EditConfig",
+    "EditRequest",
+    "EditResult",
+    "EditableModel",
+    "FTLConfig",
+    "FTMConfig",
+    "KeditError",
+    "MEMITConfig",
+    "Probe",
+    "ROMEConfig",
+    "__version__",
+    "data",
+    "embedded",
+    "errors",
+    "evaluate_edits",
+    "evaluation",
+    "load_edit_dataset",
+    "load_requests",
+    "logging",
+    "methods",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that ``import hf_kedit`` is quick."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

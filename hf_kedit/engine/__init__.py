@@ -1,0 +1,1 @@
+"""What the editing methods share; no method is named in here."""

@@ -1,0 +1,140 @@
+"""Recording what goes into and comes out of named modules, at chosen positions, in one forward.
+
+The forward stops after the last module that is asked for. Everything recorded is a copy, because some models
+change module outputs in place afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .forward import model_inputs
+from .weights import get_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..tokens import TokenBatch
+
+
+class _Stop(Exception):
+    """Ends a forward as soon as everything has been recorded."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What to record: the input or the output of a module.
+
+    Args:
+        module: in-memory module name.
+        kind: ``"input"``: its first argument; ``"output"``: what it returns (first element of a tuple).
+    """
+
+    module: str
+    kind: Literal["input", "output"] = "output"
+
+
+def first(value: Any) -> torch.Tensor:
+    """The tensor of a module's output: its first element if it is a tuple, otherwise the output itself."""
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
+def with_first(value: Any, tensor: torch.Tensor) -> Any:
+    """The same structure as ``value`` with its tensor replaced."""
+    if isinstance(value, (tuple, list)):
+        return type(value)((tensor, *value[1:]))
+    return tensor
+
+
+def as_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """View ``[rows · width, d]`` (OPT flattens its MLP) as ``[rows, width, d]``; other shapes pass through."""
+    if tensor.dim() == 2 and rows and tensor.shape[0] % rows == 0:
+        return tensor.view(rows, -1, tensor.shape[-1])
+    return tensor
+
+
+@contextlib.contextmanager
+def listen(
+    model: torch.nn.Module, taps: Sequence[Tap], receive: Callable[[Tap, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``receive(tap, tensor)`` for every tap during forwards inside the block; hooks are always removed."""
+    handles = []
+    try:
+        for tap in dict.fromkeys(taps):
+            module = get_module(model, tap.module)
+            if tap.kind == "input":
+
+                def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap = tap) -> None:
+                    receive(tap, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
+
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+
+                def after(_: Any, __: Any, output: Any, tap: Tap = tap) -> None:
+                    receive(tap, first(output))
+
+                handles.append(module.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture_at(
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    columns: torch.Tensor,
+    taps: Sequence[Tap],
+    *,
+    stop: bool = True,
+    **extra: Any,
+) -> dict[Tap, torch.Tensor]:
+    """Run one forward without gradients and return each tap at one column per row.
+
+    Args:
+        model: in evaluation mode.
+        batch: padded rows.
+        columns: ``[rows]`` column in the padded batch.
+        taps: what to record.
+        stop: end the forward once everything was seen.
+        extra: more arguments for the model (``decoder_input_ids`` …).
+
+    Returns:
+        Tap → ``[rows, d]`` in fp32.
+    """
+    found: dict[Tap, torch.Tensor] = {}
+    rows = columns.shape[0]
+
+    def receive(tap: Tap, tensor: torch.Tensor) -> None:
+        states = as_rows(tensor.detach(), rows)
+        index = torch.arange(rows, device=states.device)
+        found[tap] = states[index, columns.to(states.device)].float().clone()
+        if stop and len(found) == len(set(taps)):
+            raise _Stop
+
+    with torch.no_grad(), listen(model, taps, receive), contextlib.suppress(_Stop):
+        model(**model_inputs(model, batch), **extra)
+    return found
+
+
+def stream_states(
+    model: PreTrainedModel, batch: TokenBatch, taps: Sequence[Tap], receive: Callable[[Tap, torch.Tensor], None]
+) -> None:
+    """Run one forward without gradients and hand over each tap's real (unpadded) states, ``[tokens, d]``."""
+    seen: set[Tap] = set()
+    mask = batch.attention_mask.bool()
+
+    def take(tap: Tap, tensor: torch.Tensor) -> None:
+        states = as_rows(tensor.detach(), mask.shape[0])
+        receive(tap, states[mask.to(states.device)])
+        seen.add(tap)
+        if len(seen) == len(set(taps)):
+            raise _Stop
+
+    with torch.no_grad(), listen(model, taps, take), contextlib.suppress(_Stop):
+        model(**model_inputs(model, batch))

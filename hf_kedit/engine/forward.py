@@ -1,0 +1,97 @@
+"""Calling a stock model: which arguments it takes, and logits at chosen positions only."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ..tokens import TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@lru_cache(maxsize=256)
+def _parameters(forward_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(forward_class.forward).parameters)  # type: ignore[attr-defined]
+
+
+def accepts(model: torch.nn.Module, name: str) -> bool:
+    """Whether ``model.forward`` has an argument of this name (``**kwargs`` does not count)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in _parameters(type(inner))
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Device on which inputs are expected."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for source in (embeddings, model):
+        if source is not None:
+            for parameter in source.parameters():
+                if parameter.device.type != "meta":
+                    return parameter.device
+    return torch.device("cpu")
+
+
+def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
+    """Arguments for a plain forward over a padded batch; positions are given wherever the model takes them."""
+    kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if accepts(model, "position_ids"):
+        kwargs["position_ids"] = batch.position_ids
+    if accepts(model, "use_cache"):
+        kwargs["use_cache"] = False
+    return kwargs
+
+
+def gather_logits(
+    model: PreTrainedModel, batch: TokenBatch, rows: torch.Tensor, columns: torch.Tensor, **extra: Any
+) -> torch.Tensor:
+    """Run the model and return logits at ``(rows[i], columns[i])``, ``[n, vocab]`` in the model's dtype.
+
+    Where the model can, it computes the head only at the union of the columns.
+    """
+    kwargs = {**model_inputs(model, batch), **extra}
+    return logits_at(model, kwargs, rows, columns, tuple(batch.input_ids.shape))
+
+
+def logits_at(
+    model: PreTrainedModel,
+    kwargs: dict[str, Any],
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """Call the model with ``kwargs`` and return logits at ``(rows[i], columns[i])`` of a ``[rows, width]`` input."""
+    if accepts(model, "logits_to_keep"):
+        place, inverse = (rows * shape[1] + columns).unique(return_inverse=True)
+        keep = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=rows.device)
+        keep[place] = True
+        logits = model(**kwargs, logits_to_keep=keep.view(shape[0], shape[1])).logits
+        if logits.dim() == 2:
+            return cast(torch.Tensor, logits[inverse])
+    else:
+        logits = model(**kwargs).logits
+    return cast(torch.Tensor, logits[rows, columns])
+
+
+@contextlib.contextmanager
+def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without weight gradients; every flag is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)

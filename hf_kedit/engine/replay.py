@@ -1,0 +1,351 @@
+"""Running a model again from the middle: from cached hidden states and prefix keys/values, not from the tokens.
+
+The optimisation of a value reads the same rows dozens of times, and only columns from the fact token on, in the
+layers above the edited one, ever change. One pass without gradients keeps the hidden state at the cut and the
+keys/values of the columns before; afterwards the blocks below the cut are passed through and the model's own
+code does the rest. Logits and gradients are those of a full forward.
+
+Whether that holds for a model is not assumed but checked, once per model and layer: the replayed logits must
+equal the full ones. If they do not (recurrent state, an unusual cache), full forwards are used, and the user is
+told once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..logging import get_logger, warn_once
+from ..tokens import TokenBatch, pad_rows
+from .capture import Tap, as_rows, first, listen, with_first
+from .forward import accepts, device_of, logits_at, model_inputs
+from .weights import get_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..anatomy import Anatomy
+
+logger = get_logger(__name__)
+Route = Literal["prefix", "layers", "full"]
+_ROUTES: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Route]] = WeakKeyDictionary()
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keys and values of the columns before the window: read, joined with the new ones, never stored into."""
+
+    def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None, length: int):
+        super().__init__()
+        self.keys, self.values, self._length = keys, values, length
+        self.is_initialized = True
+        if keys is not None:
+            self.dtype, self.device = keys.dtype, keys.device
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return prefix and new states joined; the layer itself stays as it is."""
+        if self.keys is None or self.values is None or self._length == 0:
+            return key_states, value_states
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+    def get_seq_length(self) -> int:
+        """Length of the prefix, also for layers that keep nothing: masks are built from it."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the joined states."""
+        return self._length + query_length, 0
+
+
+@dataclass(frozen=True)
+class ReplayRow:
+    """One row to replay: token ids, the column of the fact token, and the indices whose logits are wanted."""
+
+    ids: tuple[int, ...]
+    fact: int
+    positions: tuple[int, ...]
+
+
+class Replay:
+    """Rows of a model, prepared to be run again from one layer on with vectors added at the fact tokens.
+
+    Args:
+        model: in evaluation mode, without weight gradients.
+        anatomy: of the model.
+        rows: the sequences.
+        layer: index of the layer at which the vectors enter.
+        sites: modules whose output receives a vector. If the only site is the block itself, or a projection whose
+            output is known to reach the block's output unchanged, the model restarts behind the block; otherwise at
+            its input, with the real module hooked.
+        taps: what else to record at the fact tokens in the first pass.
+        fill: id used for padding.
+        route: force a route; ``None`` takes the fastest one that was checked to be exact.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        rows: Sequence[ReplayRow],
+        layer: int,
+        sites: Sequence[str],
+        taps: Sequence[Tap] = (),
+        *,
+        fill: int = 0,
+        route: Route | None = None,
+    ):
+        self.model, self.anatomy, self.layer, self.sites = model, anatomy, layer, tuple(sites)
+        device = device_of(model)
+        width = max(len(r.ids) for r in rows)
+        self.batch: TokenBatch = pad_rows([r.ids for r in rows], fill, side="left").to(device)
+        shift = [width - len(r.ids) for r in rows]
+        self.facts = torch.tensor([r.fact + s for r, s in zip(rows, shift, strict=True)], device=device)
+        self.rows = torch.tensor([i for i, r in enumerate(rows) for _ in r.positions], device=device)
+        self.columns = torch.tensor(
+            [p + s for r, s in zip(rows, shift, strict=True) for p in r.positions], device=device
+        )
+        block = anatomy.layers[layer].path
+        additive = anatomy.additive is not None and anatomy.additive[layer]
+        down = anatomy.layers[layer].down
+        unchanged = {block} | ({down.path} if additive and down is not None else set())
+        self.behind = len(self.sites) == 1 and self.sites[0] in unchanged
+        self.start = int(self.facts.min())
+        self._hidden: torch.Tensor | None = None
+        self._prefix: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        self._tuples: dict[int, Any] = {}
+        self.route: Route = route or self._checked_route()
+        self.taken: dict[Tap, torch.Tensor] = {}
+        self.base_logits = self._prefill(list(dict.fromkeys([*taps, *(Tap(s) for s in self.sites)])))
+        if route is None and self.route != "full" and self._route_key() not in self._verified():
+            self._verify()
+
+    # ------------------------------------------------------------------ public
+
+    def logits(self, offsets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Logits at the wanted positions with ``offsets[site]`` ``[rows, d]`` added at each row's fact token.
+
+        Returns:
+            ``[positions, vocab]`` fp32, in the order of the rows and their positions; differentiable in the offsets.
+        """
+        if self.route == "full":
+            with _added(self.model, self.sites, offsets, self.facts, self.facts.shape[0]):
+                kwargs = model_inputs(self.model, self.batch)
+                return logits_at(self.model, kwargs, self.rows, self.columns, _shape(self.batch)).float()
+        start = self.start if self.route == "prefix" else 0
+        kwargs = self._suffix_inputs(start)
+        shape = (self.batch.input_ids.shape[0], self.batch.input_ids.shape[1] - start)
+        with contextlib.ExitStack() as stack:
+            if self.behind:
+                assert self._hidden is not None
+                index = torch.arange(shape[0], device=self._hidden.device)
+                change = offsets[self.sites[0]].to(self._hidden)
+                entering = self._hidden[:, start:].index_put(
+                    (index, self.facts.to(index.device) - start), change, accumulate=True
+                )
+                stack.enter_context(self._passed_through(self.layer, entering))
+            else:
+                if self.layer > 0:
+                    assert self._hidden is not None
+                    stack.enter_context(self._passed_through(self.layer - 1, self._hidden[:, start:]))
+                stack.enter_context(_added(self.model, self.sites, offsets, self.facts - start, shape[0]))
+            return logits_at(self.model, kwargs, self.rows, self.columns - start, shape).float()
+
+    def select(self, keep: torch.Tensor) -> torch.Tensor:
+        """Drop rows for good (finished requests).
+
+        Args:
+            keep: ``[rows]`` bool.
+
+        Returns:
+            ``[positions]`` bool: which logits remain.
+        """
+        keep = keep.to(self.facts.device)
+        kept_positions = keep[self.rows]
+        renumber = torch.cumsum(keep, 0) - 1
+        self.rows = renumber[self.rows[kept_positions]]
+        self.columns, self.facts = self.columns[kept_positions], self.facts[keep]
+        b = self.batch
+        self.batch = TokenBatch(b.input_ids[keep], b.attention_mask[keep], b.position_ids[keep], b.starts[keep])
+        if self._hidden is not None:
+            self._hidden = self._hidden[keep.to(self._hidden.device)]
+        self._prefix = [
+            None if kv is None else (kv[0][keep.to(kv[0].device)], kv[1][keep.to(kv[1].device)])
+            for kv in self._prefix
+        ]
+        return kept_positions
+
+    # ------------------------------------------------------------------ first pass
+
+    def _prefill(self, taps: list[Tap]) -> torch.Tensor:
+        """Run the rows once, keep what replaying needs, and return the logits at the wanted positions (fp32)."""
+        model, rows = self.model, self.facts.shape[0]
+        cut = None
+        if self.route != "full" and (self.behind or self.layer > 0):
+            cut = Tap(self.anatomy.layers[self.layer if self.behind else self.layer - 1].path)
+
+        def receive(tap: Tap, tensor: torch.Tensor) -> None:
+            states = as_rows(tensor, rows)
+            if tap == cut:
+                self._hidden = states.clone()
+            if tap in taps:
+                index = torch.arange(rows, device=states.device)
+                self.taken[tap] = states[index, self.facts.to(states.device)].float().clone()
+
+        kwargs = model_inputs(model, self.batch)
+        cache = DynamicCache() if self.route == "prefix" else None
+        if cache is not None:
+            kwargs.update(use_cache=True, past_key_values=cache)
+        with torch.no_grad(), listen(model, [*taps, *([cut] if cut else [])], receive), self._structures(cut):
+            logits = logits_at(model, kwargs, self.rows, self.columns, _shape(self.batch)).float()
+        if cache is not None:
+            lowest = self.layer + 1 if self.behind else self.layer
+            self._prefix = [
+                None
+                if i < lowest or entry.keys is None
+                else (entry.keys[:, :, : self.start].clone(), entry.values[:, :, : self.start].clone())
+                for i, entry in enumerate(cache.layers)
+            ]
+        return logits
+
+    @contextlib.contextmanager
+    def _structures(self, cut: Tap | None) -> Iterator[None]:
+        """Remember how each block below the cut returns its output (tensor or tuple)."""
+        if cut is None:
+            yield
+            return
+        handles = []
+        try:
+            for i in range((self.layer if self.behind else self.layer - 1) + 1):
+
+                def after(_: Any, __: Any, output: Any, i: int = i) -> None:
+                    self._tuples[i] = with_first(output, torch.empty(0)) if not torch.is_tensor(output) else None
+
+                handles.append(get_module(self.model, self.anatomy.layers[i].path).register_forward_hook(after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ------------------------------------------------------------------ later passes
+
+    def _suffix_inputs(self, start: int) -> dict[str, Any]:
+        batch = self.batch
+        kwargs: dict[str, Any] = {"input_ids": batch.input_ids[:, start:], "attention_mask": batch.attention_mask}
+        if accepts(self.model, "position_ids"):
+            kwargs["position_ids"] = batch.position_ids[:, start:]
+        if self.route == "prefix":
+            kept = [
+                _PrefixLayer(None, None, start) if kv is None else _PrefixLayer(kv[0], kv[1], start)
+                for kv in self._prefix
+            ]
+            kwargs.update(past_key_values=Cache(layers=list(kept)), use_cache=True)
+        elif accepts(self.model, "use_cache"):
+            kwargs["use_cache"] = False
+        return kwargs
+
+    @contextlib.contextmanager
+    def _passed_through(self, last: int, entering: torch.Tensor) -> Iterator[None]:
+        """Let blocks ``0 … last`` return at once; the last one returns ``entering``."""
+        blocks = [get_module(self.model, self.anatomy.layers[i].path) for i in range(last + 1)]
+        saved = [block.__dict__.get("forward") for block in blocks]
+
+        def passing(i: int) -> Callable[..., Any]:
+            shape = self._tuples.get(i)
+
+            def forward(hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+                state = entering if i == last else hidden_states
+                return state if shape is None else with_first(shape, state)
+
+            return forward
+
+        try:
+            for i, block in enumerate(blocks):
+                block.__dict__["forward"] = passing(i)
+            yield
+        finally:
+            for block, previous in zip(blocks, saved, strict=True):
+                if previous is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.__dict__["forward"] = previous
+
+    # ------------------------------------------------------------------ checking
+
+    def _route_key(self) -> tuple[Any, ...]:
+        return (self.layer, self.behind, str(next(self.model.parameters()).dtype))
+
+    def _verified(self) -> dict[tuple[Any, ...], Route]:
+        return _ROUTES.setdefault(self.model, {})
+
+    def _checked_route(self) -> Route:
+        known = self._verified().get(self._route_key())
+        if known is not None:
+            return known
+        replayable = not self.anatomy.is_encoder_decoder and accepts(self.model, "past_key_values")
+        return "prefix" if replayable else "full"
+
+    def _verify(self) -> None:
+        """Compare a replay without offsets with the first pass; fall back step by step where they differ."""
+        zero = {s: torch.zeros(self.taken[Tap(s)].shape, device=self.taken[Tap(s)].device) for s in self.sites}
+        tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 6e-2)
+        scale = max(float(self.base_logits.abs().max()), 1.0)
+        routes: tuple[Route, ...] = ("prefix", "layers")
+        for route in routes[routes.index(self.route) :] if self.route in routes else ():
+            self.route = route
+            try:
+                with torch.no_grad():
+                    difference = float((self.logits(zero) - self.base_logits).abs().max())
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+                logger.debug("replay route %s does not run on %s: %s", route, type(self.model).__name__, error)
+                continue
+            if difference <= tolerance * scale:
+                self._verified()[self._route_key()] = route
+                return
+            logger.debug("replay route %s is off by %.2e on %s", route, difference, type(self.model).__name__)
+        self.route = "full"
+        self._verified()[self._route_key()] = "full"
+        warn_once(
+            logger,
+            f"{type(self.model).__name__} cannot be restarted from a middle layer; edits use full forwards"
+            " (same result, slower)",
+        )
+
+
+def _shape(batch: TokenBatch) -> tuple[int, ...]:
+    return tuple(batch.input_ids.shape)
+
+
+@contextlib.contextmanager
+def _added(
+    model: torch.nn.Module,
+    sites: Sequence[str],
+    offsets: Mapping[str, torch.Tensor],
+    columns: torch.Tensor,
+    rows: int,
+) -> Iterator[None]:
+    """Add ``offsets[site]`` to the output of each site at ``(row, columns[row])``, out of place."""
+    handles = []
+    try:
+        for site in sites:
+
+            def after(_: Any, __: Any, output: Any, site: str = site) -> Any:
+                flat = first(output)
+                states = as_rows(flat, rows)
+                index = torch.arange(rows, device=states.device)
+                change = offsets[site].to(states)
+                changed = states.index_put((index, columns.to(states.device)), change, accumulate=True)
+                return with_first(output, changed.view(flat.shape))
+
+            handles.append(get_module(model, site).register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,139 @@
+"""The rows that a locate-then-edit method runs the model on: requests × context templates, and drift rows.
+
+Every row is a full text tokenised once, with the column of the fact token, the positions that predict the
+target, and the request that it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import RequestError, TargetTooLongError
+from ..requests import EditRequest
+from ..tokens import FactToken, context_length, encode_pair, encode_text, fact_position, span_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SLOT = "{}"
+DRIFT_TEXT = " is a"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence.
+
+    Args:
+        ids: token ids that the model sees; for a rewriting row the last target token is left out.
+        fact: index of the fact token.
+        positions: indices whose logits are supervised (rewriting rows) or compared (drift rows).
+        targets: token ids that the positions should predict; empty for drift rows.
+        owner: index of the request.
+        template: index of the context template; -1 for a drift row.
+        prompt_length: number of tokens of the prompt, the target excluded.
+    """
+
+    ids: tuple[int, ...]
+    fact: int
+    positions: tuple[int, ...]
+    targets: tuple[int, ...]
+    owner: int
+    template: int
+    prompt_length: int
+
+    @property
+    def is_drift(self) -> bool:
+        """Whether the row only watches the essence of the subject."""
+        return self.template < 0
+
+
+def fill(template: str, text: str) -> tuple[str, int]:
+    """Write ``text`` into the slot of a context template; return the result and how far the text moved."""
+    before, after = template.split(SLOT) if template.count(SLOT) == 1 else (template, "")
+    return before + text + after, len(before)
+
+
+def rewrite_row(
+    tokenizer: PreTrainedTokenizerBase,
+    request: EditRequest,
+    template: str,
+    *,
+    owner: int = 0,
+    template_index: int = 0,
+    fact_token: FactToken = "subject_last",
+    separator: str | None = None,
+) -> Row:
+    """Build the row of one request in one context template.
+
+    Raises:
+        RequestError: if the subject is missing, or no token is left for the target.
+    """
+    try:
+        prompt, shift = fill(template, request.filled_prompt)
+        pair = encode_pair(tokenizer, prompt, request.target_new, separator)
+        start, end = (0, 0) if fact_token == "last" else request.subject_span()
+        fact = fact_position(tokenizer, pair, (start + shift, end + shift), fact_token)
+    except RequestError as error:
+        if error.row is None and error.request_id is None:
+            raise type(error)(str(error), row=request.row, request_id=request.id) from error
+        raise
+    count = len(pair.ids) - pair.prompt_length
+    return Row(
+        ids=tuple(pair.ids[:-1]),
+        fact=fact,
+        positions=tuple(range(pair.prompt_length - 1, pair.prompt_length - 1 + count)),
+        targets=tuple(pair.target_ids),
+        owner=owner,
+        template=template_index,
+        prompt_length=pair.prompt_length,
+    )
+
+
+def drift_row(
+    tokenizer: PreTrainedTokenizerBase,
+    request: EditRequest,
+    *,
+    owner: int = 0,
+    at: Literal["subject", "end"] = "subject",
+) -> Row:
+    """Build the row ``"{subject} is a"`` on which the next-token distribution shall not drift.
+
+    The published code compares the distribution at the subject's last token (``at="subject"``); the paper
+    describes the one after the whole text (``at="end"``).
+    """
+    subject = request.subject or ""
+    encoded = encode_text(tokenizer, subject + DRIFT_TEXT)
+    pair = encode_pair(tokenizer, subject, DRIFT_TEXT.strip())
+    _, end = span_tokens(tokenizer, pair, (0, len(subject)))
+    last = len(encoded.ids) - 1
+    return Row(
+        ids=tuple(encoded.ids),
+        fact=end - 1,
+        positions=(end - 1 if at == "subject" else last,),
+        targets=(),
+        owner=owner,
+        template=-1,
+        prompt_length=len(encoded.ids),
+    )
+
+
+def check_lengths(model: PreTrainedModel, rows: Sequence[Row], requests: Sequence[EditRequest]) -> None:
+    """Raise if a row does not fit into the model's context.
+
+    Raises:
+        TargetTooLongError: naming the request.
+    """
+    limit = context_length(model.config)
+    if limit is None:
+        return
+    for row in rows:
+        if len(row.ids) + 1 > limit:
+            request = requests[row.owner]
+            raise TargetTooLongError(
+                f"prompt and target have {len(row.ids) + 1} tokens, the model's context has {limit}",
+                row=request.row,
+                field="target_new",
+                request_id=request.id,
+            )

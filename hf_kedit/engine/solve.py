@@ -1,0 +1,95 @@
+"""Linear algebra of weight updates: factorisations of a second moment, rank-one and ridge updates.
+
+Everything is float64. The second moment ``C`` is factored once per module; a batch of ``n`` keys then costs two
+triangular solves and an ``n × n`` system (Woodbury), not a ``d × d`` one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import StatisticsError
+from ..logging import get_logger, warn_once
+
+logger = get_logger(__name__)
+FALLBACK_RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class MomentFactor:
+    """A factored second moment, ready to solve ``C x = b``.
+
+    Args:
+        kind: ``"identity"``, ``"cholesky"`` or ``"lu"``.
+        factor: the factor, float64.
+        pivots: of the LU decomposition.
+        ridge: what was added to the diagonal, relative to the mean diagonal.
+    """
+
+    kind: Literal["identity", "cholesky", "lu"]
+    factor: torch.Tensor | None = None
+    pivots: torch.Tensor | None = None
+    ridge: float = 0.0
+
+    def solve(self, b: torch.Tensor) -> torch.Tensor:
+        """Return ``C⁻¹ b`` for ``b`` ``[d, n]`` float64."""
+        if self.kind == "identity" or self.factor is None:
+            return b
+        factor = self.factor.to(b.device)
+        if self.kind == "cholesky":
+            return torch.cholesky_solve(b, factor)
+        assert self.pivots is not None
+        return torch.linalg.lu_solve(factor, self.pivots.to(b.device), b)
+
+
+IDENTITY = MomentFactor("identity")
+
+
+def factor_moment(moment: torch.Tensor, *, ridge: float = 0.0, name: str = "the second moment") -> MomentFactor:
+    """Factor a symmetric second moment ``C [d, d]``.
+
+    Cholesky first; where rounding made ``C`` slightly indefinite, LU gives the solution of the matrix as it is;
+    where it is singular (neurons that never fire), a small ridge is added and the user is told.
+
+    Args:
+        moment: ``[d, d]``.
+        ridge: added to the diagonal, relative to its mean.
+        name: for messages.
+
+    Raises:
+        StatisticsError: if the matrix holds NaN or is zero.
+    """
+    matrix = moment.double()
+    mean = float(matrix.diagonal().mean())
+    if not bool(torch.isfinite(matrix).all()) or mean <= 0:
+        raise StatisticsError(f"{name} is empty or not finite; compute the statistics again")
+    if ridge:
+        matrix = matrix + ridge * mean * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return MomentFactor("cholesky", factor, ridge=ridge)
+    if bool((matrix.diagonal() > 1e-12 * mean).all()):
+        lu, pivots, status = torch.linalg.lu_factor_ex(matrix)
+        if int(status) == 0 and float(lu.diagonal().abs().min()) > 1e-12 * mean:
+            warn_once(logger, f"{name} is not positive definite (rounding, or few tokens); using LU instead of Cholesky")
+            return MomentFactor("lu", lu, pivots, ridge)
+    warn_once(
+        logger,
+        f"{name} is singular (neurons that never fire, or few tokens): {FALLBACK_RIDGE:g} of its mean diagonal is"
+        " added. More tokens (stats_tokens) or your own stats_ridge avoid this.",
+    )
+    return factor_moment(moment, ridge=max(ridge * 10, FALLBACK_RIDGE), name=name)
+
+
+def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return ``A = (λC + K Kᵀ)⁻¹ K`` ``[d, n]`` for keys ``[d, n]`` (MEMIT eq. 14), by Woodbury.
+
+    ``A = X (λ I + Kᵀ X)⁻¹`` with ``X = C⁻¹ K``.
+    """
+    k = keys.double()
+    x = factor.solve(k)
+    inner = weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ x
+    return torch.linalg.solve(inner, x, left=False)

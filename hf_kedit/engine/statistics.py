@@ -1,0 +1,486 @@
+"""Second moments of keys, ``C = E[k kᵀ]``: collected for all modules in one pass, cached, resumable.
+
+A key is the input of a projection of the *unedited* model; the mean runs over all real tokens (BOS included).
+Sums are kept in float64 with their token count, so that runs can be merged. The disk cache is keyed by the
+model's weights, the corpus and the number of tokens, never by a model name. No corpus is ever downloaded unless
+the user names it: without one, the model's own generated text is used, and the user is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import DataError, StatisticsError
+from ..logging import get_logger, info_once, progress_bar, warn_once
+from ..tokens import context_length, encode_text, pad_id, pad_rows
+from .capture import Tap, stream_states
+from .forward import device_of, frozen_eval
+from .solve import MomentFactor, factor_moment
+from .templates import STARTERS, sample_texts
+from .weights import get_module, get_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+TOKENS_PER_WIDTH = 100
+QUICK_TOKENS_PER_WIDTH = 20
+CHUNK_TEXTS = 64
+SAVE_EVERY = 200_000
+
+
+@dataclass
+class SecondMoment:
+    """Sum of ``k kᵀ`` over tokens.
+
+    Args:
+        total: ``[d, d]`` float64.
+        count: number of tokens.
+        source: name of the corpus.
+    """
+
+    total: torch.Tensor
+    count: int
+    source: str = ""
+
+    def mean(self) -> torch.Tensor:
+        """``C = total / count``, ``[d, d]`` float64."""
+        return self.total / max(self.count, 1)
+
+    def merged(self, other: SecondMoment) -> SecondMoment:
+        """Moments over both sets of tokens."""
+        return SecondMoment(self.total + other.total, self.count + other.count, self.source)
+
+
+# ---------------------------------------------------------------------- corpora
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts with a name that goes into the cache key.
+
+    Args:
+        name: what it is, stable between runs.
+        texts: returns a fresh iterator over the texts, always in the same order.
+    """
+
+    name: str
+    texts: Callable[[], Iterator[str]]
+
+
+def text_corpus(texts: Sequence[str]) -> Corpus:
+    """A corpus from a list of texts, named by its content."""
+    digest = hashlib.sha256("\x00".join(texts).encode()).hexdigest()[:12]
+    return Corpus(f"texts-{digest}", lambda: iter(texts))
+
+
+def file_corpus(path: Path) -> Corpus:
+    """A corpus from a text file; every non-empty line is one text.
+
+    Raises:
+        DataError: if the file is missing or unreadable.
+    """
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise DataError(f"cannot read the corpus {str(path)!r}: {error}") from error
+
+    def lines() -> Iterator[str]:
+        with path.open(encoding="utf-8") as handle:
+            for line in handle:
+                if line.strip():
+                    yield line.rstrip("\n")
+
+    return Corpus(f"file-{path.stem}-{digest}", lines)
+
+
+def hub_corpus(name: str) -> Corpus:
+    """A corpus from ``datasets``: ``"org/name"`` or ``"org/name:config:split"``, streamed."""
+    identifier, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+
+    def texts() -> Iterator[str]:
+        from datasets import load_dataset
+
+        for row in load_dataset(identifier, config or None, split=split or "train", streaming=True):
+            text = row.get("text")
+            if isinstance(text, str) and text.strip():
+                yield text
+
+    return Corpus("hub-" + name.replace("/", "--").replace(":", "-"), texts)
+
+
+def self_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Corpus:
+    """Texts that the model makes up itself (top-50 sampling, seeded)."""
+
+    def texts() -> Iterator[str]:
+        generator = torch.Generator().manual_seed(seed)
+        length = min(context_length(model.config) or 64, 64)
+        starters = [*STARTERS, "In", "It", "She", "He", "We", "This", "On", "When", "At", "One", "For"]
+        while True:
+            yield from sample_texts(model, tokenizer, starters, length, generator, top_k=50)
+
+    return Corpus(f"self-{seed}", texts)
+
+
+# ---------------------------------------------------------------------- collecting
+
+
+def collect_moments(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[str],
+    corpus: Corpus,
+    *,
+    tokens: int | None = None,
+    max_length: int | None = None,
+    token_budget: int = 4096,
+    checkpoint: Path | None = None,
+    show_progress: bool = True,
+) -> dict[str, SecondMoment]:
+    """Collect the second moments of the inputs of several modules in one pass over a corpus.
+
+    Args:
+        model: the unedited model.
+        tokenizer: of the model.
+        modules: names of the projections.
+        corpus: what to read; texts are cut at the model's context length.
+        tokens: stop after this many tokens; ``None`` reads everything.
+        max_length: cut texts at this many tokens instead.
+        token_budget: padded tokens per forward.
+        checkpoint: a file for partial sums; a killed run that is started again with it goes on where it was.
+        show_progress: show a bar.
+
+    Returns:
+        Module name → `SecondMoment`, all over the same tokens.
+
+    Raises:
+        StatisticsError: if the corpus has no text.
+    """
+    limit = max_length or context_length(model.config) or 2048
+    device = device_of(model)
+    taps = [Tap(m, "input") for m in modules]
+    totals, count, done = _resume(checkpoint, modules, corpus.name)
+    partial: dict[str, torch.Tensor] = {}
+    saved_at = count
+
+    def receive(tap: Tap, states: torch.Tensor) -> None:
+        features = states.float()
+        partial[tap.module] = features.T @ features
+
+    with (
+        frozen_eval(model),
+        progress_bar(tokens, f"second moments of {len(modules)} modules", show=show_progress, unit="tok") as bar,
+    ):
+        bar.update(count)
+        for group in _chunks(islice(corpus.texts(), done, None), CHUNK_TEXTS):
+            if tokens is not None and count >= tokens:
+                break
+            encoded = sorted((encode_text(tokenizer, text).ids[:limit] for text in group), key=len)
+            for rows in _budgeted([row for row in encoded if row], token_budget):
+                stream_states(model, pad_rows(rows, pad_id(tokenizer)).to(device), taps, receive)
+                for name, value in partial.items():
+                    add = value.to("cpu", torch.float64)
+                    totals[name] = totals[name] + add if name in totals else add
+                seen = sum(len(row) for row in rows)
+                count += seen
+                bar.update(seen)
+                if tokens is not None and count >= tokens:
+                    break
+            done += len(group)
+            if checkpoint is not None and count - saved_at >= SAVE_EVERY:
+                _save_partial(checkpoint, totals, count, done, corpus.name)
+                saved_at = count
+    if count == 0:
+        raise StatisticsError(f"the corpus {corpus.name!r} has no text")
+    if checkpoint is not None and checkpoint.exists():
+        checkpoint.unlink()
+    return {m: SecondMoment(totals[m], count, corpus.name) for m in modules}
+
+
+def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _budgeted(rows: Sequence[list[int]], budget: int) -> Iterator[list[list[int]]]:
+    """Cut rows, sorted by length, into batches whose padded size stays below the budget."""
+    batch: list[list[int]] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(row) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _save_partial(path: Path, totals: dict[str, torch.Tensor], count: int, done: int, corpus: str) -> None:
+    meta = {"count": str(count), "texts": str(done), "corpus": corpus}
+    _write_tensors(path, totals, meta)
+
+
+def _resume(path: Path | None, modules: Sequence[str], corpus: str) -> tuple[dict[str, torch.Tensor], int, int]:
+    if path is None or not path.exists():
+        return {}, 0, 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("corpus") != corpus or set(file.keys()) != set(modules):
+                return {}, 0, 0
+            totals = {m: file.get_tensor(m) for m in modules}
+    except (SafetensorError, OSError):
+        return {}, 0, 0
+    logger.info("resuming statistics at %s tokens", meta["count"])
+    return totals, int(meta["count"]), int(meta["texts"])
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------- the store
+
+
+def model_fingerprint(model: torch.nn.Module, overrides: dict[str, torch.Tensor] | None = None) -> str:
+    """A short hash that changes when any weight matrix changes.
+
+    Every parameter contributes its name, shape, dtype and 1,024 evenly spaced elements, so that a model of
+    billions of parameters takes a moment. Full hashes of the edited tensors are stored with saved edits.
+
+    Args:
+        model: any torch module.
+        overrides: parameter name → value (functional orientation) to use instead, for edited models.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if overrides and name in overrides:
+            value = overrides[name]
+            module = get_module(model, owner)
+            value = value.t() if value.dim() == 2 and tuple(value.shape) != tuple(getattr(module, leaf).shape) else value
+        elif parameter.device.type == "meta":
+            value = get_weight(get_module(model, owner), leaf)
+        else:
+            value = parameter.detach()
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        flat = value.reshape(-1)
+        step = max(flat.numel() // 1024, 1)
+        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|".encode())
+        digest.update(flat[::step][:1024].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def default_cache_dir() -> Path:
+    """Where statistics are kept: ``$HF_KEDIT_CACHE``, else ``$HF_HOME/kedit`` (``~/.cache/huggingface/kedit``)."""
+    home = os.environ.get("HF_KEDIT_CACHE")
+    if home:
+        return Path(home)
+    base = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
+    )
+    return Path(base) / "kedit"
+
+
+class StatisticsStore:
+    """The second moments of one model: in memory, on disk, and computed when missing.
+
+    Args:
+        model: the unedited model (callers switch edits off while computing).
+        tokenizer: of the model.
+        corpus: the user's choice; ``None``: any cached statistics of this model, else the model's own text.
+        tokens: number of tokens; ``None``: 100 per input dimension for a named corpus, 20 for generated text.
+        cache_dir: folder of the disk cache; ``None`` for the default one.
+        own_corpus: the corpus of an embedded model, used instead of generated text when none is named.
+        ridge: relative ridge of the factorisation.
+        fingerprint: how to find the fingerprint of the unedited model; ``None``: hash the model as it is.
+        show_progress: show a bar while collecting.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        corpus: Corpus | None = None,
+        tokens: int | None = None,
+        cache_dir: str | Path | None = None,
+        own_corpus: Corpus | None = None,
+        ridge: float = 0.0,
+        fingerprint: Callable[[], str] | None = None,
+        show_progress: bool = True,
+    ):
+        self.model, self.tokenizer, self.corpus, self.tokens = model, tokenizer, corpus, tokens
+        self.own_corpus, self.ridge, self.show_progress = own_corpus, ridge, show_progress
+        self.root = Path(cache_dir) if cache_dir is not None else default_cache_dir() / "stats"
+        self._find_fingerprint = fingerprint or (lambda: model_fingerprint(model))
+        self._fingerprint: str | None = None
+        self._moments: dict[str, SecondMoment] = {}
+        self._factors: dict[str, MomentFactor] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the unedited model."""
+        if self._fingerprint is None:
+            self._fingerprint = self._find_fingerprint()
+        return self._fingerprint
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this model's statistics."""
+        return self.root / self.fingerprint
+
+    def put(self, module: str, moment: SecondMoment) -> None:
+        """Provide the second moment of a module (statistics made elsewhere)."""
+        self._moments[module] = moment
+        self._factors.pop(module, None)
+
+    def moments(self, modules: Sequence[str]) -> dict[str, SecondMoment]:
+        """Return the second moments of modules; all missing ones are computed in one pass.
+
+        Raises:
+            StatisticsError: if there are fewer tokens than input dimensions.
+        """
+        missing = [m for m in dict.fromkeys(modules) if m not in self._moments]
+        for module in list(missing):
+            cached = self._cached(module)
+            if cached is not None:
+                self._moments[module] = cached
+                missing.remove(module)
+        if missing:
+            self._compute(missing)
+        for module in modules:
+            self._check(module)
+        return {m: self._moments[m] for m in modules}
+
+    def factor(self, module: str) -> MomentFactor:
+        """Return the factored second moment of a module."""
+        if module not in self._factors:
+            moment = self.moments([module])[module]
+            self._factors[module] = factor_moment(
+                moment.mean(), ridge=self.ridge, name=f"the second moment of {module}"
+            )
+        return self._factors[module]
+
+    def _compute(self, modules: list[str]) -> None:
+        width = max(_input_width(self.model, m) for m in modules)
+        corpus = self.corpus or self.own_corpus
+        if corpus is None:
+            corpus = self_corpus(self.model, self.tokenizer)
+            warn_once(
+                logger,
+                "no corpus was named for the second-moment statistics: the model generates"
+                f" {self.tokens or QUICK_TOKENS_PER_WIDTH * width:,} tokens of its own text. Set stats_dataset to a text"
+                " file or a dataset id for statistics over real text.",
+            )
+        generated = self.corpus is None and self.own_corpus is None
+        tokens = self.tokens or width * (QUICK_TOKENS_PER_WIDTH if generated else TOKENS_PER_WIDTH)
+        info_once(logger, f"collecting second moments over {tokens:,} tokens of {corpus.name}")
+        checkpoint = self.folder / f"{_slug(corpus.name)}-{tokens}" / "partial.safetensors"
+        found = collect_moments(
+            self.model,
+            self.tokenizer,
+            modules,
+            corpus,
+            tokens=tokens,
+            checkpoint=checkpoint,
+            show_progress=self.show_progress,
+        )
+        self._moments.update(found)
+        for module, moment in found.items():
+            path = self.folder / f"{_slug(corpus.name)}-{tokens}" / f"{_slug(module)}.safetensors"
+            meta = {"count": str(moment.count), "corpus": corpus.name, "module": module, "model": self.fingerprint}
+            try:
+                _write_tensors(path, {"moment2_sum": moment.total}, meta)
+            except OSError as error:
+                warn_once(logger, f"cannot write statistics to {self.folder}: {error}")
+
+    def _cached(self, module: str) -> SecondMoment | None:
+        """Find the module on disk: the named corpus and token count, or any corpus if none was named."""
+        if not self.folder.is_dir():
+            return None
+        wanted = self.corpus or self.own_corpus
+        best: SecondMoment | None = None
+        for path in sorted(self.folder.glob(f"*/{_slug(module)}.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    meta = file.metadata() or {}
+                    if meta.get("module") != module or meta.get("model") != self.fingerprint:
+                        continue
+                    if wanted is not None and meta.get("corpus") != wanted.name:
+                        continue
+                    moment = SecondMoment(file.get_tensor("moment2_sum"), int(meta["count"]), meta["corpus"])
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                warn_once(logger, f"ignoring the unreadable statistics file {path}: {error}")
+                continue
+            enough = self.tokens is None or moment.count >= self.tokens
+            if enough and (best is None or moment.count > best.count):
+                best = moment
+        if best is not None:
+            info_once(logger, f"second moments over {best.count:,} tokens of {best.source} from {self.folder}")
+        return best
+
+    def _check(self, module: str) -> None:
+        moment = self._moments[module]
+        width = moment.total.shape[0]
+        if moment.count < width:
+            raise StatisticsError(
+                f"the second moment of {module} was taken over {moment.count} tokens, fewer than its {width} dimensions:"
+                f" it is singular. Use at least {QUICK_TOKENS_PER_WIDTH * width:,} tokens (stats_tokens)."
+            )
+        if moment.count < QUICK_TOKENS_PER_WIDTH * width:
+            warn_once(
+                logger,
+                f"the second moment of {module} rests on {moment.count:,} tokens;"
+                f" {QUICK_TOKENS_PER_WIDTH * width:,} or more keep old knowledge better",
+            )
+
+
+def resolve_corpus(source: str | Path | Sequence[str] | None) -> Corpus | None:
+    """Turn a user's choice into a corpus: a text file, a list of texts, a dataset id, or ``None``.
+
+    Raises:
+        DataError: if a named file does not exist.
+    """
+    if source is None:
+        return None
+    if not isinstance(source, (str, Path)):
+        return text_corpus(list(source))
+    path = Path(source)
+    if path.is_file():
+        return file_corpus(path)
+    if path.suffix in (".txt", ".jsonl", ".json") or str(source).startswith((".", "/", "~")):
+        raise DataError(f"there is no corpus file {str(source)!r}")
+    return hub_corpus(str(source))
+
+
+def _input_width(model: torch.nn.Module, module: str) -> int:
+    return int(get_weight(get_module(model, module)).shape[1])
+
+
+def _slug(text: str) -> str:
+    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
+    return kept if len(kept) <= 80 else kept[:60] + "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe(moments: dict[str, SecondMoment]) -> str:
+    """JSON summary of moments (module, tokens, width, corpus) for the command line."""
+    table: list[dict[str, Any]] = [
+        {"module": m, "tokens": s.count, "width": s.total.shape[0], "corpus": s.source} for m, s in moments.items()
+    ]
+    return json.dumps(table, indent=2)

@@ -1,0 +1,339 @@
+"""Optimising target values: which vector, added at the fact token, makes the model say the new target?
+
+Shared by every locate-then-edit method with a value step (ROME eq. 4, MEMIT eq. 15 and their relatives). All
+requests and context templates of a batch are optimised together, but nothing is ever averaged over requests:
+each has its own loss, its own Adam state, its own norm limit and its own stop, so that a request's result does
+not depend on its company.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ..errors import EditFailedError
+from ..logging import get_logger, progress_bar
+from .capture import Tap
+from .replay import Replay, ReplayRow, Route
+from .rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..anatomy import Anatomy
+
+logger = get_logger(__name__)
+STOP_LOSS = 0.05
+_BETAS = (0.9, 0.999)
+_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """How a value is optimised.
+
+    Args:
+        steps: evaluations of the loss; the last one is only measured, so there are at most ``steps - 1`` updates.
+        lr: Adam's learning rate.
+        weight_decay: factor of ``‖δ‖ / ‖a‖²``, ``a`` the activation before the edit.
+        clamp: ``‖δ‖`` is kept below ``clamp · ‖a‖``.
+        kl_factor: factor of the drift term ``KL(p_δ ‖ p_0)`` on the row "<subject> is a".
+        stop_loss: a request stops when its loss falls below.
+        keep_path: record δ at every step (tests).
+    """
+
+    steps: int
+    lr: float
+    weight_decay: float
+    clamp: float
+    kl_factor: float
+    stop_loss: float = STOP_LOSS
+    keep_path: bool = False
+
+
+@dataclass
+class Values:
+    """The optimised values of a batch of requests.
+
+    Args:
+        initial: activation of the optimised site on the bare prompt, ``[requests, d]`` fp32.
+        offset: the optimised δ, ``[requests, d]`` fp32.
+        loss: per request, rows of (total, nll, kl, weight decay), one per evaluation until it stopped.
+        path: per request, δ at each of these evaluations (only with ``keep_path``).
+        updates: per request, number of Adam steps.
+        probability: geometric mean per token of the target's probability on the bare prompt, (before, after).
+        taken: what the taps recorded at the fact token of every rewriting row, ``[requests, templates, d]``.
+        route: how the model was run.
+    """
+
+    initial: torch.Tensor
+    offset: torch.Tensor
+    loss: list[list[tuple[float, float, float, float]]]
+    path: list[torch.Tensor]
+    updates: list[int]
+    probability: list[tuple[float, float]]
+    taken: dict[Tap, torch.Tensor] = field(default_factory=dict)
+    route: Route = "full"
+
+    @property
+    def value(self) -> torch.Tensor:
+        """``initial + offset``: v* of ROME, z of MEMIT."""
+        return self.initial + self.offset
+
+
+def optimise_values(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    rows: Sequence[Sequence[Row]],
+    layer: int,
+    site: Literal["block", "down"],
+    settings: ValueSettings,
+    *,
+    taps: Sequence[Tap] = (),
+    fill: int = 0,
+    batch_size: int | None = None,
+    description: str = "optimising values",
+    show_progress: bool = True,
+    route: Route | None = None,
+) -> Values:
+    """Optimise one value per request.
+
+    Args:
+        model: in evaluation mode, without weight gradients.
+        anatomy: of the model.
+        rows: per request, its rewriting rows (the bare prompt first) and, if ``kl_factor > 0``, its drift row.
+        layer: where the vector enters.
+        site: ``"block"``: output of the block; ``"down"``: output of the projection out of the MLP.
+        settings: see `ValueSettings`.
+        taps: more to record at the fact tokens in the first pass.
+        fill: padding id.
+        batch_size: requests per batch; ``None``: chosen from the sizes and halved when memory runs out.
+        description: label of the progress bar.
+        show_progress: show a bar.
+        route: force a replay route (tests, benchmarks).
+
+    Returns:
+        `Values` in the order of the requests.
+
+    Raises:
+        EditFailedError: if a loss is not finite.
+    """
+    path = anatomy.layers[layer].path if site == "block" else anatomy.down(layer).path
+    taps = list(dict.fromkeys([*taps, Tap(path)]))
+    order = sorted(range(len(rows)), key=lambda i: (_suffix(rows[i]), len(rows[i][0].ids)))
+    results: dict[int, Values] = {}
+    size = batch_size or _default_batch(model, rows)
+    with progress_bar(len(rows), description, show=show_progress and len(rows) > 1, unit="edit") as bar:
+        start = 0
+        while start < len(order):
+            chunk = order[start : start + size]
+            try:
+                part = _optimise(model, anatomy, [rows[i] for i in chunk], layer, path, settings, taps, fill, route)
+            except torch.OutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                size = max(len(chunk) // 2, 1)
+                logger.info("out of memory with %d requests at once; going on with %d", len(chunk), size)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            results.update({i: _pick(part, k) for k, i in enumerate(chunk)})
+            bar.update(len(chunk))
+            start += len(chunk)
+    return _join([results[i] for i in range(len(rows))])
+
+
+def _optimise(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    rows: Sequence[Sequence[Row]],
+    layer: int,
+    path: str,
+    settings: ValueSettings,
+    taps: Sequence[Tap],
+    fill: int,
+    route: Route | None,
+) -> Values:
+    flat = [row for group in rows for row in group]
+    owners = torch.tensor([i for i, group in enumerate(rows) for _ in group])
+    replay = Replay(
+        model, anatomy, [_replay_row(r) for r in flat], layer, [path], taps, fill=fill, route=route
+    )
+    device = replay.base_logits.device
+    owners = owners.to(device)
+    count = len(rows)
+    bare = torch.tensor([next(i for i, r in enumerate(flat) if r.owner == g[0].owner and r.template == 0) for g in rows])
+    initial = replay.taken[Tap(path)].to(device)[bare.to(device)]
+    norm = initial.norm(dim=-1)
+    terms = _Terms(flat, owners, device)
+    offset = torch.zeros_like(initial)
+    first_moment, second_moment = torch.zeros_like(offset), torch.zeros_like(offset)
+    active = torch.ones(count, dtype=torch.bool, device=device)
+    alive = torch.arange(count, device=device)  # requests that the replay still holds
+    reference: torch.Tensor | None = None
+    loss_rows: list[list[tuple[float, float, float, float]]] = [[] for _ in range(count)]
+    paths: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    updates = [0] * count
+    probability = [(math.nan, math.nan)] * count
+
+    for step in range(settings.steps):
+        last = step == settings.steps - 1
+        variable = offset[alive].detach().requires_grad_(not last)
+        with torch.set_grad_enabled(not last):
+            logits = replay.logits({path: variable[terms.slot(alive)]})
+            log_probs = logits.log_softmax(-1)
+            if reference is None:
+                reference = log_probs.detach()[terms.drift]
+            nll = terms.nll(log_probs, len(alive), alive)
+            kl = settings.kl_factor * terms.drift_kl(log_probs, reference, len(alive), alive)
+            decay = settings.weight_decay * torch.linalg.vector_norm(variable, dim=-1) / norm[alive] ** 2
+            loss = nll + kl + decay
+        if not bool(torch.isfinite(loss).all()):
+            raise EditFailedError(
+                "the loss became NaN or infinite while a value was optimised; lower v_lr or load the model in float32"
+            )
+        table = torch.stack([loss, nll, kl, decay], dim=1).detach().cpu().tolist()
+        bare_probability = terms.bare_probability(log_probs.detach(), alive).cpu().tolist()
+        running = active[alive].cpu().tolist()
+        for k, i in enumerate(alive.cpu().tolist()):
+            if running[k]:
+                loss_rows[i].append(tuple(table[k]))
+                before = probability[i][0] if step else bare_probability[k]
+                probability[i] = (before, bare_probability[k])
+                if settings.keep_path:
+                    paths[i].append(offset[i].clone())
+        active[alive] &= loss.detach() >= settings.stop_loss
+        if last or not bool(active.any()):
+            break
+        gradient = torch.autograd.grad(loss[active[alive]].sum(), variable)[0]
+        moving = alive[active[alive]]
+        g = gradient[active[alive]]
+        first_moment[moving] = _BETAS[0] * first_moment[moving] + (1 - _BETAS[0]) * g
+        second_moment[moving] = _BETAS[1] * second_moment[moving] + (1 - _BETAS[1]) * g * g
+        unbiased = first_moment[moving] / (1 - _BETAS[0] ** (step + 1))
+        scale = (second_moment[moving] / (1 - _BETAS[1] ** (step + 1))).sqrt() + _EPS
+        moved = offset[moving] - settings.lr * unbiased / scale
+        length, limit = moved.norm(dim=-1, keepdim=True), settings.clamp * norm[moving].unsqueeze(-1)
+        offset[moving] = torch.where(length > limit, moved * (limit / length), moved)
+        for i in moving.cpu().tolist():
+            updates[i] += 1
+        if int(active.sum()) <= 0.75 * len(alive):
+            keep_request = active[alive]
+            keep_row = keep_request[terms.slot(alive)]
+            drift_before = terms.drift
+            keep_position = replay.select(keep_row)
+            reference = reference[keep_position[drift_before]]
+            terms.select(keep_row)
+            alive = alive[keep_request]
+
+    rewriting = torch.tensor([i for i, r in enumerate(flat) if not r.is_drift])
+    per_request = len(rewriting) // count
+    taken = {
+        tap: states[rewriting.to(states.device)].view(count, per_request, -1) for tap, states in replay.taken.items()
+    }
+    stacked = [torch.stack(p) if p else torch.empty(0) for p in paths]
+    return Values(initial, offset, loss_rows, stacked, updates, probability, taken, replay.route)
+
+
+class _Terms:
+    """The loss terms of a batch as index arithmetic over the wanted positions of its rows."""
+
+    def __init__(self, rows: Sequence[Row], owners: torch.Tensor, device: torch.device):
+        self.owner = owners  # [rows]
+        per_row = torch.tensor([len(r.positions) for r in rows], device=device)
+        self.row = torch.repeat_interleave(torch.arange(len(rows), device=device), per_row)  # [positions]
+        self.drift = torch.tensor([r.is_drift for r in rows for _ in r.positions], device=device)
+        self.bare = torch.tensor([r.template == 0 for r in rows for _ in r.positions], device=device)
+        self.target = torch.tensor([t for r in rows for t in (r.targets or [0] * len(r.positions))], device=device)
+        templates = torch.zeros(int(owners.max()) + 1, device=device)
+        templates.index_add_(
+            0, owners, torch.tensor([0.0 if r.is_drift else 1.0 for r in rows], device=device)
+        )
+        # mean over the target tokens of a row, then over the rows of a request
+        self.weight = 1.0 / (per_row[self.row] * templates[owners[self.row]])
+        self.per_row = per_row
+
+    def slot(self, alive: torch.Tensor) -> torch.Tensor:
+        """Place of each row's request in ``alive``."""
+        return torch.searchsorted(alive, self.owner)
+
+    def _sum(self, values: torch.Tensor, which: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
+        slots = torch.searchsorted(alive, self.owner[self.row[which]])
+        return torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, slots, values)
+
+    def nll(self, log_probs: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
+        """Mean over templates of the mean over target tokens of −log p, ``[count]``."""
+        which = ~self.drift
+        picked = log_probs[which].gather(1, self.target[which].unsqueeze(1)).squeeze(1)
+        return self._sum(-picked * self.weight[which], which, count, alive)
+
+    def drift_kl(
+        self, log_probs: torch.Tensor, reference: torch.Tensor, count: int, alive: torch.Tensor
+    ) -> torch.Tensor:
+        """KL(current ‖ initial) on the drift rows, ``[count]``."""
+        current = log_probs[self.drift]
+        kl = (current.exp() * (current - reference)).sum(-1)
+        return self._sum(kl, self.drift, count, alive)
+
+    def bare_probability(self, log_probs: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        """Geometric mean per token of the target's probability on the bare prompts, ``[requests in alive]``."""
+        which = self.bare
+        picked = log_probs[which].gather(1, self.target[which].unsqueeze(1)).squeeze(1)
+        return self._sum(picked / self.per_row[self.row[which]], which, len(alive), alive).exp()
+
+    def select(self, keep_row: torch.Tensor) -> None:
+        """Drop rows, as `Replay.select` does."""
+        keep = keep_row[self.row]
+        renumber = torch.cumsum(keep_row, 0) - 1
+        self.drift, self.bare, self.target, self.weight = (
+            t[keep] for t in (self.drift, self.bare, self.target, self.weight)
+        )
+        self.row = renumber[self.row[keep]]
+        self.owner, self.per_row = self.owner[keep_row], self.per_row[keep_row]
+
+
+def _replay_row(row: Row) -> ReplayRow:
+    """A drift row that is read at its fact token needs nothing behind it."""
+    if row.is_drift and row.positions == (row.fact,):
+        return ReplayRow(row.ids[: row.fact + 1], row.fact, row.positions)
+    return ReplayRow(row.ids, row.fact, row.positions)
+
+
+def _suffix(rows: Sequence[Row]) -> int:
+    return max(len(r.ids) - r.fact for r in rows if not r.is_drift)
+
+
+def _default_batch(model: PreTrainedModel, rows: Sequence[Sequence[Row]]) -> int:
+    """Requests per batch: a few rows on a CPU (larger batches only add padding), many on an accelerator."""
+    budget = 64 if next(model.parameters()).device.type == "cpu" else 512
+    return max(1, budget // max(len(group) for group in rows))
+
+
+def _pick(values: Values, k: int) -> Values:
+    return Values(
+        values.initial[k : k + 1],
+        values.offset[k : k + 1],
+        values.loss[k : k + 1],
+        values.path[k : k + 1],
+        values.updates[k : k + 1],
+        values.probability[k : k + 1],
+        {tap: states[k : k + 1] for tap, states in values.taken.items()},
+        values.route,
+    )
+
+
+def _join(parts: Sequence[Values]) -> Values:
+    return Values(
+        torch.cat([p.initial for p in parts]),
+        torch.cat([p.offset for p in parts]),
+        [row for p in parts for row in p.loss],
+        [row for p in parts for row in p.path],
+        [u for p in parts for u in p.updates],
+        [x for p in parts for x in p.probability],
+        {tap: torch.cat([p.taken[tap] for p in parts]) for tap in parts[0].taken},
+        parts[0].route,
+    )

@@ -1,0 +1,195 @@
+"""The only door to a weight: reading and writing it wherever it lives and however it is laid out.
+
+`get_weight` and `set_weight` speak the *functional* orientation ``[d_out, d_in]`` (the module computes ``W k``),
+whether the module stores it so (``nn.Linear``) or transposed (``Conv1D``). Offloaded weights are read from and
+written to accelerate's weights map; sharded ones are gathered and redistributed; quantised ones can be read but
+never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import LayerError, WeightError, nearest
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the submodule of this name.
+
+    Raises:
+        LayerError: naming the nearest existing module.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        names = [name for name, _ in model.named_modules()]
+        raise LayerError(f"the model has no module {path!r}.{nearest(path, names)}") from None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its matrix as ``[d_in, d_out]``; decided by its type, never by its shape."""
+    return isinstance(module, Conv1D)
+
+
+def is_quantised(module: nn.Module, name: str = "weight") -> bool:
+    """Whether the parameter is stored in a form that cannot take an exact update."""
+    value = getattr(module, name, None)
+    if value is None:
+        return hasattr(module, "qweight") or hasattr(module, "packed_weight")
+    kind = type(value).__module__
+    return (
+        not (value.is_floating_point() if isinstance(value, torch.Tensor) else True)
+        or kind.startswith(("bitsandbytes", "torchao", "hqq", "optimum.quanto"))
+        or hasattr(value, "quant_state")
+    )
+
+
+def get_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
+    """Return a detached copy of a parameter in functional orientation, in the dtype it is stored in.
+
+    Args:
+        module: owner of the parameter.
+        name: ``"weight"`` (``[d_out, d_in]``) or another parameter of the module, returned as it is.
+
+    Raises:
+        WeightError: if there is no such parameter.
+    """
+    value = _stored(module, name)
+    return value.t().contiguous() if value.dim() == 2 and is_transposed(module) else value.clone()
+
+
+def set_weight(module: nn.Module, value: torch.Tensor, name: str = "weight") -> None:
+    """Write a parameter given in functional orientation; dtype and device are those of the stored one.
+
+    The write is in place, so that tied modules, optimisers and compiled graphs see it.
+
+    Raises:
+        WeightError: if the parameter is missing, quantised, or of another shape.
+    """
+    if is_quantised(module, name):
+        raise WeightError(
+            f"the {name} of {type(module).__name__} is quantised: adding an edit to it would round the edit away."
+            " Load the base model without quantisation to edit its weights."
+        )
+    if value.dim() == 2 and is_transposed(module):
+        value = value.t()
+    with torch.no_grad():
+        offloaded = _offload_map(module)
+        parameter = getattr(module, name, None)
+        if parameter is None:
+            raise WeightError(f"{type(module).__name__} has no parameter {name!r}")
+        if tuple(parameter.shape) != tuple(value.shape):
+            raise WeightError(f"cannot write {tuple(value.shape)} into {name} of shape {tuple(parameter.shape)}")
+        if offloaded is not None and parameter.device.type == "meta":
+            _write_offloaded(offloaded, name, value)
+        elif hasattr(parameter, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            full = value.to(parameter.dtype)
+            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
+        else:
+            parameter.copy_(value.to(device=parameter.device, dtype=parameter.dtype))
+
+
+def _stored(module: nn.Module, name: str) -> torch.Tensor:
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, torch.Tensor):
+        raise WeightError(f"{type(module).__name__} has no parameter {name!r}")
+    if parameter.device.type == "meta":
+        offloaded = _offload_map(module)
+        if offloaded is None:
+            raise WeightError(f"the {name} of {type(module).__name__} is on the meta device: it has no values")
+        return torch.as_tensor(offloaded[name]).detach()
+    if is_quantised(module, name):
+        from peft.utils.integrations import dequantize_module_weight
+
+        return torch.as_tensor(dequantize_module_weight(module)).detach()
+    if hasattr(parameter, "full_tensor"):
+        return torch.as_tensor(parameter.full_tensor()).detach()
+    return parameter.detach()
+
+
+def _offload_map(module: nn.Module) -> Any | None:
+    return getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+
+
+def _write_offloaded(weights_map: Any, name: str, value: torch.Tensor) -> None:
+    """Put a new tensor into accelerate's map, whether it is a dict (CPU) or a loader over files (disk)."""
+    store, key = weights_map.dataset, weights_map.prefix + name
+    value = value.detach().to("cpu").contiguous()
+    if isinstance(store, dict):
+        store[key] = value.to(store[key].dtype)
+        return
+    value = value.to(torch.as_tensor(store[key]).dtype)
+    if store.state_dict is None:
+        store.state_dict = {}
+    store.state_dict[key] = value  # the loader prefers this dict to its files
+    if key not in store.all_keys:
+        store.all_keys.append(key)
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Parameters that are one tensor under several names: name → the other names."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: [n for n in names if n != name] for names in groups.values() if len(names) > 1 for name in names}
+
+
+def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors; equal on every machine."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        flat = tensor.detach().to("cpu").contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over every parameter of a model, read where it lives (memory, accelerate's offload map)."""
+
+    def items() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in model.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            if parameter.device.type == "meta":
+                yield name, get_weight(model.get_submodule(owner), leaf)
+            elif hasattr(parameter, "full_tensor"):
+                yield name, parameter.full_tensor()
+            else:
+                yield name, parameter
+
+    return tensor_digest(items())
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C while a group of weights is written, and deliver it afterwards.
+
+    Without it, an interrupt could land between two writes, or inside the restoration that follows a failure.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    try:
+        previous = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    except ValueError:  # not the main interpreter
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held and callable(previous):
+            previous(*held[-1])

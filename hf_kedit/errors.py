@@ -1,0 +1,132 @@
+"""Every error that hf_kedit raises on purpose.
+
+All of them derive from :class:`KeditError`, and from the built-in exception that a caller would
+expect (``ValueError``, ``KeyError`` …), so that both ``except KeditError`` and plain Python code work.
+A message names what was wrong, where (row, field), and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KeditError(Exception):
+    """Base class of all errors raised by hf_kedit."""
+
+
+class ConfigError(KeditError, ValueError):
+    """A configuration has an unknown key, a wrong type or a value out of range."""
+
+
+class UnknownMethodError(ConfigError):
+    """No editing method is registered under this name."""
+
+
+class RequestError(KeditError, ValueError):
+    """An edit request is unusable.
+
+    Args:
+        message: what is wrong and what to do.
+        row: index of the request in the list that was passed, if it came from a list.
+        field: name of the offending field, if one can be named.
+        request_id: id of the request, if it has one.
+    """
+
+    def __init__(
+        self, message: str, *, row: int | None = None, field: str | None = None, request_id: str | None = None
+    ):
+        self.row = row
+        self.field = field
+        self.request_id = request_id
+        where = []
+        if row is not None:
+            where.append(f"row {row}")
+        if request_id is not None:
+            where.append(f"id {request_id!r}")
+        if field is not None:
+            where.append(f"field '{field}'")
+        super().__init__(f"{', '.join(where)}: {message}" if where else message)
+
+
+class SubjectNotFoundError(RequestError):
+    """The subject does not occur in the prompt."""
+
+
+class TargetTooLongError(RequestError):
+    """Prompt and target do not fit into the model's context."""
+
+
+class DataError(KeditError, ValueError):
+    """A file or dataset cannot be read as edit requests."""
+
+
+class AnatomyError(KeditError, ValueError):
+    """The structure of a model could not be understood, or an override contradicts it."""
+
+
+class UnsupportedModelError(AnatomyError):
+    """The model was understood, but this method cannot edit it."""
+
+
+class LayerError(ConfigError):
+    """A layer index or module name does not exist in the model."""
+
+
+class WeightError(KeditError, RuntimeError):
+    """A weight cannot be read or written (quantised, tied, missing, non-finite)."""
+
+
+class TiedWeightError(WeightError):
+    """The weight is shared with another module, so that an edit would change both."""
+
+
+class NonFiniteError(WeightError):
+    """NaN or infinity in a weight, a statistic or a computed update."""
+
+
+class EditFailedError(KeditError, RuntimeError):
+    """An edit could not be computed. The model is as it was before the call."""
+
+
+class StatisticsError(KeditError, RuntimeError):
+    """Second-moment statistics are missing, too small or do not belong to this model."""
+
+
+class RollbackError(KeditError, ValueError):
+    """An edit cannot be undone as asked."""
+
+
+class UnknownEditError(RollbackError, KeyError):
+    """No edit with this id is in the journal."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class ArtifactError(KeditError, ValueError):
+    """A saved edit is missing, damaged, of an unknown format, or would be written where it must not be."""
+
+
+class BaseModelMismatchError(ArtifactError):
+    """A saved edit was made on other base weights than the ones it is loaded onto."""
+
+
+class MissingExtraError(KeditError, ImportError):
+    """An optional dependency is needed for this call."""
+
+
+class EvaluationError(KeditError, ValueError):
+    """An evaluation was asked for something impossible."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
+    options = {k.lower(): k for k in known}
+    hit = difflib.get_close_matches(name.lower(), list(options), n=1, cutoff=0.5)
+    return f" Did you mean '{options[hit[0]]}'?" if hit else ""
+
+
+def require_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
+    """Build the error for a missing optional package (raise the result)."""
+    return MissingExtraError(f"{purpose} needs the package '{package}': pip install \"hf_kedit[{extra}]\"")

@@ -1,0 +1,154 @@
+"""The journal: which edits a model carries, in the order in which they were made."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from .errors import ArtifactError, RollbackError, UnknownEditError, nearest
+from .requests import EditRequest
+
+
+@dataclass
+class Edit:
+    """One edit that is in the model.
+
+    Args:
+        id: unique in the model.
+        request: what was asked for.
+        method: ``edit_type`` of the method.
+        batch_id: edits with the same one were computed together.
+        created: time in UTC, ISO format.
+        diagnostics: numbers of the method: ``loss``, ``target_probability_before``/``_after``, ``seconds``,
+            ``peak_memory_bytes`` …
+    """
+
+    id: str
+    request: EditRequest
+    method: str
+    batch_id: str
+    created: str
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict: one line of ``edits.jsonl``."""
+        request = self.request.to_dict()
+        request.pop("id")
+        return {
+            "edit_id": self.id,
+            "method": self.method,
+            "batch_id": self.batch_id,
+            "created": self.created,
+            **request,
+            "diagnostics": self.diagnostics,
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Edit:
+        """Read a line of ``edits.jsonl``.
+
+        Raises:
+            ArtifactError: if a field is missing or wrong.
+        """
+        try:
+            data = dict(value)
+            head = {name: data.pop(name) for name in ("edit_id", "method", "batch_id", "created")}
+            diagnostics = data.pop("diagnostics", {})
+            if not all(isinstance(v, str) for v in head.values()):
+                raise TypeError("edit_id, method, batch_id and created must be strings")
+            request = EditRequest.from_dict({**data, "id": head["edit_id"]})
+            return cls(head["edit_id"], request, head["method"], head["batch_id"], head["created"], diagnostics)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"edits.jsonl holds a line that is not an edit: {error}") from error
+
+
+class Journal:
+    """An ordered list of edits with unique ids."""
+
+    def __init__(self, edits: Sequence[Edit] = ()):
+        self._edits: list[Edit] = list(edits)
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._edits)
+
+    def as_list(self) -> list[Edit]:
+        """A copy of the list."""
+        return list(self._edits)
+
+    def add(self, edits: Sequence[Edit]) -> None:
+        """Append edits."""
+        self._edits.extend(edits)
+
+    def drop(self, edit_ids: Sequence[str]) -> None:
+        """Remove edits."""
+        gone = set(edit_ids)
+        self._edits = [e for e in self._edits if e.id not in gone]
+
+    def get(self, edit_id: str) -> Edit:
+        """Return an edit.
+
+        Raises:
+            UnknownEditError: naming the nearest id.
+        """
+        for edit in self._edits:
+            if edit.id == edit_id:
+                return edit
+        ids = [e.id for e in self._edits]
+        raise UnknownEditError(f"there is no edit {edit_id!r} in the model.{nearest(edit_id, ids)}")
+
+    def select(self, which: str | int | Sequence[str]) -> list[str]:
+        """Resolve what a user may ask to roll back: an id, a list of ids, the last n, or ``"all"``.
+
+        Raises:
+            UnknownEditError: for an id that is not there.
+            RollbackError: for a count below 1 or above the number of edits.
+        """
+        if isinstance(which, bool) or not isinstance(which, (str, int, Sequence)):
+            raise RollbackError("give an edit id, a list of ids, a number of edits, or 'all'")
+        if isinstance(which, str):
+            return [e.id for e in self._edits] if which == "all" else [self.get(which).id]
+        if isinstance(which, int):
+            if not 1 <= which <= len(self._edits):
+                raise RollbackError(f"cannot roll back {which} edits; the model carries {len(self._edits)}")
+            return [e.id for e in self._edits[-which:]]
+        return [self.get(edit_id).id for edit_id in dict.fromkeys(which)]
+
+    def to_jsonl(self) -> str:
+        """One JSON object per line."""
+        return "".join(json.dumps(e.to_dict(), ensure_ascii=False) + "\n" for e in self._edits)
+
+    @classmethod
+    def from_jsonl(cls, text: str) -> Journal:
+        """Read `to_jsonl`'s output.
+
+        Raises:
+            ArtifactError: for a damaged line.
+        """
+        edits = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    edits.append(Edit.from_dict(json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise ArtifactError(f"edits.jsonl, line {number}: not JSON ({error.msg})") from error
+        ids = [e.id for e in edits]
+        if len(set(ids)) != len(ids):
+            raise ArtifactError("edits.jsonl names an edit twice")
+        return cls(edits)
+
+
+def new_id(prefix: str) -> str:
+    """A short id that does not repeat."""
+    return f"{prefix}-{uuid.uuid4().hex[:8]}"
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

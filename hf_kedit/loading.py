@@ -1,0 +1,70 @@
+"""Loading a base model and its tokenizer by name, with the right AutoModel class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import embedded
+from .errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_base(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a model with a language-model head: causal, encoder-decoder or image-text.
+
+    Args:
+        name: Hub id, local folder, or embedded name.
+        revision: branch, tag or commit.
+        trust_remote_code: allow code from the repository.
+        kwargs: for ``from_pretrained``.
+
+    Raises:
+        UnsupportedModelError: if the model is of another kind.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
+
+    local = embedded.resolve(name)
+    source = str(local) if local is not None else name
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    hub = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only") if k in kwargs}
+    config = AutoConfig.from_pretrained(source, **shared, **hub)
+    if getattr(config, "is_encoder_decoder", False):
+        loader: Any = AutoModelForSeq2SeqLM
+    elif type(config) in AutoModelForImageTextToText._model_mapping:
+        loader = AutoModelForImageTextToText
+    elif type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        loader = AutoModelForCausalLM
+    else:
+        raise UnsupportedModelError(
+            f"{name!r} is a {config.model_type} model without a language-model head that transformers can load;"
+            " load it yourself and pass it to EditableModel(model, ...)"
+        )
+    model: PreTrainedModel = loader.from_pretrained(source, **shared, **kwargs)
+    return model
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, token: Any = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model by the same name."""
+    from transformers import AutoTokenizer
+
+    local = embedded.resolve(name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(local) if local is not None else name,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        token=token,
+    )
+    return tokenizer

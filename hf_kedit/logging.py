@@ -1,0 +1,123 @@
+"""The library's one logger, with the same switches as transformers'.
+
+Everything goes through the logger ``hf_kedit``; nothing is printed. Progress bars appear on anything
+that may take longer than a few seconds and can be switched off here as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sized
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+_ROOT = "hf_kedit"
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+_said: set[str] = set()
+_progress_bars = os.environ.get("HF_KEDIT_DISABLE_PROGRESS_BARS", "0") not in ("1", "true", "True")
+
+
+def get_logger(name: str | None = None) -> logging.Logger:
+    """Return the library's logger, or its child for the module ``name``."""
+    _configure()
+    if name is None or name == _ROOT:
+        return logging.getLogger(_ROOT)
+    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def _configure() -> None:
+    root = logging.getLogger(_ROOT)
+    if root.level == logging.NOTSET:
+        root.setLevel(_LEVELS.get(os.environ.get("HF_KEDIT_VERBOSITY", "warning").lower(), logging.WARNING))
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(name)s] %(levelname)s: %(message)s"))
+        root.addHandler(handler)
+
+
+def set_verbosity(level: int | str) -> None:
+    """Set the level of the library's logger: a ``logging`` constant or ``"debug"`` … ``"critical"``."""
+    if isinstance(level, str):
+        if level.lower() not in _LEVELS:
+            raise ValueError(f"unknown verbosity {level!r}; use one of {', '.join(_LEVELS)}")
+        level = _LEVELS[level.lower()]
+    get_logger().setLevel(level)
+
+
+def get_verbosity() -> int:
+    """Return the level of the library's logger."""
+    return get_logger().getEffectiveLevel()
+
+
+def set_verbosity_info() -> None:
+    """Show informational messages."""
+    set_verbosity(logging.INFO)
+
+
+def set_verbosity_debug() -> None:
+    """Show everything."""
+    set_verbosity(logging.DEBUG)
+
+
+def set_verbosity_warning() -> None:
+    """Show warnings and errors (the default)."""
+    set_verbosity(logging.WARNING)
+
+
+def set_verbosity_error() -> None:
+    """Show errors only."""
+    set_verbosity(logging.ERROR)
+
+
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log ``message`` as a warning the first time it is seen in this process."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+def info_once(logger: logging.Logger, message: str) -> None:
+    """Log ``message`` as information the first time it is seen in this process."""
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)
+
+
+def disable_progress_bars() -> None:
+    """Switch all progress bars of the library off."""
+    global _progress_bars
+    _progress_bars = False
+
+
+def enable_progress_bars() -> None:
+    """Switch the progress bars of the library on again."""
+    global _progress_bars
+    _progress_bars = True
+
+
+def progress(items: Iterable[T], description: str, *, show: bool | None = None, **kwargs: Any) -> Iterable[T]:
+    """Iterate over ``items`` under a progress bar on standard error.
+
+    Args:
+        items: what to iterate over.
+        description: label of the bar.
+        show: force the bar on or off; ``None`` shows it when there is more than one item and bars are enabled.
+        kwargs: passed to ``tqdm``.
+    """
+    if show is None:
+        show = not (isinstance(items, Sized) and len(items) <= 1)
+    return tqdm(items, desc=description, disable=not (show and _progress_bars), leave=False, **kwargs)
+
+
+def progress_bar(total: int | None, description: str, *, show: bool = True, **kwargs: Any) -> tqdm[Any]:
+    """Return a manual progress bar (``update``/``close``; usable as a context manager)."""
+    return tqdm(total=total, desc=description, disable=not (show and _progress_bars), leave=False, **kwargs)

@@ -1,0 +1,201 @@
+"""What a method is: a config, its capabilities, and a function from requests to weight deltas.
+
+A method never writes a weight. It measures the model through the `Workbench`, returns `WeightDelta`s, and the
+ledger does the rest: transaction, rollback, rounding, saving.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+
+from ..config import EditConfig, config_class, normalise, register_config
+from ..engine.ledger import Ledger, WeightDelta
+from ..engine.statistics import StatisticsStore
+from ..engine.templates import context_templates
+from ..errors import RequestError, UnsupportedModelError
+from ..requests import EditRequest
+from ..tokens import pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..anatomy import Anatomy
+
+M = TypeVar("M", bound="Method")
+_METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method can do; shown by ``kedit list-methods`` and checked before an edit.
+
+    Args:
+        name: as users know it.
+        kind: who keeps the books: ``weights`` (ledger), ``adapter`` (site), ``prompt`` (memory).
+        batch: several requests are solved for together.
+        sequential: editing an edited model is meaningful.
+        needs_subject: the subject must occur in the prompt.
+        needs_training: a network has to be trained first.
+        low_rank: the change has a small rank (exportable as LoRA).
+        encoder_decoder: works on encoder-decoder models too.
+        paper: citation with arXiv id.
+        summary: one line.
+    """
+
+    name: str
+    kind: Literal["weights", "adapter", "prompt"]
+    batch: bool
+    sequential: bool
+    needs_subject: bool
+    paper: str
+    summary: str
+    needs_training: bool = False
+    low_rank: bool = True
+    encoder_decoder: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a method returns for one batch.
+
+    Args:
+        deltas: changes of weights.
+        diagnostics: one dict per request (numbers and short lists, JSON-ready).
+    """
+
+    deltas: list[WeightDelta]
+    diagnostics: list[dict[str, Any]]
+
+
+@dataclass
+class Workbench:
+    """Everything that a method measures with; belongs to one model.
+
+    Args:
+        model: the transformers model, edits included.
+        tokenizer: of the model.
+        anatomy: of the model, checked.
+        ledger: of the model.
+        statistics: second moments of the unedited model.
+        templates: context templates made so far, by (lengths, seed).
+        trace: where a method leaves intermediate tensors when this is a dict (tests, debugging).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+    ledger: Ledger
+    statistics: StatisticsStore
+    templates: dict[str, list[list[str]]] = field(default_factory=dict)
+    trace: dict[str, torch.Tensor] | None = None
+    show_progress: bool = True
+
+    @property
+    def fill(self) -> int:
+        """Padding id."""
+        return pad_id(self.tokenizer)
+
+    def context_templates(
+        self, fixed: Sequence[Any] | None, lengths: Sequence[tuple[int, int]], seed: int
+    ) -> list[list[str]]:
+        """Return groups of context templates: the user's, or generated once by the unedited model."""
+        if fixed is not None:
+            groups = [list(fixed)] if fixed and isinstance(fixed[0], str) else [list(g) for g in fixed]
+            return groups
+        key = f"{list(map(list, lengths))}/{seed}"
+        if key not in self.templates:
+            with self.ledger.disabled():
+                self.templates[key] = context_templates(self.model, self.tokenizer, lengths, seed=seed)
+        return self.templates[key]
+
+    def note(self, name: str, value: torch.Tensor) -> None:
+        """Keep an intermediate tensor if a trace is wanted."""
+        if self.trace is not None:
+            self.trace[name] = value.detach().clone().cpu()
+
+
+class Method(ABC):
+    """Base class of all methods.
+
+    Args:
+        bench: the model and its instruments.
+        config: the method's config, completed for the model (no field left ``None`` that depends on it).
+    """
+
+    config_class: ClassVar[type[EditConfig]]
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, bench: Workbench, config: EditConfig):
+        self.bench = bench
+        self.config = config
+        if bench.anatomy.is_encoder_decoder and not self.capabilities.encoder_decoder:
+            raise UnsupportedModelError(
+                f"{self.capabilities.name} edits decoder-only models; {bench.anatomy.model_class} is an"
+                " encoder-decoder. Fine-tuning (ft-l, ft-m) works on it."
+            )
+
+    def edited_modules(self) -> list[str]:
+        """Names of the modules whose weight the method changes with its config."""
+        layers = self.config.layers or []
+        return [self.bench.anatomy.down(layer).path for layer in layers]
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Validate everything that can fail, before anything is computed or changed.
+
+        Raises:
+            RequestError: naming the row and the field.
+            WeightError: if a weight must not be edited.
+        """
+        for module in self.edited_modules():
+            self.bench.ledger.check_editable(module)
+        if self.capabilities.needs_subject:
+            for request in requests:
+                request.subject_span()
+
+    def prepare(self) -> None:
+        """Compute what depends on the unedited model only (statistics, templates); called before the first edit."""
+
+    @abstractmethod
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Return the deltas that make the model say the new targets.
+
+        Args:
+            requests: one batch, already checked.
+
+        Raises:
+            EditFailedError: if no usable update was found.
+        """
+
+
+def register_method(cls: type[M]) -> type[M]:
+    """Class decorator: make method and config known under the config's ``edit_type``."""
+    register_config(cls.config_class)
+    _METHODS[normalise(cls.config_class.edit_type)] = cls
+    return cls
+
+
+def method_class(config: EditConfig | str) -> type[Method]:
+    """Return the method of a config (or of a name)."""
+    edit_type = config if isinstance(config, str) else config.edit_type
+    config_class(edit_type)  # loads and checks
+    return _METHODS[normalise(edit_type)]
+
+
+def registered_methods() -> dict[str, type[Method]]:
+    """All methods by ``edit_type``, in alphabetical order."""
+    return dict(sorted(_METHODS.items()))
+
+
+def in_row(request: EditRequest, build: Callable[[], Any]) -> Any:
+    """Call ``build`` and add the request's row and id to a `RequestError` that lacks them."""
+    try:
+        return build()
+    except RequestError as error:
+        if error.row is None and error.request_id is None:
+            raise type(error)(str(error), row=request.row, request_id=request.id) from error
+        raise

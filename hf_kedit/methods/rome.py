@@ -1,0 +1,131 @@
+"""ROME: Rank-One Model Editing (Meng et al. 2022, "Locating and Editing Factual Associations in GPT",
+arXiv 2202.05262).
+
+One fact, one layer. The MLP's last projection ``W`` is seen as an associative memory; the edit inserts the pair
+(k*, v*) with the least disturbance of the keys that it already holds (eq. 2):
+
+    W ← W + Λ uᵀ,   u = C⁻¹ k* / ‖C⁻¹ k*‖,   Λ = (v* − W k) / (kᵀ u)
+
+``k*`` averages the key over context templates, while the denominator uses the key ``k`` of the bare prompt, as
+the authors' code does (the mismatch that R-ROME removes). ``v*`` is optimised at the MLP's output (eq. 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..config import ModelProfile
+from ..engine.capture import Tap
+from ..engine.ledger import WeightDelta
+from ..engine.solve import IDENTITY
+from ..errors import EditFailedError
+from ..logging import get_logger, warn_once
+from ..requests import EditRequest
+from .base import Capabilities, Outcome, register_method
+from .locate import LocateConfig, LocateMethod
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class ROMEConfig(LocateConfig):
+    """Hyperparameters of ROME; see `LocateConfig` for the shared ones.
+
+    Args:
+        mom2_adjustment: use the second moment ``C`` of the keys (the paper); ``False`` takes ``C = I``, which
+            needs no statistics and disturbs other facts more.
+        context_template_length_params: ``(tokens, count)`` of the generated context templates.
+    """
+
+    edit_type: ClassVar[str] = "rome"
+
+    mom2_adjustment: bool = True
+    context_template_length_params: list[tuple[int, int]] | None = None
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """The traced layers of published models: a sixth of the depth, a third in the GPT-2 and NeoX families."""
+        depth = 0.35 if profile.model_type in ("gpt2", "gpt_neox", "gpt_neo") else 0.17
+        layer = min(max(round(depth * profile.num_layers), 0), max(profile.num_layers - 2, 0))
+        return super().derive(profile) | {"layers": [layer]}
+
+
+@register_method
+class ROME(LocateMethod):
+    """Rank-one editing of single facts."""
+
+    config_class = ROMEConfig
+    capabilities = Capabilities(
+        name="ROME",
+        kind="weights",
+        batch=False,
+        sequential=True,
+        needs_subject=True,
+        paper="Meng et al. 2022, arXiv 2202.05262",
+        summary="rank-one update of one MLP projection, one fact at a time",
+    )
+    config: ROMEConfig
+
+    def prepare(self) -> None:
+        """Generate the context templates and collect second moments on the unedited model."""
+        self.template_lengths = self.config.context_template_length_params or [(5, 10), (10, 10)]
+        self.templates()
+        if self.config.mom2_adjustment:
+            with self.bench.ledger.disabled():
+                self.bench.statistics.moments(self.edited_modules())
+
+    def templates(self) -> list[list[str]]:
+        """One flat list, as ROME averages its keys."""
+        return [[t for group in super().templates() for t in group]]
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Edit one fact, in the layers of the config from below."""
+        (request,) = requests
+        bench, deltas, diagnostics = self.bench, [], {}
+        groups = self.templates()
+        rows = self.rows([request], groups)
+        with bench.ledger.provisional() as scope:
+            for layer in self.config.layers or []:
+                module = bench.anatomy.down(layer).path
+                key_tap = Tap(module, "input")
+                values = self.optimise(rows, layer, "down", [key_tap])
+                keys = values.taken[key_tap][0]  # [templates, d_in]
+                k_star, k_bare = keys.mean(dim=0), keys[0]
+
+                factor = bench.statistics.factor(module) if self.config.mom2_adjustment else IDENTITY
+                u = factor.solve(k_star.double().cpu().unsqueeze(1)).squeeze(1).float()
+                u = (u / u.norm()).to(k_bare.device)
+                # v* − W k is the optimised offset: v* was built on the output of the bare prompt.
+                denominator = k_bare @ u
+                right = values.offset[0] / denominator
+                if not bool(torch.isfinite(right).all()):
+                    raise EditFailedError("the key is orthogonal to its own update; choose another layer")
+                delta = WeightDelta(module, left=right.unsqueeze(1), right=u.unsqueeze(1), owners=(0,))
+                scope.add(delta)
+                deltas.append(delta)
+
+                bench.note(f"k_star.{layer}", k_star)
+                bench.note(f"left.{layer}", u)
+                bench.note(f"right.{layer}", right)
+                bench.note(f"cur_input.{layer}", k_bare)
+                bench.note(f"cur_output.{layer}", values.initial[0])
+                diagnostics = self.diagnose(values, 0) | {
+                    "key_alignment": float(denominator.abs() / k_bare.norm()),
+                    "update_norm": float(right.norm()),
+                }
+                self._warn_if_disabling(diagnostics, float(right.norm()), module)
+        return Outcome(deltas, [diagnostics])
+
+    def _warn_if_disabling(self, diagnostics: dict[str, Any], norm: float, module: str) -> None:
+        """An update much larger than the weight itself breaks the model ("disabling edits")."""
+        weight = float(self.bench.ledger.original(module).float().norm())
+        diagnostics["update_norm_ratio"] = norm / max(weight, 1e-12)
+        if diagnostics["update_norm_ratio"] > 1.0:
+            warn_once(
+                logger,
+                f"ROME: an update is {diagnostics['update_norm_ratio']:.1f} times as large as the weight of {module};"
+                " such edits can break a model. R-ROME or another layer avoids them.",
+            )

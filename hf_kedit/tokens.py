@@ -1,0 +1,280 @@
+"""Prompts, subjects and targets as token ids, positions and padded batches.
+
+Boundaries are found by character offsets in the tokenised *full* text, never by tokenising pieces and adding
+lengths: pieces merge differently at the seam, and tokenizers that add a BOS shift every index. Tokenizers
+without offsets fall back to comparing token prefixes. The user's tokenizer is never changed.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A tokenised text without the special tokens that a tokenizer appends at its end.
+
+    Args:
+        ids: token ids, leading special tokens (BOS) included.
+        offsets: character span of each token, ``None`` where the tokenizer cannot tell.
+        special: whether a token was added by the tokenizer.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
+    special: list[bool]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A prompt and its target in one sequence.
+
+    Args:
+        ids: all token ids; the target is ``ids[prompt_length:]``.
+        prompt_length: number of tokens before the target, BOS included.
+        offsets: character spans in ``text``, if known.
+        text: the text that was tokenised.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    offsets: list[tuple[int, int]] | None
+    text: str
+
+    @property
+    def target_ids(self) -> list[int]:
+        """Token ids of the target."""
+        return self.ids[self.prompt_length :]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Token ids of the prompt."""
+        return self.ids[: self.prompt_length]
+
+
+# ---------------------------------------------------------------------- encoding
+
+
+def has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer reports character offsets."""
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
+    """Tokenise one text as the model expects it, dropping trailing special tokens (T5's EOS)."""
+    offsets: list[tuple[int, int]] | None = None
+    if has_offsets(tokenizer):
+        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        offsets = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    else:
+        encoded = tokenizer(text, return_special_tokens_mask=True)
+    ids = [int(i) for i in encoded["input_ids"]]
+    special = [bool(m) for m in encoded["special_tokens_mask"]]
+    end = len(ids)
+    while end and special[end - 1]:
+        end -= 1
+    if end == 0:  # nothing but special tokens: keep the leading ones
+        end = len(ids)
+    return EncodedText(ids[:end], offsets[:end] if offsets is not None else None, special[:end])
+
+
+def separator_between(prompt: str, target: str) -> str:
+    """Return what joins prompt and target: one space, or nothing where white space or CJK makes it wrong."""
+    if not prompt or not target or prompt[-1].isspace() or target[0].isspace() or is_cjk(target[0]):
+        return ""
+    return " "
+
+
+def is_cjk(character: str) -> bool:
+    """Whether a character belongs to a script written without spaces between words."""
+    if ord(character) < 0x2E80:
+        return False
+    name = unicodedata.name(character, "")
+    return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "FULLWIDTH", "IDEOGRAPHIC", "BOPOMOFO"))
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, separator: str | None = None
+) -> EncodedPair:
+    """Tokenise ``prompt + separator + target`` once and find where the target begins.
+
+    The first target token is the first one that ends behind the prompt. Without offsets, it is the first
+    token that differs from the tokenised prompt.
+
+    Args:
+        tokenizer: of the model.
+        prompt: may be empty only if the tokenizer adds a BOS.
+        target: non-empty.
+        separator: ``None`` for the rule of `separator_between`.
+
+    Raises:
+        RequestError: if no token is left for the target, or none stands before it.
+    """
+    joint = separator_between(prompt, target) if separator is None else separator
+    text = prompt + joint + target
+    encoded = encode_text(tokenizer, text)
+    if encoded.offsets is not None:
+        start = next(
+            (
+                i
+                for i, (span, special) in enumerate(zip(encoded.offsets, encoded.special, strict=True))
+                if not special and span[1] > len(prompt)
+            ),
+            len(encoded.ids),
+        )
+    else:
+        before = encode_text(tokenizer, prompt).ids
+        start = 0
+        while start < min(len(before), len(encoded.ids)) and before[start] == encoded.ids[start]:
+            start += 1
+    if start == len(encoded.ids):
+        raise RequestError(f"the target {target!r} has no tokens of its own after {prompt!r}", field="target_new")
+    if start == 0:
+        raise RequestError(
+            "no token stands before the target, so nothing can predict it; give a longer prompt", field="prompt"
+        )
+    return EncodedPair(encoded.ids, start, encoded.offsets, text)
+
+
+def encode_target(tokenizer: PreTrainedTokenizerBase, target: str, *, eos: bool = False) -> list[int]:
+    """Tokenise a decoder target of an encoder-decoder model, without special tokens unless ``eos`` is set."""
+    ids = [int(i) for i in tokenizer(text_target=target, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise RequestError(f"the target {target!r} has no tokens", field="target_new")
+    if eos and tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
+    return ids
+
+
+# ---------------------------------------------------------------------- positions
+
+
+def span_tokens(
+    tokenizer: PreTrainedTokenizerBase, pair: EncodedPair, span: tuple[int, int]
+) -> tuple[int, int]:
+    """Token range ``[first, end)`` of the tokens whose characters overlap a character span of ``pair.text``.
+
+    Raises:
+        RequestError: if no token overlaps the span.
+    """
+    start, end = span
+    if pair.offsets is not None:
+        hits = [i for i, (a, b) in enumerate(pair.offsets) if a < end and b > start and b > a]
+        if not hits:
+            raise RequestError(f"no token covers {pair.text[start:end]!r}", field="subject")
+        return hits[0], hits[-1] + 1
+    before = len(encode_text(tokenizer, pair.text[:start].rstrip()).ids) if start else _leading_specials(tokenizer)
+    through = len(encode_text(tokenizer, pair.text[:end]).ids)
+    return min(before, through - 1), through
+
+
+def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> int:
+    encoded = encode_text(tokenizer, "a")
+    return sum(encoded.special)
+
+
+def fact_position(
+    tokenizer: PreTrainedTokenizerBase, pair: EncodedPair, span: tuple[int, int], strategy: FactToken
+) -> int:
+    """Index of the token at which a fact is read and written.
+
+    Args:
+        tokenizer: of the model.
+        pair: prompt and target.
+        span: character span of the subject in ``pair.text``.
+        strategy: ``subject_last`` (all published configurations), ``subject_first``,
+            ``subject_first_after_last`` (the subject's last token when nothing follows it in the prompt), or
+            ``last`` (last token of the prompt, target excluded).
+
+    Raises:
+        ConfigError: for an unknown strategy.
+    """
+    if strategy == "last":
+        return pair.prompt_length - 1
+    first, end = span_tokens(tokenizer, pair, span)
+    if strategy == "subject_first":
+        return first
+    if strategy == "subject_last":
+        return end - 1
+    if strategy == "subject_first_after_last":
+        return end if end < pair.prompt_length else end - 1
+    raise ConfigError(
+        f"unknown fact_token {strategy!r}: use subject_last, subject_first, subject_first_after_last or last"
+    )
+
+
+# ---------------------------------------------------------------------- batches
+
+
+@dataclass
+class TokenBatch:
+    """Padded token ids.
+
+    Args:
+        input_ids: ``[rows, width]`` int64.
+        attention_mask: ``[rows, width]`` int64, 1 on real tokens.
+        position_ids: ``[rows, width]`` int64, counting real tokens from 0 whichever side is padded.
+        starts: column of the first real token of each row, ``[rows]`` int64.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    starts: torch.Tensor
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """Return the batch on a device."""
+        return TokenBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.starts.to(device),
+        )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Id used for padding; any id will do, because the mask decides what is padding."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], fill: int = 0, side: Literal["left", "right"] = "right", width: int | None = None
+) -> TokenBatch:
+    """Pad lists of token ids to one width, explicitly on the given side."""
+    width = max(len(r) for r in rows) if width is None else width
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    starts = torch.zeros(len(rows), dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = torch.tensor(list(row), dtype=torch.long)
+        mask[i, start : start + len(row)] = 1
+        starts[i] = start
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return TokenBatch(ids, mask, positions, starts)
+
+
+def context_length(config: Any) -> int | None:
+    """Longest sequence that the model accepts, or ``None`` if it does not say."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
