@@ -14,12 +14,8 @@ _LAZY = {
     "EditRequest": "requests",
     "EditResult": "model",
     "EditableModel": "model",
-    "FTLConfig": "methods.ft",
-    "FTMConfig": "methods.ft",
     "KeditError": "errors",
-    "MEMITConfig": "methods.memit",
     "Probe": "requests",
-    "ROMEConfig": "methods.rome",
     "evaluate_edits": "evaluation",
     "load_edit_dataset": "data",
     "load_requests": "requests",
@@ -71,6 +67,10 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
+    if name.endswith("Config"):  # every method's config is a public name
+        for method in importlib.import_module(".methods", __name__).registered_methods().values():
+            if method.config_class.__name__ == name:
+                return method.config_class
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -205,6 +205,11 @@ class EditableModel(nn.Module):
         return self._method.capabilities
 
     @property
+    def statistics(self) -> StatisticsStore:
+        """The second-moment statistics that the current method uses."""
+        return self._method.bench.statistics
+
+    @property
     def edits(self) -> list[Edit]:
         """The journal: every edit that the model carries, oldest first."""
         return self.journal.as_list()

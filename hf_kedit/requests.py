@@ -202,7 +202,10 @@ class EditRequest:
         for alias, name in _ALIASES.items():
             if alias in data and name not in data:
                 data[name] = data.pop(alias)
-        metadata = dict(data.pop("metadata", None) or {})
+        metadata = data.pop("metadata", None) or {}
+        if not isinstance(metadata, Mapping):
+            raise RequestError(f"must be a dict, not {type(metadata).__name__}", row=row, field="metadata")
+        metadata = dict(metadata)
         for name in _DESCRIPTIVE:
             if data.get(name) is not None:
                 metadata[name] = data[name]
@@ -215,7 +218,7 @@ class EditRequest:
                 row=row,
                 field=str(unknown[0]),
             )
-        if "prompt" not in data:
+        if data.get("prompt") is None:
             raise RequestError("is missing", row=row, field="prompt")
         target = data.get("target_new")
         if isinstance(target, Mapping) and isinstance(target.get("str"), str):

@@ -111,7 +111,7 @@ def encode_pair(
     """Tokenise ``prompt + separator + target`` once and find where the target begins.
 
     The first target token is the first one that ends behind the prompt. Without offsets, it is the first
-    token that differs from the tokenised prompt.
+    token that differs from the tokenised prompt. Where a single token covers both, they are tokenised apart.
 
     Args:
         tokenizer: of the model.
@@ -141,6 +141,12 @@ def encode_pair(
             start += 1
     if start == len(encoded.ids):
         raise RequestError(f"the target {target!r} has no tokens of its own after {prompt!r}", field="target_new")
+    if start == 0 and prompt.strip():
+        # One token covers prompt and target (scripts without spaces): tokenise them apart, as at inference.
+        before = encode_text(tokenizer, prompt).ids
+        after = [int(i) for i in tokenizer(joint + target, add_special_tokens=False)["input_ids"]]
+        if before and after:
+            return EncodedPair([*before, *after], len(before), None, text)
     if start == 0:
         raise RequestError(
             "no token stands before the target, so nothing can predict it; give a longer prompt", field="prompt"

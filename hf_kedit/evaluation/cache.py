@@ -1,0 +1,54 @@
+"""Outputs of unedited models, kept in memory so that they are computed once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .protocols import Output
+
+
+class PreEditCache:
+    """Outputs of unedited models, kept in memory across calls.
+
+    The key holds the model's fingerprint, its dtype and device, the tokenizer, the protocol with its settings, the
+    separator, prompt and answer; so another method on the same base model finds everything it needs.
+
+    Args:
+        max_entries: the least recently used entries beyond this number are dropped.
+    """
+
+    def __init__(self, max_entries: int = 200_000):
+        self.max_entries = max_entries
+        self.hits = 0
+        self.misses = 0
+        self._entries: OrderedDict[tuple[Any, ...], Output] = OrderedDict()
+
+    def get(self, key: tuple[Any, ...]) -> Output | None:
+        """Return the output under this key, if it is there."""
+        found = self._entries.get(key)
+        if found is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+            self._entries.move_to_end(key)
+        return found
+
+    def put(self, key: tuple[Any, ...], output: Output) -> None:
+        """Keep an output."""
+        self._entries[key] = output
+        self._entries.move_to_end(key)
+        while len(self._entries) > self.max_entries:
+            self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+PRE_EDIT_CACHE = PreEditCache()
+"""The cache that all calls share unless they bring their own."""

@@ -1,0 +1,116 @@
+"""Restarting a model from the middle gives the logits and gradients of a full forward, on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_kedit.anatomy import check_anatomy, resolve_anatomy
+from hf_kedit.engine import replay as replay_module
+from hf_kedit.engine.capture import Tap
+from hf_kedit.engine.forward import frozen_eval
+from hf_kedit.engine.replay import Replay, ReplayRow
+from tests.models import FAMILIES, tiny_model
+
+DECODERS = [f for f in FAMILIES if f not in ("t5", "t5_v1_1", "bart", "blip2")]
+ROWS = [
+    ReplayRow((5, 6, 7, 8, 9, 10, 11), 3, (5, 6)),
+    ReplayRow((20, 21, 22, 23), 1, (2, 3)),
+    ReplayRow((30, 31, 32, 33, 34, 35, 36, 37, 38), 6, (7, 8)),
+    ReplayRow((40, 41, 42), 2, (2,)),
+]
+
+
+def loss_and_gradient(replay: Replay, site: str) -> tuple[torch.Tensor, torch.Tensor]:
+    width = replay.taken[Tap(site)].shape[-1]
+    offset = torch.randn(len(ROWS), width, generator=torch.Generator().manual_seed(0)).mul_(0.3).requires_grad_()
+    logits = replay.logits({site: offset})
+    (gradient,) = torch.autograd.grad(logits.log_softmax(-1)[:, 3].sum(), offset)
+    return logits.detach(), gradient
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_replay_equals_a_full_forward(family: str, layer: int) -> None:
+    model = tiny_model(family)
+    anatomy = check_anatomy(model, resolve_anatomy(model))
+    down = anatomy.layers[layer].down
+    forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    before = hooks(model)  # transformers keeps some of its own
+    with frozen_eval(model):
+        for site in [anatomy.layers[layer].path] + ([down.path] if down else []):
+            fast = Replay(model, anatomy, ROWS, layer, [site])
+            assert fast.route != "full", "this family was verified to be restartable"
+            full = Replay(model, anatomy, ROWS, layer, [site], route="full")
+            logits, gradient = loss_and_gradient(fast, site)
+            expected, expected_gradient = loss_and_gradient(full, site)
+            assert torch.allclose(logits, expected, atol=2e-5), site
+            assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm(), site
+            assert (expected - full.base_logits).abs().max() > 1e-3, "the vector has to matter for the test to mean it"
+            for tap, states in full.taken.items():
+                assert torch.allclose(fast.taken[tap], states, atol=1e-5)
+    assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == forwards
+    assert hooks(model) == before
+
+
+def test_dropping_rows_keeps_the_others() -> None:
+    model = tiny_model("llama")
+    anatomy = check_anatomy(model, resolve_anatomy(model))
+    site = anatomy.layers[1].path
+    with frozen_eval(model), torch.no_grad():
+        replay = Replay(model, anatomy, ROWS, 1, [site])
+        offset = torch.randn(len(ROWS), anatomy.hidden_size, generator=torch.Generator().manual_seed(1))
+        everything = replay.logits({site: offset})
+        keep = torch.tensor([True, False, True, False])
+        positions = replay.select(keep)
+        assert torch.allclose(replay.logits({site: offset[keep]}), everything[positions], atol=1e-5)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+class _Recurrent(nn.Module):
+    """Breaks the assumption of replaying: the block's output depends on a running sum over all columns."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states, *args, **kwargs):  # type: ignore[no-untyped-def]
+        out = self.inner(hidden_states, *args, **kwargs)
+        return out + hidden_states.cumsum(dim=1) * 0.1
+
+
+def test_a_model_that_cannot_be_restarted_falls_back_and_is_still_right(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    model.model.layers[2] = _Recurrent(model.model.layers[2])
+    anatomy = resolve_anatomy(tiny_model("llama"))
+    site = anatomy.layers[0].path
+    with frozen_eval(model), caplog.at_level("DEBUG", logger="hf_kedit"):
+        fast = Replay(model, anatomy, ROWS, 0, [site])
+        assert fast.route == "layers"  # the prefix cannot be skipped, the lower layers can
+        full = Replay(model, anatomy, ROWS, 0, [site], route="full")
+        assert torch.allclose(loss_and_gradient(fast, site)[0], loss_and_gradient(full, site)[0], atol=2e-5)
+
+
+def test_half_precision_models_are_replayed_within_their_precision() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    anatomy = resolve_anatomy(model)
+    site = anatomy.layers[1].path
+    with frozen_eval(model):
+        fast, full = (Replay(model, anatomy, ROWS, 1, [site], route=r) for r in (None, "full"))
+        assert (loss_and_gradient(fast, site)[0] - loss_and_gradient(full, site)[0]).abs().max() < 0.1
+
+
+def test_an_exception_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    anatomy = check_anatomy(model, resolve_anatomy(model))
+    site = anatomy.layers[1].path
+    with frozen_eval(model):
+        replay = Replay(model, anatomy, ROWS, 1, [site])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(replay_module, "logits_at", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+            replay.logits({site: torch.zeros(len(ROWS), anatomy.hidden_size)})
+    assert not any("forward" in module.__dict__ for module in model.modules())

@@ -1,0 +1,204 @@
+"""Boundaries, subject positions and padding on tokenizers of every kind."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_kedit import embedded
+from hf_kedit.errors import RequestError
+from hf_kedit.tokens import (
+    encode_pair,
+    encode_target,
+    encode_text,
+    fact_position,
+    pad_rows,
+    separator_between,
+    span_tokens,
+)
+
+CORPUS = [
+    "The capital of France is Paris. Ada Lovelace plays the violin.",
+    "北京是中国的首都。 東京は日本の首都です。",
+    "Zürich liegt in der Schweiz; naïve café.",
+    "the the the Ada Ada Lovelace",
+]
+
+
+@cache
+def tokenizer(kind: str) -> Any:
+    if kind in ("world-gpt2", "world-llama"):
+        return AutoTokenizer.from_pretrained(embedded.path(kind))
+    trainer_args: dict[str, Any] = {"vocab_size": 400, "special_tokens": ["<pad>", "<s>", "</s>", "<unk>"]}
+    if kind.startswith("bpe"):
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **trainer_args)
+        backend.post_processor = processors.ByteLevel(trim_offsets=kind == "bpe-trim")
+    else:  # SentencePiece-like: ▁ marks, BOS in front, EOS behind
+        backend = Tokenizer(models.Unigram())
+        backend.normalizer = normalizers.NFKC()
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        backend.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **trainer_args)
+    backend.train_from_iterator(CORPUS * 20, trainer)
+    if kind == "spm":
+        ids = {t: backend.token_to_id(t) for t in ("<s>", "</s>")}
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+KINDS = ["bpe-trim", "bpe-raw", "spm", "world-gpt2", "world-llama"]
+
+
+def covered(tok: Any, pair: Any, first: int, end: int) -> str:
+    return pair.text[pair.offsets[first][0] : pair.offsets[end - 1][1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [("The capital of France is", "Paris"), ("Ada plays the ", "violin"), ("北京是中国的", "首都"), ("Ada", "the")],
+)
+def test_the_target_begins_behind_the_prompt(kind: str, prompt: str, target: str) -> None:
+    tok = tokenizer(kind)
+    pair = encode_pair(tok, prompt, target)
+    assert tok.decode(pair.target_ids).strip() == target
+    assert pair.ids == pair.prompt_ids + pair.target_ids
+    assert not pair.target_ids[-1] == tok.eos_token_id
+    if kind in ("spm", "world-llama"):
+        assert pair.ids[0] == tok.bos_token_id and pair.prompt_length >= 2
+
+
+def test_the_separator_is_a_space_where_words_have_spaces() -> None:
+    assert separator_between("is", "Paris") == " "
+    assert separator_between("is ", "Paris") == ""
+    assert separator_between("is", " Paris") == ""
+    assert separator_between("首都是", "北京") == ""
+    assert separator_between("Q: 首都?", "Paris") == " "
+    assert separator_between("の首都は", "です") == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "text",
+    ["Ada Lovelace plays", "plays Ada Lovelace", "the Ada Lovelace plays", "by Ada Lovelace", "Ada Lovelace"],
+)
+def test_subject_at_the_start_the_end_and_between(kind: str, text: str) -> None:
+    tok = tokenizer(kind)
+    start = text.index("Ada")
+    pair = encode_pair(tok, text, "violin")
+    first, end = span_tokens(tok, pair, (start, start + len("Ada Lovelace")))
+    assert covered(tok, pair, first, end).strip() == "Ada Lovelace"
+    assert end <= pair.prompt_length
+    assert fact_position(tok, pair, (start, start + 12), "subject_last") == end - 1
+    assert fact_position(tok, pair, (start, start + 12), "subject_first") == first
+    assert fact_position(tok, pair, (start, start + 12), "last") == pair.prompt_length - 1
+    after = fact_position(tok, pair, (start, start + 12), "subject_first_after_last")
+    assert after == (end if end < pair.prompt_length else end - 1)
+
+
+@pytest.mark.parametrize("kind", ["bpe-trim", "spm"])
+def test_a_repeated_subject_is_taken_where_the_span_says(kind: str) -> None:
+    tok, text = tokenizer(kind), "Ada knows Ada Lovelace and Ada"
+    pair = encode_pair(tok, text, "well")
+    places = [span_tokens(tok, pair, (i, i + 3)) for i in (0, 10, 27)]
+    assert places == sorted(places) and len(set(places)) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cjk_subjects_whose_characters_are_several_tokens(kind: str) -> None:
+    tok, text = tokenizer(kind), "東京は日本の首都"
+    pair = encode_pair(tok, text, "です")
+    first, end = span_tokens(tok, pair, (0, 2))
+    assert covered(tok, pair, first, end).strip().startswith("東京")
+    assert fact_position(tok, pair, (0, 2), "subject_last") == end - 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zs", "Mn")), min_size=1, max_size=8),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12),
+)
+def test_any_subject_span_is_covered_by_its_tokens(kind: str, before: str, subject: str, after: str) -> None:
+    tok, text = tokenizer(kind), before + subject + after
+    try:
+        pair = encode_pair(tok, text, "end")
+        first, end = span_tokens(tok, pair, (len(before), len(before) + len(subject)))
+    except RequestError:
+        return  # a text that the tokenizer maps to nothing
+    if pair.offsets is None:
+        return
+    assert 0 <= first < end <= len(pair.ids)
+    spans = pair.offsets[first:end]
+    assert min(a for a, _ in spans) <= len(before) + len(subject)
+    assert max(b for _, b in spans) > len(before)
+    outside = [s for i, s in enumerate(pair.offsets) if not first <= i < end and s[1] > s[0]]
+    assert all(b <= len(before) or a >= len(before) + len(subject) for a, b in outside)
+
+
+class _Slow:
+    """A tokenizer without offsets around a fast one."""
+
+    is_fast = False
+
+    def __init__(self, inner: Any):
+        self._inner = inner
+        self.all_special_ids = inner.all_special_ids
+
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        assert "return_offsets_mapping" not in kwargs
+        return self._inner(text, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["bpe-trim", "spm", "world-llama"])
+def test_tokenizers_without_offsets_find_the_same_places(kind: str) -> None:
+    fast = tokenizer(kind)
+    slow: Any = _Slow(fast)
+    for prompt, subject in [("Ada Lovelace plays the", "Ada Lovelace"), ("The friend of Ada is", "Ada")]:
+        start = prompt.index(subject)
+        span = (start, start + len(subject))
+        a, b = encode_pair(fast, prompt, "violin"), encode_pair(slow, prompt, "violin")
+        assert (a.ids, a.prompt_length) == (b.ids, b.prompt_length)
+        assert fact_position(fast, a, span, "subject_last") == fact_position(slow, b, span, "subject_last")
+
+
+def test_empty_targets_and_prompts() -> None:
+    with pytest.raises(RequestError, match="no tokens"):
+        encode_pair(tokenizer("bpe-trim"), "A prompt", "")
+    with pytest.raises(RequestError, match="longer prompt"):
+        encode_pair(tokenizer("bpe-trim"), "", "target")
+    assert encode_pair(tokenizer("world-llama"), "", "target").prompt_length == 1  # the BOS predicts it
+
+
+def test_decoder_targets_have_no_special_tokens_unless_asked() -> None:
+    tok = tokenizer("spm")
+    plain = encode_target(tok, "Paris")
+    assert tok.bos_token_id not in plain and tok.eos_token_id not in plain
+    assert encode_target(tok, "Paris", eos=True) == [*plain, tok.eos_token_id]
+    assert encode_text(tok, "Paris").ids[-1] != tok.eos_token_id
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_explicit_and_positions_count_real_tokens(side: Any) -> None:
+    tok = tokenizer("world-gpt2")
+    before = (tok.padding_side, tok.pad_token_id)
+    batch = pad_rows([[5, 6, 7], [8]], fill=9, side=side)
+    assert (tok.padding_side, tok.pad_token_id) == before
+    real = [batch.input_ids[i][batch.attention_mask[i].bool()].tolist() for i in range(2)]
+    assert real == [[5, 6, 7], [8]]
+    assert [batch.position_ids[i][batch.attention_mask[i].bool()].tolist() for i in range(2)] == [[0, 1, 2], [0]]
+    assert batch.starts.tolist() == ([0, 2] if side == "left" else [0, 0])
+    assert batch.input_ids.dtype == torch.long
