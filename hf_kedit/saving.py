@@ -251,17 +251,18 @@ def read_artifact(source: str, fetch: Any) -> Artifact:
     Raises:
         ArtifactError: naming the file and what is wrong with it.
     """
-    raw: dict[str, bytes] = {}
-    for name in (CONFIG, WEIGHTS, JOURNAL):
-        data = fetch(name)
+    def get(name: str) -> bytes:
+        data: bytes | None = fetch(name)
         if data is None:
             raise ArtifactError(f"{source}: {name} is missing; the saved edit is incomplete")
-        raw[name] = data
+        return data
+
     try:
-        config = json.loads(raw[CONFIG])
+        config = json.loads(get(CONFIG))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{source}: {CONFIG} is not JSON: {error}") from error
     _check_schema(source, config)
+    raw = {name: get(name) for name in (WEIGHTS, JOURNAL)}
     for name, digest in config["files"].items():
         if name in raw and hashlib.sha256(raw[name]).hexdigest() != digest:
             raise ArtifactError(

@@ -217,11 +217,11 @@ class BlockReader:
             inner = down.projection.in_features
             into = [m for m in usable if m is not down and m.projection.in_features == self.hidden]
             ups = [m for m in into if m.projection.out_features == inner]
-            fused = [m for m in into if m.projection.out_features == 2 * inner]
+            double = [m for m in into if m.projection.out_features == 2 * inner]
             if ups:
                 candidates.append((down, ups, False))
-            elif fused:
-                candidates.append((down, fused[:1], True))
+            elif double:
+                candidates.append((down, double[:1], True))
         if not candidates:
             return []
         square = [c for c in candidates if c[0].projection.in_features == self.hidden]

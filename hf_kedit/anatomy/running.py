@@ -76,8 +76,9 @@ def dense_weight(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor |
                 "the model has no weights (meta device): its structure can be resolved, but not checked"
             )
         weight, bias = weights_map["weight"], weights_map["bias"] if bias is not None else None
-    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2
-    if not plain or hasattr(weight, "quant_state") or type(weight).__module__.startswith(("torchao", "hqq")):
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        return None, None
+    if hasattr(weight, "quant_state") or type(weight).__module__.startswith(("torchao", "hqq")):
         return None, None
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
@@ -108,7 +109,7 @@ def sample_ids(model: nn.Module, anatomy: Anatomy, input_ids: torch.Tensor | Non
             raise AnatomyError(
                 "the model has no weights (meta device): its structure can be resolved, but not checked"
             )
-        device = torch.device(getattr(embeddings._hf_hook, "execution_device", "cpu"))  # type: ignore[arg-type]
+        device = torch.device(getattr(embeddings._hf_hook, "execution_device", "cpu"))
     if input_ids is not None:
         ids = input_ids if input_ids.dim() == 2 else input_ids[None]
         return ids[:1].to(device)

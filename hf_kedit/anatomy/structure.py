@@ -51,9 +51,10 @@ def resolve_anatomy(
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the transformers model inside wrappers (PEFT, ``torch.compile``, data parallelism)."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+        inner: Any = getattr(model, "_orig_mod", None)
+        base: Any = getattr(model, "get_base_model", None)
+        if inner is None and hasattr(model, "peft_config") and callable(base):
+            inner = base()
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = model.module
         if not isinstance(inner, nn.Module) or inner is model:
@@ -176,7 +177,7 @@ class _Resolver:
     # ------------------------------------------------------------------ the stack
 
     def _stack_root(self) -> nn.Module:
-        """The module that holds the stack: what the accessor gives, and its accessor again (BLIP-2 gives a whole LM)."""
+        """The module that holds the stack: the accessor asked again and again, as BLIP-2 answers with a whole LM."""
         name = "get_decoder" if self.stack == "decoder" else "get_encoder"
         root: Any = self.model
         seen: set[int] = set()
@@ -320,9 +321,7 @@ class _Resolver:
         mlp = BlockReader(block, layer.path, layer.index, self._hidden_size())._common(matrices)
         unit = MlpUnit("dense", mlp, down, ups, gated, fused)
         others = tuple(u for u in layer.units if u.down.path != down.path)
-        return replace(
-            layer, mlp=mlp, down=down, ups=ups, gate=gate, gated=gated, fused=fused, units=(unit, *others)
-        )
+        return replace(layer, mlp=mlp, down=down, ups=ups, gate=gate, gated=gated, fused=fused, units=(unit, *others))
 
     def _override_projection(self, key: str, index: int, pattern: str | None = None) -> Projection:
         path = (pattern or self.overrides[key]).replace("{}", str(index))
@@ -350,9 +349,10 @@ class _Resolver:
         return (usual or found or [None])[-1]  # type: ignore[list-item]
 
     def _get_embeddings(self) -> nn.Module | None:
-        for owner in (self.model, getattr(self.model, "base_model", None)):
+        owners: tuple[Any, ...] = (self.model, getattr(self.model, "base_model", None))
+        for owner in owners:
             try:
-                found = owner.get_input_embeddings()  # type: ignore[union-attr]
+                found = owner.get_input_embeddings()
             except (AttributeError, NotImplementedError):
                 continue
             if isinstance(found, nn.Module) and id(found) in self.names:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOGIT_BUDGET = 2**27
-"""Largest number of logits that one forward pass may produce (vocabulary × positions × rows)."""
+"""Largest number of logits that one forward pass may produce (vocabulary × positions)."""
 
 
 @dataclass(frozen=True)
@@ -159,24 +159,21 @@ def try_score_pairs(
             rows[prompt, target] = _encode(model, tokenizer, prompt, target, separator, include_eos)
         except RequestError as error:
             results[prompt, target] = Unscored(prompt, target, str(error))
-    keep_columns = not is_encoder_decoder(model) and accepts(model, "logits_to_keep")
+    at_targets = accepts(model, "logits_to_keep")
     vocabulary = vocabulary_size(model)
 
     def packer() -> Callable[[tuple[str, str]], bool]:
-        count = width = positions = 0
-        columns: set[int] = set()
+        count = width = computed = 0
 
         def admits(pair: tuple[str, str]) -> bool:
-            nonlocal count, width, positions, columns
+            nonlocal count, width, computed
             row = rows[pair]
-            new_columns = columns | set(row.columns)
-            new_width = max(width, row.width)
-            new_positions = max(positions, len(row.decoder if row.decoder is not None else row.inputs))
-            computed = len(new_columns) if keep_columns else new_positions
-            rows_now = count + 1
-            if count and (rows_now * new_width > token_budget or rows_now * computed * vocabulary > LOGIT_BUDGET):
+            wider = max(width, row.width)
+            # Logits are computed at the targets only where the model can do that, else everywhere.
+            more = computed + (len(row.target) if at_targets else len(row.decoder or row.inputs))
+            if count and ((count + 1) * wider > token_budget or more * vocabulary > LOGIT_BUDGET):
                 return False
-            count, width, positions, columns = count + 1, new_width, new_positions, new_columns
+            count, width, computed = count + 1, wider, more
             return True
 
         return admits
@@ -255,7 +252,8 @@ def _score_batch(
             extra["decoder_attention_mask"] = decoder.attention_mask
     index = torch.tensor([i for i, r in enumerate(members) for _ in r.target])
     columns = torch.tensor([c for r in members for c in r.columns])
-    logits = gather_logits(model, batch, index.to(device), columns.to(device), **extra).float()  # [positions, vocab]
+    # Indices stay on the CPU: the head may be on another device than the embeddings.
+    logits = gather_logits(model, batch, index, columns, **extra).float()  # [positions, vocab]
     wanted = torch.tensor([t for r in members for t in r.target], device=logits.device)
     total = logits.logsumexp(-1)
     # A collapsed model must not look right by accident: argmax over NaN is arbitrary, so it becomes -1.

@@ -84,8 +84,9 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
                 setattr(config, mapped.get(name, name), value)
             except Exception:  # a strict configuration that does not allow the value
                 continue
-    if hasattr(config, "qk_rope_head_dim") and hasattr(config, "head_dim"):
-        config.head_dim = config.qk_rope_head_dim  # latent attention rotates that part only
+    if hasattr(config, "kv_lora_rank"):  # latent attention: every head its own keys, and only a part is rotated
+        config.num_key_value_heads = config.num_attention_heads
+        config.head_dim = config.qk_rope_head_dim
     depth = getattr(config, "num_hidden_layers", None)
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):

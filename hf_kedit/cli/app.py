@@ -1,0 +1,51 @@
+"""The Typer application: one function per command, each in the module of its subject."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..version import __version__
+from . import artifacts, demo, edit, evaluate, inspect, methods, stats
+
+app = typer.Typer(
+    name="kedit",
+    help="Knowledge editing for Hugging Face models: change a fact, see it, undo it, save it, measure it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Data goes to standard output, logs to standard error. Exit codes: 0 done, 1 failure, 2 wrong usage,"
+    " 3 edit below --min-success.",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"kedit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("demo")(demo.demo)
+app.command("edit")(edit.edit)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("rollback")(artifacts.rollback)
+app.command("merge")(artifacts.merge)
+app.command("list-methods")(methods.list_methods)
+app.command("stats")(stats.stats)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,151 @@
+"""``kedit rollback`` and ``kedit merge``: what is done with saved edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ArtifactError
+from .models import DeviceOption, Dtype, DtypeOption, TrustOption, has_saved_edits, open_model
+from .output import DebugOption, Format, FormatOption, command, emit, error_console, percent
+
+if TYPE_CHECKING:
+    from ..model import EditableModel
+
+LOSSY = 0.05
+"""Share of an edit that may be lost by rounding before ``merge`` warns."""
+
+
+@command
+def rollback(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of saved edits.")],
+    edit_ids: Annotated[list[str] | None, typer.Argument(metavar="[EDIT_ID]...", help="Edits to undo.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Undo the last so many edits.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Undo all edits.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for what is left; default: DIR itself.")
+    ] = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    format: FormatOption = Format.human,
+    debug: DebugOption = False,
+) -> None:
+    """Undo saved edits, and save what is left."""
+    if sum((bool(edit_ids), last is not None, all_)) != 1:
+        raise typer.BadParameter("say what to undo: edit ids, or --last N, or --all", param_hint="EDIT_ID")
+    model = _open_edits(str(folder), device, trust_remote_code)
+    which: Any = "all" if all_ else last if last is not None else edit_ids
+    gone = model.rollback(which)
+    target = output or folder
+    model.save_pretrained(target)
+    data = {
+        "rolled_back": [e.id for e in gone],
+        "remaining": [e.id for e in model.edits],
+        "artifact": str(target),
+    }
+
+    def show(console: Any) -> None:
+        for e in gone:
+            console.print(f"undone   {e.id}   {e.request.filled_prompt} → {e.request.target_new}")
+        count = len(model.edits)
+        console.print(f"{count} edit{'' if count == 1 else 's'} left in {target}", soft_wrap=True)
+
+    emit(format, data, human=show, quiet=data["rolled_back"])
+
+
+@command
+def merge(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plain transformers model.")],
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    format: FormatOption = Format.human,
+    debug: DebugOption = False,
+) -> None:
+    """Write base model + edits as a plain transformers model, with its tokenizer.
+
+    --dtype is the number format of the written weights. What rounding loses of the edits is measured and shown.
+    """
+    _check_model_folder(output)
+    model = _open_edits(folder, device, trust_remote_code)
+    count, tokenizer = len(model.edits), model.tokenizer
+    wanted = None if dtype in (None, Dtype.auto) else dtype
+    losses = rounding_losses(model, wanted)
+    deltas = _exact_values(model, wanted)
+    merged = model.merge_and_unload()
+    if wanted is not None:
+        import torch
+
+        from ..engine.weights import get_module, set_weight
+
+        merged.to(getattr(torch, wanted.value))
+        for (module, name), value in deltas.items():  # from the exact sum, not from an already rounded weight
+            set_weight(get_module(merged, module), value, name)
+    merged.save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    worst = max(losses.values(), default=0.0)
+    if worst > LOSSY:
+        error_console().print(
+            f"kedit: rounding loses up to {percent(worst)} of the change of a weight; --dtype float32 keeps it",
+            style="yellow",
+        )
+    data = {
+        "output": str(output),
+        "edits": count,
+        "dtype": str(next(merged.parameters()).dtype).removeprefix("torch."),
+        "rounding_loss": losses,
+    }
+
+    def show(console: Any) -> None:
+        console.print(
+            f"{count} edit{'' if count == 1 else 's'} merged into {output} ({data['dtype']})", soft_wrap=True
+        )
+        for key, loss in losses.items():
+            console.print(f"  {key}: {percent(loss)} of the change lost by rounding", soft_wrap=True)
+
+    emit(format, data, human=show, quiet=[str(output)])
+
+
+def rounding_losses(model: EditableModel, dtype: Dtype | None) -> dict[str, float]:
+    """‖round(W + Δ) − W − Δ‖ / ‖Δ‖ of every edited weight, for weights written as ``dtype`` (``None``: as loaded)."""
+    import torch
+
+    losses = {}
+    for key, account in model.ledger.accounts.items():
+        if account.total is None:
+            continue
+        exact = account.original.float() + account.total
+        rounded = exact.to(getattr(torch, dtype.value) if dtype else account.original.dtype).float()
+        norm = account.total.norm().item()
+        losses[key] = (rounded - exact).norm().item() / norm if norm else 0.0
+    return losses
+
+
+def _exact_values(model: EditableModel, dtype: Dtype | None) -> dict[tuple[str, str], Any]:
+    """The edited weights in fp32, functional orientation, where they have to be written again."""
+    if dtype is None:
+        return {}
+    return {
+        (a.module, a.name): a.original.float() + a.total for a in model.ledger.accounts.values() if a.total is not None
+    }
+
+
+def _open_edits(name: str, device: str | None, trust_remote_code: bool) -> EditableModel:
+    if not has_saved_edits(name):
+        raise ArtifactError(f"{name!r} holds no saved edits (no edit_config.json)")
+    return open_model(name, device=device, trust_remote_code=trust_remote_code)
+
+
+def _check_model_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{str(folder)!r} is a file; give a folder")
+    for name in ("edit_config.json", "adapter_config.json"):
+        if (folder / name).exists():
+            raise ArtifactError(
+                f"{str(folder)!r} holds {name}; a whole model in the same folder would carry the edits twice. Choose"
+                " another folder."
+            )

@@ -1,0 +1,210 @@
+"""``kedit inspect``: what is in saved edits, or how a model is built and what a method would do with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .models import MethodOption, RevisionOption, TrustOption, hush_transformers, loading
+from .output import DebugOption, Format, FormatOption, command, emit, megabytes
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+    from ..saving import Artifact
+
+_SHOWN = 50
+
+
+@command
+def inspect(
+    source: Annotated[
+        str, typer.Argument(metavar="EDITS_OR_MODEL", help="Folder or Hub id of saved edits, or of a model.")
+    ],
+    method: MethodOption = None,
+    load: Annotated[
+        bool, typer.Option("--load", help="Load the weights too, and check the anatomy on a forward pass.")
+    ] = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    format: FormatOption = Format.human,
+    debug: DebugOption = False,
+) -> None:
+    """Show saved edits; or a model's anatomy and the hyperparameters that a method would use.
+
+    Neither needs weights to be loaded: a model is built from its config alone.
+    """
+    from .. import embedded
+    from ..saving import find_artifact
+
+    hush_transformers()
+    artifact = None
+    if embedded.resolve(source) is None:
+        with loading(source):
+            artifact = find_artifact(source, revision=revision)
+    if artifact is not None:
+        data = describe_artifact(artifact)
+        emit(format, data, human=lambda c: _show_artifact(c, data), quiet=[e["edit_id"] for e in data["edits"]])
+        return
+    with loading(source):
+        model = _build(source, load, revision, trust_remote_code)
+    anatomy = _anatomy(model, load)
+    data = _describe_model(source, model, anatomy, method, load)
+    emit(
+        format,
+        data,
+        human=lambda c: _show_model(c, data, anatomy),
+        quiet=[p.path for i in range(anatomy.num_layers) if (p := anatomy.layers[i].down) is not None],
+    )
+
+
+# ---------------------------------------------------------------------- saved edits
+
+
+def describe_artifact(artifact: Artifact) -> dict[str, Any]:
+    """Everything about saved edits that their files tell, JSON-ready."""
+    config = artifact.config
+    folder = Path(artifact.source)
+    files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+    return {
+        "kind": "edits",
+        "source": artifact.source,
+        "base_model": config["base_model_name_or_path"],
+        "base_model_revision": config.get("base_model_revision"),
+        "base_model_class": config.get("base_model_class"),
+        "base_dtype": config.get("base_dtype"),
+        "method": config["method"],
+        "hparams": config["hparams"],
+        "kedit_version": config.get("kedit_version"),
+        "format_version": config["format_version"],
+        "modules": [
+            {
+                "weight": key,
+                "shape": entry["shape"],
+                "rank": entry["rank"],
+                "storage": "factors" if entry["rank"] else "dense",
+                "bytes": sum(
+                    t.numel() * t.element_size() for n, t in artifact.tensors.items() if n.startswith(f"{key}.delta")
+                ),
+            }
+            for key, entry in config["modules"].items()
+        ],
+        "edits": [
+            {
+                "edit_id": e.id,
+                "method": e.method,
+                "batch_id": e.batch_id,
+                "created": e.created,
+                "prompt": e.request.filled_prompt,
+                "subject": e.request.subject,
+                "ground_truth": e.request.ground_truth,
+                "target_new": e.request.target_new,
+            }
+            for e in artifact.journal
+        ],
+        "files": {p.name: p.stat().st_size for p in files},
+    }
+
+
+def _show_artifact(console: Console, data: dict[str, Any]) -> None:
+    n = len(data["edits"])
+    console.print(f"{n} edit{'' if n == 1 else 's'} of {data['base_model'] or 'a model in memory'}", style="bold")
+    revision = f", revision {data['base_model_revision']}" if data["base_model_revision"] else ""
+    console.print(f"{data['base_model_class']}, {data['base_dtype']}{revision}; last method {data['method']}\n")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("edit", "method", "prompt", "was", "now"):
+        table.add_column(name, overflow="fold")
+    for e in data["edits"][:_SHOWN]:
+        table.add_row(e["edit_id"], e["method"], e["prompt"], ", ".join(e["ground_truth"]) or "?", e["target_new"])
+    console.print(table)
+    if n > _SHOWN:
+        console.print(f"… and {n - _SHOWN} more (--format json shows all)")
+    console.print()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("changed weight", "shape", "change", "size"):
+        table.add_column(name, justify="right" if name == "size" else "left")
+    for m in data["modules"]:
+        change = f"rank {m['rank']}" if m["rank"] else "dense"
+        table.add_row(m["weight"], " x ".join(map(str, m["shape"])), change, megabytes(m["bytes"]))
+    console.print(table)
+    console.print()
+    console.print("files   " + ", ".join(f"{name} {megabytes(size)}" for name, size in data["files"].items()))
+
+
+# ---------------------------------------------------------------------- models
+
+
+def _build(source: str, load: bool, revision: str | None, trust_remote_code: bool) -> Any:
+    """The model: with its weights, or on the meta device from its config alone."""
+    from .. import embedded
+    from ..loading import load_base
+
+    if not load:
+        import torch
+        import transformers
+
+        local = embedded.resolve(source)
+        config = transformers.AutoConfig.from_pretrained(
+            str(local) if local is not None else source, revision=revision, trust_remote_code=trust_remote_code
+        )
+        # The class that the checkpoint was saved from; remote code and headless checkpoints take the other way.
+        cls = getattr(transformers, (config.architectures or [""])[0], None)
+        if cls is not None and cls.can_generate():
+            with torch.device("meta"):
+                return cls._from_config(config)
+    return load_base(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _anatomy(model: Any, load: bool) -> Anatomy:
+    from ..anatomy import check_anatomy, resolve_anatomy
+
+    anatomy = resolve_anatomy(model)
+    return check_anatomy(model, anatomy) if load else anatomy
+
+
+def _describe_model(source: str, model: Any, anatomy: Anatomy, method: str | None, load: bool) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in model.parameters())
+    data: dict[str, Any] = {
+        "kind": "model",
+        "source": source,
+        "parameters": parameters,
+        "dtype": str(getattr(model.config, "dtype", None) or next(model.parameters()).dtype).removeprefix("torch."),
+        "checked": load,
+        "anatomy": anatomy.to_dict(),
+        "method": None,
+        "config": None,
+        "edited_modules": None,
+    }
+    if method is not None:
+        from ..config import AutoEditConfig, ModelProfile
+        from ..methods import method_class
+
+        norm = model.get_submodule(anatomy.final_norm) if anatomy.final_norm else None
+        config = AutoEditConfig.for_method(method).complete(
+            ModelProfile(
+                name=source,
+                num_layers=anatomy.num_layers,
+                hidden_size=anatomy.hidden_size,
+                norm="layer" if getattr(norm, "bias", None) is not None else "rms",
+                model_type=anatomy.model_type,
+            )
+        )
+        data["method"] = method_class(config).capabilities.name
+        data["config"] = config.to_dict()
+        data["edited_modules"] = [anatomy.down(layer).path for layer in config.layers or []]
+    return data
+
+
+def _show_model(console: Console, data: dict[str, Any], anatomy: Anatomy) -> None:
+    console.print(f"{data['source']}: {data['parameters']:,} parameters, {data['dtype']}\n", style="bold")
+    console.print(anatomy.describe(), soft_wrap=True)
+    if data["config"] is None:
+        console.print("\n--method NAME shows what a method would do with it")
+        return
+    console.print(f"\n{data['method']} with its defaults for this model", style="bold")
+    for key, value in data["config"].items():
+        console.print(f"  {key}: {value}")
+    console.print("edits", ", ".join(data["edited_modules"]), soft_wrap=True)

@@ -1,0 +1,251 @@
+"""From command-line options to a loaded `EditableModel`: which config, which model, which device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import logging as kedit_logging
+from ..config import CONFIG_NAME, EditConfig, config_class, read_mapping
+from ..errors import ArtifactError, ConfigError, KeditError
+
+if TYPE_CHECKING:
+    from ..model import EditableModel
+
+
+class Dtype(StrEnum):
+    """Number formats of weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Hub id or folder of a model, an embedded model (kedit/world-gpt2, kedit/world-llama), or saved edits.",
+    ),
+]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", "-M", help="Editing method; `kedit list-methods` shows them.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML or JSON file with the hyperparameters of the method."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="One hyperparameter, as in YAML; may be repeated."),
+]
+LayersOption = Annotated[
+    str | None, typer.Option("--layers", "-l", help="Layers to edit, such as 5 or 4-8 or 3,5,-1; wins over the rest.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the method; wins over the rest.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype", help="Number format of the loaded weights; default: the checkpoint's.", show_default=False
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1 … or auto (spread over all devices); default: cuda if there is one.",
+        show_default=False,
+    ),
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")
+]
+
+
+# ---------------------------------------------------------------------- configs
+
+
+def build_config(
+    method: str | None,
+    file: Path | None,
+    settings: Sequence[str] | None,
+    **flags: Any,
+) -> EditConfig | None:
+    """Put a config together: the file, then ``--set``, then explicit flags (those that are not ``None``).
+
+    Returns:
+        The config; ``None`` if the options name no method (a saved edit then continues with its own).
+
+    Raises:
+        UnknownMethodError: naming the nearest method.
+        ConfigError: for an unreadable file, an unknown key or a bad value.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = read_mapping(file)
+        values = dict(values["hparams"]) if isinstance(values.get("hparams"), dict) else values
+        values.pop("match", None)
+        named = values.pop("edit_type", None)
+        if method is None and named is None:
+            raise ConfigError(f"{str(file)!r} does not name a method with 'edit_type'; give --method")
+        if method is not None and named is not None and config_class(method) is not config_class(named):
+            raise ConfigError(f"{str(file)!r} is a config of {named!r}, and --method says {method!r}")
+        method = method or named
+    if method is None:
+        return None
+    values |= parse_settings(settings) | {k: v for k, v in flags.items() if v is not None}
+    return config_class(method).from_dict(values)
+
+
+def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
+    """Turn ``KEY=VALUE`` texts into a dict; values are read as YAML and coerced later, by the config.
+
+    Raises:
+        typer.BadParameter: for a text without ``=`` or a value that is not YAML.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for text in settings or ():
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            raise typer.BadParameter(f"{text!r} is not of the form KEY=VALUE", param_hint="--set")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(f"{text!r}: the value is not valid YAML", param_hint="--set") from error
+    return values
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """Turn ``5``, ``4-8``, ``3,5,-1`` or ``[3, 5]`` into a list; ``None`` stays.
+
+    Raises:
+        typer.BadParameter: for anything else.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.strip().strip("[]").split(","):
+        part = part.strip()
+        span = re.fullmatch(r"(\d+)\s*[-:]\s*(\d+)", part)
+        if span and int(span[1]) <= int(span[2]):
+            layers.extend(range(int(span[1]), int(span[2]) + 1))
+        elif re.fullmatch(r"-?\d+", part):
+            layers.append(int(part))
+        else:
+            raise typer.BadParameter(f"{text!r}: write layers as 5 or 4-8 or 3,5,-1", param_hint="--layers")
+    return layers
+
+
+# ---------------------------------------------------------------------- models
+
+
+def open_model(
+    name: str,
+    method: str | None = None,
+    file: Path | None = None,
+    settings: Sequence[str] | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    dtype: Dtype | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    needs_method: bool = True,
+) -> EditableModel:
+    """Load a model, or saved edits with their base model, with the config that the options describe.
+
+    Args:
+        name: what ``--model`` says.
+        method: what ``--method`` says.
+        file: what ``--config`` says.
+        settings: what ``--set`` says.
+        flags: config fields with an option of their own.
+        dtype: number format of the weights.
+        device: where to put the model.
+        revision: of the model's repository.
+        trust_remote_code: as in transformers.
+        needs_method: whether a model without saved edits needs a method.
+
+    Raises:
+        typer.BadParameter: if a method is needed and none is named.
+        ArtifactError: if there is no such model or it cannot be loaded.
+    """
+    given = {k: v for k, v in (flags or {}).items() if v is not None}
+    config = build_config(method, file, settings, **given)
+    if config is None and needs_method and not has_saved_edits(name, revision):
+        raise typer.BadParameter("name a method, or give a config file that does", param_hint="--method")
+    hush_transformers()
+    from ..model import EditableModel
+
+    kwargs: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if dtype is not None:
+        kwargs["dtype"] = dtype.value
+    place = device or _default_device()
+    if place != "cpu":
+        kwargs["device_map"] = place
+    with loading(name):
+        model = EditableModel.from_pretrained(name, config, **kwargs)
+    if config is None and (settings or given):
+        changed = {**model.edit_config.to_dict(), **parse_settings(settings), **given}
+        model.set_method(type(model.edit_config).from_dict(changed))
+    return model
+
+
+def has_saved_edits(name: str, revision: str | None = None) -> bool:
+    """Whether ``name`` is a folder or repository of saved edits (and not a model)."""
+    from .. import embedded
+
+    if embedded.resolve(name) is not None:
+        return False
+    if Path(name).is_dir():
+        return (Path(name) / CONFIG_NAME).is_file()
+    from ..saving import find_artifact
+
+    with loading(name):
+        return find_artifact(name, revision=revision) is not None
+
+
+def hush_transformers() -> None:
+    """Give transformers the verbosity of this library, and bars only where somebody sees them."""
+    from transformers.utils import logging as theirs
+
+    level = kedit_logging.get_verbosity()
+    theirs.set_verbosity(level if level <= logging.DEBUG else logging.ERROR)
+    if not sys.stderr.isatty() or level >= logging.ERROR:
+        theirs.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a missing or unusable model into one clear line.
+
+    Raises:
+        ArtifactError: see above.
+    """
+    try:
+        yield
+    except KeditError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ArtifactError(f"cannot load {name!r}: {reason}") from error
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,155 @@
+"""What all commands share: the three output formats, where text goes, and what becomes of an error.
+
+Data goes to standard output; progress, logs and errors go to standard error, so that ``kedit … --format json | jq``
+always works. Exit codes: 0 done, 1 failure, 2 wrong usage, 3 an edit below ``--min-success``, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .. import logging as kedit_logging
+from ..errors import KeditError
+
+FAILURE, BELOW_MIN_SUCCESS, INTERRUPTED = 1, 3, 130
+
+
+class Format(StrEnum):
+    """How results are written."""
+
+    human = "human"
+    json = "json"
+    quiet = "quiet"
+
+
+FormatOption = Annotated[
+    Format,
+    typer.Option(
+        "--format",
+        "-f",
+        help="human: tables; json: one JSON value on standard output; quiet: only the essential value.",
+        rich_help_panel="Output",
+    ),
+]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Log everything, and show the traceback of an error.", rich_help_panel="Output"),
+]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of all commands: set the loggers up, and turn errors into one line and an exit code.
+
+    The command must have the parameters ``format`` and ``debug``.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs["debug"])
+        try:
+            set_up(kwargs["format"], debug)
+            function(*args, **kwargs)
+        except KeditError as error:
+            fail(error, debug)
+        except BrokenPipeError:  # the reader has gone (kedit … | head); typer ends quietly
+            raise
+        except (OSError, MemoryError) as error:
+            fail(error, debug)
+        except KeyboardInterrupt:
+            if debug:
+                raise
+            error_console().print("interrupted; nothing was saved that is not named above", style="red")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def set_up(output_format: Format, debug: bool) -> None:
+    """Set verbosity and progress bars of this library."""
+    interactive = sys.stderr.isatty() and output_format is not Format.quiet
+    if debug:
+        kedit_logging.set_verbosity_debug()
+    elif output_format is Format.quiet:
+        kedit_logging.set_verbosity_error()
+    else:
+        kedit_logging.set_verbosity_warning()
+    (kedit_logging.enable_progress_bars if interactive else kedit_logging.disable_progress_bars)()
+
+
+def fail(error: BaseException, debug: bool) -> None:
+    """Write one line to standard error and leave with exit code 1; with ``debug`` show the traceback instead."""
+    if debug:
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    error_console().print(f"kedit: error: {text}", style="red", soft_wrap=True)
+    raise typer.Exit(FAILURE) from None
+
+
+def console() -> Console:
+    """Standard output. Made on each call, because tests and pipes change ``sys.stdout``."""
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+
+
+def error_console() -> Console:
+    """Standard error."""
+    return Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+
+
+def emit(
+    output_format: Format,
+    data: Any,
+    *,
+    human: Callable[[Console], None],
+    quiet: Iterable[str] = (),
+) -> None:
+    """Write a result to standard output.
+
+    Args:
+        output_format: the user's choice.
+        data: JSON-ready value.
+        human: prints it for people.
+        quiet: the essential values, one a line.
+    """
+    if output_format is Format.json:
+        sys.stdout.write(json.dumps(plain(data), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    elif output_format is Format.quiet:
+        for line in quiet:
+            sys.stdout.write(f"{line}\n")
+    else:
+        human(console())
+
+
+def plain(value: Any) -> Any:
+    """A JSON-ready copy: NaN and infinity, which JSON lacks, become ``null``; everything unknown becomes text."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def megabytes(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(size) < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def percent(value: float | None) -> str:
+    """A fraction of 1 as a percentage; a dash for what was not measured."""
+    return "–" if value is None else f"{100 * value:.1f} %"

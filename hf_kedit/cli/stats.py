@@ -1,0 +1,112 @@
+"""``kedit stats``: second moments of layer inputs, which ROME, MEMIT and their kin need, computed ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ConfigError
+from .models import (
+    DeviceOption,
+    DtypeOption,
+    LayersOption,
+    MethodOption,
+    ModelOption,
+    RevisionOption,
+    TrustOption,
+    open_model,
+    parse_layers,
+)
+from .output import DebugOption, Format, FormatOption, command, emit
+
+
+@command
+def stats(
+    model: ModelOption,
+    method: MethodOption = "memit",
+    layers: LayersOption = None,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            "-d",
+            help="Text file, dataset id (org/name:config:split), or self: text that the model generates"
+            " (for an embedded model: the text of its world).",
+        ),
+    ] = "self",
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", "-n", min=1, help="Tokens to collect; default: 100 per dimension (20 for self)."),
+    ] = None,
+    stats_dir: Annotated[
+        Path | None,
+        typer.Option("--stats-dir", "--output", "-o", help="Folder of the cache; default: the library's own."),
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    format: FormatOption = Format.human,
+    debug: DebugOption = False,
+) -> None:
+    """Collect second moments of the keys of all layers in one pass over text.
+
+    What is there already is not computed again, and an interrupted run goes on where it was. Without --layers:
+    the layers that the method edits. With --stats-dir, give the method the same folder: --set stats_dir=DIR.
+    """
+    chosen = parse_layers(layers)
+    flags: dict[str, Any] = {
+        "layers": chosen,
+        "stats_dataset": None if dataset == "self" else dataset,
+        "stats_tokens": tokens,
+        "stats_dir": None if stats_dir is None else str(stats_dir),
+    }
+    _check_uses_statistics(str(method))
+    editable = open_model(
+        model,
+        method,
+        flags=flags,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    from ..engine.forward import frozen_eval
+
+    modules = [editable.anatomy.down(layer).path for layer in editable.edit_config.layers or []]
+    store = editable.statistics
+    with editable.disable_edits(), frozen_eval(editable.base_model):
+        found = store.moments(modules)
+    data = {
+        "model": editable.base_model_id,
+        "fingerprint": store.fingerprint,
+        "folder": str(store.folder),
+        "modules": [
+            {"module": name, "tokens": moment.count, "width": moment.total.shape[0], "corpus": moment.source}
+            for name, moment in found.items()
+        ],
+    }
+    emit(format, data, human=lambda console: _show(console, data), quiet=[data["folder"]])
+
+
+def _check_uses_statistics(method: str) -> None:
+    from ..config import config_class
+
+    if "stats_dataset" not in config_class(method).__dataclass_fields__:
+        raise ConfigError(f"{method} uses no second moments; memit and rome do")
+
+
+def _show(console: Console, data: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("inputs of", no_wrap=True)
+    table.add_column("tokens", justify="right")
+    table.add_column("width", justify="right")
+    table.add_column("text")
+    for row in data["modules"]:
+        table.add_row(row["module"], f"{row['tokens']:,}", f"{row['width']:,}", row["corpus"])
+    console.print(table)
+    console.print(f"\nkept in {data['folder']}", soft_wrap=True)
