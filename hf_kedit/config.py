@@ -296,7 +296,7 @@ def _load_methods() -> None:
 
 
 @cache
-def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(cls)
     return {f.name: TypeAdapter(hints[f.name]) for f in fields(cls)}
 
@@ -326,8 +326,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{str(path)!r} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+        raise ConfigError(
+            f"{str(path)!r} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"{str(path)!r} must hold a mapping of names to values")
     return data
-

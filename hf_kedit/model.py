@@ -110,7 +110,8 @@ class EditableModel(nn.Module):
         self._templates: dict[str, list[list[str]]] = {}
         self._base_fingerprint: str | None = None
         self.trace: dict[str, torch.Tensor] | None = None
-        self.__class__ = _named_after(type(base_model))
+        kind: Any = type(base_model)
+        self.__class__ = _named_after(kind)
         self.set_method(config if config is not None else "ft-m")
 
     # ------------------------------------------------------------------ construction
@@ -319,6 +320,7 @@ class EditableModel(nn.Module):
         outcome = self._method.compute(batch)
         if not all(delta.finite() for delta in outcome.deltas):
             raise EditFailedError("the computed update holds NaN or infinity; nothing was changed")
+        outcome = self._method.regularise(outcome)
         seconds = time.perf_counter() - started
         batch_id, created = new_id("batch"), now()
         edits = [
@@ -483,13 +485,13 @@ class EditableModel(nn.Module):
 
 
 @functools.cache
-def _named_after(base: type) -> type[EditableModel]:
+def _named_after(base: Any) -> type[EditableModel]:
     """A subclass of `EditableModel` with the name and the ``forward`` signature of a transformers class.
 
     Pipelines compare the class name with a list, and `Trainer` reads the signature.
     """
 
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    @functools.wraps(base.forward)
     def forward(self: EditableModel, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
 

@@ -58,7 +58,7 @@ class Probe:
         prompt = value.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise RequestError("a probe needs a non-empty 'prompt'", row=row, field=field_name)
-        match = value.get("match") or "any"
+        match: Any = value.get("match") or "any"
         if match not in ("any", "all"):
             raise RequestError(f"'match' must be 'any' or 'all', not {match!r}", row=row, field=field_name)
         return cls(prompt, answer_groups(value.get("ground_truth"), field_name, row), match, value.get("image"))
@@ -356,7 +356,8 @@ def find_subject(prompt: str, subject: str) -> tuple[int, int] | None:
     if hit:
         return hit.span()
     # Unicode forms can change lengths: search in the composed text and map the span back character by character.
-    composed, origin = [], []
+    composed: list[str] = []
+    origin: list[tuple[int, int]] = []
     for cluster in re.finditer(r"\S[\u0300-\u036f]*|\s+", prompt):
         text = " " if cluster.group().isspace() else unicodedata.normalize("NFC", cluster.group())
         composed.extend(text)

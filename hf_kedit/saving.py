@@ -156,6 +156,9 @@ def _pack(model: EditableModel) -> tuple[dict[str, torch.Tensor], dict[str, Any]
                 name = f"{key}.delta.{number}"
                 entry |= {"storage": "dense", "tensor": name}
                 tensors[name] = delta.dense.cpu().contiguous()
+            if delta.keys is not None:
+                entry["keys"] = f"{key}.keys.{number}"
+                tensors[entry["keys"]] = delta.keys.cpu().contiguous()
             pieces.append(entry)
         if lefts:
             tensors[f"{key}.delta_U"] = torch.cat(lefts, dim=1).contiguous()
@@ -210,9 +213,7 @@ def find_artifact(name: str, *, revision: str | None = None, token: Any = None) 
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             if not (folder / "config.json").is_file():
-                raise ArtifactError(
-                    f"{name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)"
-                )
+                raise ArtifactError(f"{name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)")
             return None
         return read_artifact(name, lambda file: _read_local(folder, file))
     if folder.is_file():
@@ -251,6 +252,7 @@ def read_artifact(source: str, fetch: Any) -> Artifact:
     Raises:
         ArtifactError: naming the file and what is wrong with it.
     """
+
     def get(name: str) -> bytes:
         data: bytes | None = fetch(name)
         if data is None:
@@ -324,9 +326,7 @@ def load_artifact(
     revision = base_model_revision or described.get("base_model_revision")
     if base_model is None:
         if not name:
-            raise ArtifactError(
-                f"{artifact.source}: the edits were made on a model in memory; give it as base_model="
-            )
+            raise ArtifactError(f"{artifact.source}: the edits were made on a model in memory; give it as base_model=")
         model_kwargs.setdefault("dtype", getattr(torch, str(described.get("base_dtype", "")), None) or "auto")
         base_model = load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
     if tokenizer is None and name:
@@ -421,6 +421,12 @@ def _piece(
                 raise ArtifactError(f"{where}: a delta of shape {tuple(delta.matrix().shape)} does not fit")
         else:
             raise ArtifactError(f"{where}: unknown storage {entry['storage']!r}")
+        if entry.get("keys") is not None:
+            delta.keys = artifact.tensors[str(entry["keys"])].clone()
+            if delta.keys.dim() != 2 or delta.keys.shape[0] != shape[-1]:
+                raise ArtifactError(f"{where}: keys of shape {tuple(delta.keys.shape)} do not fit")
+            if columns is not None and delta.keys.shape[1] != len(columns):
+                raise ArtifactError(f"{where}: {delta.keys.shape[1]} keys for {len(columns)} columns")
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, KeditError):
             raise

@@ -167,9 +167,7 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, target: str, *, eos: bool 
 # ---------------------------------------------------------------------- positions
 
 
-def span_tokens(
-    tokenizer: PreTrainedTokenizerBase, pair: EncodedPair, span: tuple[int, int]
-) -> tuple[int, int]:
+def span_tokens(tokenizer: PreTrainedTokenizerBase, pair: EncodedPair, span: tuple[int, int]) -> tuple[int, int]:
     """Token range ``[first, end)`` of the tokens whose characters overlap a character span of ``pair.text``.
 
     Raises:

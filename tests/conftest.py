@@ -12,11 +12,11 @@ os.environ.setdefault("HF_KEDIT_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_KEDIT_CACHE", tempfile.mkdtemp(prefix="kedit-test-cache-"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from hf_kedit import EditableModel  # noqa: E402
-from hf_kedit.logging import disable_progress_bars  # noqa: E402
+from hf_kedit import EditableModel
+from hf_kedit.logging import disable_progress_bars
 
 torch.set_num_threads(1)
 disable_progress_bars()

@@ -21,7 +21,7 @@ _HERE = Path(__file__).resolve().parent
 _FOLDERS = [
     Path(p)
     for p in (os.environ.get("KEDIT_GOLDEN", ""), _HERE.parent.parent / "shared" / "golden", _HERE / "golden")
-    if str(p) and Path(p).is_dir()
+    if str(p) != "" and Path(p).is_dir()
 ]
 
 
@@ -64,7 +64,9 @@ class Case:
         tolerance = self.spec["tolerance"]["values"][kind]
         expected, actual = expected.double(), actual.double().cpu()
         assert expected.shape == actual.shape, f"{self.name} {label}: {tuple(actual.shape)} != {tuple(expected.shape)}"
-        difference = (actual - expected).abs().max() if kind == "loss" else (actual - expected).norm() / expected.norm()
+        difference = (
+            (actual - expected).abs().max() if kind == "loss" else (actual - expected).norm() / expected.norm()
+        )
         assert float(difference) <= tolerance, f"{self.name} {label}: off by {float(difference):.2e} > {tolerance:.0e}"
 
 

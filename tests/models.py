@@ -325,13 +325,13 @@ class StandInAttention(nn.Module):
 
     def __init__(self, hidden: int, fused: str, out: str):
         super().__init__()
-        self.fused, self.out = fused, out
+        self._names = (fused, out)
         setattr(self, fused, nn.Linear(hidden, 3 * hidden))
         setattr(self, out, nn.Linear(hidden, hidden, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = getattr(self, self.fused)(x).chunk(3, dim=-1)
-        return getattr(self, self.out)(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        q, k, v = getattr(self, self._names[0])(x).chunk(3, dim=-1)
+        return getattr(self, self._names[1])(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 class StandInMLP(nn.Module):
@@ -339,15 +339,15 @@ class StandInMLP(nn.Module):
 
     def __init__(self, hidden: int, inner: int, ups: list[str], down: str, registered: list[str] | None = None):
         super().__init__()
-        self.ups, self.down = ups, down
+        self._ups, self._down = ups, down
         for name in registered or ups:
             setattr(self, name, nn.Linear(hidden, inner * (2 if len(ups) == 1 else 1), bias=False))
         setattr(self, down, nn.Linear(inner, hidden, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [getattr(self, name)(x) for name in self.ups]
+        parts = [getattr(self, name)(x) for name in self._ups]
         gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
-        return getattr(self, self.down)(F.silu(gate) * up)
+        return getattr(self, self._down)(F.silu(gate) * up)
 
 
 class StandInBlock(nn.Module):

@@ -16,7 +16,9 @@ GPT2XL = ModelProfile("openai-community/gpt2-xl", 48, 1600, "layer", "gpt2")
 
 def test_yaml_numbers_that_look_like_strings_are_coerced(tmp_path: Path) -> None:
     path = tmp_path / "rome.yaml"
-    path.write_text("layers: [17]\nv_lr: 5e-1\nv_weight_decay: 1e-3\nv_num_grad_steps: '20'\nmom2_adjustment: 'false'\n")
+    path.write_text(
+        "layers: [17]\nv_lr: 5e-1\nv_weight_decay: 1e-3\nv_num_grad_steps: '20'\nmom2_adjustment: 'false'\n"
+    )
     config = ROMEConfig.from_hparams(path)
     assert (config.v_lr, config.v_weight_decay, config.v_num_grad_steps) == (0.5, 1e-3, 20)
     assert config.mom2_adjustment is False

@@ -11,8 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, pipeline
 
-from hf_kedit import EditableModel, EditRequest, FTLConfig, FTMConfig, MEMITConfig, ROMEConfig, load_edit_dataset
-from hf_kedit import embedded
+from hf_kedit import (
+    EditableModel,
+    EditRequest,
+    FTLConfig,
+    FTMConfig,
+    MEMITConfig,
+    ROMEConfig,
+    embedded,
+    load_edit_dataset,
+)
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import (
     ConfigError,

@@ -165,7 +165,9 @@ json_values = st.recursive(
 
 @given(
     st.dictionaries(
-        st.sampled_from([*GOOD, "ground_truth", "locality", "portability", "rephrase_prompts", "id", "metadata", "odd"]),
+        st.sampled_from(
+            [*GOOD, "ground_truth", "locality", "portability", "rephrase_prompts", "id", "metadata", "odd"]
+        ),
         json_values,
         max_size=6,
     )

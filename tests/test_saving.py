@@ -133,9 +133,7 @@ def test_a_model_in_memory_needs_its_base_when_loaded(tmp_path: Path) -> None:
     with pytest.raises(BaseModelMismatchError, match="not the one"):
         EditableModel.from_pretrained(tmp_path / "edits", base_model=other, tokenizer=tokenizer)
     assert model_digest(other) == digest
-    EditableModel.from_pretrained(
-        tmp_path / "edits", base_model=other, tokenizer=tokenizer, ignore_fingerprint=True
-    )
+    EditableModel.from_pretrained(tmp_path / "edits", base_model=other, tokenizer=tokenizer, ignore_fingerprint=True)
     assert model_digest(other) != digest
 
 

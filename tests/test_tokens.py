@@ -75,7 +75,7 @@ def test_the_target_begins_behind_the_prompt(kind: str, prompt: str, target: str
     pair = encode_pair(tok, prompt, target)
     assert tok.decode(pair.target_ids).strip() == target
     assert pair.ids == pair.prompt_ids + pair.target_ids
-    assert not pair.target_ids[-1] == tok.eos_token_id
+    assert pair.target_ids[-1] != tok.eos_token_id
     if kind in ("spm", "world-llama"):
         assert pair.ids[0] == tok.bos_token_id and pair.prompt_length >= 2
 

@@ -304,16 +304,13 @@ class _Checker:
         """Add ε to the down projection of layer ``i`` in a row of its own and see what the block's output does."""
         layers = [la for la in self.anatomy.layers if la.down is not None and la.path in seen.outputs]
         rows, width = len(layers) + 1, self.ids.shape[1]
-        generator = torch.Generator().manual_seed(0)
-        # Signs, so that every direction of the stream is moved by the same amount.
-        signs = torch.randint(0, 2, (width, self.anatomy.hidden_size), generator=generator).mul(2).sub(1)
         added: dict[str, torch.Tensor] = {}
         moved: dict[str, torch.Tensor] = {}
         handles: list[Any] = []
         for row, layer in enumerate(layers, start=1):
             assert layer.down is not None
             # As large as the stream itself: well above rounding, and enough to show a normalisation.
-            epsilon = signs * max(float(seen.outputs[layer.path].square().mean().sqrt()), 1e-6)
+            size = max(float(seen.outputs[layer.path].square().mean().sqrt()), 1e-6)
 
             def at_down(
                 _: Any,
@@ -322,15 +319,15 @@ class _Checker:
                 *,
                 path: str = layer.path,
                 row: int = row,
-                epsilon: torch.Tensor = epsilon,
+                size: float = size,
             ) -> Any:
                 if path in added:
                     return None  # a block that runs several times is disturbed once
                 tensor = block_output(output)
                 new = tensor.clone(memory_format=torch.contiguous_format)
-                view = new if new.dim() == 3 else new.view(rows, width, -1)
+                view = new if new.dim() == 3 else new.view(rows, -1, new.shape[-1])
                 before = wide_copy(view[row])
-                view[row] += epsilon.to(new)
+                view[row] += size * _signs(before.shape).to(new)
                 # What was really added, after rounding to the dtype of the activations.
                 added[path] = wide_copy(view[row]) - before
                 return replace_block_output(output, new)
@@ -364,6 +361,12 @@ class _Checker:
             additive.append(exact)
             scales.append(1.0 if exact else s)
         return tuple(additive), tuple(scales)
+
+
+def _signs(shape: tuple[int, ...]) -> torch.Tensor:
+    """Random ±1, the same every time: every direction of the stream is moved by the same amount."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).float()
 
 
 def _scalar(added: torch.Tensor | None, moved: torch.Tensor | None, tolerance: float) -> float | None:

@@ -188,13 +188,15 @@ class BlockReader:
         for m in matrices:
             groups.setdefault(m.parent, []).append(m)
         found = [unit for group in groups.values() for unit in self._pair(group)]
-        if not found and not has_bank:
+        if not has_bank and all(_AUXILIARY.search(self._short(u.down)) for u in found):
             # Up and down have different parents (intermediate/output): look below common ancestors, deepest first.
-            above = {name for m in matrices for name, _ in m.ancestors} | {""}
+            used = {p.path for u in found for p in (u.down, *u.ups)}
+            left = [m for m in matrices if m.projection.path not in used and not _AUXILIARY.search(m.name)]
+            above = {name for m in left for name, _ in m.ancestors} | {""}
             for name in sorted(above, key=lambda n: -n.count(".") if n else 1):
-                below = [m for m in matrices if not name or m.name.startswith(name + ".")]
-                found = self._pair(below)
-                if found:
+                more = self._pair([m for m in left if not name or m.name.startswith(name + ".")])
+                if more:
+                    found += more
                     break
         return self._with_roles(found, has_bank)
 
@@ -247,7 +249,7 @@ class BlockReader:
     def _with_roles(self, units: list[MlpUnit], has_bank: bool) -> list[MlpUnit]:
         roles: list[Role] = []
         for unit in units:
-            name = unit.down.path.removeprefix(self.path + ".")
+            name = self._short(unit.down)
             if _LIST_EXPERT.search(name):
                 roles.append("expert")
             elif "shared" in name and (has_bank or any(_LIST_EXPERT.search(u.down.path) for u in units)):
@@ -336,6 +338,9 @@ class BlockReader:
         return self._full(name.rsplit(".", 1)[0] if "." in name else name)
 
     # ------------------------------------------------------------------ names
+
+    def _short(self, projection: Projection) -> str:
+        return projection.path.removeprefix(self.path + ".")
 
     def _full(self, name: str | None) -> str | None:
         return None if name is None else f"{self.path}.{name}"

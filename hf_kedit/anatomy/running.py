@@ -49,14 +49,17 @@ def forward(model: nn.Module, anatomy: Anatomy, ids: torch.Tensor, *, hidden_sta
 
 def _runner(model: nn.Module, anatomy: Anatomy) -> nn.Module:
     """The module to call: the model, or its language model if the whole cannot run on text alone (BLIP-2)."""
+    prefix = "_orig_mod." if hasattr(model, "_orig_mod") else ""
+    # Code compiled earlier would not see new hooks; the module it was compiled from does.
+    model = getattr(model, "_orig_mod", model)
     parameters = inspect.signature(unwrap(model).forward).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if not [name for name in required if name != "input_ids"]:
         return model
-    parts = anatomy.layers_path.split(".")
+    parts = anatomy.layers_path.removeprefix(prefix).split(".")
     for depth in range(1, len(parts)):
         inner = model.get_submodule(".".join(parts[:depth]))
-        head_inside = anatomy.head is None or anatomy.head.startswith(".".join(parts[:depth]) + ".")
+        head_inside = anatomy.head is None or anatomy.head.startswith(prefix + ".".join(parts[:depth]) + ".")
         if head_inside and hasattr(inner, "get_input_embeddings") and "input_ids" in _arguments(inner):
             return inner
     return model
@@ -140,7 +143,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
         for module in training:

@@ -103,10 +103,16 @@ class _Resolver:
         hidden = self._hidden_size()
         root = self._stack_root()
         layers_path, blocks = self._blocks(root, hidden)
+        if len({id(block) for block in blocks}) < len(blocks):
+            raise UnsupportedModelError(
+                f"'{layers_path}' of {type(self.model).__name__} holds the same block several times: an edit of one"
+                " layer would act in others"
+            )
         family = self._family(blocks)
         layers = [
             BlockReader(block, f"{layers_path}.{name}", i, hidden, family).read()
-            for i, (name, block) in enumerate(blocks.named_children())
+            for i, (name, block) in enumerate(blocks._modules.items())
+            if block is not None
         ]
         layers = [self._override_layer(layer) for layer in layers]
         if not any(layer.units or layer.experts or layer.down for layer in layers):

@@ -261,7 +261,7 @@ class Anatomy:
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.logit_lens is not None:
             lines.append(f"  logits = head(final norm(h)): {'yes' if self.logit_lens else 'no'}")
-        else:
+        if not self.checked:
             lines.append("  (not checked on a forward pass)")
         return "\n".join(lines)
 

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ArtifactError
 from .models import DeviceOption, Dtype, DtypeOption, TrustOption, has_saved_edits, open_model
-from .output import DebugOption, Format, FormatOption, command, emit, error_console, percent
+from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console, percent
 
 if TYPE_CHECKING:
     from ..model import EditableModel
@@ -49,8 +49,7 @@ def rollback(
     def show(console: Any) -> None:
         for e in gone:
             console.print(f"undone   {e.id}   {e.request.filled_prompt} → {e.request.target_new}")
-        count = len(model.edits)
-        console.print(f"{count} edit{'' if count == 1 else 's'} left in {target}", soft_wrap=True)
+        console.print(f"{counted(len(model.edits), 'edit')} left in {target}", soft_wrap=True)
 
     emit(format, data, human=show, quiet=data["rolled_back"])
 

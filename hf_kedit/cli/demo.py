@@ -315,6 +315,7 @@ def look(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> 
 
     targets = [request.target_new, *request.ground_truth[:1]]
     pairs = [(request.filled_prompt, target) for target in targets]
+    assert model.tokenizer is not None  # loaded by name
     scores = score_pairs(model.base_model, model.tokenizer, pairs, separator=model.edit_config.separator)
     chances = [math.exp(-score.sum_nll) for score in scores]
     return Look(_continue(model, prompts, NEW_TOKENS), chances[1] if len(chances) > 1 else None, chances[0])
@@ -323,6 +324,7 @@ def look(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> 
 def _continue(model: EditableModel, prompts: Sequence[str], tokens: int) -> dict[str, str]:
     from ..evaluation import generate_answers
 
+    assert model.tokenizer is not None
     answers = generate_answers(model.base_model, model.tokenizer, list(prompts), max_new_tokens=tokens)
     return {answer.prompt: answer.text for answer in answers}
 

@@ -29,6 +29,7 @@ _KINDS = {
 }
 """Locality axis → label for people."""
 _PER_KIND = 2
+_WIDEST, _INDENT = 110, 3
 
 
 class DemoView:
@@ -45,6 +46,7 @@ class DemoView:
         fancy = encoding.startswith("utf")
         self.full, self.yes, self.no = ("█", "✓", "✗") if fancy else ("#", "yes", "NO")
         self.arrow, self.more, self.dot = ("→", "…", "·") if fancy else ("->", "...", "-")
+        self.width = min(console.width, _WIDEST) if console else _WIDEST
         self.step = 0
 
     # ------------------------------------------------------------------ pieces
@@ -111,8 +113,9 @@ class DemoView:
         seconds: float,
     ) -> None:
         """Continuations before and after, side by side."""
-        self._head("What the model says", f"edited in {seconds:.2f} s; it was never shown the paraphrases")
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", expand=True)
+        remark = "; it was never shown the paraphrases" if len(prompts) > 1 else ""
+        self._head("What the model says", f"edited in {seconds:.2f} s{remark}")
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", width=self.width - _INDENT)
         for name in ("", "before", "after"):
             table.add_column(name, ratio=1, overflow="fold")
         for number, prompt in enumerate(prompts):
@@ -129,14 +132,13 @@ class DemoView:
         if before.old is not None and after.old is not None:
             rows.insert(0, (request.ground_truth[0], OLD, before.old, after.old))
         names = max(len(row[0]) for row in rows)
-        room = max(min(self.console.width - names - 24, 60), 8)
+        room = max(min(self.width - names - 25, 60), 8)
         for name, style, *values in rows:
             for number, (moment, value) in enumerate(zip(("before", "after"), values, strict=True)):
-                line = Text(f"   {name if not number else '':<{names}}  ", f"bold {style}")
-                line.append(f"{moment:<7}", "dim")
-                line.append(self.full * round(room * value), style)
-                line.append(" " if round(room * value) else "").append(percent(value))
-                self._print(line)
+                label = f"   {'' if number else name:<{names}}  "
+                bar = self.full * round(room * value)
+                parts: list[str | tuple[str, str]] = [(label, f"bold {style}"), (f"{moment:<8}", "dim"), (bar, style)]
+                self._print(Text.assemble(*parts, " " if bar else "", percent(value)))
 
     def neighbours(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """What should not have changed."""
@@ -144,7 +146,7 @@ class DemoView:
             return
         same = sum(row["unchanged"] for row in rows)
         self._head("What should stay", f"{same} of {len(rows)} answers are unchanged")
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", expand=True)
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", width=self.width - _INDENT)
         table.add_column("", no_wrap=True)
         table.add_column("", ratio=3, overflow="fold")
         table.add_column("before", ratio=2, overflow="fold")
@@ -203,7 +205,7 @@ class DemoView:
 
 
 def _indented(what: RenderableType) -> Padding:
-    return Padding(what, (0, 0, 0, 3))
+    return Padding(what, (0, 0, 0, _INDENT))
 
 
 def _whole_sentences(text: str) -> str:

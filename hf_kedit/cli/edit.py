@@ -12,7 +12,6 @@ from rich.table import Table
 from .models import (
     ConfigOption,
     DeviceOption,
-    Dtype,
     DtypeOption,
     LayersOption,
     MethodOption,
@@ -30,6 +29,7 @@ from .output import (
     Format,
     FormatOption,
     command,
+    counted,
     emit,
     error_console,
     percent,
@@ -217,7 +217,7 @@ def _show(
     if report is not None:
         report.print_table(console)
         console.print()
-    console.print(f"{data['n']} edit{'' if data['n'] == 1 else 's'} with {data['method']} in {data['seconds']:.2f} s")
+    console.print(f"{counted(data['n'], 'edit')} with {data['method']} in {data['seconds']:.2f} s")
     if output is None:
         console.print("not saved (give --output DIR)", style="yellow")
     else:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from ..requests import EditRequest
 
 
+SAVED = "saved"
+"""What stands for the setting when saved edits are measured as they are."""
+
+
 class Setting(StrEnum):
     """How edits follow one another."""
 
@@ -138,7 +142,7 @@ def evaluate(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         report.to_json(output)
-    data = _result(report, dataset, split, output, no_edit)
+    data = _result(report, dataset, split, output)
     emit(
         format,
         data,
@@ -147,18 +151,16 @@ def evaluate(
     )
 
 
-def _result(
-    report: EvaluationReport, dataset: str | None, split: str | None, output: Path | None, no_edit: bool
-) -> dict[str, Any]:
+def _result(report: EvaluationReport, dataset: str | None, split: str | None, output: Path | None) -> dict[str, Any]:
     """The JSON result: the summary of the first protocol at the last moment, and all of them in ``results``."""
     results = [report.summary(p, w) for p in report.protocols for w in report.moments]
     first = report.summary()
     return {
         "model": report.meta.get("model"),
-        "method": None if no_edit else report.meta.get("method"),
+        "method": report.meta.get("method"),
         "dataset": dataset,
         "split": split,
-        "setting": None if no_edit else report.meta.get("setting"),
+        "setting": report.meta.get("setting"),
         "n": first["n"],
         "pre": first["pre"],
         "post": first["post"],
@@ -194,7 +196,17 @@ def _evaluate_saved(
         switch = _Switch(editable, stack)
         # Ids do not matter here, and those of the journal's own requests are taken.
         unnamed = [replace(request, id=None) for request in todo]
-        return evaluate_edits(switch, unnamed, setting="sequential", batch_size=len(todo), protocol=list(protocols))  # type: ignore[arg-type]
+        report = evaluate_edits(
+            switch,  # type: ignore[arg-type]
+            unnamed,
+            setting="sequential",
+            batch_size=len(todo),
+            protocol=list(protocols),
+        )
+    report.meta["setting"] = SAVED
+    for record in report.records:  # nothing was edited now, so there is no setting and no time
+        record.update(setting=SAVED, time=None, seconds_edit=None, peak_memory_bytes=None)
+    return report
 
 
 class _Switch:

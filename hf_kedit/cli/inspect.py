@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .models import MethodOption, RevisionOption, TrustOption, hush_transformers, loading
-from .output import DebugOption, Format, FormatOption, command, emit, megabytes
+from .output import DebugOption, Format, FormatOption, command, counted, emit, size_of
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -111,27 +111,32 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
 
 def _show_artifact(console: Console, data: dict[str, Any]) -> None:
     n = len(data["edits"])
-    console.print(f"{n} edit{'' if n == 1 else 's'} of {data['base_model'] or 'a model in memory'}", style="bold")
+    console.print(f"{counted(n, 'edit')} of {data['base_model'] or 'a model in memory'}", style="bold")
     revision = f", revision {data['base_model_revision']}" if data["base_model_revision"] else ""
     console.print(f"{data['base_model_class']}, {data['base_dtype']}{revision}; last method {data['method']}\n")
+    if n:
+        _show_edits(console, data)
+    console.print("files   " + ", ".join(f"{name} {size_of(size)}" for name, size in data["files"].items()))
+
+
+def _show_edits(console: Console, data: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("edit", "method", "prompt", "was", "now"):
         table.add_column(name, overflow="fold")
     for e in data["edits"][:_SHOWN]:
         table.add_row(e["edit_id"], e["method"], e["prompt"], ", ".join(e["ground_truth"]) or "?", e["target_new"])
     console.print(table)
-    if n > _SHOWN:
-        console.print(f"… and {n - _SHOWN} more (--format json shows all)")
+    if len(data["edits"]) > _SHOWN:
+        console.print(f"… and {len(data['edits']) - _SHOWN} more (--format json shows all)")
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("changed weight", "shape", "change", "size"):
         table.add_column(name, justify="right" if name == "size" else "left")
     for m in data["modules"]:
         change = f"rank {m['rank']}" if m["rank"] else "dense"
-        table.add_row(m["weight"], " x ".join(map(str, m["shape"])), change, megabytes(m["bytes"]))
+        table.add_row(m["weight"], " x ".join(map(str, m["shape"])), change, size_of(m["bytes"]))
     console.print(table)
     console.print()
-    console.print("files   " + ", ".join(f"{name} {megabytes(size)}" for name, size in data["files"].items()))
 
 
 # ---------------------------------------------------------------------- models

@@ -55,9 +55,7 @@ LayersOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the method; wins over the rest.")]
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option(
-        "--dtype", help="Number format of the loaded weights; default: the checkpoint's.", show_default=False
-    ),
+    typer.Option("--dtype", help="Number format of the weights; default: the checkpoint's.", show_default=False),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -219,11 +217,13 @@ def has_saved_edits(name: str, revision: str | None = None) -> bool:
 
 
 def hush_transformers() -> None:
-    """Give transformers the verbosity of this library, and bars only where somebody sees them."""
+    """Give transformers and the Hub client the verbosity of this library, and bars only where somebody sees them."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as theirs
 
     level = kedit_logging.get_verbosity()
-    theirs.set_verbosity(level if level <= logging.DEBUG else logging.ERROR)
+    for library in (theirs, hub):
+        library.set_verbosity(level if level <= logging.DEBUG else logging.ERROR)
     if not sys.stderr.isatty() or level >= logging.ERROR:
         theirs.disable_progress_bar()
 

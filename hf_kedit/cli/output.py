@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -67,14 +67,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             if debug:
                 raise
-            error_console().print("interrupted; nothing was saved that is not named above", style="red")
+            error_console().print("kedit: interrupted", style="red")
             raise typer.Exit(INTERRUPTED) from None
 
     return run
 
 
 def set_up(output_format: Format, debug: bool) -> None:
-    """Set verbosity and progress bars of this library."""
+    """Set verbosity and progress bars of this library, and make the streams take any character."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and not _is_utf8(stream):
+            stream.reconfigure(errors="replace")
     interactive = sys.stderr.isatty() and output_format is not Format.quiet
     if debug:
         kedit_logging.set_verbosity_debug()
@@ -120,12 +123,17 @@ def emit(
         quiet: the essential values, one a line.
     """
     if output_format is Format.json:
-        sys.stdout.write(json.dumps(plain(data), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(plain(data), ensure_ascii=not _is_utf8(sys.stdout), indent=2, allow_nan=False)
+        sys.stdout.write(text + "\n")
     elif output_format is Format.quiet:
         for line in quiet:
             sys.stdout.write(f"{line}\n")
     else:
         human(console())
+
+
+def _is_utf8(stream: TextIO) -> bool:
+    return (stream.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def plain(value: Any) -> Any:
@@ -141,7 +149,12 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def megabytes(size: float) -> str:
+def counted(number: int, noun: str) -> str:
+    """``1 edit``, ``2 edits``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def size_of(size: float) -> str:
     """A number of bytes for people."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(size) < 1000 or unit == "GB":

@@ -81,7 +81,7 @@ def stats(
     store = editable.statistics
     with editable.disable_edits(), frozen_eval(editable.base_model):
         found = store.moments(modules)
-    data = {
+    data: dict[str, Any] = {
         "model": editable.base_model_id,
         "fingerprint": store.fingerprint,
         "folder": str(store.folder),

@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=256)
-def _parameters(forward_class: type) -> frozenset[str]:
-    return frozenset(inspect.signature(forward_class.forward).parameters)  # type: ignore[attr-defined]
+def _parameters(forward_class: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward_class.forward).parameters)
 
 
 def accepts(model: torch.nn.Module, name: str) -> bool:
     """Whether ``model.forward`` has an argument of this name (``**kwargs`` does not count)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner: Any = unwrap() if callable(unwrap) else model
     return name in _parameters(type(inner))
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
     """Device on which inputs are expected."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    for source in (embeddings, model):
+    find: Any = getattr(model, "get_input_embeddings", None)
+    for source in (find() if callable(find) else None, model):
         if source is not None:
             for parameter in source.parameters():
                 if parameter.device.type != "meta":

@@ -36,6 +36,8 @@ class WeightDelta:
         dense: the full change.
         owners: for factors, the request (index into the batch) that each column belongs to; ``None`` if the
             change belongs to all requests of the batch together and cannot be split.
+        keys: keys that later edits of this weight must leave alone, ``[d_in, n]``, one column per owner. They are
+            kept, saved and taken back together with the delta.
     """
 
     module: str
@@ -44,6 +46,7 @@ class WeightDelta:
     right: torch.Tensor | None = None
     dense: torch.Tensor | None = None
     owners: tuple[int, ...] | None = None
+    keys: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.dense is None) == (self.left is None or self.right is None):
@@ -54,6 +57,10 @@ class WeightDelta:
                 raise ValueError("a WeightDelta needs one owner per column")
         elif self.dense is not None:
             self.dense = self.dense.detach().float()
+        if self.keys is not None:
+            self.keys = self.keys.detach().float()
+            if self.owners is not None and len(self.owners) != self.keys.shape[1]:
+                raise ValueError("a WeightDelta needs one key per owner")
 
     @property
     def key(self) -> str:
@@ -69,7 +76,7 @@ class WeightDelta:
 
     def finite(self) -> bool:
         """Whether every number in it is finite."""
-        parts = [t for t in (self.left, self.right, self.dense) if t is not None]
+        parts = [t for t in (self.left, self.right, self.dense, self.keys) if t is not None]
         return all(bool(torch.isfinite(t).all()) for t in parts)
 
 
@@ -99,7 +106,13 @@ class Piece:
             )
         keep = [i for i, owner in enumerate(self.columns) if owner not in edit_ids]
         assert self.delta.left is not None and self.delta.right is not None
-        delta = replace(self.delta, left=self.delta.left[:, keep], right=self.delta.right[:, keep], owners=None)
+        delta = replace(
+            self.delta,
+            left=self.delta.left[:, keep],
+            right=self.delta.right[:, keep],
+            keys=None if self.delta.keys is None else self.delta.keys[:, keep],
+            owners=None,
+        )
         return Piece(self.batch_id, delta, left, tuple(self.columns[i] for i in keep))
 
 
@@ -166,6 +179,12 @@ class Ledger:
         account = self.accounts.get(f"{module}.{name}")
         return None if account is None or account.total is None else account.total.clone()
 
+    def keys(self, module: str, name: str = "weight") -> torch.Tensor | None:
+        """The keys that the active deltas on a parameter brought along, ``[d_in, n]`` fp32; ``None`` for none."""
+        account = self.accounts.get(f"{module}.{name}")
+        found = [p.delta.keys for p in account.pieces if p.delta.keys is not None] if account else []
+        return torch.cat([k.to("cpu") for k in found], dim=1) if found else None
+
     def check_editable(self, module: str, name: str = "weight") -> None:
         """Raise if the parameter must not be written.
 
@@ -228,9 +247,7 @@ class Ledger:
                         f"the update of {key} has shape {tuple(piece.delta.matrix().shape)},"
                         f" the weight {tuple(account.original.shape)}"
                     )
-            accounts[key] = replace(
-                account, pieces=[*account.pieces, *new], total=fold(new, account.total)
-            )
+            accounts[key] = replace(account, pieces=[*account.pieces, *new], total=fold(new, account.total))
         self._commit(accounts, list(pieces))
 
     def remove(self, edit_ids: Sequence[str]) -> None:
@@ -260,9 +277,7 @@ class Ledger:
     def _commit(self, accounts: dict[str, Account], touched: Sequence[str]) -> None:
         """Write the touched weights and take over the new state; on any failure everything is put back."""
         values = {key: accounts[key].value(accounts[key].total) for key in touched}
-        before = {
-            key: get_weight(get_module(self.model, accounts[key].module), accounts[key].name) for key in touched
-        }
+        before = {key: get_weight(get_module(self.model, accounts[key].module), accounts[key].name) for key in touched}
         with uninterrupted():
             try:
                 for key in touched:

@@ -136,7 +136,7 @@ class Replay:
             ``[positions, vocab]`` fp32, in the order of the rows and their positions; differentiable in the offsets.
         """
         if self.route == "full":
-            with _added(self.model, self.sites, offsets, self.facts, self.facts.shape[0]):
+            with added_at(self.model, self.sites, offsets, self.facts, self.facts.shape[0]):
                 kwargs = model_inputs(self.model, self.batch)
                 return logits_at(self.model, kwargs, self.rows, self.columns, _shape(self.batch)).float()
         start = self.start if self.route == "prefix" else 0
@@ -155,7 +155,7 @@ class Replay:
                 if self.layer > 0:
                     assert self._hidden is not None
                     stack.enter_context(self._passed_through(self.layer - 1, self._hidden[:, start:]))
-                stack.enter_context(_added(self.model, self.sites, offsets, self.facts - start, shape[0]))
+                stack.enter_context(added_at(self.model, self.sites, offsets, self.facts - start, shape[0]))
             return logits_at(self.model, kwargs, self.rows, self.columns - start, shape).float()
 
     def select(self, keep: torch.Tensor) -> torch.Tensor:
@@ -177,8 +177,7 @@ class Replay:
         if self._hidden is not None:
             self._hidden = self._hidden[keep.to(self._hidden.device)]
         self._prefix = [
-            None if kv is None else (kv[0][keep.to(kv[0].device)], kv[1][keep.to(kv[1].device)])
-            for kv in self._prefix
+            None if kv is None else (kv[0][keep.to(kv[0].device)], kv[1][keep.to(kv[1].device)]) for kv in self._prefix
         ]
         return kept_positions
 
@@ -208,12 +207,15 @@ class Replay:
         if cache is not None:
             lowest = self.layer + 1 if self.behind else self.layer
             self._prefix = [
-                None
-                if i < lowest or entry.keys is None
-                else (entry.keys[:, :, : self.start].clone(), entry.values[:, :, : self.start].clone())
-                for i, entry in enumerate(cache.layers)
+                self._before_window(entry) if i >= lowest else None for i, entry in enumerate(cache.layers)
             ]
         return logits
+
+    def _before_window(self, entry: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values of the columns before the first fact token, ``[rows, heads, start, d]`` each."""
+        if getattr(entry, "keys", None) is None:
+            return None
+        return entry.keys[:, :, : self.start].clone(), entry.values[:, :, : self.start].clone()
 
     @contextlib.contextmanager
     def _structures(self, cut: Tap | None) -> Iterator[None]:
@@ -324,7 +326,7 @@ def _shape(batch: TokenBatch) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _added(
+def added_at(
     model: torch.nn.Module,
     sites: Sequence[str],
     offsets: Mapping[str, torch.Tensor],

@@ -74,7 +74,9 @@ def factor_moment(moment: torch.Tensor, *, ridge: float = 0.0, name: str = "the 
     if bool((matrix.diagonal() > 1e-12 * mean).all()):
         lu, pivots, status = torch.linalg.lu_factor_ex(matrix)
         if int(status) == 0 and float(lu.diagonal().abs().min()) > 1e-12 * mean:
-            warn_once(logger, f"{name} is not positive definite (rounding, or few tokens); using LU instead of Cholesky")
+            warn_once(
+                logger, f"{name} is not positive definite (rounding, or few tokens); using LU instead of Cholesky"
+            )
             return MomentFactor("lu", lu, pivots, ridge)
     warn_once(
         logger,
@@ -93,3 +95,24 @@ def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> to
     x = factor.solve(k)
     inner = weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ x
     return torch.linalg.solve(inner, x, left=False)
+
+
+def equality_columns(factor: MomentFactor, keys: torch.Tensor, weight: float, ridge: float) -> torch.Tensor:
+    """Return ``A = X (Kᵀ X + ridge · I)⁻¹`` with ``X = (λC)⁻¹ K``, ``[d, n]``: ``Aᵀ K = I`` without a ridge (EMMET).
+
+    Where the ``n × n`` matrix is singular (equal keys, no ridge), its pseudo-inverse stands in.
+
+    Args:
+        factor: of ``C``.
+        keys: ``K`` ``[d, n]``.
+        weight: λ.
+        ridge: added to the diagonal of ``Kᵀ X``.
+    """
+    k = keys.double()
+    x = factor.solve(k) / weight
+    inner = k.T @ x + ridge * torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
+    inner = (inner + inner.T) / 2
+    solution, info = torch.linalg.solve_ex(inner, x, left=False)
+    if int(info) == 0 and bool(torch.isfinite(solution).all()) and float(torch.linalg.cond(inner)) < 1e14:
+        return solution
+    return x @ torch.linalg.pinv(inner, hermitian=True)

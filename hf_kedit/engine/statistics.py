@@ -273,7 +273,9 @@ def model_fingerprint(model: torch.nn.Module, overrides: dict[str, torch.Tensor]
         if overrides and name in overrides:
             value = overrides[name]
             module = get_module(model, owner)
-            value = value.t() if value.dim() == 2 and tuple(value.shape) != tuple(getattr(module, leaf).shape) else value
+            value = (
+                value.t() if value.dim() == 2 and tuple(value.shape) != tuple(getattr(module, leaf).shape) else value
+            )
         elif parameter.device.type == "meta":
             value = get_weight(get_module(model, owner), leaf)
         else:
@@ -385,8 +387,8 @@ class StatisticsStore:
             warn_once(
                 logger,
                 "no corpus was named for the second-moment statistics: the model generates"
-                f" {self.tokens or QUICK_TOKENS_PER_WIDTH * width:,} tokens of its own text. Set stats_dataset to a text"
-                " file or a dataset id for statistics over real text.",
+                f" {self.tokens or QUICK_TOKENS_PER_WIDTH * width:,} tokens of its own text. Set stats_dataset to a"
+                " text file or a dataset id for statistics over real text.",
             )
         generated = self.corpus is None and self.own_corpus is None
         tokens = self.tokens or width * (QUICK_TOKENS_PER_WIDTH if generated else TOKENS_PER_WIDTH)
@@ -440,8 +442,8 @@ class StatisticsStore:
         width = moment.total.shape[0]
         if moment.count < width:
             raise StatisticsError(
-                f"the second moment of {module} was taken over {moment.count} tokens, fewer than its {width} dimensions:"
-                f" it is singular. Use at least {QUICK_TOKENS_PER_WIDTH * width:,} tokens (stats_tokens)."
+                f"the second moment of {module} was taken over {moment.count} tokens, fewer than its {width}"
+                f" dimensions: it is singular. Use at least {QUICK_TOKENS_PER_WIDTH * width:,} tokens (stats_tokens)."
             )
         if moment.count < QUICK_TOKENS_PER_WIDTH * width:
             warn_once(

@@ -98,7 +98,7 @@ def sample_texts(
     texts = []
     for i, row in enumerate(encoded):
         start = width - len(row)
-        texts.append(tokenizer.decode(ids[i, start : start + max(total, len(row))], skip_special_tokens=True))
+        texts.append(str(tokenizer.decode(ids[i, start : start + max(total, len(row))], skip_special_tokens=True)))
     return texts
 
 

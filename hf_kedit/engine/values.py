@@ -8,16 +8,17 @@ not depend on its company.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..errors import EditFailedError
+from ..errors import EditFailedError, UnsupportedModelError
 from ..logging import get_logger, progress_bar
-from .capture import Tap
+from .capture import Tap, as_rows, listen
 from .replay import Replay, ReplayRow, Route
 from .rows import Row
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
+Site = Literal["block", "down", "attention_out"]
 STOP_LOSS = 0.05
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
@@ -43,6 +45,13 @@ class ValueSettings:
         clamp: ``‖δ‖`` is kept below ``clamp · ‖a‖``.
         kl_factor: factor of the drift term ``KL(p_δ ‖ p_0)`` on the row "<subject> is a".
         stop_loss: a request stops when its loss falls below.
+        nll_factor: factor of the negative log-likelihood.
+        settled_factor: once every supervised token of a request is the model's first choice, ``nll_factor`` is
+            multiplied by this in the next step, and the request stops if its drift term is at most ``settled_kl``
+            (PMET); ``None`` switches the rule off.
+        settled_kl: see ``settled_factor``.
+        together_factor: factor of the term that pulls a fact's hidden states in different contexts together (CORE).
+        together_layers: the layers whose outputs that term compares.
         keep_path: record δ at every step (tests).
     """
 
@@ -52,6 +61,11 @@ class ValueSettings:
     clamp: float
     kl_factor: float
     stop_loss: float = STOP_LOSS
+    nll_factor: float = 1.0
+    settled_factor: float | None = None
+    settled_kl: float = 0.01
+    together_factor: float = 0.0
+    together_layers: tuple[int, ...] = ()
     keep_path: bool = False
 
 
@@ -60,19 +74,22 @@ class Values:
     """The optimised values of a batch of requests.
 
     Args:
-        initial: activation of the optimised site on the bare prompt, ``[requests, d]`` fp32.
-        offset: the optimised δ, ``[requests, d]`` fp32.
-        loss: per request, rows of (total, nll, kl, weight decay), one per evaluation until it stopped.
-        path: per request, δ at each of these evaluations (only with ``keep_path``).
+        sites: where the vectors were added; all of them have outputs of one width.
+        initials: activation of each site on the bare prompt, ``[requests, sites, d]`` fp32.
+        offsets: the optimised δ of each site, ``[requests, sites, d]`` fp32.
+        loss: per request, rows of (total, nll, kl, weight decay), one per evaluation until it stopped; a fifth
+            column holds the term of ``together_factor`` where it is used.
+        path: per request, δ at each of these evaluations, ``[evaluations, sites, d]`` (only with ``keep_path``).
         updates: per request, number of Adam steps.
         probability: geometric mean per token of the target's probability on the bare prompt, (before, after).
         taken: what the taps recorded at the fact token of every rewriting row, ``[requests, templates, d]``.
         route: how the model was run.
     """
 
-    initial: torch.Tensor
-    offset: torch.Tensor
-    loss: list[list[tuple[float, float, float, float]]]
+    sites: tuple[Site, ...]
+    initials: torch.Tensor
+    offsets: torch.Tensor
+    loss: list[list[tuple[float, ...]]]
     path: list[torch.Tensor]
     updates: list[int]
     probability: list[tuple[float, float]]
@@ -80,9 +97,42 @@ class Values:
     route: Route = "full"
 
     @property
+    def initial(self) -> torch.Tensor:
+        """Activation before the edit at the first site, ``[requests, d]``."""
+        return self.initials[:, 0]
+
+    @property
+    def offset(self) -> torch.Tensor:
+        """δ at the first site, ``[requests, d]``."""
+        return self.offsets[:, 0]
+
+    @property
     def value(self) -> torch.Tensor:
-        """``initial + offset``: v* of ROME, z of MEMIT."""
+        """``initial + offset`` at the first site: v* of ROME, z of MEMIT."""
         return self.initial + self.offset
+
+    def value_at(self, site: Site) -> torch.Tensor:
+        """``initial + offset`` at a site, ``[requests, d]``."""
+        i = self.sites.index(site)
+        return self.initials[:, i] + self.offsets[:, i]
+
+
+def site_path(anatomy: Anatomy, layer: int, site: Site) -> str:
+    """Name of the module at whose output a site's vector enters.
+
+    Raises:
+        UnsupportedModelError: if the layer has no such module.
+    """
+    if site == "block":
+        return anatomy.layers[layer].path
+    if site == "down":
+        return anatomy.down(layer).path
+    out = anatomy.layers[layer].attention_out
+    if out is None:
+        raise UnsupportedModelError(
+            f"layer {layer} of {anatomy.model_class} has no projection out of the attention that could be found"
+        )
+    return out.path
 
 
 def optimise_values(
@@ -90,7 +140,7 @@ def optimise_values(
     anatomy: Anatomy,
     rows: Sequence[Sequence[Row]],
     layer: int,
-    site: Literal["block", "down"],
+    sites: Sequence[Site],
     settings: ValueSettings,
     *,
     taps: Sequence[Tap] = (),
@@ -106,8 +156,9 @@ def optimise_values(
         model: in evaluation mode, without weight gradients.
         anatomy: of the model.
         rows: per request, its rewriting rows (the bare prompt first) and, if ``kl_factor > 0``, its drift row.
-        layer: where the vector enters.
-        site: ``"block"``: output of the block; ``"down"``: output of the projection out of the MLP.
+        layer: where the vectors enter.
+        sites: one vector is optimised for each: ``"block"``: output of the block; ``"down"``: output of the projection
+            out of the MLP; ``"attention_out"``: output of the projection out of the attention.
         settings: see `ValueSettings`.
         taps: more to record at the fact tokens in the first pass.
         fill: padding id.
@@ -122,8 +173,8 @@ def optimise_values(
     Raises:
         EditFailedError: if a loss is not finite.
     """
-    path = anatomy.layers[layer].path if site == "block" else anatomy.down(layer).path
-    taps = list(dict.fromkeys([*taps, Tap(path)]))
+    paths = {site: site_path(anatomy, layer, site) for site in sites}
+    taps = list(dict.fromkeys([*taps, *(Tap(p) for p in paths.values())]))
     order = sorted(range(len(rows)), key=lambda i: (_suffix(rows[i]), len(rows[i][0].ids)))
     results: dict[int, Values] = {}
     size = batch_size or _default_batch(model, rows)
@@ -132,7 +183,7 @@ def optimise_values(
         while start < len(order):
             chunk = order[start : start + size]
             try:
-                part = _optimise(model, anatomy, [rows[i] for i in chunk], layer, path, settings, taps, fill, route)
+                part = _optimise(model, anatomy, [rows[i] for i in chunk], layer, paths, settings, taps, fill, route)
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
@@ -152,7 +203,7 @@ def _optimise(
     anatomy: Anatomy,
     rows: Sequence[Sequence[Row]],
     layer: int,
-    path: str,
+    paths: Mapping[Site, str],
     settings: ValueSettings,
     taps: Sequence[Tap],
     fill: int,
@@ -160,23 +211,26 @@ def _optimise(
 ) -> Values:
     flat = [row for group in rows for row in group]
     owners = torch.tensor([i for i, group in enumerate(rows) for _ in group])
-    replay = Replay(
-        model, anatomy, [_replay_row(r) for r in flat], layer, [path], taps, fill=fill, route=route
-    )
+    modules = list(paths.values())
+    replay = Replay(model, anatomy, [_replay_row(r) for r in flat], layer, modules, taps, fill=fill, route=route)
     device = replay.base_logits.device
     owners = owners.to(device)
     count = len(rows)
-    bare = torch.tensor([next(i for i, r in enumerate(flat) if r.owner == g[0].owner and r.template == 0) for g in rows])
-    initial = replay.taken[Tap(path)].to(device)[bare.to(device)]
+    bare = torch.tensor(
+        [next(i for i, r in enumerate(flat) if r.owner == g[0].owner and r.template == 0) for g in rows]
+    )
+    initial = torch.stack([replay.taken[Tap(m)].to(device)[bare.to(device)] for m in modules], dim=1)  # [n, sites, d]
     norm = initial.norm(dim=-1)
     terms = _Terms(flat, owners, device)
+    watched = [Tap(anatomy.layers[i].path) for i in settings.together_layers] if settings.together_factor else []
+    nll_factor = torch.full((count,), settings.nll_factor, device=device)
     offset = torch.zeros_like(initial)
     first_moment, second_moment = torch.zeros_like(offset), torch.zeros_like(offset)
     active = torch.ones(count, dtype=torch.bool, device=device)
     alive = torch.arange(count, device=device)  # requests that the replay still holds
     reference: torch.Tensor | None = None
-    loss_rows: list[list[tuple[float, float, float, float]]] = [[] for _ in range(count)]
-    paths: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    loss_rows: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
+    steps_taken: list[list[torch.Tensor]] = [[] for _ in range(count)]
     updates = [0] * count
     probability = [(math.nan, math.nan)] * count
 
@@ -184,19 +238,26 @@ def _optimise(
         last = step == settings.steps - 1
         variable = offset[alive].detach().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
-            logits = replay.logits({path: variable[terms.slot(alive)]})
+            per_row = variable[terms.slot(alive)]
+            with _watching(model, replay, watched) as states:
+                logits = replay.logits({module: per_row[:, k] for k, module in enumerate(modules)})
             log_probs = logits.log_softmax(-1)
             if reference is None:
                 reference = log_probs.detach()[terms.drift]
-            nll = terms.nll(log_probs, len(alive), alive)
+            nll = nll_factor[alive] * terms.nll(log_probs, len(alive), alive)
             kl = settings.kl_factor * terms.drift_kl(log_probs, reference, len(alive), alive)
-            decay = settings.weight_decay * torch.linalg.vector_norm(variable, dim=-1) / norm[alive] ** 2
-            loss = nll + kl + decay
+            lengths = torch.linalg.vector_norm(variable, dim=-1)
+            decay = settings.weight_decay * (lengths / norm[alive] ** 2).sum(dim=-1)
+            columns = [nll, kl, decay]
+            if watched:
+                spread = torch.stack([terms.spread(h.to(device), len(alive), alive) for h in states.values()])
+                columns.append(settings.together_factor * spread.mean(dim=0))
+            loss = torch.stack(columns).sum(dim=0)
         if not bool(torch.isfinite(loss).all()):
             raise EditFailedError(
                 "the loss became NaN or infinite while a value was optimised; lower v_lr or load the model in float32"
             )
-        table = torch.stack([loss, nll, kl, decay], dim=1).detach().cpu().tolist()
+        table = torch.stack([loss, *columns], dim=1).detach().cpu().tolist()
         bare_probability = terms.bare_probability(log_probs.detach(), alive).cpu().tolist()
         running = active[alive].cpu().tolist()
         for k, i in enumerate(alive.cpu().tolist()):
@@ -205,8 +266,12 @@ def _optimise(
                 before = probability[i][0] if step else bare_probability[k]
                 probability[i] = (before, bare_probability[k])
                 if settings.keep_path:
-                    paths[i].append(offset[i].clone())
+                    steps_taken[i].append(offset[i].clone())
         active[alive] &= loss.detach() >= settings.stop_loss
+        if settings.settled_factor is not None:
+            settled = terms.settled(log_probs.detach(), len(alive), alive)
+            active[alive] &= ~(settled & (kl.detach() <= settings.settled_kl))
+            nll_factor[alive] = settings.nll_factor * torch.where(settled, settings.settled_factor, 1.0)
         if last or not bool(active.any()):
             break
         gradient = torch.autograd.grad(loss[active[alive]].sum(), variable)[0]
@@ -235,8 +300,27 @@ def _optimise(
     taken = {
         tap: states[rewriting.to(states.device)].view(count, per_request, -1) for tap, states in replay.taken.items()
     }
-    stacked = [torch.stack(p) if p else torch.empty(0) for p in paths]
-    return Values(initial, offset, loss_rows, stacked, updates, probability, taken, replay.route)
+    stacked = [torch.stack(p) if p else torch.empty(0) for p in steps_taken]
+    return Values(tuple(paths), initial, offset, loss_rows, stacked, updates, probability, taken, replay.route)
+
+
+@contextlib.contextmanager
+def _watching(model: PreTrainedModel, replay: Replay, taps: Sequence[Tap]) -> Iterator[dict[Tap, torch.Tensor]]:
+    """Collect what taps see at the fact token of each row, ``[rows, d]`` fp32 with gradients, in this forward."""
+    states: dict[Tap, torch.Tensor] = {}
+    rows, width = replay.batch.input_ids.shape
+
+    def receive(tap: Tap, tensor: torch.Tensor) -> None:
+        seen = as_rows(tensor, rows)
+        columns = replay.facts - (width - seen.shape[1])  # a replayed window holds the last columns only
+        index = torch.arange(rows, device=seen.device)
+        states[tap] = seen[index, columns.to(seen.device)].float()
+
+    if not taps:
+        yield states
+        return
+    with listen(model, taps, receive):
+        yield states
 
 
 class _Terms:
@@ -250,12 +334,11 @@ class _Terms:
         self.bare = torch.tensor([r.template == 0 for r in rows for _ in r.positions], device=device)
         self.target = torch.tensor([t for r in rows for t in (r.targets or [0] * len(r.positions))], device=device)
         templates = torch.zeros(int(owners.max()) + 1, device=device)
-        templates.index_add_(
-            0, owners, torch.tensor([0.0 if r.is_drift else 1.0 for r in rows], device=device)
-        )
+        templates.index_add_(0, owners, torch.tensor([0.0 if r.is_drift else 1.0 for r in rows], device=device))
         # mean over the target tokens of a row, then over the rows of a request
         self.weight = 1.0 / (per_row[self.row] * templates[owners[self.row]])
         self.per_row = per_row
+        self.rewriting = torch.tensor([not r.is_drift for r in rows], device=device)  # [rows]
 
     def slot(self, alive: torch.Tensor) -> torch.Tensor:
         """Place of each row's request in ``alive``."""
@@ -285,6 +368,28 @@ class _Terms:
         picked = log_probs[which].gather(1, self.target[which].unsqueeze(1)).squeeze(1)
         return self._sum(picked / self.per_row[self.row[which]], which, len(alive), alive).exp()
 
+    def settled(self, log_probs: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
+        """Whether every supervised token is the model's first choice, ``[count]`` bool."""
+        which = ~self.drift
+        wrong = log_probs[which].argmax(-1) != self.target[which]
+        return self._sum(wrong.float(), which, count, alive) == 0
+
+    def spread(self, states: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
+        """``(1/d) Σ_{a<b} ‖h_a − h_b‖²`` over the rewriting rows of each request, ``[count]``.
+
+        Equal to ``(N/d) Σ_a ‖h_a − h̄‖²``, which loses fewer digits.
+
+        Args:
+            states: ``[rows, d]``.
+            count: number of requests in ``alive``.
+            alive: their indices.
+        """
+        h, owner = states[self.rewriting], torch.searchsorted(alive, self.owner[self.rewriting])
+        number = torch.zeros(count, device=h.device).index_add(0, owner, torch.ones_like(h[:, 0]))
+        mean = torch.zeros(count, h.shape[1], device=h.device).index_add(0, owner, h) / number.unsqueeze(1)
+        squares = (h - mean[owner]).square().sum(-1)
+        return number / h.shape[1] * torch.zeros(count, device=h.device).index_add(0, owner, squares)
+
     def select(self, keep_row: torch.Tensor) -> None:
         """Drop rows, as `Replay.select` does."""
         keep = keep_row[self.row]
@@ -293,7 +398,9 @@ class _Terms:
             t[keep] for t in (self.drift, self.bare, self.target, self.weight)
         )
         self.row = renumber[self.row[keep]]
-        self.owner, self.per_row = self.owner[keep_row], self.per_row[keep_row]
+        self.owner, self.per_row, self.rewriting = (
+            t[keep_row] for t in (self.owner, self.per_row, self.rewriting)
+        )
 
 
 def _replay_row(row: Row) -> ReplayRow:
@@ -315,8 +422,9 @@ def _default_batch(model: PreTrainedModel, rows: Sequence[Sequence[Row]]) -> int
 
 def _pick(values: Values, k: int) -> Values:
     return Values(
-        values.initial[k : k + 1],
-        values.offset[k : k + 1],
+        values.sites,
+        values.initials[k : k + 1],
+        values.offsets[k : k + 1],
         values.loss[k : k + 1],
         values.path[k : k + 1],
         values.updates[k : k + 1],
@@ -328,8 +436,9 @@ def _pick(values: Values, k: int) -> Values:
 
 def _join(parts: Sequence[Values]) -> Values:
     return Values(
-        torch.cat([p.initial for p in parts]),
-        torch.cat([p.offset for p in parts]),
+        parts[0].sites,
+        torch.cat([p.initials for p in parts]),
+        torch.cat([p.offsets for p in parts]),
         [row for p in parts for row in p.loss],
         [row for p in parts for row in p.path],
         [u for p in parts for u in p.updates],

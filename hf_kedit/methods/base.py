@@ -17,7 +17,9 @@ from ..config import EditConfig, config_class, normalise, register_config
 from ..engine.ledger import Ledger, WeightDelta
 from ..engine.statistics import StatisticsStore
 from ..engine.templates import context_templates
-from ..errors import RequestError, UnsupportedModelError
+from ..engine.transforms import keep_largest_relative
+from ..engine.weights import get_module, get_weight
+from ..errors import ConfigError, RequestError, UnsupportedModelError
 from ..requests import EditRequest
 from ..tokens import pad_id
 
@@ -27,7 +29,27 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 M = TypeVar("M", bound="Method")
+T = TypeVar("T")
 _METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass
+class WeightConfig(EditConfig):
+    """Base of the configs of methods that change weights.
+
+    Args:
+        rect_keep: fraction of a matrix's entries that an edit may change: those with the largest change relative to
+            their value; the others stay (RECT, Gu et al. 2024, arXiv 2401.04700). ``None``: no restriction. A
+            restricted change has full rank, is stored densely, and edits of one batch are undone together.
+    """
+
+    rect_keep: float | None = None
+
+    def validate(self) -> None:
+        """Check the fraction."""
+        super().validate()
+        if self.rect_keep is not None and not 0 < self.rect_keep <= 1:
+            raise ConfigError(f"{type(self).__name__}.rect_keep must be above 0 and at most 1, not {self.rect_keep!r}")
 
 
 @dataclass(frozen=True)
@@ -159,6 +181,7 @@ class Method(ABC):
 
     def prepare(self) -> None:
         """Compute what depends on the unedited model only (statistics, templates); called before the first edit."""
+        return None
 
     @abstractmethod
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
@@ -170,6 +193,30 @@ class Method(ABC):
         Raises:
             EditFailedError: if no usable update was found.
         """
+
+    def regularise(self, outcome: Outcome) -> Outcome:
+        """Apply what the config asks for on top of any method's deltas (RECT); called after `compute`."""
+        keep = getattr(self.config, "rect_keep", None)
+        if keep is None:
+            return outcome
+        together: dict[str, list[WeightDelta]] = {}
+        for delta in outcome.deltas:
+            together.setdefault(delta.key, []).append(delta)
+        deltas = []
+        for parts in together.values():
+            change = torch.stack([p.matrix() for p in parts]).sum(dim=0) if len(parts) > 1 else parts[0].matrix()
+            module, name = parts[0].module, parts[0].name
+            weight = get_weight(get_module(self.bench.model, module), name)
+            keys = [p.keys for p in parts if p.keys is not None]
+            deltas.append(
+                WeightDelta(
+                    module,
+                    name,
+                    dense=keep_largest_relative(change, weight.to(change.device), keep),
+                    keys=torch.cat(keys, dim=1) if keys else None,
+                )
+            )
+        return Outcome(deltas, outcome.diagnostics)
 
 
 def register_method(cls: type[M]) -> type[M]:
@@ -191,10 +238,10 @@ def registered_methods() -> dict[str, type[Method]]:
     return dict(sorted(_METHODS.items()))
 
 
-def in_row(request: EditRequest, build: Callable[[], Any]) -> Any:
-    """Call ``build`` and add the request's row and id to a `RequestError` that lacks them."""
+def in_row(build: Callable[[EditRequest], T], request: EditRequest) -> T:
+    """Call ``build(request)`` and add the request's row and id to a `RequestError` that lacks them."""
     try:
-        return build()
+        return build(request)
     except RequestError as error:
         if error.row is None and error.request_id is None:
             raise type(error)(str(error), row=request.row, request_id=request.id) from error

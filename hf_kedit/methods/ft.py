@@ -29,7 +29,7 @@ from ..engine.weights import get_module, get_weight, is_transposed
 from ..errors import EditFailedError, TargetTooLongError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from ..tokens import context_length, encode_pair, encode_target, encode_text, pad_rows
+from ..tokens import context_length, encode_pair, encode_target, pad_rows
 from .base import Capabilities, Method, Outcome, in_row, register_method
 
 STOP_LOSS = 1e-2
@@ -169,9 +169,7 @@ class FineTuning(Method):
                     break
         bench.note("epoch_losses", torch.tensor(epoch_losses))
         seconds = time.perf_counter() - began
-        deltas = [
-            WeightDelta(m, n, dense=(theta[f"{m}.{n}"] - start[f"{m}.{n}"]).detach()) for m, n in names
-        ]
+        deltas = [WeightDelta(m, n, dense=(theta[f"{m}.{n}"] - start[f"{m}.{n}"]).detach()) for m, n in names]
         diagnostics = [
             {"loss": [round(x, 6) for x in losses[i]], "steps": len(losses[i]), "seconds_training": seconds}
             for i in range(len(examples))
@@ -184,7 +182,7 @@ class FineTuning(Method):
         limit = context_length(self.bench.model.config)
         examples = []
         for request in requests:
-            example = cast(_Example, in_row(request, lambda request=request: self._example(request)))
+            example = in_row(self._example, request)
             longest = max(len(example.ids), len(example.decoder_ids))
             if limit is not None and longest > limit:
                 raise TargetTooLongError(

@@ -5,29 +5,30 @@ The methods themselves read beside their papers in their own files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..config import EditConfig, ModelProfile
+from ..config import ModelProfile
 from ..engine.capture import Tap, capture_at
 from ..engine.forward import device_of
+from ..engine.replay import added_at
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
-from ..engine.values import Values, ValueSettings, optimise_values
+from ..engine.values import Site, Values, ValueSettings, optimise_values
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..tokens import FactToken, pad_rows
-from .base import Method
+from .base import Method, WeightConfig
 
 logger = get_logger(__name__)
 CONVERGED = 0.5
 
 
 @dataclass
-class LocateConfig(EditConfig):
+class LocateConfig(WeightConfig):
     """Fields shared by the locate-then-edit methods. Names are those of the published hparams files.
 
     Args:
@@ -111,6 +112,7 @@ class LocateMethod(Method):
 
     config: LocateConfig
     template_lengths: Sequence[tuple[int, int]] = ()
+    _SITE_NAMES: ClassVar[dict[Site, str]] = {"block": "_block", "down": "_mlp", "attention_out": "_attn"}
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Build every row with the bare prompt, so that any unusable request is found before the first edit."""
@@ -148,37 +150,58 @@ class LocateMethod(Method):
             built.append(group)
         return built
 
+    def value_settings(self) -> ValueSettings:
+        """How values are optimised; methods with terms of their own extend it."""
+        return self.config.value_settings(keep_path=self.bench.trace is not None)
+
     def optimise(
-        self, rows: Sequence[Sequence[Row]], layer: int, site: Literal["block", "down"], taps: Sequence[Tap]
+        self, rows: Sequence[Sequence[Row]], layer: int, sites: Site | Sequence[Site], taps: Sequence[Tap]
     ) -> Values:
-        """Optimise one value per request at the output of a block or of its MLP's last projection."""
+        """Optimise one value per request and site (see `optimise_values`), and leave a trace if one is wanted."""
         bench = self.bench
+        sites = (sites,) if isinstance(sites, str) else tuple(sites)
         values = optimise_values(
             bench.model,
             bench.anatomy,
             rows,
             layer,
-            site,
-            self.config.value_settings(keep_path=bench.trace is not None),
+            sites,
+            self.value_settings(),
             taps=taps,
             fill=bench.fill,
             batch_size=self.config.batch_size,
             show_progress=bench.show_progress,
         )
         for i in range(len(rows)):
-            bench.note(f"v_init.{i}", values.initial[i])
-            bench.note(f"v_delta.{i}", values.offset[i])
-            bench.note(f"v_star.{i}", values.value[i])
             bench.note(f"loss.{i}", torch.tensor(values.loss[i]))
-            if len(values.path[i]):
-                bench.note(f"delta_path.{i}", values.path[i])
+            for s, site in enumerate(sites):
+                suffix = "" if len(sites) == 1 else self._SITE_NAMES[site]
+                bench.note(f"v_init{suffix}.{i}", values.initials[i, s])
+                bench.note(f"v_delta{suffix}.{i}", values.offsets[i, s])
+                bench.note(f"v_star{suffix}.{i}", values.value_at(site)[i])
+                if len(values.path[i]):
+                    bench.note(f"delta_path{suffix}.{i}", values.path[i][:, s])
         return values
 
-    def measure(self, rows: Sequence[Row], taps: Sequence[Tap], *, chunk: int = 64) -> dict[Tap, torch.Tensor]:
+    def measure(
+        self,
+        rows: Sequence[Row],
+        taps: Sequence[Tap],
+        *,
+        offsets: Mapping[str, torch.Tensor] | None = None,
+        chunk: int = 64,
+    ) -> dict[Tap, torch.Tensor]:
         """Read taps at the fact token of rows on the model as it is now, ``[rows, d]`` fp32 each.
 
         Rows are cut behind the fact token (nothing later can influence it) and run in batches of similar length.
+
+        Args:
+            rows: what to run.
+            taps: what to read.
+            offsets: module name → vectors ``[rows, d]`` that are added to its output at the fact tokens meanwhile.
+            chunk: rows per forward.
         """
+        offsets = offsets or {}
         model, device = self.bench.model, device_of(self.bench.model)
         order = sorted(range(len(rows)), key=lambda i: rows[i].fact)
         parts: list[dict[Tap, torch.Tensor]] = []
@@ -186,7 +209,9 @@ class LocateMethod(Method):
             picked = [rows[i] for i in order[start : start + chunk]]
             batch = pad_rows([r.ids[: r.fact + 1] for r in picked], self.bench.fill, side="right").to(device)
             columns = torch.tensor([r.fact for r in picked], device=device)
-            parts.append(capture_at(model, batch, columns, taps))
+            here = {module: vectors[torch.tensor(order[start : start + chunk])] for module, vectors in offsets.items()}
+            with added_at(model, list(here), here, columns, len(picked)):
+                parts.append(capture_at(model, batch, columns, taps))
         inverse = torch.tensor(order).argsort()
         return {tap: torch.cat([p[tap] for p in parts])[inverse.to(parts[0][tap].device)] for tap in taps}
 

@@ -68,6 +68,7 @@ class ROME(LocateMethod):
         summary="rank-one update of one MLP projection, one fact at a time",
     )
     config: ROMEConfig
+    remedy: ClassVar[str] = "R-ROME or another layer avoids them."
 
     def prepare(self) -> None:
         """Generate the context templates and collect second moments on the unedited model."""
@@ -92,15 +93,13 @@ class ROME(LocateMethod):
                 module = bench.anatomy.down(layer).path
                 key_tap = Tap(module, "input")
                 values = self.optimise(rows, layer, "down", [key_tap])
-                keys = values.taken[key_tap][0]  # [templates, d_in]
-                k_star, k_bare = keys.mean(dim=0), keys[0]
+                k_star, k, output = self.association(values.taken[key_tap][0], values.taken[Tap(module)][0])
 
                 factor = bench.statistics.factor(module) if self.config.mom2_adjustment else IDENTITY
                 u = factor.solve(k_star.double().cpu().unsqueeze(1)).squeeze(1).float()
-                u = (u / u.norm()).to(k_bare.device)
-                # v* − W k is the optimised offset: v* was built on the output of the bare prompt.
-                denominator = k_bare @ u
-                right = values.offset[0] / denominator
+                u = (u / u.norm()).to(k.device)
+                denominator = k @ u
+                right = (values.value[0] - output.to(values.value.device)) / denominator
                 if not bool(torch.isfinite(right).all()):
                     raise EditFailedError("the key is orthogonal to its own update; choose another layer")
                 delta = WeightDelta(module, left=right.unsqueeze(1), right=u.unsqueeze(1), owners=(0,))
@@ -110,14 +109,25 @@ class ROME(LocateMethod):
                 bench.note(f"k_star.{layer}", k_star)
                 bench.note(f"left.{layer}", u)
                 bench.note(f"right.{layer}", right)
-                bench.note(f"cur_input.{layer}", k_bare)
-                bench.note(f"cur_output.{layer}", values.initial[0])
+                bench.note(f"cur_input.{layer}", k)
+                bench.note(f"cur_output.{layer}", output)
                 diagnostics = self.diagnose(values, 0) | {
-                    "key_alignment": float(denominator.abs() / k_bare.norm()),
+                    "key_alignment": float(denominator.abs() / k.norm()),
                     "update_norm": float(right.norm()),
                 }
                 self._warn_if_disabling(diagnostics, float(right.norm()), module)
         return Outcome(deltas, [diagnostics])
+
+    def association(
+        self, keys: torch.Tensor, outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which keys the update is built from: ``k*`` of ``u``, ``k`` of the denominator, and the output ``W k``.
+
+        Args:
+            keys: of every context template, the bare prompt first, ``[templates, d_in]``.
+            outputs: of the projection for these keys, ``[templates, d_out]``.
+        """
+        return keys.mean(dim=0), keys[0], outputs[0]
 
     def _warn_if_disabling(self, diagnostics: dict[str, Any], norm: float, module: str) -> None:
         """An update much larger than the weight itself breaks the model ("disabling edits")."""
@@ -126,6 +136,6 @@ class ROME(LocateMethod):
         if diagnostics["update_norm_ratio"] > 1.0:
             warn_once(
                 logger,
-                f"ROME: an update is {diagnostics['update_norm_ratio']:.1f} times as large as the weight of {module};"
-                " such edits can break a model. R-ROME or another layer avoids them.",
+                f"{self.capabilities.name}: an update is {diagnostics['update_norm_ratio']:.1f} times as large as the"
+                f" weight of {module}; such edits can break a model. {self.remedy}",
             )

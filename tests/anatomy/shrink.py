@@ -73,13 +73,25 @@ SIZES: dict[str, Any] = {
     "n_groups": 1,
 }
 
+# Values without which some default configurations cannot be built.
+FILLED = {
+    "head_dim",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "moe_intermediate_size",
+    "n_group",
+    "topk_group",
+}
+
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
     """Reduce every size that the configuration and its parts name, in place."""
     mapped = getattr(config, "attribute_map", {})
     for name, value in SIZES.items():
         old = getattr(config, mapped.get(name, name), None)
-        if isinstance(old, int) and not isinstance(old, bool) and old > value:
+        incomplete = old is None and name in FILLED and hasattr(config, name)
+        if incomplete or (isinstance(old, int) and not isinstance(old, bool) and old > value):
             try:
                 setattr(config, mapped.get(name, name), value)
             except Exception:  # a strict configuration that does not allow the value

@@ -6,7 +6,7 @@ The table is the knowledge; the library has none of it. Columns: list of blocks;
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -118,12 +118,12 @@ TIED = {"gpt2", "gpt_neo", "gemma", "gemma2", "gemma3_text", "opt", "bloom", "fa
 TIED |= {"gpt_bigcode", "t5", "t5_v1_1", "bart", "blip2"}  # T5 v1.1 is tied in memory from transformers 5 on
 
 
-@lru_cache(maxsize=None)
+@cache
 def _model(family: str) -> PreTrainedModel:
     return FAMILIES[family]()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _anatomy(family: str) -> Anatomy:
     model = _model(family)
     return check_anatomy(model, resolve_anatomy(model))

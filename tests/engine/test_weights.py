@@ -85,9 +85,7 @@ def test_a_tied_head_is_not_edited_by_accident() -> None:
     from hf_kedit import embedded
     from hf_kedit.errors import TiedWeightError
 
-    model = EditableModel.from_pretrained(
-        "kedit/world-gpt2", FTMConfig(layers=[0], lr=1e-3, modules=["lm_head"])
-    )
+    model = EditableModel.from_pretrained("kedit/world-gpt2", FTMConfig(layers=[0], lr=1e-3, modules=["lm_head"]))
     assert embedded.is_embedded("kedit/world-gpt2")
     digest = model_digest(model.base_model)
     with pytest.raises(TiedWeightError, match="wte"):

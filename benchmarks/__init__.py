@@ -1,0 +1,1 @@
+"""Benchmarks: our engine against a straightforward reference path, side by side in one run."""

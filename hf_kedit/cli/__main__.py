@@ -1,0 +1,7 @@
+"""``python -m hf_kedit.cli``: the console script without its installation, for launchers."""
+
+from __future__ import annotations
+
+from .app import main
+
+main()

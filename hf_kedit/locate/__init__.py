@@ -1,0 +1,1 @@
+"""Finding out where a model keeps a fact: causal tracing, attribution to neurons, and which layers to edit."""

@@ -1,0 +1,122 @@
+"""AlphaEdit: null-space constrained knowledge editing (Fang et al. 2025, arXiv 2410.02355).
+
+MEMIT's values, keys and spreading, but each layer's update is confined to the directions that the preserved keys
+hardly use, so that it changes next to nothing for them, and it leaves the keys of earlier batches alone:
+
+    ΔWᵀ = (P (K Kᵀ + K_e K_eᵀ) + λ I)⁻¹ P K Rᵀ
+
+``P`` projects onto the eigenvectors of the layer's second moment with small eigenvalues, ``K_e`` are the keys of
+the AlphaEdit edits that the model carries. These keys lie in the ledger beside the deltas that they belong to: they
+are saved with them, and rolling an edit back takes its keys away too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..engine.forward import device_of
+from ..engine.nullspace import KeySpace, null_space
+from ..errors import ConfigError
+from ..logging import get_logger, info_once, warn_once
+from .base import Capabilities, Workbench, register_method
+from .spread import SpreadConfig, SpreadMethod
+
+logger = get_logger(__name__)
+TOKENS_PER_WIDTH = 10
+
+
+@dataclass
+class AlphaEditConfig(SpreadConfig):
+    """Hyperparameters of AlphaEdit; see `LocateConfig` for the shared ones.
+
+    Args:
+        nullspace_threshold: a direction is free to be used if the second moment's eigenvalue is below this. As
+            published, an absolute number, which depends on the scale of the model's keys; ``None`` uses
+            ``nullspace_fraction``.
+        nullspace_fraction: the free directions, from the smallest eigenvalue on, hold at most this part of the
+            keys' second moment (its trace); the same meaning in every model.
+        L2: λ, the ridge.
+    """
+
+    edit_type: ClassVar[str] = "alphaedit"
+
+    nullspace_threshold: float | None = None
+    nullspace_fraction: float = 0.05
+    L2: float = 10.0
+
+    def validate(self) -> None:
+        """Check ranges."""
+        super().validate()
+        self._require_positive("nullspace_threshold", optional=True)
+        self._require_positive("L2")
+        if not 0 < self.nullspace_fraction < 1:
+            raise ConfigError(
+                f"AlphaEditConfig.nullspace_fraction must lie between 0 and 1, not {self.nullspace_fraction!r}"
+            )
+
+
+@register_method
+class AlphaEdit(SpreadMethod):
+    """Batch editing inside the null space of old keys."""
+
+    config_class = AlphaEditConfig
+    capabilities = Capabilities(
+        name="AlphaEdit",
+        kind="weights",
+        batch=True,
+        sequential=True,
+        needs_subject=True,
+        paper="Fang et al. 2025, arXiv 2410.02355",
+        summary="MEMIT inside the null space of old keys; for long sequences of batches",
+    )
+    config: AlphaEditConfig
+
+    def __init__(self, bench: Workbench, config: AlphaEditConfig):
+        super().__init__(bench, config)
+        self._spaces: dict[str, KeySpace] = {}
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Later batches leave this one alone."""
+        return True
+
+    def prepare(self) -> None:
+        """Templates, second moments, and the null space of every layer, all of the unedited model."""
+        super().prepare()
+        for module in self.edited_modules():
+            self.space(module)
+
+    def space(self, module: str) -> KeySpace:
+        """The free directions of a module; computed once."""
+        if module not in self._spaces:
+            moment = self.bench.statistics.moments([module])[module]
+            width = moment.total.shape[0]
+            if moment.count < TOKENS_PER_WIDTH * width:
+                warn_once(
+                    logger,
+                    f"AlphaEdit: the second moment of {module} rests on {moment.count:,} tokens. With fewer than"
+                    f" {TOKENS_PER_WIDTH * width:,} its small eigenvalues come out too small, and directions that old"
+                    " knowledge uses look free. Set stats_tokens.",
+                )
+            relative = self.config.nullspace_threshold is None
+            space = null_space(
+                moment.mean().to(device_of(self.bench.model)),
+                threshold=self.config.nullspace_threshold,
+                fraction=self.config.nullspace_fraction if relative else None,
+                name=f"the second moment of {module}",
+            )
+            info_once(
+                logger,
+                f"AlphaEdit: {space.kept} of {width} directions of {module} are free (eigenvalues below"
+                f" {space.threshold:.3g}, {space.energy:.2%} of the keys' second moment)",
+            )
+            self._spaces[module] = KeySpace(space, self.config.L2)
+            self.bench.note(f"P.{module}", space.matrix()) if self.bench.trace is not None else None
+        return self._spaces[module]
+
+    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
+        """``P K_a (λ I + K_aᵀ P K_a)⁻¹``, the columns of this batch."""
+        return self.space(module).columns(keys, self.bench.ledger.keys(module))

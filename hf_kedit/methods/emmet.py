@@ -1,0 +1,98 @@
+"""EMMET: Equality-constrained Mass Model Editing in a Transformer (Gupta et al. 2024, "A Unified Framework for
+Model Editing", arXiv 2403.14236).
+
+ROME's objective for a batch: the new pairs are stored exactly, and among the updates that do so, the one that
+disturbs the preserved keys least is taken,
+
+    ΔW = R (Kᵀ Ĉ⁻¹ K)⁻¹ Kᵀ Ĉ⁻¹,   Ĉ = λ C + ν I,
+
+where MEMIT trades both against each other. Values, keys and spreading are MEMIT's. With more than one fact a
+small ridge is added to ``Kᵀ Ĉ⁻¹ K``, which similar keys make nearly singular; a single fact needs none and gives
+ROME's closed form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..config import ModelProfile
+from ..engine.solve import MomentFactor, equality_columns, factor_moment
+from .base import Capabilities, Workbench, register_method
+from .rome import ROMEConfig
+from .spread import SpreadConfig, SpreadMethod
+
+
+@dataclass
+class EMMETConfig(SpreadConfig):
+    """Hyperparameters of EMMET; see `LocateConfig` for the shared ones.
+
+    Args:
+        mom2_update_weight: λ. A common factor of Ĉ cancels except against the ridge, whose effective size is
+            ``emmet_lambda · mom2_update_weight``.
+        emmet_lambda: ridge for batches of more than one fact.
+        update_norm_lambda: ν, a penalty on the size of the update.
+    """
+
+    edit_type: ClassVar[str] = "emmet"
+
+    mom2_update_weight: float | None = None
+    emmet_lambda: float = 0.1
+    update_norm_lambda: float = 0.0
+
+    def validate(self) -> None:
+        """Check ranges."""
+        super().validate()
+        self._require_positive("mom2_update_weight")
+        self._require_positive("emmet_lambda", "update_norm_lambda", zero=True)
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file or the model's depth."""
+        return (*super().model_dependent_fields(), "mom2_update_weight")
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """One layer, where ROME edits, as in all published configurations."""
+        layers = ROMEConfig().derive(profile)["layers"]
+        return super().derive(profile) | {"layers": layers, "mom2_update_weight": 1.0}
+
+
+@register_method
+class EMMET(SpreadMethod):
+    """Batch editing under an equality constraint."""
+
+    config_class = EMMETConfig
+    capabilities = Capabilities(
+        name="EMMET",
+        kind="weights",
+        batch=True,
+        sequential=True,
+        needs_subject=True,
+        paper="Gupta et al. 2024, arXiv 2403.14236",
+        summary="ROME for batches: new facts are stored exactly, with the least disturbance of old ones",
+    )
+    config: EMMETConfig
+
+    def __init__(self, bench: Workbench, config: EMMETConfig):
+        super().__init__(bench, config)
+        self._factors: dict[str, MomentFactor] = {}
+
+    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
+        """``Ĉ⁻¹ K (Kᵀ Ĉ⁻¹ K)⁻¹``."""
+        config = self.config
+        assert config.mom2_update_weight is not None
+        if config.update_norm_lambda:
+            factor, scale = self._penalised(module), 1.0
+        else:
+            factor, scale = self.bench.statistics.factor(module), config.mom2_update_weight
+        return equality_columns(factor, keys, scale, config.emmet_lambda if keys.shape[1] > 1 else 0.0)
+
+    def _penalised(self, module: str) -> MomentFactor:
+        """Factor of ``λ C + ν I``."""
+        if module not in self._factors:
+            moment = self.bench.statistics.moments([module])[module].mean() * self.config.mom2_update_weight
+            moment = moment + self.config.update_norm_lambda * torch.eye(moment.shape[0], dtype=moment.dtype)
+            self._factors[module] = factor_moment(moment, ridge=self.config.stats_ridge, name=f"Ĉ of {module}")
+        return self._factors[module]

@@ -1,0 +1,136 @@
+"""PMET: Precise Model Editing in a Transformer (Li et al. 2023, arXiv 2308.08742).
+
+The hidden state that MEMIT optimises mixes what attention and MLP contribute, but only the MLP is written. PMET
+optimises one vector for each, ``δ_attn`` and ``δ_mlp`` at the outputs of the two projections of layer ``l_m``, and
+writes only the MLP's part (or both). The residual is shared out with the square root of the layers left:
+
+    R = (z − current output of the projection at l_m) / √(layers left),   ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹
+
+The residual is measured at a projection's output, so writing lower layers does not make it smaller by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..config import ModelProfile
+from ..engine.capture import Tap
+from ..engine.rows import Row
+from ..engine.solve import ridge_columns
+from ..engine.values import Site, Values, ValueSettings, site_path
+from ..errors import ConfigError
+from .base import Capabilities, register_method
+from .spread import SpreadConfig, SpreadMethod, Stop
+
+SITES: dict[str, Site] = {"attention": "attention_out", "mlp": "down"}
+SETTLED_FACTOR = 0.1
+SETTLED_KL = 0.01
+
+
+@dataclass
+class PMETConfig(SpreadConfig):
+    """Hyperparameters of PMET; see `LocateConfig` for the shared ones.
+
+    Args:
+        mom2_update_weight: λ, how many typical keys the second moment stands for.
+        nll_loss_factor: factor of the negative log-likelihood. It drops to a tenth in steps that follow one in
+            which every target token was the model's first choice.
+        rewrite: what is written in each layer: the projection out of the MLP, and if wanted the one out of the
+            attention (written before it).
+    """
+
+    edit_type: ClassVar[str] = "pmet"
+
+    mom2_update_weight: float | None = None
+    nll_loss_factor: float = 1.0
+    rewrite: list[Literal["attention", "mlp"]] = field(default_factory=lambda: ["mlp"])
+
+    def validate(self) -> None:
+        """Check ranges; put the projections into the order in which they are written."""
+        super().validate()
+        self._require_positive("mom2_update_weight", "nll_loss_factor")
+        if not self.rewrite:
+            raise ConfigError("PMETConfig.rewrite is empty; nothing would be written")
+        self.rewrite = sorted(set(self.rewrite))
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file or the model's depth."""
+        return (*super().model_dependent_fields(), "mom2_update_weight")
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """Published values of models of the same kind."""
+        rms = profile.norm == "rms"
+        return super().derive(profile) | {
+            "v_weight_decay": 0.5,
+            "v_num_grad_steps": 25 if rms else 30,
+            "clamp_norm_factor": 1.0 if rms else 0.75,
+            "mom2_update_weight": 15000.0,
+        }
+
+    def value_settings(self, *, keep_path: bool = False) -> ValueSettings:
+        """With the rule that ends the optimisation once every target token comes first."""
+        return replace(
+            super().value_settings(keep_path=keep_path),
+            nll_factor=self.nll_loss_factor,
+            settled_factor=SETTLED_FACTOR,
+            settled_kl=SETTLED_KL,
+        )
+
+
+@register_method
+class PMET(SpreadMethod):
+    """Batch editing with separate values for attention and MLP."""
+
+    config_class = PMETConfig
+    capabilities = Capabilities(
+        name="PMET",
+        kind="weights",
+        batch=True,
+        sequential=True,
+        needs_subject=True,
+        paper="Li et al. 2023, arXiv 2308.08742",
+        summary="MEMIT with separate values for attention and MLP; writes the MLP, or both",
+    )
+    config: PMETConfig
+
+    def edited_modules(self) -> list[str]:
+        """The projections in the order in which they are written."""
+        anatomy = self.bench.anatomy
+        return [site_path(anatomy, layer, SITES[kind]) for layer in self.layers for kind in self.config.rewrite]
+
+    def value_sites(self) -> tuple[Site, ...]:
+        """Both projections, whatever is written."""
+        return ("down", "attention_out")
+
+    def targets(self, values: Values, bare: Sequence[Row]) -> list[Stop]:
+        """Each written projection towards the value of its own kind."""
+        anatomy, top = self.bench.anatomy, self.value_layer()
+        names = {"attention": ".attn", "mlp": ".mlp"} if len(self.config.rewrite) > 1 else {}
+        return [
+            Stop(
+                layer,
+                i,
+                site_path(anatomy, layer, SITES[kind]),
+                Tap(site_path(anatomy, top, SITES[kind])),
+                values.value_at(SITES[kind]),
+                SITES[kind],
+                names.get(kind, ""),
+            )
+            for i, layer in enumerate(self.layers)
+            for kind in self.config.rewrite
+        ]
+
+    def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
+        """The square root of the layers left instead of their number."""
+        return residual / math.sqrt(len(self.layers) - stop.index)
+
+    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
+        """``(λ C + K Kᵀ)⁻¹ K``."""
+        assert self.config.mom2_update_weight is not None
+        return ridge_columns(self.bench.statistics.factor(module), keys, self.config.mom2_update_weight)

@@ -1,0 +1,244 @@
+"""What MEMIT and its relatives share: values optimised once, then written layer by layer from below.
+
+For every request a target is optimised at some site of the model. Then each matrix takes its share of what is
+still missing, with keys and states measured after the matrices before it were written:
+
+    R = share of (targets − current states),   ΔW = R Aᵀ,   A = A(K), column j belonging to request j
+
+A method says where its targets are (`targets`), how a residual is shared out (`share`) and how keys become the
+columns ``A`` (`columns`). Its own file reads beside its paper.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import ModelProfile
+from ..engine.capture import Tap
+from ..engine.ledger import WeightDelta
+from ..engine.rows import Row
+from ..engine.values import Site, Values, site_path
+from ..logging import get_logger, warn_once
+from ..requests import EditRequest
+from .base import Outcome
+from .locate import LocateConfig, LocateMethod, mean_key
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class SpreadConfig(LocateConfig):
+    """Fields shared by the methods that spread edits over layers; see `LocateConfig` for the others.
+
+    Args:
+        context_template_length_params: ``(tokens, count)`` of the generated context templates.
+    """
+
+    context_template_length_params: list[tuple[int, int]] | None = None
+
+    def validate(self) -> None:
+        """Put the layers into the order in which they are written."""
+        super().validate()
+        if self.layers is not None:
+            self.layers = sorted(self.layers)
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """The range that the published configurations of 28- to 48-layer models share."""
+        n = profile.num_layers
+        first, last = round(0.12 * n), max(round(0.28 * n), round(0.12 * n))
+        values = super().derive(profile) | {"layers": list(range(first, min(last, n - 1) + 1))}
+        if profile.norm != "rms":
+            values["clamp_norm_factor"] = 0.75
+        return values
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One matrix on the way up.
+
+    Args:
+        layer: its layer.
+        index: place of the layer among the edited ones, from 0.
+        module: name of the projection that is written.
+        measured: where current states are compared with the targets.
+        target: wanted states there, ``[requests, d]``.
+        site: kind of the measured place.
+        label: suffix of the names in a trace.
+    """
+
+    layer: int
+    index: int
+    module: str
+    measured: Tap
+    target: torch.Tensor
+    site: Site = "block"
+    label: str = ""
+
+
+class SpreadMethod(LocateMethod):
+    """Base of the methods that spread a batch of edits over layers."""
+
+    config: SpreadConfig
+
+    def prepare(self) -> None:
+        """Templates and, in one pass over the text, the second moments of all layers, before any weight changes."""
+        self.template_lengths = self.config.context_template_length_params or [(10, 5)]
+        self.templates()
+        with self.bench.ledger.disabled():
+            self.bench.statistics.moments(self.edited_modules())
+
+    # ------------------------------------------------------------------ what a method decides
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether later edits must know the keys of this one (they then travel with its deltas)."""
+        return False
+
+    def value_layer(self) -> int:
+        """Layer at which the values are optimised."""
+        return self.layers[-1]
+
+    def value_sites(self) -> tuple[Site, ...]:
+        """Sites of that layer at which the values are optimised."""
+        return ("block",)
+
+    def value_rows(self, requests: Sequence[EditRequest], rows: list[list[Row]]) -> list[list[Row]]:
+        """Rows on which the values are optimised: those that the keys are taken from, unless a method has others."""
+        return rows
+
+    def targets(self, values: Values, bare: Sequence[Row]) -> list[Stop]:
+        """The matrices to write, in order, and what shall be true once they are.
+
+        Args:
+            values: the optimised values.
+            bare: row of the bare prompt of every request.
+        """
+        anatomy, top = self.bench.anatomy, Tap(site_path(self.bench.anatomy, self.layers[-1], "block"))
+        return [
+            Stop(layer, i, anatomy.down(layer).path, top, values.value) for i, layer in enumerate(self.layers)
+        ]
+
+    def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
+        """The part of ``residual`` ``[requests, d]`` that this matrix shall add: an equal share per layer left."""
+        return residual / (len(self.layers) - stop.index)
+
+    @abstractmethod
+    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
+        """Return ``A`` ``[d_in, n]`` of ``ΔW = R Aᵀ``.
+
+        Args:
+            module: name of the projection.
+            keys: ``K`` ``[d_in, n]`` on the CPU, one column per request.
+        """
+
+    # ------------------------------------------------------------------ the loop
+
+    @property
+    def layers(self) -> list[int]:
+        """The edited layers, from below."""
+        return self.config.layers or []
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Edit a batch of facts."""
+        bench, deltas = self.bench, []
+        groups = self.templates()
+        rows = self.rows(requests, groups)
+        rewriting = [[r for r in group if not r.is_drift] for group in rows]
+        bare = [group[0] for group in rewriting]
+        for_values = self.value_rows(requests, rows)
+        first_key = Tap(self.edited_modules()[0], "input")
+        values = self.optimise(for_values, self.value_layer(), self.value_sites(), [first_key])
+        stops = self.targets(values, bare)
+        started: dict[Tap, torch.Tensor] = {}
+        with bench.ledger.provisional() as scope:
+            for number, stop in enumerate(stops):
+                key_tap = Tap(stop.module, "input")
+                if number == 0 and for_values is rows:  # the optimisation's first pass has already seen both
+                    keys = values.taken[key_tap]
+                else:
+                    flat = self.measure([r for group in rewriting for r in group], [key_tap])[key_tap]
+                    keys = flat.view(len(requests), -1, flat.shape[-1])
+                current = self._current(stop, number, values, bare)
+                k = mean_key(keys, groups).T  # [d_in, n]
+                residual = stop.target - current  # [n, H]
+                share = self._at_projection(self.share(residual, stop), stop).T  # [H, n]
+                columns = self.columns(stop.module, k.cpu())
+                delta = WeightDelta(
+                    stop.module,
+                    left=share,
+                    right=columns.float().to(share.device),
+                    owners=tuple(range(len(requests))),
+                    keys=k if self.keeps_keys else None,
+                )
+                scope.add(delta)
+                deltas.append(delta)
+                started.setdefault(stop.measured, residual.norm(dim=-1))
+                self._trace(stop, k, columns, share, current, residual)
+            wanted = {stop.measured: stop.target for stop in stops}
+            reached = self.measure(bare, list(wanted))
+        ratios = torch.stack(
+            [
+                (target - reached[tap].to(target.device)).norm(dim=-1) / started[tap].clamp_min(1e-12)
+                for tap, target in wanted.items()
+            ]
+        )
+        worst = ratios.max(dim=0).values.cpu().tolist()
+        return Outcome(
+            deltas, [self.diagnose(values, j) | {"residual_ratio": worst[j]} for j in range(len(requests))]
+        )
+
+    def _current(self, stop: Stop, number: int, values: Values, bare: Sequence[Row]) -> torch.Tensor:
+        """States at the measured place as they are now, ``[requests, d]``."""
+        anatomy = self.bench.anatomy
+        if number == 0:
+            for i, site in enumerate(values.sites):
+                if stop.measured == Tap(site_path(anatomy, self.value_layer(), site)):
+                    return values.initials[:, i]
+        return self._measured(stop, bare)
+
+    def _measured(self, stop: Stop, bare: Sequence[Row]) -> torch.Tensor:
+        return self.measure(bare, [stop.measured])[stop.measured].to(stop.target.device)
+
+    def _trace(
+        self,
+        stop: Stop,
+        keys: torch.Tensor,
+        columns: torch.Tensor,
+        share: torch.Tensor,
+        current: torch.Tensor,
+        residual: torch.Tensor,
+    ) -> None:
+        name = f"{stop.layer}{stop.label}"
+        for kind, value in (
+            ("k_star", keys),
+            ("left", columns),
+            ("right", share),
+            ("z", stop.target.T),
+            ("cur_z", current.T),
+            ("residual_total", residual.T),
+        ):
+            self.bench.note(f"{kind}.{name}", value)
+
+    def _at_projection(self, share: torch.Tensor, stop: Stop) -> torch.Tensor:
+        """Translate a wanted change of the block's output into one of the projection's output.
+
+        Most blocks add the projection's output to the stream unchanged. Some scale it by a constant, which is
+        divided out; behind a post-norm there is no exact translation, and the user is told.
+        """
+        anatomy = self.bench.anatomy
+        if stop.site != "block" or anatomy.additive is None or anatomy.additive[stop.layer]:
+            return share
+        scale = anatomy.residual_scale[stop.layer] if anatomy.residual_scale is not None else None
+        if scale:
+            return share / scale
+        warn_once(
+            logger,
+            f"{anatomy.model_class} normalises the output of its MLPs, so spreading an edit over layers is only"
+            " approximate; check the result, or use a single layer",
+        )
+        return share

@@ -1,0 +1,155 @@
+"""The application as a whole: help, options, exit codes, and which stream gets what."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_kedit import __version__
+from hf_kedit.cli.models import parse_layers, parse_settings
+
+from .conftest import Run
+
+COMMANDS = ("demo", "edit", "eval", "inspect", "rollback", "merge", "list-methods", "stats")
+
+
+def test_help_names_every_command(kedit: Run) -> None:
+    result = kedit("--help")
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_formats(kedit: Run, name: str) -> None:
+    result = kedit(name, "--help")
+    assert result.exit_code == 0
+    assert "--format" in result.stdout
+
+
+def test_version(kedit: Run) -> None:
+    assert kedit("--version").stdout.strip() == f"kedit {__version__}"
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    """What makes ``kedit --help`` quick."""
+    code = "import sys, hf_kedit.cli; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["no-such-command"],
+        ["edit"],
+        ["edit", "--model", "kedit/world-gpt2", "--method", "rome"],
+        ["edit", "--model", "kedit/world-gpt2", "--method", "rome", "--prompt", "x"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "rome", "-r", "a.jsonl", "-p", "x", "-t", "y"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "rome", "-r", "a.jsonl", "--subject", "y"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "rome", "-p", "x", "-t", "y", "--no-eval", "--min-success", "1"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "rome", "-p", "x", "-t", "y", "--min-success", "2"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "rome", "-p", "x", "-t", "y", "--set", "v_lr"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "rome", "-p", "x", "-t", "y", "--set", "v_lr=[1"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "rome", "-p", "x", "-t", "y", "--layers", "two"],
+        ["edit", "-m", "kedit/world-gpt2", "-p", "x", "-t", "y"],
+        ["eval", "-m", "kedit/world-gpt2", "-M", "rome"],
+        ["eval", "-m", "kedit/world-gpt2", "-M", "rome", "-d", "world", "--no-edit"],
+        ["eval", "-m", "kedit/world-gpt2", "-M", "rome", "-d", "world", "--setting", "other"],
+        ["eval", "-m", "kedit/world-gpt2", "-d", "world", "-n", "1"],
+        ["rollback", "somewhere"],
+        ["rollback", "somewhere", "an-id", "--all"],
+        ["demo", "--prompt", "x"],
+        ["demo", "--subject", "x"],
+        ["list-methods", "--format", "xml"],
+        ["list-methods", "--kind", "other"],
+    ],
+)
+def test_wrong_usage_is_2(kedit: Run, words: list[str]) -> None:
+    result = kedit(*words)
+    assert result.exit_code == 2, result.stderr
+    assert result.stdout == ""
+    assert result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-M", "romee", "-p", "x", "-t", "y"], "Did you mean 'rome'?"),
+        (["-M", "rome", "-r", "no_such.jsonl"], "no_such.jsonl"),
+        (["-M", "rome", "-c", "no_such.yaml", "-p", "x", "-t", "y"], "no_such.yaml"),
+        (["-M", "rome", "-p", "x", "-t", " "], "target_new"),
+        (["-M", "rome", "-p", "A {} is", "-t", "y"], "subject"),
+        (["-M", "rome", "-p", "A dog is", "--subject", "cat", "-t", "y"], "'cat'"),
+        (["-M", "rome", "-p", "A dog is", "--subject", "dog", "-t", "y", "-s", "v_lrr=1"], "Did you mean 'v_lr'?"),
+        (["-M", "rome", "-p", "A dog is", "--subject", "dog", "-t", "y", "-s", "v_lr=fast"], "v_lr"),
+        (["-M", "rome", "-p", "A dog is", "--subject", "dog", "-t", "y", "-l", "9"], "no layer 9"),
+        (["-M", "rome", "-p", "A dog is", "--subject", "dog", "-t", "y", "--protocol", "guess"], "guess"),
+    ],
+)
+def test_a_failure_is_1_and_one_line(kedit: Run, words: list[str], told: str) -> None:
+    result = kedit("edit", "--model", "kedit/world-gpt2", *words)
+    assert result.exit_code == 1, result.stderr
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("kedit: error: ")]
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_the_row_of_a_bad_request_is_named(kedit: Run, tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([{"prompt": "a", "target_new": "b"}, {"prompt": "a"}]), encoding="utf-8")
+    result = kedit("edit", "-m", "kedit/world-gpt2", "-M", "ft-m", "-r", path)
+    assert result.exit_code == 1
+    assert "row 1" in result.stderr
+    assert "target_new" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["kedit/world-gpt3", "no/such-model", "/no/such/folder"])
+def test_an_unknown_model(kedit: Run, name: str) -> None:
+    result = kedit("edit", "-m", name, "-M", "rome", "-p", "A dog is", "--subject", "dog", "-t", "y")
+    assert result.exit_code == 1
+    assert name in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_without_a_model(kedit: Run, tmp_path: Path) -> None:
+    for words in (["inspect", tmp_path], ["edit", "-m", tmp_path, "-M", "ft-m", "-p", "x", "-t", "y"]):
+        result = kedit(*words)
+        assert result.exit_code == 1
+        assert "neither" in result.stderr
+
+
+def test_debug_shows_the_error_itself(kedit: Run) -> None:
+    result = kedit("edit", "-m", "kedit/world-gpt2", "-M", "romee", "-p", "x", "-t", "y", "--debug")
+    assert type(result.exception).__name__ == "UnknownMethodError"
+
+
+def test_standard_output_is_pure(requests_file: Path) -> None:
+    """In a process of its own, with warnings on: JSON on one stream, everything else on the other."""
+    command = [sys.executable, "-m", "hf_kedit.cli", "edit", "-m", "kedit/world-gpt2", "-M", "ft-m", "-f", "json"]
+    done = subprocess.run(
+        [*command, "-r", str(requests_file)], capture_output=True, text=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["edit_ids"] == ["first", "second"]
+
+
+def test_layers() -> None:
+    assert parse_layers(None) is None
+    assert parse_layers("5") == [5]
+    assert parse_layers("4-6") == [4, 5, 6]
+    assert parse_layers("[3, 5,-1]") == [3, 5, -1]
+    assert parse_layers("1,4-5") == [1, 4, 5]
+
+
+def test_settings_are_yaml() -> None:
+    given = ["a=1", "b=5e-1", "c=[1, 2]", "d=null", "e=x=y", "f=true"]
+    # YAML 1.1 takes 5e-1 for a text; the config's own coercion makes it a number.
+    assert parse_settings(given) == {"a": 1, "b": "5e-1", "c": [1, 2], "d": None, "e": "x=y", "f": True}
+    assert parse_settings(None) == {}

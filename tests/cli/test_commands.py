@@ -1,0 +1,396 @@
+"""Each command on an embedded model: what it does, in every format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_kedit import EditableModel
+from hf_kedit.engine.weights import model_digest
+from hf_kedit.methods import registered_methods
+
+from .conftest import FACT, Run, data
+
+MODEL = ("--model", "kedit/world-gpt2")
+ONE = ("--prompt", FACT["prompt"], "--subject", FACT["subject"], "--target", FACT["target_new"])
+
+
+# ---------------------------------------------------------------------- list-methods
+
+
+def test_list_methods(kedit: Run) -> None:
+    rows = data(kedit("list-methods", "--format", "json"))
+    assert [row["edit_type"] for row in rows] == list(registered_methods())
+    kinds = {"name": str, "kind": str, "batch": bool, "sequential": bool, "needs_subject": bool}
+    kinds |= {"needs_training": bool, "paper": str, "summary": str, "low_rank": bool, "encoder_decoder": bool}
+    for row in rows:
+        for name, kind in kinds.items():
+            assert type(row[name]) is kind, (row["edit_type"], name)
+    by_name = {row["edit_type"]: row for row in rows}
+    assert by_name["rome"]["batch"] is False
+    assert by_name["memit"]["batch"] is True
+    assert by_name["ft-m"]["needs_subject"] is False
+
+
+def test_list_methods_for_people_and_scripts(kedit: Run) -> None:
+    shown = kedit("list-methods").stdout
+    for name, method in registered_methods().items():
+        assert name in shown
+        assert method.capabilities.paper.split(",")[0] in " ".join(shown.split())
+    assert kedit("list-methods", "--format", "quiet").stdout.split() == list(registered_methods())
+    assert data(kedit("list-methods", "--kind", "prompt", "--format", "json")) == [
+        row for row in data(kedit("list-methods", "--format", "json")) if row["kind"] == "prompt"
+    ]
+
+
+# ---------------------------------------------------------------------- edit
+
+
+def test_edit_one(kedit: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    words = [*ONE, "--rephrase", "For many years Tarosk Boayond has been a", "--output", folder, "-f", "json"]
+    result = data(kedit("edit", *MODEL, "--method", "rome", *words))
+    assert {"edit_id", "method", "model", "metrics", "pre", "seconds", "peak_memory", "artifact"} <= set(result)
+    assert result["model"] == "kedit/world-gpt2"
+    assert result["method"] == "rome"
+    assert result["pre"] == {"edit_success": 0.0, "rephrase": 0.0, "locality": None, "portability": None}
+    assert result["metrics"] == {"edit_success": 1.0, "rephrase": 1.0, "locality": None, "portability": None}
+    assert result["seconds"] > 0
+    assert result["artifact"] == str(folder)
+    model = EditableModel.from_pretrained(folder)
+    assert [e.id for e in model.edits] == [result["edit_id"]]
+    assert model.edits[0].request.rephrase_prompts == ["For many years Tarosk Boayond has been a"]
+
+
+def test_edit_many_together(kedit: Run, requests_file: Path) -> None:
+    result = data(kedit("edit", *MODEL, "-M", "ft-m", "--requests", requests_file, "-f", "json"))
+    assert result["edit_id"] is None
+    assert result["edit_ids"] == ["first", "second"]
+    assert result["artifact"] is None
+    assert result["metrics"]["edit_success"] == 1.0
+    assert 0 <= result["metrics"]["locality"] <= 1
+
+
+def test_edit_for_people_and_scripts(kedit: Run, requests_file: Path, tmp_path: Path) -> None:
+    words = ["edit", *MODEL, "-M", "ft-m", "-r", requests_file]
+    shown = kedit(*words, "-o", tmp_path / "out")
+    assert shown.exit_code == 0, shown.stderr
+    for text in ("first", "plumber", "reliability", "generalization", str(tmp_path / "out")):
+        assert text in shown.stdout
+    assert kedit(*words, "--format", "quiet").stdout.split() == ["first", "second"]
+
+
+def test_edit_without_measuring(kedit: Run) -> None:
+    result = data(kedit("edit", *MODEL, "-M", "ft-m", *ONE, "--no-eval", "-f", "json"))
+    assert result["metrics"] is None
+    assert len(result["edit_ids"]) == 1
+
+
+@pytest.mark.parametrize(("bound", "code"), [("1.0", 3), ("0.0", 0)])
+def test_min_success(kedit: Run, tmp_path: Path, bound: str, code: int) -> None:
+    """One step of fine-tuning changes nothing that one could see."""
+    words = ["-M", "ft-m", *ONE, "--set", "num_steps=1", "--set", "lr=1e-9", "-o", tmp_path / "out", "-f", "json"]
+    result = kedit("edit", *MODEL, *words, "--min-success", bound)
+    assert result.exit_code == code, result.stderr
+    assert json.loads(result.stdout)["metrics"]["edit_success"] == 0.0
+    assert ("min-success" in result.stderr) == (code == 3)
+    assert (tmp_path / "out" / "edit_config.json").is_file()
+
+
+def test_flags_win_over_set_over_file(kedit: Run, tmp_path: Path) -> None:
+    file = tmp_path / "hparams.yaml"
+    file.write_text(
+        "edit_type: rome\nlayers: [1]\nv_lr: 5e-1\nv_num_grad_steps: 3\nseed: 1\nmom2_adjustment: no\n",
+        encoding="utf-8",
+    )
+    folder = tmp_path / "out"
+    words = ["-c", file, *ONE, "-s", "layers=[2]", "-s", "v_num_grad_steps=4", "--layers", "3", "-o", folder]
+    result = kedit("edit", *MODEL, *words)
+    assert result.exit_code == 0, result.stderr
+    saved = json.loads((folder / "edit_config.json").read_text(encoding="utf-8"))["hparams"]
+    assert saved["layers"] == [3]
+    assert saved["v_num_grad_steps"] == 4
+    assert saved["v_lr"] == 0.5
+    assert saved["seed"] == 1
+
+
+def test_a_file_of_another_method(kedit: Run, tmp_path: Path) -> None:
+    file = tmp_path / "hparams.yaml"
+    file.write_text("edit_type: rome\n", encoding="utf-8")
+    result = kedit("edit", *MODEL, "-c", file, "-M", "memit", *ONE)
+    assert result.exit_code == 1
+    assert "memit" in result.stderr
+
+
+def test_saved_edits_go_on(kedit: Run, saved: Path, tmp_path: Path) -> None:
+    """Without --method, with the saved one; the journal grows, and --set changes single values."""
+    words = [
+        "-p",
+        "By profession {} is a",
+        "--subject",
+        "Fekeilm Thaipon",
+        "-t",
+        "judge",
+        "--set",
+        "v_num_grad_steps=7",
+    ]
+    result = data(kedit("edit", "-m", saved, *words, "-o", tmp_path / "more", "-f", "json"))
+    assert result["method"] == "rome"
+    model = EditableModel.from_pretrained(tmp_path / "more")
+    assert [e.id for e in model.edits] == ["first", "second", result["edit_id"]]
+    assert model.edit_config.v_num_grad_steps == 7  # type: ignore[attr-defined]
+
+
+def test_nothing_is_written_beside_a_model(kedit: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    result = kedit("edit", *MODEL, "-M", "rome", *ONE, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "complete model" in result.stderr
+
+
+# ---------------------------------------------------------------------- eval
+
+
+def test_eval(kedit: Run, tmp_path: Path) -> None:
+    file = tmp_path / "sub" / "report.json"
+    words = ["--dataset", "world", "--split", "test", "--limit", "2", "--output", file, "-f", "json"]
+    result = data(
+        kedit("eval", *MODEL, "-M", "ft-m", *words, "--protocol", "teacher_forced", "--protocol", "generation")
+    )
+    assert result["n"] == 2
+    assert result["setting"] == "single"
+    assert [r["protocol"] for r in result["results"]] == ["teacher_forced", "generation"]
+    assert result["pre"]["rewrite_acc"] < result["post"]["rewrite_acc"]
+    for name in ("rephrase_acc", "locality", "portability"):
+        assert 0 <= result["post"][name] <= 1
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert len(report["records"]) == 4
+    assert result["report"] == str(file)
+
+
+def test_eval_in_a_sequence(kedit: Run, requests_file: Path) -> None:
+    words = ["-d", requests_file, "--setting", "sequential", "--when", "immediate", "--when", "final", "-f", "json"]
+    result = data(kedit("eval", *MODEL, "-M", "rome", *words))
+    assert [(r["when"], r["setting"]) for r in result["results"]] == [
+        ("immediate", "sequential"),
+        ("final", "sequential"),
+    ]
+
+
+def test_eval_for_people_and_scripts(kedit: Run, requests_file: Path) -> None:
+    words = ["eval", *MODEL, "-M", "ft-m", "-d", requests_file, "--setting", "batch"]
+    shown = kedit(*words).stdout
+    assert "reliability" in shown
+    assert "100.0" in shown
+    assert "rewrite_acc=1.0" in kedit(*words, "--format", "quiet").stdout.split()
+
+
+def test_eval_of_saved_edits(kedit: Run, saved: Path) -> None:
+    """The numbers are those of the saved edits; nothing is edited, and the folder stays as it is."""
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    result = data(kedit("eval", "-m", saved, "--no-edit", "-f", "json"))
+    assert result["n"] == 2
+    assert result["method"] == "rome"
+    assert result["setting"] == "saved"
+    assert result["pre"]["rewrite_acc"] == 0.0
+    assert result["post"]["rewrite_acc"] == 1.0
+    assert result["results"][0]["seconds_edit"] is None
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_eval_of_saved_edits_on_other_requests(kedit: Run, saved: Path) -> None:
+    result = data(kedit("eval", "-m", saved, "--no-edit", "-d", "world", "-n", "1", "-f", "json"))
+    assert result["post"]["rewrite_acc"] == 1.0  # the first row of the world is the first saved edit
+    assert "portability" in result["post"]
+
+
+def test_eval_of_no_edits_needs_a_dataset(kedit: Run) -> None:
+    result = kedit("eval", *MODEL, "--no-edit")
+    assert result.exit_code == 1
+    assert "--dataset" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-d", "wold"], "Did you mean 'world'?"),
+        (["-d", "world", "--split", "tset"], "test"),
+        (["-d", "x.csv"], "x.csv"),
+    ],
+)
+def test_eval_with_a_bad_dataset(kedit: Run, words: list[str], told: str) -> None:
+    result = kedit("eval", *MODEL, "-M", "rome", *words)
+    assert result.exit_code == 1
+    assert told in result.stderr
+
+
+# ---------------------------------------------------------------------- inspect
+
+
+def test_inspect_edits(kedit: Run, saved: Path) -> None:
+    result = data(kedit("inspect", saved, "-f", "json"))
+    assert result["kind"] == "edits"
+    assert result["base_model"] == "kedit/world-gpt2"
+    assert result["method"] == "rome"
+    assert [e["edit_id"] for e in result["edits"]] == ["first", "second"]
+    (module,) = result["modules"]
+    assert module["weight"] == "transformer.h.2.mlp.c_proj.weight"
+    assert module["rank"] == 2
+    assert module["bytes"] == 2 * (128 + 512) * 4
+    assert result["files"]["edit_model.safetensors"] == (saved / "edit_model.safetensors").stat().st_size
+    shown = kedit("inspect", saved).stdout
+    for text in ("2 edits", "first", "second", "rank 2", "plumber"):
+        assert text in shown
+    assert kedit("inspect", saved, "-f", "quiet").stdout.split() == ["first", "second"]
+
+
+def test_inspect_a_damaged_edit(kedit: Run, saved: Path) -> None:
+    (saved / "edits.jsonl").write_text("{}\n", encoding="utf-8")
+    result = kedit("inspect", saved)
+    assert result.exit_code == 1
+    assert "edits.jsonl" in result.stderr
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_inspect_a_model(kedit: Run, load: bool) -> None:
+    """From the config alone, or with weights: the same structure."""
+    words = ["inspect", "kedit/world-llama", "--method", "memit", "-f", "json", *(["--load"] if load else [])]
+    result = data(kedit(*words))
+    assert result["kind"] == "model"
+    assert result["checked"] is load
+    assert result["parameters"] == sum(
+        p.numel() for p in EditableModel.from_pretrained("kedit/world-llama").base_model.parameters()
+    )
+    assert result["anatomy"]["num_layers"] == 6
+    assert result["method"] == "MEMIT"
+    expected = EditableModel.from_pretrained("kedit/world-llama", "memit").edit_config
+    assert result["config"] == json.loads(json.dumps(expected.to_dict()))
+    assert result["edited_modules"] == [f"model.layers.{i}.mlp.down_proj" for i in expected.layers or []]
+
+
+def test_inspect_a_model_for_people(kedit: Run) -> None:
+    shown = kedit("inspect", "kedit/world-gpt2").stdout
+    assert "GPT2LMHeadModel" in shown
+    assert "mlp.c_proj" in shown
+
+
+# ---------------------------------------------------------------------- rollback
+
+
+def test_rollback_one_in_place(kedit: Run, saved: Path) -> None:
+    result = data(kedit("rollback", saved, "first", "-f", "json"))
+    assert result == {"rolled_back": ["first"], "remaining": ["second"], "artifact": str(saved)}
+    left = EditableModel.from_pretrained(saved)
+    assert [e.id for e in left.edits] == ["second"]
+
+
+def test_rollback_the_last_into_another_folder(kedit: Run, saved: Path, tmp_path: Path) -> None:
+    result = kedit("rollback", saved, "--last", "1", "--output", tmp_path / "less", "-f", "quiet")
+    assert result.stdout.split() == ["second"]
+    assert [e.id for e in EditableModel.from_pretrained(saved).edits] == ["first", "second"]
+    assert [e.id for e in EditableModel.from_pretrained(tmp_path / "less").edits] == ["first"]
+
+
+def test_rollback_all_gives_the_base_model(kedit: Run, saved: Path) -> None:
+    result = kedit("rollback", saved, "--all")
+    assert result.exit_code == 0, result.stderr
+    assert "0 edits left" in result.stdout
+    left, base = EditableModel.from_pretrained(saved), EditableModel.from_pretrained("kedit/world-gpt2")
+    assert model_digest(left.base_model) == model_digest(base.base_model)
+    assert "0 edits" in kedit("inspect", saved).stdout
+
+
+@pytest.mark.parametrize(("words", "told"), [(["frst"], "Did you mean 'first'?"), (["--last", "3"], "carries 2")])
+def test_rollback_of_what_is_not_there(kedit: Run, saved: Path, words: list[str], told: str) -> None:
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    result = kedit("rollback", saved, *words)
+    assert result.exit_code == 1
+    assert told in result.stderr
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_rollback_of_a_model(kedit: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    result = kedit("rollback", tmp_path, "--all")
+    assert result.exit_code == 1
+    assert "no saved edits" in result.stderr
+
+
+# ---------------------------------------------------------------------- merge
+
+
+def test_merge(kedit: Run, saved: Path, tmp_path: Path) -> None:
+    """The merged folder is a plain transformers model with the edited weights, bit for bit."""
+    folder = tmp_path / "merged"
+    result = data(kedit("merge", saved, "--output", folder, "-f", "json"))
+    assert result["edits"] == 2
+    assert result["dtype"] == "float32"
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert model_digest(merged) == model_digest(EditableModel.from_pretrained(saved).base_model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(FACT["prompt"].replace("{}", FACT["subject"]), return_tensors="pt")
+    new = merged.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "plumber" in tokenizer.decode(new)
+
+
+def test_merge_in_bfloat16_tells_what_is_lost(kedit: Run, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "merged"
+    result = data(kedit("merge", saved, "-o", folder, "--dtype", "bfloat16", "-f", "json"))
+    assert result["dtype"] == "bfloat16"
+    (loss,) = result["rounding_loss"].values()
+    assert 0 < loss < 0.05
+    edited = EditableModel.from_pretrained(saved).base_model.get_submodule("transformer.h.2.mlp.c_proj").weight
+    merged = AutoModelForCausalLM.from_pretrained(folder).get_submodule("transformer.h.2.mlp.c_proj").weight
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged, edited.to(torch.bfloat16))
+    assert "lost by rounding" in kedit("merge", saved, "-o", tmp_path / "again", "--dtype", "bfloat16").stdout
+
+
+def test_merge_never_beside_edits(kedit: Run, saved: Path) -> None:
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    result = kedit("merge", saved, "--output", saved)
+    assert result.exit_code == 1
+    assert "twice" in result.stderr
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_merge_of_a_model(kedit: Run, tmp_path: Path) -> None:
+    result = kedit("merge", "kedit/world-gpt2", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "no saved edits" in result.stderr
+
+
+# ---------------------------------------------------------------------- stats
+
+
+def test_stats(kedit: Run, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("The dog stood beside the river. The wall was pale.\n" * 400, encoding="utf-8")
+    words = ["stats", *MODEL, "-l", "1-2", "--dataset", corpus, "--tokens", "2000", "--stats-dir", tmp_path / "stats"]
+    result = data(kedit(*words, "-f", "json"))
+    assert [m["module"] for m in result["modules"]] == ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
+    assert all(m["tokens"] >= 2000 and m["width"] == 512 for m in result["modules"])
+    files = sorted(Path(result["folder"]).rglob("*.safetensors"))
+    assert len(files) == 2
+    times = [f.stat().st_mtime_ns for f in files]
+    again = kedit(*words)
+    assert again.exit_code == 0, again.stderr
+    assert "transformer.h.1.mlp.c_proj" in again.stdout
+    assert [f.stat().st_mtime_ns for f in files] == times, "computed again although it was there"
+    assert kedit(*words, "-f", "quiet").stdout.strip() == result["folder"]
+
+
+def test_stats_for_a_method_without(kedit: Run) -> None:
+    result = kedit("stats", *MODEL, "-M", "ft-m")
+    assert result.exit_code == 1
+    assert "second moments" in result.stderr
+
+
+def test_stats_of_a_missing_file(kedit: Run) -> None:
+    result = kedit("stats", *MODEL, "--dataset", "no_such.txt")
+    assert result.exit_code == 1
+    assert "no_such.txt" in result.stderr
