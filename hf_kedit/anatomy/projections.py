@@ -172,9 +172,9 @@ class BlockReader:
             if class_words[: len(self.family)] == list(self.family):
                 stripped = class_words[len(self.family) :]
             own = words(name.rsplit(".", 1)[-1])
-            if _ALWAYS_MIXER & {*class_words, *own} and "mlp" not in class_words:
+            if _ALWAYS_MIXER & {*class_words, *own}:
                 return True
-            if _MIXER & {*stripped, *own} and "mlp" not in class_words:
+            if _MIXER & {*stripped, *own}:
                 return True
         return False
 

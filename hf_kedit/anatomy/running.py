@@ -143,7 +143,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         for module in training:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OLD, NEW = "yellow", "green"
 _KINDS = {
     "Neighborhood": "same answer",
-    "Other_Subjects": "other people",
+    "Other_Subjects": "other subject",
     "Shared_Name": "shared name",
     "Same_Subject": "same subject",
     "Entities": "other facts",
@@ -181,6 +181,9 @@ class DemoView:
         }
         for key, label in labels.items():
             self._print(Text.assemble(f"   {label:<52}", (f"{percent(scores[key]):>8}", "bold")))
+        if (scores["rewrite_success"] or 0.0) < 1.0:
+            hint = "The edit did not take. Other hyperparameters (--set KEY=VALUE) or another method may help."
+            self._print(_indented(Text(hint, "red")))
 
     def saved(self, folder: Path, reload_exact: bool | None) -> None:
         """Where it went, and whether it came back."""
@@ -217,4 +220,4 @@ def _whole_sentences(text: str) -> str:
 def _short(text: str) -> str:
     from .demo import first_sentence
 
-    return first_sentence(text) or text
+    return first_sentence(text) or text or "(nothing)"

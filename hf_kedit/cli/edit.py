@@ -205,11 +205,12 @@ def _show(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("edit", "prompt", "new target"):
         table.add_column(name)
-    table.add_column("p before", justify="right")
-    table.add_column("p after", justify="right")
+    moments = [m for m in ("before", "after") if any(_probability(e, m) is not None for e in made)]
+    for moment in moments:
+        table.add_column(f"p {moment}", justify="right")
     for e in made[:_SHOWN]:
-        before, after = (e.diagnostics.get(f"target_probability_{moment}") for moment in ("before", "after"))
-        table.add_row(e.id, e.request.filled_prompt, e.request.target_new, percent(before), percent(after))
+        chances = [percent(_probability(e, moment)) for moment in moments]
+        table.add_row(e.id, e.request.filled_prompt, e.request.target_new, *chances)
     console.print(table)
     if len(made) > _SHOWN:
         console.print(f"… and {len(made) - _SHOWN} more")
@@ -222,3 +223,8 @@ def _show(
         console.print("not saved (give --output DIR)", style="yellow")
     else:
         console.print(f"saved to {output}   (kedit inspect {output})", soft_wrap=True)
+
+
+def _probability(edit: Edit, moment: str) -> float | None:
+    """The target's probability as the method saw it; fine-tuning does not report it."""
+    return edit.diagnostics.get(f"target_probability_{moment}")

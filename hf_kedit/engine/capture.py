@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..anatomy.outputs import block_output as first
+from ..anatomy.outputs import replace_block_output as with_first
 from .forward import model_inputs
 from .weights import get_module
+
+__all__ = ["Tap", "as_rows", "capture_at", "first", "listen", "stream_states", "with_first"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,18 +41,6 @@ class Tap:
 
     module: str
     kind: Literal["input", "output"] = "output"
-
-
-def first(value: Any) -> torch.Tensor:
-    """The tensor of a module's output: its first element if it is a tuple, otherwise the output itself."""
-    return value[0] if isinstance(value, (tuple, list)) else value
-
-
-def with_first(value: Any, tensor: torch.Tensor) -> Any:
-    """The same structure as ``value`` with its tensor replaced."""
-    if isinstance(value, (tuple, list)):
-        return type(value)((tensor, *value[1:]))
-    return tensor
 
 
 def as_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -167,6 +167,16 @@ def test_vision_tower_of_the_same_depth_is_not_taken() -> None:
     assert resolve_anatomy(model).layers_path == "model.language_model.layers"
 
 
+def test_list_of_cross_attention_blocks_is_not_taken() -> None:
+    config = transformers.IdeficsConfig(num_hidden_layers=2, cross_layer_interval=1)
+    with torch.device("meta"):
+        model = transformers.IdeficsForVisionText2Text(config)
+    assert len(model.model.gated_cross_attn_layers) == 2
+    # Whichever is registered first.
+    model.model._modules["layers"] = model.model._modules.pop("layers")
+    assert resolve_anatomy(model).layers_path == "model.layers"
+
+
 def test_encoder_stack() -> None:
     model = tiny_model("t5")
     anatomy = check_anatomy(model, resolve_anatomy(model, stack="encoder"))

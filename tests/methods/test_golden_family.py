@@ -106,8 +106,6 @@ def test_it_matches_the_reference(name: str) -> None:
                 keys = model.ledger.keys(parameter_of(case, key).removesuffix(".weight"))
                 assert keys is not None
                 actual = keys @ keys.T
-            elif kind == "left" and case.spec["algorithm"] == "rect":
-                actual = trace[key]
             else:
                 actual = trace[key]
             case.check(kind, expected, actual, f"step{number}.{key}")

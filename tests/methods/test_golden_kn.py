@@ -93,7 +93,8 @@ def test_values_of_few_neurons_move_by_the_papers_rule(name: str) -> None:
         w, moved = before[parameter], model.get_parameter(parameter).detach() - before[parameter]
         if "c_proj" in module:
             w, moved = w.t(), moved.t()
-        expected = direction[:, None] * (w.norm(dim=0) * mask[layer])[None]
+        signs = editable.trace["activations"][layer].sign()
+        expected = direction[:, None] * (w.norm(dim=0) * mask[layer] * signs)[None]
         assert torch.allclose(moved, expected, atol=1e-5)
         assert torch.equal((moved != 0).any(dim=0), mask[layer])
     assert result.edits[0].diagnostics["neurons"] == int(mask.sum())

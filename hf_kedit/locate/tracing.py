@@ -1,0 +1,584 @@
+"""Causal tracing: which hidden states carry a fact to the answer? (Meng et al. 2022, arXiv 2202.05262, section 2)
+
+The subject's token embeddings are corrupted with noise, so that the answer is lost. Then the state of one token at
+one layer is put back to what it was in the clean run, and the probability of the answer tells how much that state
+matters: its *indirect effect* is ``P(answer | corrupted, state restored) − P(answer | corrupted)``. Four kinds of
+state can be restored:
+
+    hidden  output of one block
+    mlp     output of the MLP's last projection, in a window of layers
+    attn    output of the attention's last projection, in a window of layers
+    hidden_without_mlp, hidden_without_attn
+            as hidden, while the MLPs (attentions) above are severed: held at their corrupted outputs at that token
+            (arXiv 2210.07229, section 4.1)
+
+All cells of a table use the same noise. Nothing here depends on a family of models: modules come from the anatomy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ..anatomy import resolve_anatomy
+from ..engine.capture import Tap, as_rows, first, listen, with_first
+from ..engine.forward import accepts, device_of, frozen_eval, logits_at, model_inputs
+from ..engine.weights import get_module
+from ..errors import ConfigError, RequestError
+from ..logging import get_logger, progress
+from ..requests import EditRequest
+from ..tokens import EncodedPair, encode_pair, encode_target, encode_text, pad_id, pad_rows, span_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..anatomy import Anatomy
+
+logger = get_logger(__name__)
+KINDS = ("hidden", "mlp", "attn", "hidden_without_mlp", "hidden_without_attn")
+CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+LAST_SUBJECT = "last subject"
+WINDOW, WINDOW_DEPTH = 10, 28
+NOISE_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is traced: a prompt, where its subject stands, and possibly the known answers.
+
+    Args:
+        prompt: the filled prompt.
+        subject: the subject.
+        span: character span of the subject in the prompt.
+        answers: accepted answers; the first that the model gives is traced. Empty: whatever token it predicts.
+    """
+
+    prompt: str
+    subject: str
+    span: tuple[int, int]
+    answers: tuple[str, ...] = ()
+
+    @classmethod
+    def from_value(cls, value: Fact | EditRequest | Mapping[str, Any]) -> Fact:
+        """Build a fact from a request, or a dict with ``prompt``, ``subject`` and possibly ``ground_truth``.
+
+        Raises:
+            RequestError: if there is no subject, or the prompt does not contain it.
+        """
+        if isinstance(value, Fact):
+            return value
+        if isinstance(value, Mapping):  # the new target plays no part in tracing
+            value = EditRequest.from_dict({**value, "target_new": value.get("target_new") or "-"})
+        if not isinstance(value, EditRequest):
+            raise RequestError(f"a fact is an EditRequest or a dict, not {type(value).__name__}")
+        return cls(value.filled_prompt, value.subject or "", value.subject_span(), tuple(value.ground_truth))
+
+
+@dataclass
+class Trace:
+    """The tables of one fact.
+
+    Args:
+        fact: what was traced.
+        tokens: text of each token of the prompt.
+        subject_range: token range ``[first, end)`` of the subject.
+        answer: the answer whose probability is measured.
+        high: its probability in the clean run (of all its tokens together).
+        low: its mean probability in the corrupted runs.
+        scores: kind → ``[tokens, layers]``: its mean probability with that state restored.
+    """
+
+    fact: Fact
+    tokens: list[str]
+    subject_range: tuple[int, int]
+    answer: str
+    high: float
+    low: float
+    scores: dict[str, torch.Tensor]
+
+    @property
+    def classes(self) -> list[str | None]:
+        """Class of each token (see `CLASSES`); ``None`` before the subject, where nothing is corrupted.
+
+        Each token has one class. The only token of a subject is its last; a last token of the prompt that belongs
+        to the subject counts as the subject's.
+        """
+        start, end = self.subject_range
+        names: list[str | None] = [None] * len(self.tokens)
+        for i in range(start, len(self.tokens)):
+            if i < end:
+                name = LAST_SUBJECT if i == end - 1 else "first subject" if i == start else "middle subject"
+            else:
+                name = "last" if i == len(self.tokens) - 1 else "first after" if i == end else "further"
+            names[i] = name
+        return names
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything JSON-ready."""
+        return {
+            "prompt": self.fact.prompt,
+            "subject": self.fact.subject,
+            "answer": self.answer,
+            "tokens": self.tokens,
+            "subject_range": list(self.subject_range),
+            "high": self.high,
+            "low": self.low,
+            "scores": {kind: _rounded(table) for kind, table in self.scores.items()},
+        }
+
+
+@dataclass
+class Curve:
+    """Average indirect effect of one class of tokens by layer.
+
+    Args:
+        mean: ``[layers]``.
+        band: half width of the 95 % band of the mean, ``[layers]``; NaN for a single token.
+        count: number of tokens in the average.
+    """
+
+    mean: torch.Tensor
+    band: torch.Tensor
+    count: int
+
+
+@dataclass
+class TraceReport:
+    """Tables of several facts and how they were made.
+
+    Args:
+        traces: one per fact that the model knows.
+        skipped: (fact, reason) of the others.
+        kinds: what was restored.
+        window: number of layers restored together for ``mlp`` and ``attn``.
+        samples: corrupted runs per fact.
+        noise_level: standard deviation of the noise.
+        seed: of the noise.
+        model: name of the model.
+    """
+
+    traces: list[Trace]
+    skipped: list[tuple[Fact, str]]
+    kinds: tuple[str, ...]
+    window: int
+    samples: int
+    noise_level: float
+    seed: int
+    model: str = ""
+    num_layers: int = 0
+
+    @property
+    def total_effect(self) -> float:
+        """Mean of ``high − low``; NaN without facts."""
+        return sum(t.high - t.low for t in self.traces) / len(self.traces) if self.traces else math.nan
+
+    def average(self) -> dict[str, dict[str, Curve]]:
+        """Average indirect effect: kind → class of tokens (those that occur) → curve over the layers."""
+        result: dict[str, dict[str, Curve]] = {}
+        for kind in self.kinds:
+            rows: dict[str, list[torch.Tensor]] = {name: [] for name in CLASSES}
+            for trace in self.traces:
+                for name, effect in zip(trace.classes, trace.scores[kind] - trace.low, strict=True):
+                    if name is not None:
+                        rows[name].append(effect)
+            result[kind] = {}
+            for name, effects in rows.items():
+                if effects:
+                    stack = torch.stack(effects)
+                    band = 1.96 * stack.std(dim=0) / len(effects) ** 0.5 if len(effects) > 1 else stack[0] * math.nan
+                    result[kind][name] = Curve(stack.mean(dim=0), band, len(effects))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything JSON-ready (NaN as ``None``)."""
+        return {
+            "model": self.model,
+            "kinds": list(self.kinds),
+            "window": self.window,
+            "samples": self.samples,
+            "noise_level": self.noise_level,
+            "seed": self.seed,
+            "facts": len(self.traces),
+            "total_effect": None if math.isnan(self.total_effect) else self.total_effect,
+            "average": {
+                kind: {
+                    name: {"mean": _rounded(c.mean), "band": _rounded(c.band), "count": c.count}
+                    for name, c in curves.items()
+                }
+                for kind, curves in self.average().items()
+            },
+            "skipped": [{"prompt": fact.prompt, "reason": reason} for fact, reason in self.skipped],
+            "traces": [trace.to_dict() for trace in self.traces],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_dict` as JSON (folders are made); returns the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def _rounded(table: torch.Tensor) -> Any:
+    def tidy(value: Any) -> Any:
+        if isinstance(value, list):
+            return [tidy(v) for v in value]
+        return None if math.isnan(value) else round(value, 7)
+
+    return tidy(table.tolist())
+
+
+# ---------------------------------------------------------------------- the public function
+
+
+def causal_trace(
+    model: Any,
+    facts: Sequence[Fact | EditRequest | Mapping[str, Any]] | EditRequest | Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    anatomy: Anatomy | None = None,
+    kinds: Sequence[str] = ("hidden", "mlp", "attn"),
+    samples: int = 10,
+    window: int | None = None,
+    noise_level: float | None = None,
+    noise: torch.Tensor | None = None,
+    seed: int = 1,
+    known_only: bool = True,
+    batch_size: int | None = None,
+    show_progress: bool = True,
+) -> TraceReport:
+    """Trace facts through a model. The model is not changed.
+
+    Args:
+        model: an `EditableModel` (traced with its edits), or a transformers model together with its tokenizer.
+        facts: requests or dicts with ``prompt``, ``subject`` and possibly ``ground_truth``.
+        tokenizer: of a transformers model.
+        anatomy: of a transformers model; ``None``: resolved here. Encoder-decoder models are traced in their
+            encoder, which reads the subject.
+        kinds: what to restore, out of `KINDS`.
+        samples: corrupted runs per fact.
+        window: layers restored together for ``mlp`` and ``attn``; ``None``: 10, less in models of under 28 layers.
+        noise_level: standard deviation of the noise; ``None``: three times that of the embeddings of the tokens of
+            all subjects.
+        noise: ``[samples, subject tokens, H]`` standard normal noise to use instead of drawing it (one fact only).
+        seed: of the noise; each fact starts from it.
+        known_only: skip facts whose ground truth the model does not give; otherwise their first answer is traced.
+        batch_size: rows in one forward; ``None``: 128 on a CPU, 512 elsewhere, less when memory runs out.
+        show_progress: show a bar.
+
+    Returns:
+        The tables; ``skipped`` says which facts are missing and why.
+
+    Raises:
+        RequestError: for a fact without a subject in its prompt.
+        ConfigError: for an unknown kind, a bad number, or a missing tokenizer.
+    """
+    if isinstance(facts, (EditRequest, Fact, Mapping)):
+        facts = [facts]
+    known = [Fact.from_value(f) for f in facts]
+    base, tokenizer, anatomy, name = unpack(model, tokenizer, anatomy)
+    if anatomy.is_encoder_decoder and anatomy.stack != "encoder":
+        anatomy = resolve_anatomy(base, stack="encoder")
+    unknown = [k for k in kinds if k not in KINDS]
+    if unknown or not kinds:
+        raise ConfigError(f"unknown kind {unknown[0]!r}: use {', '.join(KINDS)}" if unknown else "no kind was given")
+    if samples < 1 or (window is not None and window < 1):
+        raise ConfigError("samples and window must be at least 1")
+    if noise is not None and (len(known) != 1 or noise.dim() != 3):
+        raise ConfigError("noise is one tensor [samples, subject tokens, H] for a single fact")
+    kinds = tuple(dict.fromkeys(kinds))
+    width = min(window or default_window(anatomy.num_layers), anatomy.num_layers)
+    report = TraceReport(
+        [], [], kinds, width, noise.shape[0] if noise is not None else samples, 0.0, seed, name, anatomy.num_layers
+    )
+    with frozen_eval(base), torch.no_grad():
+        texts = [_Text.of(base, tokenizer, fact) for fact in known]
+        level = noise_level if noise_level is not None else NOISE_FACTOR * _embedding_std(base, anatomy, texts)
+        report.noise_level = float(level)
+        tracer = _Tracer(base, tokenizer, anatomy, width, batch_size)
+        for fact, text in progress(list(zip(known, texts, strict=True)), "tracing facts", show=show_progress or None):
+            reason = tracer.clean(text, fact.answers, known_only)
+            if reason is not None:
+                report.skipped.append((fact, reason))
+                continue
+            drawn = noise if noise is not None else _draw(seed, samples, text, anatomy.hidden_size)
+            report.traces.append(tracer.trace(fact, text, drawn.float() * level, kinds))
+    return report
+
+
+def default_window(num_layers: int) -> int:
+    """10 layers, as published for models of 28 to 48 layers; the same share of shallower models."""
+    return WINDOW if num_layers >= WINDOW_DEPTH else max(round(WINDOW * num_layers / WINDOW_DEPTH), 1)
+
+
+def window_layers(layer: int, window: int, num_layers: int) -> range:
+    """The layers that are restored together around ``layer``."""
+    return range(max(0, layer - window // 2), min(num_layers, layer - (-window // 2)))
+
+
+def unpack(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, anatomy: Anatomy | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Anatomy, str]:
+    """Return transformers model, tokenizer, anatomy and name, from an `EditableModel` or from its parts.
+
+    Raises:
+        ConfigError: if there is no tokenizer.
+    """
+    if hasattr(model, "ledger") and hasattr(model, "anatomy"):
+        tokenizer, anatomy = tokenizer or model.tokenizer, anatomy or model.anatomy
+        name, base = str(model.base_model_id), model.base_model
+    else:
+        name, base = str(getattr(model.config, "name_or_path", "") or type(model).__name__), model
+    if tokenizer is None:
+        raise ConfigError("tracing needs the tokenizer of the model: pass tokenizer=")
+    return base, tokenizer, anatomy if anatomy is not None else resolve_anatomy(base), name
+
+
+# ---------------------------------------------------------------------- texts
+
+
+@dataclass
+class _Text:
+    """A fact as tokens; answer and clean states are filled in by the clean run."""
+
+    ids: list[int]
+    subject: tuple[int, int]
+    decoder_start: int | None
+    prompt_tokens: int
+    answer_ids: list[int] = field(default_factory=list)
+    candidates: list[list[int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fact: Fact) -> _Text:
+        """Tokenise prompt and answers; find the subject."""
+        encoded = encode_text(tokenizer, fact.prompt)
+        pair = EncodedPair(encoded.ids, len(encoded.ids), encoded.offsets, fact.prompt)
+        subject = span_tokens(tokenizer, pair, fact.span)
+        if getattr(model.config, "is_encoder_decoder", False):
+            start = model.config.decoder_start_token_id
+            ids = [int(i) for i in tokenizer(fact.prompt)["input_ids"]]  # with the EOS that encoders expect
+            answers = [encode_target(tokenizer, a) for a in fact.answers]
+            begin = int(tokenizer.pad_token_id if start is None else start)
+            return cls(ids, subject, begin, len(encoded.ids), candidates=answers)
+        pairs = [encode_pair(tokenizer, fact.prompt, a) for a in fact.answers]
+        answers = [p.target_ids for p in pairs if p.prompt_ids == encoded.ids]
+        return cls(encoded.ids, subject, None, len(encoded.ids), candidates=answers)
+
+    def inputs(self, answer: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """Encoder or decoder-only ids, decoder ids, and the columns that predict the answer."""
+        if self.decoder_start is not None:
+            return self.ids, [self.decoder_start, *answer[:-1]], list(range(max(len(answer), 1)))
+        last = len(self.ids) - 1
+        return [*self.ids, *answer[:-1]], [], list(range(last, last + max(len(answer), 1)))
+
+
+def _draw(seed: int, samples: int, text: _Text, hidden: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, text.subject[1] - text.subject[0], hidden, generator=generator)
+
+
+def _embedding_std(model: PreTrainedModel, anatomy: Anatomy, texts: Sequence[_Text]) -> float:
+    """Standard deviation over all components of the embeddings of all subjects' tokens."""
+    ids = torch.tensor([i for t in texts for i in t.ids[slice(*t.subject)]], device=device_of(model))
+    return float(get_module(model, anatomy.embeddings)(ids.unsqueeze(0)).float().std())
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One entry of a table: modules whose output at ``position`` is put back to clean, or held at corrupted."""
+
+    position: int
+    clean: tuple[str, ...]
+    held: tuple[str, ...] = ()
+
+
+class _Tracer:
+    """Runs one fact after the other; keeps the states of the present one."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        anatomy: Anatomy,
+        window: int,
+        batch_size: int | None,
+    ):
+        self.model, self.tokenizer, self.anatomy, self.window = model, tokenizer, anatomy, window
+        self.device = device_of(model)
+        self.fill = pad_id(tokenizer)
+        self.rows = batch_size or (128 if self.device.type == "cpu" else 512)
+        self.blocks: list[str | None] = [layer.path for layer in anatomy.layers]
+        # The last projection rather than the module around it: some modules add the residual stream themselves.
+        self.mlps = [layer.down.path if layer.down else layer.mlp for layer in anatomy.layers]
+        self.attentions = [
+            layer.attention_out.path if layer.attention_out else layer.attention for layer in anatomy.layers
+        ]
+        self.states: dict[str, torch.Tensor] = {}
+        self.high = 0.0
+
+    def clean(self, text: _Text, answers: Sequence[str], known_only: bool) -> str | None:
+        """Find the answer to trace, its clean probability, and all clean states; or say why there is none."""
+        if answers and not text.candidates:
+            return "the answer cannot be told from the prompt in tokens"
+        if not text.candidates:
+            text.answer_ids = [int(self._logits(text, [])[0, 0].argmax())]
+        else:
+            for candidate in text.candidates:
+                predicted = self._logits(text, candidate)[0].argmax(-1).tolist()
+                if predicted == candidate:
+                    text.answer_ids = candidate
+                    break
+            else:
+                if known_only:
+                    says = self.tokenizer.decode([int(self._logits(text, [])[0, 0].argmax())])
+                    return f"the model says {says!r}, not {answers[0]!r}"
+                text.answer_ids = text.candidates[0]
+        self.states = {}
+        paths = [p for p in (*self.blocks, *self.mlps, *self.attentions) if p is not None]
+
+        def keep(tap: Tap, tensor: torch.Tensor) -> None:
+            self.states.setdefault(tap.module, as_rows(tensor, 1)[0].clone())
+
+        with listen(self.model, [Tap(p) for p in paths], keep):
+            self.high = float(self._probability(self._logits(text, text.answer_ids), text)[0])
+        return None
+
+    def trace(self, fact: Fact, text: _Text, noise: torch.Tensor, kinds: Sequence[str]) -> Trace:
+        """Fill the tables of one fact."""
+        corrupted: dict[str, torch.Tensor] = {}
+        severed = [*(self.mlps if "hidden_without_mlp" in kinds else [])]
+        severed += self.attentions if "hidden_without_attn" in kinds else []
+
+        def keep(tap: Tap, tensor: torch.Tensor) -> None:
+            corrupted.setdefault(tap.module, as_rows(tensor, noise.shape[0]).clone())
+
+        with listen(self.model, [Tap(p) for p in severed if p is not None], keep):
+            low = float(self._run(text, noise, [_Cell(0, ())], corrupted)[0])
+        layers, tokens = self.anatomy.num_layers, len(text.ids)
+        # Before the subject nothing is corrupted, so restoring changes nothing (unless attention looks ahead).
+        positions = range(0 if text.decoder_start is not None else text.subject[0], tokens)
+        scores = {}
+        for kind in kinds:
+            cells = [self._cell(kind, position, layer) for position in positions for layer in range(layers)]
+            table = torch.full((tokens, layers), low)
+            table[positions.start :] = self._run(text, noise, cells, corrupted).view(len(positions), layers)
+            scores[kind] = table[: text.prompt_tokens]
+        names = [self.tokenizer.decode([i]) for i in text.ids[: text.prompt_tokens]]
+        answer = self.tokenizer.decode(text.answer_ids)
+        return Trace(fact, names, text.subject, answer, self.high, low, scores)
+
+    def _cell(self, kind: str, position: int, layer: int) -> _Cell:
+        def present(paths: Sequence[str | None], which: range) -> tuple[str, ...]:
+            return tuple(p for i in which if (p := paths[i]) is not None)
+
+        layers = self.anatomy.num_layers
+        if kind in ("mlp", "attn"):
+            around = window_layers(layer, self.window, layers)
+            return _Cell(position, present(self.mlps if kind == "mlp" else self.attentions, around))
+        above = range(layer + 1, layers)
+        held: tuple[str, ...] = ()
+        if kind == "hidden_without_mlp":
+            held = present(self.mlps, above)
+        elif kind == "hidden_without_attn":
+            held = present(self.attentions, above)
+        return _Cell(position, present(self.blocks, range(layer, layer + 1)), held)
+
+    def _run(
+        self, text: _Text, noise: torch.Tensor, cells: Sequence[_Cell], corrupted: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Mean probability of the answer over the samples for each cell, ``[cells]`` fp32 on the CPU."""
+        found: list[torch.Tensor] = []
+        samples, done = noise.shape[0], 0
+        while done < len(cells):
+            chunk = cells[done : done + max(self.rows // samples, 1)]
+            try:
+                with self._disturbed(text, noise, chunk, corrupted):
+                    logits = self._logits(text, text.answer_ids, rows=len(chunk) * samples)
+            except torch.OutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                self.rows = max(len(chunk) // 2, 1) * samples
+                logger.info("out of memory; going on with %d rows at once", self.rows)
+                torch.cuda.empty_cache()
+                continue
+            found.append(self._probability(logits, text).view(len(chunk), samples).mean(dim=1).cpu())
+            done += len(chunk)
+        return torch.cat(found)
+
+    @contextlib.contextmanager
+    def _disturbed(
+        self, text: _Text, noise: torch.Tensor, cells: Sequence[_Cell], corrupted: Mapping[str, torch.Tensor]
+    ) -> Iterator[None]:
+        """Noise on the subject's embeddings of all rows, and each cell's states put back on its own rows."""
+        samples, rows = noise.shape[0], noise.shape[0] * len(cells)
+        start, end = text.subject
+        once = {"embedded": False}
+
+        def corrupt(_: Any, __: Any, output: Any) -> Any:
+            if once["embedded"]:  # an encoder-decoder model may embed the decoder's tokens with the same module
+                return None
+            once["embedded"] = True
+            state = as_rows(first(output), rows).clone()
+            state[:, start:end] += noise.to(state).repeat(len(cells), 1, 1)
+            return with_first(output, state.view_as(first(output)))
+
+        clean: dict[str, list[int]] = {}
+        held: dict[str, list[int]] = {}
+        for number, cell in enumerate(cells):
+            for path in cell.clean:
+                clean.setdefault(path, []).append(number)
+            for path in cell.held:
+                held.setdefault(path, []).append(number)
+
+        def restore(path: str) -> Any:
+            def hook(_: Any, __: Any, output: Any) -> Any:
+                state = as_rows(first(output), rows).clone()
+                for number in clean.get(path, ()):
+                    position = cells[number].position
+                    state[number * samples : (number + 1) * samples, position] = self.states[path][position].to(state)
+                for number in held.get(path, ()):
+                    position = cells[number].position
+                    state[number * samples : (number + 1) * samples, position] = corrupted[path][:, position].to(state)
+                return with_first(output, state.view_as(first(output)))
+
+            return hook
+
+        handles = [get_module(self.model, self.anatomy.embeddings).register_forward_hook(corrupt)]
+        try:
+            for path in {**clean, **held}:
+                handles.append(get_module(self.model, path).register_forward_hook(restore(path)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _logits(self, text: _Text, answer: Sequence[int], rows: int = 1) -> torch.Tensor:
+        """Logits at the positions that predict the answer (one position for no answer), ``[rows, tokens, vocab]``."""
+        ids, decoder, columns = text.inputs(answer)
+        batch = pad_rows([ids] * rows, self.fill).to(self.device)
+        kwargs = model_inputs(self.model, batch)
+        shape = tuple(batch.input_ids.shape)
+        if decoder:
+            kwargs["decoder_input_ids"] = torch.tensor([decoder] * rows, device=self.device)
+            shape = tuple(kwargs["decoder_input_ids"].shape)
+            if not accepts(self.model, "position_ids"):
+                kwargs.pop("position_ids", None)
+        row = torch.arange(rows, device=self.device).repeat_interleave(len(columns))
+        column = torch.tensor(columns, device=self.device).repeat(rows)
+        return logits_at(self.model, kwargs, row, column, shape).float().view(rows, len(columns), -1)
+
+    def _probability(self, logits: torch.Tensor, text: _Text) -> torch.Tensor:
+        """Joint probability of the answer's tokens, ``[rows]``."""
+        wanted = torch.tensor(text.answer_ids, device=logits.device).expand(logits.shape[0], -1)
+        picked = logits.log_softmax(-1).gather(2, wanted.unsqueeze(2)).squeeze(2)
+        return cast(torch.Tensor, picked.sum(dim=1).exp())

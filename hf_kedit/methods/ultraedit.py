@@ -1,0 +1,396 @@
+"""UltraEdit (Gu et al. 2025, "UltraEdit: Training-, Subject-, and Memory-Free Lifelong Editing in Language Models",
+arXiv 2505.14679).
+
+Nothing is located and nothing is trained: one forward and one backward pass over a turn of edits. At every edited
+matrix, each token that predicts an answer token gives its input ``k`` and the gradient ``g`` of the loss at the
+matrix's output. Both are standardised with running statistics over all turns so far ("lifelong normalisation"), and
+
+    v_i = −η ‖k̂_i‖² ĝ_i,   ΔWᵀ = (KᵀK + I)⁻¹ KᵀV
+
+with the raw ``k`` in ``K``. Written as ``ΔW = Vᵀ ((KKᵀ + I)⁻¹ K)``, every column of the factors belongs to one token
+and so to one request: single edits can be taken back. The statistics are state of the method; they are never reset
+between turns and are saved with the edits. They are not reduced by a rollback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..config import EditConfig, ModelProfile
+from ..engine.capture import as_rows, first, with_first
+from ..engine.forward import device_of, logits_at, model_inputs
+from ..engine.ledger import WeightDelta
+from ..engine.weights import get_module, get_weight
+from ..errors import ConfigError, EditFailedError, TargetTooLongError, UnsupportedModelError
+from ..logging import progress
+from ..requests import EditRequest
+from ..tokens import context_length, encode_pair, pad_rows
+from .base import Capabilities, Method, Outcome, in_row, register_method
+
+EPS = float(torch.finfo(torch.float32).eps)
+MICRO_BATCH = 10
+ROLES = ("down", "up", "gate")
+_SPAN = re.compile(r"\{(\d+)(?:-(\d+))?\}")
+
+
+@dataclass
+class UltraEditConfig(EditConfig):
+    """Hyperparameters of UltraEdit.
+
+    ``batch_size`` requests share one backward pass (10 as published). How many are solved for together, a *turn*, is
+    the ``batch_size`` of `EditableModel.edit`; 100 in the paper.
+
+    Args:
+        lr: η.
+        edit_modules: the matrices to edit. Each entry is a module name, or one of ``down``, ``up``, ``gate`` for
+            the matrices of the MLP; ``{18-26}`` or ``{18}`` in it stands for layers: ``"down.{18-26}"``,
+            ``"model.layers.{18-26}.mlp.up_proj"``. ``{}`` (or a bare ``down``) means the layers of ``layers``.
+        token: which positions count: ``ans``, those that predict an answer token (as the authors'), or ``mask``,
+            all of prompt and answer.
+    """
+
+    edit_type: ClassVar[str] = "ultraedit"
+
+    lr: float = 1e-6
+    edit_modules: list[str] | None = None
+    token: Literal["ans", "mask"] = "ans"
+
+    def validate(self) -> None:
+        """Check ranges and the form of the module names."""
+        super().validate()
+        self._require_positive("lr")
+        if self.edit_modules is None:
+            return
+        if not self.edit_modules:
+            raise ConfigError("UltraEditConfig.edit_modules is empty; leave it out to use the model's default")
+        for entry in self.edit_modules:
+            if entry.count("{") > 1 or (_SPAN.sub("", entry).replace("{}", "").count("{")):
+                raise ConfigError(f"UltraEditConfig.edit_modules: {entry!r} may hold one {{}}, {{5}} or {{5-9}}")
+            span = _SPAN.search(entry)
+            if span and span[2] is not None and int(span[2]) < int(span[1]):
+                raise ConfigError(f"UltraEditConfig.edit_modules: the layers of {entry!r} run backwards")
+        if self.layers is not None and not any(_follows_layers(e) for e in self.edit_modules):
+            raise ConfigError("UltraEditConfig: no entry of edit_modules uses `layers`; write {} where they go")
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file or the model's depth."""
+        return ("edit_modules",)
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """The projections out of the MLPs of the last third without the last layer, as published for GPT-J."""
+        n = profile.num_layers
+        last = max(n - 2, 0)
+        return {"edit_modules": [f"down.{{{min(round(0.65 * n), last)}-{last}}}"]}
+
+    def complete(self, profile: ModelProfile) -> UltraEditConfig:
+        """Fill in the modules; layers without modules mean the projections out of their MLPs."""
+        if self.layers is not None and self.edit_modules is None:
+            return super(UltraEditConfig, replace(self, edit_modules=["down"])).complete(profile)
+        if self.layers is None and any(_follows_layers(e) for e in self.edit_modules or []):
+            raise ConfigError("UltraEditConfig: edit_modules has an entry without layers; set `layers`, or write {5-9}")
+        return super().complete(profile)
+
+
+def _follows_layers(entry: str) -> bool:
+    return entry in ROLES or "{}" in entry
+
+
+@dataclass
+class RunningMoments:
+    """Mean and spread of vectors over everything seen so far.
+
+    Args:
+        count: number of vectors.
+        mean: ``[d]`` fp32.
+        spread: sum of squared deviations, ``[d]`` fp32, as the authors update it: each addition counts ``b·Var``
+            with the unbiased variance, so it is somewhat larger than the exact sum.
+    """
+
+    count: float
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+    @classmethod
+    def empty(cls, size: int) -> RunningMoments:
+        """Nothing seen yet."""
+        return cls(0.0, torch.zeros(size), torch.zeros(size))
+
+    def add(self, rows: torch.Tensor) -> RunningMoments:
+        """Return the moments with ``rows`` ``[b, d]`` added; a single row has no variance of its own."""
+        b = rows.shape[0]
+        variance = rows.var(dim=0) if b > 1 else torch.zeros_like(rows[0])
+        mean, spread = self.mean.to(rows.device), self.spread.to(rows.device)
+        shift = rows.mean(dim=0) - mean
+        count = self.count + b
+        return RunningMoments(
+            count, mean + shift * (b / count), spread + variance * b + shift**2 * (self.count * b / count)
+        )
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Standard deviation, ``[d]``; zero before the second vector."""
+        return (self.spread / max(self.count - 1, 1)).sqrt()
+
+    def standardise(self, rows: torch.Tensor) -> torch.Tensor:
+        """``(rows − mean) / std`` per component."""
+        return (rows - self.mean.to(rows.device)) / (self.std.to(rows.device) + EPS)
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A request as token ids: what the model reads, where it predicts the answer, and the answer."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@register_method
+class UltraEdit(Method):
+    """Closed-form updates from one backward pass."""
+
+    config_class = UltraEditConfig
+    capabilities = Capabilities(
+        name="UltraEdit",
+        kind="weights",
+        batch=True,
+        sequential=True,
+        needs_subject=False,
+        paper="Gu et al. 2025, arXiv 2505.14679",
+        summary="one backward pass and a ridge regression per turn, with statistics kept over a lifetime of edits",
+    )
+    config: UltraEditConfig
+    _moments: dict[tuple[int, int], RunningMoments]
+
+    def __init__(self, bench: Any, config: UltraEditConfig):
+        super().__init__(bench, config)
+        self._moments = {}
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The running statistics, by the shape (inputs × outputs) of the matrices that share them; on the CPU."""
+        state = {}
+        for (d_in, d_out), moments in sorted(self._moments.items()):
+            prefix = f"normaliser.{d_in}x{d_out}"
+            state[f"{prefix}.count"] = torch.tensor([moments.count], dtype=torch.float64)
+            state[f"{prefix}.mean"] = moments.mean.detach().cpu().clone()
+            state[f"{prefix}.spread"] = moments.spread.detach().cpu().clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over statistics written by `state_dict`; an empty dict starts afresh.
+
+        Raises:
+            ConfigError: if the tensors are not such statistics.
+        """
+        loaded = {}
+        try:
+            for shape in dict.fromkeys(name.split(".")[1] for name in state):
+                d_in, d_out = (int(n) for n in shape.split("x"))
+                parts = {p: state[f"normaliser.{shape}.{p}"] for p in ("count", "mean", "spread")}
+                if any(tuple(parts[p].shape) != (d_in + d_out,) for p in ("mean", "spread")):
+                    raise ValueError(shape)
+                loaded[d_in, d_out] = RunningMoments(
+                    float(parts["count"]), parts["mean"].float().clone(), parts["spread"].float().clone()
+                )
+        except (IndexError, KeyError, ValueError) as error:
+            raise ConfigError(f"these are not UltraEdit's running statistics: {sorted(state)}") from error
+        self._moments = loaded
+
+    # ------------------------------------------------------------------ modules
+
+    def edited_modules(self) -> list[str]:
+        """Names of the edited matrices, in the order of the config.
+
+        Raises:
+            LayerError: for a layer or module that does not exist.
+            UnsupportedModelError: if a layer has no such matrix of its own.
+        """
+        found: list[str] = []
+        for entry in self.config.edit_modules or []:
+            span = _SPAN.search(entry)
+            if span is not None:
+                layers = list(range(int(span[1]), int(span[2] or span[1]) + 1))
+                template = _SPAN.sub("{}", entry)
+            else:
+                template, layers = entry, list(self.config.layers or []) if _follows_layers(entry) else [0]
+            for layer in layers:
+                role = template.split(".")[0]
+                found.append(self._of_role(role, layer) if role in ROLES else template.replace("{}", str(layer)))
+        for path in found:
+            weight = getattr(get_module(self.bench.model, path), "weight", None)
+            if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+                raise UnsupportedModelError(f"{path} has no matrix: UltraEdit edits linear layers")
+        return list(dict.fromkeys(found))
+
+    def _of_role(self, role: str, layer: int) -> str:
+        anatomy = self.bench.anatomy
+        if role == "down":
+            return anatomy.down(layer).path
+        where = anatomy.layer(layer)
+        if role == "gate":
+            chosen = where.gate
+        else:
+            ups = [p for p in where.ups if p != where.gate]
+            chosen = ups[0] if len(ups) == 1 else None
+        if chosen is None:
+            raise UnsupportedModelError(
+                f"layer {layer} of {anatomy.model_class} has no {role} matrix of its own. Matrices of this layer:\n"
+                + where.list_projections()
+            )
+        return chosen.path
+
+    # ------------------------------------------------------------------ editing
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check weights, tokens and lengths."""
+        super().check(requests)
+        limit = context_length(self.bench.model.config)
+        for request in requests:
+            example = in_row(self._example, request)
+            if limit is not None and len(example.ids) + 1 > limit:
+                raise TargetTooLongError(
+                    f"prompt and target have {len(example.ids) + 1} tokens, the model's context has {limit}",
+                    row=request.row,
+                    field="target_new",
+                    request_id=request.id,
+                )
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """One turn: collect keys and gradients in micro-batches, bring the statistics up to date, solve."""
+        bench, config = self.bench, self.config
+        modules = self.edited_modules()
+        sizes = {m: tuple(reversed(get_weight(get_module(bench.model, m)).shape)) for m in modules}
+        examples = [in_row(self._example, r) for r in requests]
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+        micro = config.batch_size or MICRO_BATCH
+        chunks = [order[i : i + micro] for i in range(0, len(order), micro)]
+        moments = dict(self._moments)
+        keys: dict[str, list[torch.Tensor]] = {m: [] for m in modules}
+        gradients: dict[str, list[torch.Tensor]] = {m: [] for m in modules}
+        owners: list[int] = []
+        losses = [0.0] * len(examples)
+        for number, chunk in enumerate(progress(chunks, "collecting gradients", show=bench.show_progress)):
+            found, values, rows = self._collect([examples[i] for i in chunk], modules)
+            owners.extend(chunk[r] for r in rows)
+            for i, value in zip(chunk, values, strict=True):
+                losses[i] = value
+            for module in modules:
+                k, g = found[module]
+                keys[module].append(k)
+                gradients[module].append(g)
+                shape = (int(sizes[module][0]), int(sizes[module][1]))
+                before = moments.get(shape) or RunningMoments.empty(sum(shape))
+                moments[shape] = before.add(torch.cat([k, g], dim=1))
+                bench.note(f"batch{number}/{module}/keys", k)
+                bench.note(f"batch{number}/{module}/output_grads", g)
+        deltas = []
+        for module in modules:
+            k, g = torch.cat(keys[module]), torch.cat(gradients[module])
+            shape = (int(sizes[module][0]), int(sizes[module][1]))
+            z = moments[shape].standardise(torch.cat([k, g], dim=1))
+            k_hat, g_hat = z[:, : shape[0]], z[:, shape[0] :]
+            v = -config.lr * (k_hat**2).sum(dim=1, keepdim=True) * g_hat  # [tokens, d_out]
+            delta = WeightDelta(module, left=v.T, right=ridge_inputs(k), owners=tuple(owners))
+            if not delta.finite():
+                raise EditFailedError(f"UltraEdit: the update of {module} is not finite; load the model in float32")
+            bench.note(f"{module}/delta", delta.matrix().T)
+            deltas.append(delta)
+        self._moments = moments
+        tokens = [owners.count(i) for i in range(len(examples))]
+        diagnostics = [
+            {
+                "loss": [round(losses[i], 6)],
+                "target_probability_before": float(torch.tensor(-losses[i]).exp()),
+                "tokens": tokens[i],
+                "tokens_seen": max(m.count for m in moments.values()),
+            }
+            for i in range(len(examples))
+        ]
+        return Outcome(deltas, diagnostics)
+
+    def _example(self, request: EditRequest) -> _Example:
+        pair = encode_pair(self.bench.tokenizer, request.filled_prompt, request.target_new, self.config.separator)
+        start = pair.prompt_length - 1
+        positions = tuple(range(start, start + len(pair.target_ids)))
+        return _Example(tuple(pair.ids[:-1]), positions, tuple(pair.target_ids))
+
+    def _collect(
+        self, examples: Sequence[_Example], modules: Sequence[str]
+    ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float], list[int]]:
+        """Inputs and output gradients of the modules at the chosen tokens of one micro-batch.
+
+        Returns:
+            Module → ``([tokens, d_in], [tokens, d_out])`` fp32; the mean loss of each example; the example that
+            each token belongs to. The gradient is that of the mean over all answer tokens of the micro-batch.
+        """
+        model = self.bench.model
+        batch = pad_rows([e.ids for e in examples], self.bench.fill).to(device_of(model))
+        device, count = batch.input_ids.device, len(examples)
+        rows = torch.tensor([i for i, e in enumerate(examples) for _ in e.positions], device=device)
+        columns = torch.tensor([p for e in examples for p in e.positions], device=device)
+        targets = torch.tensor([t for e in examples for t in e.targets], device=device)
+        chosen = batch.attention_mask.bool()
+        if self.config.token == "ans":
+            chosen = torch.zeros_like(chosen)
+            chosen[rows, columns] = True
+        inputs: dict[str, torch.Tensor] = {}
+        probes: dict[str, torch.Tensor] = {}
+        with torch.enable_grad(), _probed(model, modules, inputs, probes):
+            kwargs = model_inputs(model, batch)
+            logits = logits_at(model, kwargs, rows, columns, tuple(batch.input_ids.shape)).float()
+            nll = -logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+            silent = [m for m in modules if m not in probes]
+            if silent:
+                raise EditFailedError(f"{silent[0]} took no part in the forward pass; choose other edit_modules")
+            gradients = torch.autograd.grad(nll.mean(), [probes[m] for m in modules], allow_unused=True)
+        found = {}
+        for module, gradient in zip(modules, gradients, strict=True):
+            k = as_rows(inputs[module], count)
+            g = torch.zeros_like(probes[module]) if gradient is None else gradient
+            mask = chosen.to(k.device)
+            found[module] = (k[mask].float(), as_rows(g, count)[mask].float())
+        per_example = torch.zeros(count, device=device).index_add(0, rows, nll.detach())
+        per_example = per_example / torch.bincount(rows, minlength=count)
+        return found, per_example.tolist(), chosen.nonzero()[:, 0].tolist()
+
+
+def ridge_inputs(keys: torch.Tensor) -> torch.Tensor:
+    """``(KᵀK + I)⁻¹ Kᵀ`` ``[d_in, n]`` for keys ``K`` ``[n, d_in]``, solved in float64 on the smaller side."""
+    k = keys.double()
+    n, d = k.shape
+    if n <= d:
+        inner = k @ k.T + torch.eye(n, dtype=k.dtype, device=k.device)
+        return torch.linalg.solve(inner, k).T.float()
+    inner = k.T @ k + torch.eye(d, dtype=k.dtype, device=k.device)
+    return torch.linalg.solve(inner, k.T).float()
+
+
+@contextlib.contextmanager
+def _probed(
+    model: torch.nn.Module, modules: Sequence[str], inputs: dict[str, torch.Tensor], probes: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Record the modules' inputs and add a zero to their outputs; the zero's gradient is that of the output."""
+    handles = []
+    try:
+        for path in modules:
+
+            def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str = path) -> Any:
+                value = first(output)
+                inputs[path] = (args[0] if args else next(iter(kwargs.values()))).detach()
+                probes[path] = torch.zeros_like(value, requires_grad=True)
+                return with_first(output, value + probes[path])
+
+            handles.append(get_module(model, path).register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
