@@ -76,7 +76,8 @@ class EditConfig:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, adapter in _adapters(type(self)).items():
+        kind: Any = type(self)
+        for name, adapter in _adapters(kind).items():
             try:
                 setattr(self, name, adapter.validate_python(getattr(self, name)))
             except ValidationError as error:

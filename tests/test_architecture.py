@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
     {"anatomy"},
     {"tokens"},
     {"engine"},
+    {"locate"},
     {"methods"},
     {"model", "journal", "saving", "loading", "card"},
     {"evaluation", "training", "hub", "decoding", "tracing"},

@@ -1,76 +1,164 @@
 """Load edit requests by name or from a file: ``load_edit_dataset``, and the registry behind it.
 
 A loader is a generator of rows (see :mod:`hf_kedit.data.features`) registered under a name with
-:func:`register_dataset`. What all datasets share is done here, once: choosing the split, checking names, dropping
-rows without a target, conflicts, exclusion, the limit, and building the ``datasets.Dataset``.
+:func:`register_dataset`; datasets that are files of records register a function of one record with
+:func:`register_records`. What all datasets share is done here, once: choosing the split, finding the files,
+dropping rows without a target, conflicts, exclusion, the limit, counting, and building the table.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa  # type: ignore[import-untyped]
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
-from hf_kedit.data.features import FEATURES, row_from_request
+from hf_kedit.data.columns import Columns, check_columns, own_rows
+from hf_kedit.data.conflicts import Keep, Key, excluded_keys, select
+from hf_kedit.data.features import FEATURES
+from hf_kedit.data.files import SUFFIXES, read_records
+from hf_kedit.data.normalise import Record
+from hf_kedit.data.report import LoadReport
+from hf_kedit.data.sources import Located, Source
 from hf_kedit.errors import DataError, RequestError, nearest
 from hf_kedit.logging import get_logger
-from hf_kedit.requests import EditRequest, read_rows
 
 logger = get_logger(__name__)
 
-Loader = Callable[..., Iterable[dict[str, Any]]]
-FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv")
+Row = dict[str, Any]
+Loader = Callable[..., Iterable[Row]]
+Normaliser = Callable[..., Iterable[Row]]
+BadRows = Literal["raise", "drop"]
+CHUNK = 5000  # rows turned into Arrow at a time: as dicts they need ten times the memory
+_GIVEN = ("split", "path", "seed", "record", "dataset", "files", "report", "bad_rows")  # no options of a dataset
+_SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A registered dataset: its loader, its splits, and the split that is meant when none is named."""
+    """A registered dataset.
+
+    Args:
+        name: as listed by :func:`dataset_names`.
+        loader: makes the rows of a split.
+        splits: names of the splits.
+        default_split: the split that is meant when none is named.
+        source: where its files are; None for data made in memory.
+        function: whose keyword arguments are the dataset's options (the loader, or the function of a record).
+    """
 
     name: str
     loader: Loader
     splits: tuple[str, ...]
     default_split: str
+    source: Source | None = None
+    function: Callable[..., Any] | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the loader's own keyword arguments."""
-        return tuple(p for p in inspect.signature(self.loader).parameters if p not in ("split", "path", "seed"))
+        """Names of the dataset's own keyword arguments."""
+        return tuple(p for p in inspect.signature(self.function or self.loader).parameters if p not in _GIVEN)
 
 
 _REGISTRY: dict[str, DatasetEntry] = {}
 
 
 def register_dataset(
-    name: str, *, splits: tuple[str, ...] = ("test",), default_split: str = "test"
+    name: str,
+    *,
+    splits: tuple[str, ...] | None = None,
+    default_split: str | None = None,
+    source: Source | None = None,
+    function: Callable[..., Any] | None = None,
 ) -> Callable[[Loader], Loader]:
     """Register a loader (use as a decorator).
 
-    The loader is called as ``loader(split, path=…, seed=…, **options)`` and yields rows that have all columns of
-    ``FEATURES``; ``path`` and ``seed`` are None unless the user gave them.
+    Without a source the loader is called as ``loader(split, path=…, seed=…, **options)``; ``path`` and ``seed``
+    are None unless the user gave them. With one, as ``loader(split, dataset=name, files=…, seed=…, report=…,
+    bad_rows=…, **options)``. It yields rows that have all columns of ``FEATURES``.
 
     Args:
         name: the name for :func:`load_edit_dataset`; case does not matter.
-        splits: which splits there are.
-        default_split: the one that is loaded when the user names none.
+        splits: which splits there are; those of the source, or ``("test",)``.
+        default_split: the one that is loaded when the user names none: ``"test"`` if there is one.
+        source: the files it reads.
+        function: whose keyword arguments are the options, if not the loader.
 
     Raises:
         DataError: the name is taken, or the default split is not one of the splits.
     """
+    splits = splits or (source.splits if source else ("test",))
+    default = default_split or ("test" if "test" in splits or source is None else splits[0])
     if name.lower() in _REGISTRY:
         raise DataError(f"A dataset named {name!r} is registered already.")
-    if default_split not in splits:
-        raise DataError(f"The default split {default_split!r} is not one of {', '.join(splits)}.")
+    if default not in splits:
+        raise DataError(f"The default split {default!r} is not one of {', '.join(splits)}.")
 
     def decorate(loader: Loader) -> Loader:
-        _REGISTRY[name.lower()] = DatasetEntry(name, loader, tuple(splits), default_split)
+        _REGISTRY[name.lower()] = DatasetEntry(name, loader, tuple(splits), default, source, function)
         return loader
 
     return decorate
+
+
+def register_records(sources: Mapping[str, Source]) -> Callable[[Normaliser], Normaliser]:
+    """Register a function that turns one record of a file into rows, under one or more names (decorator).
+
+    It is called as ``function(record, dataset=name, split=…, seed=…, **options)``.
+
+    Args:
+        sources: name → files.
+    """
+
+    def decorate(function: Normaliser) -> Normaliser:
+        def load(
+            split: str, *, dataset: str, files: tuple[str, ...], seed: int | None, report: LoadReport,
+            bad_rows: BadRows, **options: Any,
+        ) -> Iterator[Row]:  # fmt: skip
+            return each_row(
+                (
+                    _normalised(function, value, number, report, dataset, split, seed, options)
+                    for number, value in enumerate(v for file in files for v in read_records(file))
+                ),
+                report,
+                bad_rows,
+            )
+
+        for name, source in sources.items():
+            register_dataset(name, source=source, function=function)(load)
+        return function
+
+    return decorate
+
+
+def _normalised(
+    function: Normaliser, value: Any, number: int, report: LoadReport, dataset: str, split: str, seed: int | None,
+    options: Mapping[str, Any],
+) -> Iterator[Row]:  # fmt: skip
+    """Run the function when advanced, so that :func:`each_row` sees its errors."""
+    try:
+        yield from function(Record(value, number, report), dataset=dataset, split=split, seed=seed, **options)
+    except RecursionError as error:
+        raise RequestError("is nested too deeply", row=number) from error
+
+
+def each_row(per_record: Iterable[Iterable[Row]], report: LoadReport, bad_rows: BadRows) -> Iterator[Row]:
+    """Chain the rows of all records; a record with an error is raised, or dropped as a whole and counted."""
+    for rows in per_record:
+        try:
+            made = list(rows)
+        except RequestError as error:
+            if bad_rows == "raise":
+                raise
+            logger.debug("%s: %s", report.dataset, error)
+            report.drop("unusable")
+        else:
+            yield from made
 
 
 def dataset_names() -> list[str]:
@@ -89,68 +177,179 @@ def dataset_entry(name: str) -> DatasetEntry:
     except KeyError:
         raise DataError(
             f"There is no dataset named {name!r}.{nearest(name, _REGISTRY)} "
-            f"Known: {', '.join(dataset_names())}; or give the path of a .json, .jsonl or .csv file."
+            f"Known: {', '.join(dataset_names())}; or give the path of a {', '.join(SUFFIXES)} file."
         ) from None
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that decides which rows a split has; a stream carries it instead of the rows."""
+
+    label: str
+    split: str
+    name: str | None
+    path: str | None
+    located: Located
+    records: Any = None
+    columns: Columns | None = None
+    seed: int | None = None
+    limit: int | None = None
+    keep: Keep | None = None
+    excluded: frozenset[Key | str] = frozenset()
+    bad_rows: BadRows = "raise"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def report(self) -> LoadReport:
+        return LoadReport(self.label, self.split, list(self.located.files), self.located.revision)
+
+    def rows(self, report: LoadReport) -> Iterator[Row]:
+        """Yield the rows to use; counts and messages are complete at the end."""
+        yield from select(self._source_rows(report), report, self.limit, self.keep, self.excluded)
+        report.complete = True
+        lost = {r: n for r, n in report.dropped.items() if r in ("no target", "no alternative target", "unusable")}
+        if lost:
+            logger.warning(
+                "%s/%s: %s", self.label, self.split,
+                "; ".join(f"{n} of {report.read} rows dropped ({reason})" for reason, n in sorted(lost.items())),
+            )  # fmt: skip
+        logger.info("%s", report)
+        if not report.kept:
+            raise DataError(f"{self.label}/{self.split}: no usable edit request among {report.read} rows ({report}).")
+
+    def _source_rows(self, report: LoadReport) -> Iterable[Row]:
+        if self.name is None:
+            values = self.records
+            if values is None:
+                values = (v for file in self.located.files for v in read_records(file))
+            return each_row(own_rows(values, self.label, report, self.columns), report, self.bad_rows)
+        entry = dataset_entry(self.name)
+        if entry.source is None:
+            path = Path(self.path) if self.path is not None else None
+            return entry.loader(self.split, path=path, seed=self.seed, **self.options)
+        return entry.loader(
+            self.split, dataset=entry.name, files=self.located.files, seed=self.seed, report=report,
+            bad_rows=self.bad_rows, **self.options,
+        )  # fmt: skip
+
+
 def load_edit_dataset(
-    name: str | Path | None = None,
+    name: Any = None,
     split: str | None = None,
     path: str | Path | None = None,
     limit: int | None = None,
     seed: int | None = None,
     *,
-    drop_conflicts: Literal["first", "last"] | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    drop_conflicts: Keep | None = None,
     exclude: Iterable[Any] | None = None,
+    columns: Columns | None = None,
+    bad_rows: BadRows = "raise",
     **options: Any,
-) -> Dataset | DatasetDict:
+) -> Any:
     """Load edit requests as a table with the columns of :data:`hf_kedit.data.FEATURES`.
 
+    Rows are never shuffled. What became of them is logged and kept: see :func:`hf_kedit.data.load_report`.
+
     Args:
-        name: a registered dataset (:func:`dataset_names`), or the path of a JSON, JSONL or CSV file whose rows have
-            those columns or the fields of :class:`hf_kedit.EditRequest`.
+        name: a registered dataset (:func:`dataset_names`); or the path of a JSON, JSONL, CSV or Parquet file; or a
+            ``datasets.Dataset`` or list of dicts. Own data have those columns, the fields of
+            :class:`hf_kedit.EditRequest`, or what ``columns`` says.
         split: name of the split; the dataset's default one (mostly ``"test"``) if None; ``"all"`` for a
             ``DatasetDict`` of all splits.
-        path: file or folder for a registered dataset that reads one; or, without ``name``, the file to load.
-        limit: take the first so many rows.
+        path: file or folder of a registered dataset that was downloaded before; or, without ``name``, the file.
+        limit: take the first so many rows. A group of edits that belong together is never cut.
         seed: for datasets that draw at random; None for their standard rows.
+        revision: branch, tag or full commit hash of the Hub dataset instead of the built-in one.
+        streaming: return an ``IterableDataset`` that reads rows as they are needed. Files that are not in the
+            Hub's cache are then read over the network instead of being downloaded.
         drop_conflicts: what to do with rows that have the same prompt but another target: keep all (None), or only
-            the ``"first"`` or ``"last"`` of each.
+            the ``"first"`` or ``"last"`` of each. Repetitions go as well. Needed for sequential editing.
         exclude: prompts, or rows with a ``"prompt"`` (another dataset), that must not occur.
-        options: further arguments of the dataset's loader.
+        columns: for own data: field → column name, e.g. ``{"prompt": "question", "target_new": "answer"}``;
+            ``"rephrase_prompts"`` may name several columns; ``"locality"`` and ``"portability"`` may be
+            ``{axis: (prompt column, answer column)}``. Other columns go to ``extra``.
+        bad_rows: ``"raise"`` at the first row that is unusable, or ``"drop"`` and count them.
+        options: further arguments of the dataset's loader (``dataset_entry(name).options``).
 
     Returns:
-        A ``datasets.Dataset``; a ``DatasetDict`` for ``split="all"``. Rows are never shuffled.
+        A ``datasets.Dataset``; an ``IterableDataset`` if streaming; a ``DatasetDict`` or
+        ``IterableDatasetDict`` for ``split="all"``.
 
     Raises:
-        DataError: unknown dataset, split or option; unreadable file; nothing left.
-        RequestError: a row of a file is not a usable request (names row and field).
+        DataError: unknown dataset, split or option; unreadable file, or one that has to be downloaded first (the
+            message says where it is published); nothing left.
+        RequestError: a row is not usable (names row and field).
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, not {limit}.")
     if drop_conflicts not in (None, "first", "last"):
         raise DataError(f"drop_conflicts must be 'first', 'last' or None, not {drop_conflicts!r}.")
-    source = name if name is not None else path
-    if source is None:
+    if bad_rows not in ("raise", "drop"):
+        raise DataError(f"bad_rows must be 'raise' or 'drop', not {bad_rows!r}.")
+    if streaming and drop_conflicts == "last":
+        raise DataError("drop_conflicts='last' needs all rows at once; use 'first', or streaming=False.")
+    if name is None and path is None:
         raise DataError(f"Give the name of a dataset ({', '.join(dataset_names())}) or the path of a file.")
-    excluded = {_normalised(e if isinstance(e, str) else e["prompt"]) for e in exclude or ()}
+    common = {
+        "columns": columns, "seed": seed, "limit": limit, "keep": drop_conflicts,
+        "excluded": excluded_keys(exclude), "bad_rows": bad_rows, "options": options,
+    }  # fmt: skip
+    if name is None or isinstance(name, Path) or not isinstance(name, str) or _looks_like_file(name):
+        plans = [_own_plan(path if name is None else name, split, revision, common)]
+    else:
+        if columns is not None:
+            raise DataError(f"'columns' is for own data; the layout of {name!r} is known.")
+        plans = _registered_plans(dataset_entry(name), split, path, revision, streaming, common)
+    tables = {plan.split: _stream(plan) if streaming else _table(plan) for plan in plans}
+    if split != "all":
+        return next(iter(tables.values()))
+    if streaming:
+        from datasets import IterableDatasetDict
 
-    def build(rows: Iterable[dict[str, Any]], label: str) -> Dataset:
-        return _build(rows, label, limit, drop_conflicts, excluded)
+        return IterableDatasetDict(tables)
+    return DatasetDict(tables)
 
-    if isinstance(source, Path) or name is None or _looks_like_file(str(source)):
-        if options:
-            raise DataError(f"A file takes no option {next(iter(options))!r}.")
-        if split not in (None, "all", "train", "test"):
-            raise DataError(f"A file has no split {split!r}: leave it out.")
+
+def _looks_like_file(name: str) -> bool:
+    return name.lower() not in _REGISTRY and Path(name).suffix.lower() in SUFFIXES
+
+
+def _own_plan(source: Any, split: str | None, revision: str | None, common: Mapping[str, Any]) -> _Plan:
+    if common["options"]:
+        raise DataError(f"Own data take no option {next(iter(common['options']))!r}.")
+    if revision is not None:
+        raise DataError("'revision' is for data from the Hub.")
+    if split not in (None, "all", "train", "test"):
+        raise DataError(f"Own data have no split {split!r}: leave it out.")
+    if common["columns"] is not None:
+        check_columns(common["columns"])
+    part = "test" if split in (None, "all") else split
+    if isinstance(source, (str, Path)):
         file = Path(source)
-        table = build(_file_rows(file), file.name)
-        return DatasetDict({"test": table}) if split == "all" else table
+        if file.is_dir():
+            raise DataError(f"{str(file)!r} is a folder; give the name of its dataset with path=, or one file.")
+        return _Plan(file.stem, str(part), None, str(file), Located((str(file),)), **common)
+    if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
+        raise DataError(f"Cannot load edit requests from a {type(source).__name__}: give a name, file, table or list.")
+    return _Plan("data", str(part), None, None, Located(()), records=source, **common)
 
-    entry = dataset_entry(str(source))
-    for option in options:
+
+def _registered_plans(
+    entry: DatasetEntry,
+    split: str | None,
+    path: str | Path | None,
+    revision: str | None,
+    streaming: bool,
+    common: Mapping[str, Any],
+) -> list[_Plan]:
+    for option in common["options"]:
         if option not in entry.options:
-            raise DataError(f"The dataset {entry.name!r} has no option {option!r}.{nearest(option, entry.options)}")
+            known = f" It has {', '.join(entry.options)}." if entry.options else " It has none."
+            raise DataError(
+                f"The dataset {entry.name!r} has no option {option!r}.{nearest(option, entry.options)}{known}"
+            )
+    split = _SPLIT_ALIASES.get(split or "", split) if split not in entry.splits else split
     wanted = entry.splits if split == "all" else (split or entry.default_split,)
     for one in wanted:
         if one not in entry.splits:
@@ -158,64 +357,41 @@ def load_edit_dataset(
                 f"The dataset {entry.name!r} has no split {one!r}.{nearest(one, entry.splits)} "
                 f"It has {', '.join(entry.splits)}."
             )
-    file_or_none = Path(path) if path is not None else None
-    tables = {
-        one: build(entry.loader(one, path=file_or_none, seed=seed, **options), f"{entry.name}/{one}") for one in wanted
-    }
-    return DatasetDict(tables) if split == "all" else tables[wanted[0]]
+    place = Path(path) if path is not None else None
+    if place is not None and len(wanted) > 1 and place.is_file() and entry.source is not None:
+        raise DataError(f"{str(place)!r} is one file: name the split, or pass the folder with all of them.")
+    if revision is not None and (entry.source is None or entry.source.repo is None):
+        raise DataError(f"{entry.name!r} does not come from the Hub: leave 'revision' out.")
+    return [
+        _Plan(
+            entry.name, one, entry.name, str(place) if place is not None else None,
+            entry.source.locate(entry.name, one, place, revision, streaming) if entry.source else Located(()),
+            **common,
+        )
+        for one in wanted
+    ]  # fmt: skip
 
 
-def _looks_like_file(name: str) -> bool:
-    return name.lower() not in _REGISTRY and Path(name).suffix.lower() in FILE_SUFFIXES
-
-
-def _normalised(prompt: str) -> str:
-    return " ".join(prompt.split()).casefold()
-
-
-def _build(
-    rows: Iterable[dict[str, Any]], label: str, limit: int | None, conflicts: str | None, excluded: set[str]
-) -> Dataset:
-    """Filter the rows, say how many went where, and make the table."""
-    kept: list[dict[str, Any]] = []
-    read = no_target = left_out = 0
-    for row in rows:
-        if limit is not None and len(kept) >= limit and conflicts is None:
-            break
-        read += 1
-        if not (row["target_new"] or "").strip():
-            no_target += 1
-        elif _normalised(row["prompt"]) in excluded:
-            left_out += 1
-        else:
-            kept.append(row)
-    clashing = 0
-    if conflicts is not None:
-        chosen: dict[str, dict[str, Any]] = {}
-        for row in kept:
-            key = _normalised(row["prompt"])
-            if key in chosen and conflicts == "last":
-                del chosen[key]
-            chosen.setdefault(key, row)
-        clashing, kept = len(kept) - len(chosen), list(chosen.values())[:limit]
-    if no_target:
-        logger.warning("%s: %d of %d rows dropped because they have no target", label, no_target, read)
-    logger.info("%s: %d rows read, %d kept, %d excluded, %d repeated", label, read, len(kept), left_out, clashing)
-    if not kept:
-        raise DataError(f"{label}: no usable edit request among {read} rows.")
+def _table(plan: _Plan) -> Dataset:
+    report, parts = plan.report(), []
+    rows = plan.rows(report)
     try:
-        return Dataset.from_list(kept, features=FEATURES)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"{label}: a column has values of a wrong type: {error}") from error
+        while chunk := list(islice(rows, CHUNK)):
+            parts.append(Dataset.from_list(chunk, features=FEATURES))
+    except (RequestError, DataError):
+        raise
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{plan.label}/{plan.split}: a column has values of a wrong type: {error}") from error
+    table = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    table.info.description = report.to_text()
+    return table
 
 
-def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Read a file of requests or rows, each checked by :class:`EditRequest`."""
-    for number, entry in enumerate(read_rows(file)):
-        if not isinstance(entry, dict):
-            raise RequestError(f"must be an object, not {type(entry).__name__}", row=number)
-        target = entry.get("target_new", entry.get("target"))
-        if target is None or (isinstance(target, str) and not target.strip()):
-            yield {"prompt": str(entry.get("prompt")), "target_new": ""}  # counted and dropped
-            continue
-        yield row_from_request(EditRequest.from_dict(entry, row=number), dataset=file.stem, number=number)
+def _stream(plan: _Plan) -> IterableDataset:
+    stream = IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs={"plan": plan})
+    stream.info.description = plan.report().to_text()
+    return stream
+
+
+def _generate(plan: _Plan) -> Iterator[Row]:
+    yield from plan.rows(plan.report())

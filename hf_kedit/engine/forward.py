@@ -25,7 +25,8 @@ def accepts(model: torch.nn.Module, name: str) -> bool:
     """Whether ``model.forward`` has an argument of this name (``**kwargs`` does not count)."""
     unwrap: Any = getattr(model, "get_base_model", None)
     inner: Any = unwrap() if callable(unwrap) else model
-    return name in _parameters(type(inner))
+    kind: Any = type(inner)
+    return name in _parameters(kind)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -209,25 +209,23 @@ def _optimise(
     fill: int,
     route: Route | None,
 ) -> Values:
-    flat = [row for group in rows for row in group]
-    owners = torch.tensor([i for i, group in enumerate(rows) for _ in group])
+    lanes = [lane for i, group in enumerate(rows) for lane in _lanes(group, i, drift=settings.kl_factor > 0)]
     modules = list(paths.values())
-    replay = Replay(model, anatomy, [_replay_row(r) for r in flat], layer, modules, taps, fill=fill, route=route)
+    runs = [ReplayRow(lane.ids, lane.fact, lane.positions) for lane in lanes]
+    replay = Replay(model, anatomy, runs, layer, modules, taps, fill=fill, route=route)
     device = replay.base_logits.device
-    owners = owners.to(device)
     count = len(rows)
-    bare = torch.tensor(
-        [next(i for i, r in enumerate(flat) if r.owner == g[0].owner and r.template == 0) for g in rows]
-    )
+    bare = torch.tensor([k for k, lane in enumerate(lanes) if lane.template == 0])
     initial = torch.stack([replay.taken[Tap(m)].to(device)[bare.to(device)] for m in modules], dim=1)  # [n, sites, d]
     norm = initial.norm(dim=-1)
-    terms = _Terms(flat, owners, device)
+    terms = _Terms(lanes, count, device)
     watched = [Tap(anatomy.layers[i].path) for i in settings.together_layers] if settings.together_factor else []
-    nll_factor = torch.full((count,), settings.nll_factor, device=device)
     offset = torch.zeros_like(initial)
+    alive = list(range(count))  # requests that the replay still holds; the tensors of the loop have a row for each
+    active = torch.ones(count, dtype=torch.bool)  # on the host; one entry per request in alive
+    delta, scale = offset.clone(), norm
     first_moment, second_moment = torch.zeros_like(offset), torch.zeros_like(offset)
-    active = torch.ones(count, dtype=torch.bool, device=device)
-    alive = torch.arange(count, device=device)  # requests that the replay still holds
+    nll_factor = torch.full((count,), settings.nll_factor, device=device)
     reference: torch.Tensor | None = None
     loss_rows: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
     steps_taken: list[list[torch.Tensor]] = [[] for _ in range(count)]
@@ -236,66 +234,72 @@ def _optimise(
 
     for step in range(settings.steps):
         last = step == settings.steps - 1
-        variable = offset[alive].detach().requires_grad_(not last)
+        variable = delta.detach().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
-            per_row = variable[terms.slot(alive)]
+            per_row = variable[terms.row_slot]
             with _watching(model, replay, watched) as states:
                 logits = replay.logits({module: per_row[:, k] for k, module in enumerate(modules)})
             log_probs = logits.log_softmax(-1)
             if reference is None:
-                reference = log_probs.detach()[terms.drift]
-            nll = nll_factor[alive] * terms.nll(log_probs, len(alive), alive)
-            kl = settings.kl_factor * terms.drift_kl(log_probs, reference, len(alive), alive)
+                reference = log_probs.detach()[terms.drift.at]
+            nll = nll_factor * terms.nll(log_probs)
+            kl = settings.kl_factor * terms.drift_kl(log_probs, reference)
             lengths = torch.linalg.vector_norm(variable, dim=-1)
-            decay = settings.weight_decay * (lengths / norm[alive] ** 2).sum(dim=-1)
+            decay = settings.weight_decay * (lengths / scale**2).sum(dim=-1)
             columns = [nll, kl, decay]
             if watched:
-                spread = torch.stack([terms.spread(h.to(device), len(alive), alive) for h in states.values()])
+                spread = torch.stack([terms.spread(h.to(device)) for h in states.values()])
                 columns.append(settings.together_factor * spread.mean(dim=0))
             loss = torch.stack(columns).sum(dim=0)
-        if not bool(torch.isfinite(loss).all()):
+        seen = [loss, *columns, terms.bare_probability(log_probs.detach())]
+        if settings.settled_factor is not None:
+            settled = terms.settled(log_probs.detach())
+            nll_factor = settings.nll_factor * torch.where(settled, settings.settled_factor, 1.0)
+            seen.append((settled & (kl.detach() <= settings.settled_kl)).float())
+        table = torch.stack(seen, dim=1).detach().cpu()  # the only thing that the host waits for in a step
+        if not bool(torch.isfinite(table[:, 0]).all()):
             raise EditFailedError(
                 "the loss became NaN or infinite while a value was optimised; lower v_lr or load the model in float32"
             )
-        table = torch.stack([loss, *columns], dim=1).detach().cpu().tolist()
-        bare_probability = terms.bare_probability(log_probs.detach(), alive).cpu().tolist()
-        running = active[alive].cpu().tolist()
-        for k, i in enumerate(alive.cpu().tolist()):
-            if running[k]:
-                loss_rows[i].append(tuple(table[k]))
-                before = probability[i][0] if step else bare_probability[k]
-                probability[i] = (before, bare_probability[k])
+        for k, (i, numbers) in enumerate(zip(alive, table.tolist(), strict=True)):
+            if active[k]:
+                loss_rows[i].append(tuple(numbers[: 1 + len(columns)]))
+                now = numbers[1 + len(columns)]
+                probability[i] = (probability[i][0] if step else now, now)
                 if settings.keep_path:
-                    steps_taken[i].append(offset[i].clone())
-        active[alive] &= loss.detach() >= settings.stop_loss
+                    steps_taken[i].append(delta[k].clone())
+        active = active & (table[:, 0] >= settings.stop_loss)
         if settings.settled_factor is not None:
-            settled = terms.settled(log_probs.detach(), len(alive), alive)
-            active[alive] &= ~(settled & (kl.detach() <= settings.settled_kl))
-            nll_factor[alive] = settings.nll_factor * torch.where(settled, settings.settled_factor, 1.0)
+            active = active & (table[:, -1] == 0)
         if last or not bool(active.any()):
             break
-        gradient = torch.autograd.grad(loss[active[alive]].sum(), variable)[0]
-        moving = alive[active[alive]]
-        g = gradient[active[alive]]
-        first_moment[moving] = _BETAS[0] * first_moment[moving] + (1 - _BETAS[0]) * g
-        second_moment[moving] = _BETAS[1] * second_moment[moving] + (1 - _BETAS[1]) * g * g
-        unbiased = first_moment[moving] / (1 - _BETAS[0] ** (step + 1))
-        scale = (second_moment[moving] / (1 - _BETAS[1] ** (step + 1))).sqrt() + _EPS
-        moved = offset[moving] - settings.lr * unbiased / scale
-        length, limit = moved.norm(dim=-1, keepdim=True), settings.clamp * norm[moving].unsqueeze(-1)
-        offset[moving] = torch.where(length > limit, moved * (limit / length), moved)
-        for i in moving.cpu().tolist():
-            updates[i] += 1
+        moving = active.to(device)
+        gradient = torch.autograd.grad((loss * moving).sum(), variable)[0]
+        moving = moving.view(-1, 1, 1)
+        first_moment = torch.where(moving, _BETAS[0] * first_moment + (1 - _BETAS[0]) * gradient, first_moment)
+        second_moment = torch.where(
+            moving, _BETAS[1] * second_moment + (1 - _BETAS[1]) * gradient * gradient, second_moment
+        )
+        unbiased = first_moment / (1 - _BETAS[0] ** (step + 1))
+        moved = delta - settings.lr * unbiased / ((second_moment / (1 - _BETAS[1] ** (step + 1))).sqrt() + _EPS)
+        length, limit = moved.norm(dim=-1, keepdim=True), settings.clamp * scale.unsqueeze(-1)
+        delta = torch.where(moving, torch.where(length > limit, moved * (limit / length), moved), delta)
+        for k, i in enumerate(alive):
+            updates[i] += int(active[k])
         if int(active.sum()) <= 0.75 * len(alive):
-            keep_request = active[alive]
-            keep_row = keep_request[terms.slot(alive)]
-            drift_before = terms.drift
-            keep_position = replay.select(keep_row)
-            reference = reference[keep_position[drift_before]]
-            terms.select(keep_row)
-            alive = alive[keep_request]
+            offset[torch.tensor(alive, device=device)] = delta
+            keep_position = replay.select(active.to(device)[terms.row_slot])
+            reference = reference[keep_position[terms.drift.at]]
+            kept = active.nonzero().flatten().tolist()
+            alive = [alive[k] for k in kept]
+            terms = terms.select(kept)
+            picked = torch.tensor(kept, device=device)
+            delta, scale, nll_factor = delta[picked], scale[picked], nll_factor[picked]
+            first_moment, second_moment = first_moment[picked], second_moment[picked]
+            active = active[kept]
+    offset[torch.tensor(alive, device=device)] = delta
 
-    rewriting = torch.tensor([i for i, r in enumerate(flat) if not r.is_drift])
+    rewriting = torch.tensor([k for k, lane in enumerate(lanes) if lane.template >= 0])
     per_request = len(rewriting) // count
     taken = {
         tap: states[rewriting.to(states.device)].view(count, per_request, -1) for tap, states in replay.taken.items()
@@ -323,91 +327,151 @@ def _watching(model: PreTrainedModel, replay: Replay, taps: Sequence[Tap]) -> It
         yield states
 
 
+@dataclass(frozen=True)
+class _Lane:
+    """One sequence to run, and what is read from it.
+
+    Args:
+        ids: token ids.
+        fact: index of the fact token.
+        positions: indices whose logits are read.
+        drift: per position, whether its whole distribution is compared (else one target's probability is read).
+        targets: per position, the token it should predict (0 where ``drift``).
+        owner: the request's place in the batch.
+        template: index of the context template; -1 for a drift row.
+    """
+
+    ids: tuple[int, ...]
+    fact: int
+    positions: tuple[int, ...]
+    drift: tuple[bool, ...]
+    targets: tuple[int, ...]
+    owner: int
+    template: int
+
+
+def _lanes(rows: Sequence[Row], owner: int, *, drift: bool = True) -> list[_Lane]:
+    """What has to be run for the rows of one request, with or without its drift row.
+
+    A drift row that is read at its fact token needs nothing behind it. Where the bare prompt begins with the same
+    tokens (it starts with the subject), its own fact token gives that distribution, and no row is needed at all.
+    """
+    lanes = []
+    for row in rows:
+        if not row.is_drift:
+            nothing = (False,) * len(row.positions)
+            lanes.append(_Lane(row.ids, row.fact, row.positions, nothing, row.targets, owner, row.template))
+    for row in rows:
+        if not row.is_drift or not drift:
+            continue
+        ids = row.ids[: row.fact + 1] if row.positions == (row.fact,) else row.ids
+        bare = next(k for k, lane in enumerate(lanes) if lane.template == 0)
+        lane = lanes[bare]
+        if ids == lane.ids[: lane.fact + 1] and row.fact == lane.fact:
+            lanes[bare] = replace(
+                lane,
+                positions=(row.fact, *lane.positions),
+                drift=(True, *lane.drift),
+                targets=(0, *lane.targets),
+            )
+        else:
+            zeros = (0,) * len(row.positions)
+            lanes.append(_Lane(ids, row.fact, row.positions, (True,) * len(row.positions), zeros, owner, row.template))
+    return lanes
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Positions of one kind: where they are among the logits, whose they are, what they predict, their weight."""
+
+    at: torch.Tensor
+    slot: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+
+
 class _Terms:
-    """The loss terms of a batch as index arithmetic over the wanted positions of its rows."""
+    """The loss terms of a batch as index arithmetic over the wanted positions of its lanes.
 
-    def __init__(self, rows: Sequence[Row], owners: torch.Tensor, device: torch.device):
-        self.owner = owners  # [rows]
-        per_row = torch.tensor([len(r.positions) for r in rows], device=device)
-        self.row = torch.repeat_interleave(torch.arange(len(rows), device=device), per_row)  # [positions]
-        self.drift = torch.tensor([r.is_drift for r in rows for _ in r.positions], device=device)
-        self.bare = torch.tensor([r.template == 0 for r in rows for _ in r.positions], device=device)
-        self.target = torch.tensor([t for r in rows for t in (r.targets or [0] * len(r.positions))], device=device)
-        templates = torch.zeros(int(owners.max()) + 1, device=device)
-        templates.index_add_(0, owners, torch.tensor([0.0 if r.is_drift else 1.0 for r in rows], device=device))
+    Args:
+        lanes: in the order in which the replay runs them.
+        count: number of requests; their lanes carry 0 … count - 1 as owners.
+        device: of the logits.
+    """
+
+    def __init__(self, lanes: Sequence[_Lane], count: int, device: torch.device):
+        self.lanes, self.count, self.device = list(lanes), count, device
+        templates = [sum(lane.owner == i and lane.template >= 0 for lane in lanes) for i in range(count)]
+        cells = [
+            (lane, lane.drift[k], lane.targets[k], lane.drift.count(lane.drift[k]))
+            for lane in lanes
+            for k in range(len(lane.positions))
+        ]
+
+        def read(which: Sequence[int], weights: Sequence[float]) -> _Read:
+            def index(values: Sequence[int]) -> torch.Tensor:
+                return torch.tensor(values, dtype=torch.long, device=device)
+
+            return _Read(
+                index(which),
+                index([cells[k][0].owner for k in which]),
+                index([cells[k][2] for k in which]).unsqueeze(1),
+                torch.tensor(weights, dtype=torch.float32, device=device),
+            )
+
+        rewriting = [k for k, (_, drift, _, _) in enumerate(cells) if not drift]
+        bare = [k for k in rewriting if cells[k][0].template == 0]
+        drifting = [k for k, cell in enumerate(cells) if cell[1]]
         # mean over the target tokens of a row, then over the rows of a request
-        self.weight = 1.0 / (per_row[self.row] * templates[owners[self.row]])
-        self.per_row = per_row
-        self.rewriting = torch.tensor([not r.is_drift for r in rows], device=device)  # [rows]
+        self.rewriting = read(rewriting, [1.0 / (cells[k][3] * templates[cells[k][0].owner]) for k in rewriting])
+        self.bare = read(bare, [1.0 / cells[k][3] for k in bare])
+        self.drift = read(drifting, [1.0] * len(drifting))
+        self.row_slot = torch.tensor([lane.owner for lane in lanes], device=device)  # [rows]
+        self.rewriting_rows = torch.tensor([k for k, lane in enumerate(lanes) if lane.template >= 0], device=device)
 
-    def slot(self, alive: torch.Tensor) -> torch.Tensor:
-        """Place of each row's request in ``alive``."""
-        return torch.searchsorted(alive, self.owner)
+    def _sum(self, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(self.count, device=values.device, dtype=values.dtype).index_add(0, slots, values)
 
-    def _sum(self, values: torch.Tensor, which: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
-        slots = torch.searchsorted(alive, self.owner[self.row[which]])
-        return torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, slots, values)
+    def _picked(self, log_probs: torch.Tensor, read: _Read) -> torch.Tensor:
+        return log_probs[read.at].gather(1, read.target).squeeze(1) * read.weight
 
-    def nll(self, log_probs: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
+    def nll(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Mean over templates of the mean over target tokens of −log p, ``[count]``."""
-        which = ~self.drift
-        picked = log_probs[which].gather(1, self.target[which].unsqueeze(1)).squeeze(1)
-        return self._sum(-picked * self.weight[which], which, count, alive)
+        return -self._sum(self._picked(log_probs, self.rewriting), self.rewriting.slot)
 
-    def drift_kl(
-        self, log_probs: torch.Tensor, reference: torch.Tensor, count: int, alive: torch.Tensor
-    ) -> torch.Tensor:
+    def drift_kl(self, log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """KL(current ‖ initial) on the drift rows, ``[count]``."""
-        current = log_probs[self.drift]
-        kl = (current.exp() * (current - reference)).sum(-1)
-        return self._sum(kl, self.drift, count, alive)
+        current = log_probs[self.drift.at]
+        return self._sum((current.exp() * (current - reference)).sum(-1), self.drift.slot)
 
-    def bare_probability(self, log_probs: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        """Geometric mean per token of the target's probability on the bare prompts, ``[requests in alive]``."""
-        which = self.bare
-        picked = log_probs[which].gather(1, self.target[which].unsqueeze(1)).squeeze(1)
-        return self._sum(picked / self.per_row[self.row[which]], which, len(alive), alive).exp()
+    def bare_probability(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Geometric mean per token of the target's probability on the bare prompts, ``[count]``."""
+        return self._sum(self._picked(log_probs, self.bare), self.bare.slot).exp()
 
-    def settled(self, log_probs: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
+    def settled(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Whether every supervised token is the model's first choice, ``[count]`` bool."""
-        which = ~self.drift
-        wrong = log_probs[which].argmax(-1) != self.target[which]
-        return self._sum(wrong.float(), which, count, alive) == 0
+        wrong = log_probs[self.rewriting.at].argmax(-1) != self.rewriting.target.squeeze(1)
+        return self._sum(wrong.float(), self.rewriting.slot) == 0
 
-    def spread(self, states: torch.Tensor, count: int, alive: torch.Tensor) -> torch.Tensor:
+    def spread(self, states: torch.Tensor) -> torch.Tensor:
         """``(1/d) Σ_{a<b} ‖h_a − h_b‖²`` over the rewriting rows of each request, ``[count]``.
 
         Equal to ``(N/d) Σ_a ‖h_a − h̄‖²``, which loses fewer digits.
 
         Args:
             states: ``[rows, d]``.
-            count: number of requests in ``alive``.
-            alive: their indices.
         """
-        h, owner = states[self.rewriting], torch.searchsorted(alive, self.owner[self.rewriting])
-        number = torch.zeros(count, device=h.device).index_add(0, owner, torch.ones_like(h[:, 0]))
-        mean = torch.zeros(count, h.shape[1], device=h.device).index_add(0, owner, h) / number.unsqueeze(1)
+        h, owner = states[self.rewriting_rows], self.row_slot[self.rewriting_rows]
+        number = self._sum(torch.ones_like(h[:, 0]), owner)
+        mean = torch.zeros(self.count, h.shape[1], device=h.device).index_add(0, owner, h) / number.unsqueeze(1)
         squares = (h - mean[owner]).square().sum(-1)
-        return number / h.shape[1] * torch.zeros(count, device=h.device).index_add(0, owner, squares)
+        return number / h.shape[1] * self._sum(squares, owner)
 
-    def select(self, keep_row: torch.Tensor) -> None:
-        """Drop rows, as `Replay.select` does."""
-        keep = keep_row[self.row]
-        renumber = torch.cumsum(keep_row, 0) - 1
-        self.drift, self.bare, self.target, self.weight = (
-            t[keep] for t in (self.drift, self.bare, self.target, self.weight)
-        )
-        self.row = renumber[self.row[keep]]
-        self.owner, self.per_row, self.rewriting = (
-            t[keep_row] for t in (self.owner, self.per_row, self.rewriting)
-        )
-
-
-def _replay_row(row: Row) -> ReplayRow:
-    """A drift row that is read at its fact token needs nothing behind it."""
-    if row.is_drift and row.positions == (row.fact,):
-        return ReplayRow(row.ids[: row.fact + 1], row.fact, row.positions)
-    return ReplayRow(row.ids, row.fact, row.positions)
+    def select(self, kept: Sequence[int]) -> _Terms:
+        """The terms of some of the requests, renumbered, as `Replay.select` leaves the rows."""
+        place = {owner: k for k, owner in enumerate(kept)}
+        lanes = [replace(lane, owner=place[lane.owner]) for lane in self.lanes if lane.owner in place]
+        return _Terms(lanes, len(kept), self.device)
 
 
 def _suffix(rows: Sequence[Row]) -> int:

@@ -1,1 +1,23 @@
 """Finding out where a model keeps a fact: causal tracing, attribution to neurons, and which layers to edit."""
+
+from __future__ import annotations
+
+from .attribution import Attribution, attribute_neurons
+from .plots import plot_average, plot_trace, save_figure
+from .suggest import LayerSuggestion, suggest_layers
+from .tracing import KINDS, Fact, Trace, TraceReport, causal_trace
+
+__all__ = [
+    "KINDS",
+    "Attribution",
+    "Fact",
+    "LayerSuggestion",
+    "Trace",
+    "TraceReport",
+    "attribute_neurons",
+    "causal_trace",
+    "plot_average",
+    "plot_trace",
+    "save_figure",
+    "suggest_layers",
+]

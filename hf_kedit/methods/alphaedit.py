@@ -26,6 +26,7 @@ from .spread import SpreadConfig, SpreadMethod
 
 logger = get_logger(__name__)
 TOKENS_PER_WIDTH = 10
+RIDGE_PART = 0.5
 
 
 @dataclass
@@ -38,20 +39,20 @@ class AlphaEditConfig(SpreadConfig):
             ``nullspace_fraction``.
         nullspace_fraction: the free directions, from the smallest eigenvalue on, hold at most this part of the
             keys' second moment (its trace); the same meaning in every model.
-        L2: λ, the ridge.
+        L2: λ, the ridge; a key is stored to the part ``s / (1 + s)``, ``s = kᵀ P k / λ``. ``None``: half of what
+            ``kᵀ P k`` is on average over all tokens, ``tr(P C) / 2``.
     """
 
     edit_type: ClassVar[str] = "alphaedit"
 
     nullspace_threshold: float | None = None
     nullspace_fraction: float = 0.05
-    L2: float = 10.0
+    L2: float | None = None
 
     def validate(self) -> None:
         """Check ranges."""
         super().validate()
-        self._require_positive("nullspace_threshold", optional=True)
-        self._require_positive("L2")
+        self._require_positive("nullspace_threshold", "L2", optional=True)
         if not 0 < self.nullspace_fraction < 1:
             raise ConfigError(
                 f"AlphaEditConfig.nullspace_fraction must lie between 0 and 1, not {self.nullspace_fraction!r}"
@@ -108,13 +109,15 @@ class AlphaEdit(SpreadMethod):
                 fraction=self.config.nullspace_fraction if relative else None,
                 name=f"the second moment of {module}",
             )
+            ridge = self.config.L2
+            if ridge is None:
+                ridge = RIDGE_PART * space.energy * float(moment.mean().trace())
             info_once(
                 logger,
                 f"AlphaEdit: {space.kept} of {width} directions of {module} are free (eigenvalues below"
-                f" {space.threshold:.3g}, {space.energy:.2%} of the keys' second moment)",
+                f" {space.threshold:.3g}, {space.energy:.2%} of the keys' second moment), ridge {ridge:.3g}",
             )
-            self._spaces[module] = KeySpace(space, self.config.L2)
-            self.bench.note(f"P.{module}", space.matrix()) if self.bench.trace is not None else None
+            self._spaces[module] = KeySpace(space, ridge)
         return self._spaces[module]
 
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:

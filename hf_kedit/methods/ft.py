@@ -137,6 +137,7 @@ class FineTuning(Method):
         bench, config = self.bench, self.config
         assert config.lr is not None
         examples = self._examples(requests)
+        teacher_forced = self._examples(requests, "target_new")
         names = self.parameters()
         start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
         theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
@@ -147,6 +148,7 @@ class FineTuning(Method):
         epoch_losses: list[float] = []
         backward_passes = 0
         began = time.perf_counter()
+        before = self._probability(teacher_forced, {}, size)
         with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress and len(examples) > 1) as bar:
             for _ in range(config.num_steps):
                 for chunk in chunks:
@@ -168,21 +170,36 @@ class FineTuning(Method):
                 if epoch_losses[-1] < config.stop_loss:
                     break
         bench.note("epoch_losses", torch.tensor(epoch_losses))
+        after = self._probability(teacher_forced, theta, size)
         seconds = time.perf_counter() - began
         deltas = [WeightDelta(m, n, dense=(theta[f"{m}.{n}"] - start[f"{m}.{n}"]).detach()) for m, n in names]
         diagnostics = [
-            {"loss": [round(x, 6) for x in losses[i]], "steps": len(losses[i]), "seconds_training": seconds}
+            {
+                "loss": [round(x, 6) for x in losses[i]],
+                "target_probability_before": before[i],
+                "target_probability_after": after[i],
+                "steps": len(losses[i]),
+                "seconds_training": seconds,
+            }
             for i in range(len(examples))
         ]
         return Outcome(deltas, diagnostics)
 
     # ------------------------------------------------------------------ steps
 
-    def _examples(self, requests: Sequence[EditRequest]) -> list[_Example]:
+    @torch.no_grad()
+    def _probability(self, examples: Sequence[_Example], theta: dict[str, torch.Tensor], size: int) -> list[float]:
+        """Geometric mean per token of the target's probability, teacher forced."""
+        found: list[float] = []
+        for i in range(0, len(examples), size):
+            found.extend((-self._loss(examples[i : i + size], theta)).exp().tolist())
+        return found
+
+    def _examples(self, requests: Sequence[EditRequest], objective: str | None = None) -> list[_Example]:
         limit = context_length(self.bench.model.config)
         examples = []
         for request in requests:
-            example = in_row(self._example, request)
+            example = in_row(lambda r: self._example(r, objective or self.config.objective), request)
             longest = max(len(example.ids), len(example.decoder_ids))
             if limit is not None and longest > limit:
                 raise TargetTooLongError(
@@ -194,7 +211,7 @@ class FineTuning(Method):
             examples.append(example)
         return examples
 
-    def _example(self, request: EditRequest) -> _Example:
+    def _example(self, request: EditRequest, objective: str) -> _Example:
         tokenizer = self.bench.tokenizer
         if self.bench.anatomy.is_encoder_decoder:
             encoded = tokenizer(request.filled_prompt)["input_ids"]
@@ -202,13 +219,13 @@ class FineTuning(Method):
             begin = self.bench.model.config.decoder_start_token_id
             begin = tokenizer.pad_token_id if begin is None else begin
             shifted = (int(begin), *targets[:-1])  # the decoder sees the target shifted right by one
-            if self.config.objective == "prompt_last":
+            if objective == "prompt_last":
                 shifted = shifted[:1]
                 return _Example(tuple(encoded), (0,) * len(targets), tuple(targets), shifted)
             return _Example(tuple(encoded), tuple(range(len(targets))), tuple(targets), shifted)
         pair = encode_pair(tokenizer, request.filled_prompt, request.target_new, self.config.separator)
         last = pair.prompt_length - 1
-        if self.config.objective == "prompt_last":
+        if objective == "prompt_last":
             return _Example(tuple(pair.prompt_ids), (last,) * len(pair.target_ids), tuple(pair.target_ids))
         positions = tuple(range(last, last + len(pair.target_ids)))
         return _Example(tuple(pair.ids[:-1]), positions, tuple(pair.target_ids))

@@ -21,7 +21,7 @@ import torch
 from ..config import ModelProfile
 from ..engine.solve import ridge_columns
 from .base import Capabilities, register_method
-from .spread import SpreadConfig, SpreadMethod
+from .spread import SpreadConfig, SpreadMethod, derived_weight
 
 
 @dataclass
@@ -50,8 +50,8 @@ class MEMITConfig(SpreadConfig):
         return (*super().model_dependent_fields(), "mom2_update_weight")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
-        """λ of most published configurations."""
-        return super().derive(profile) | {"mom2_update_weight": 15000.0}
+        """λ by the width of the model."""
+        return super().derive(profile) | {"mom2_update_weight": derived_weight(profile)}
 
 
 @register_method

@@ -25,7 +25,7 @@ from ..engine.solve import ridge_columns
 from ..engine.values import Site, Values, ValueSettings, site_path
 from ..errors import ConfigError
 from .base import Capabilities, register_method
-from .spread import SpreadConfig, SpreadMethod, Stop
+from .spread import SpreadConfig, SpreadMethod, Stop, derived_weight
 
 SITES: dict[str, Site] = {"attention": "attention_out", "mlp": "down"}
 SETTLED_FACTOR = 0.1
@@ -70,7 +70,7 @@ class PMETConfig(SpreadConfig):
             "v_weight_decay": 0.5,
             "v_num_grad_steps": 25 if rms else 30,
             "clamp_norm_factor": 1.0 if rms else 0.75,
-            "mom2_update_weight": 15000.0,
+            "mom2_update_weight": derived_weight(profile),
         }
 
     def value_settings(self, *, keep_path: bool = False) -> ValueSettings:

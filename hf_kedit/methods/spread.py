@@ -57,6 +57,15 @@ class SpreadConfig(LocateConfig):
         return values
 
 
+def derived_weight(profile: ModelProfile) -> float:
+    """λ for a model without published values.
+
+    A typical key is stored to the part ``s / (1 + s)`` with ``s ≈ d_in / λ``. The published λ of 7B models, 15,000,
+    is about their ``d_in``; smaller models need a smaller one, or nothing is written.
+    """
+    return float(min(15000, 4 * profile.hidden_size))
+
+
 @dataclass(frozen=True)
 class Stop:
     """One matrix on the way up.
