@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from . import embedded
-from .anatomy import Anatomy, check_anatomy, resolve_anatomy
+from .anatomy import Anatomy, check_anatomy, profile_of, resolve_anatomy
 from .config import AutoEditConfig, EditConfig, ModelProfile
 from .engine.forward import frozen_eval
 from .engine.ledger import Ledger
 from .engine.statistics import Corpus, StatisticsStore, model_fingerprint, resolve_corpus
-from .engine.weights import get_module, uninterrupted
+from .engine.weights import uninterrupted
 from .errors import ConfigError, EditFailedError, KeditError, RequestError
 from .journal import Edit, Journal, new_id, now
 from .loading import load_base, load_tokenizer
@@ -218,15 +218,7 @@ class EditableModel(nn.Module):
     @property
     def profile(self) -> ModelProfile:
         """The facts about the model from which defaults are derived."""
-        norm = self.anatomy.final_norm
-        layer_norm = norm is not None and getattr(get_module(self.base_model, norm), "bias", None) is not None
-        return ModelProfile(
-            name=self.base_model_id,
-            num_layers=self.anatomy.num_layers,
-            hidden_size=self.anatomy.hidden_size,
-            norm="layer" if layer_norm else "rms",
-            model_type=self.anatomy.model_type,
-        )
+        return profile_of(self.base_model, self.anatomy, self.base_model_id)
 
     def get_base_model(self) -> PreTrainedModel:
         """The wrapped transformers model; it carries the edits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .checks import check_anatomy
 from .outputs import block_output, replace_block_output
+from .profile import profile_of
 from .structure import OVERRIDES, resolve_anatomy
 from .types import Anatomy, ExpertBank, LayerAnatomy, MlpUnit, Projection
 
@@ -16,6 +17,7 @@ __all__ = [
     "Projection",
     "block_output",
     "check_anatomy",
+    "profile_of",
     "replace_block_output",
     "resolve_anatomy",
 ]

@@ -184,19 +184,11 @@ def _describe_model(source: str, model: Any, anatomy: Anatomy, method: str | Non
         "edited_modules": None,
     }
     if method is not None:
-        from ..config import AutoEditConfig, ModelProfile
+        from ..anatomy import profile_of
+        from ..config import AutoEditConfig
         from ..methods import method_class
 
-        norm = model.get_submodule(anatomy.final_norm) if anatomy.final_norm else None
-        config = AutoEditConfig.for_method(method).complete(
-            ModelProfile(
-                name=source,
-                num_layers=anatomy.num_layers,
-                hidden_size=anatomy.hidden_size,
-                norm="layer" if getattr(norm, "bias", None) is not None else "rms",
-                model_type=anatomy.model_type,
-            )
-        )
+        config = AutoEditConfig.for_method(method).complete(profile_of(model, anatomy, source))
         data["method"] = method_class(config).capabilities.name
         data["config"] = config.to_dict()
         data["edited_modules"] = [anatomy.down(layer).path for layer in config.layers or []]

@@ -22,7 +22,8 @@ _SHADES = " ░▒▓█"
 def trace(
     model: ModelOption,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="A prompt whose completion is a fact; {} stands for the subject.")
+        str | None,
+        typer.Option("--prompt", "-p", help="A prompt whose completion is a fact; {} stands for the subject."),
     ] = None,
     subject: Annotated[str | None, typer.Option("--subject", help="The entity that the fact is about.")] = None,
     ground_truth: Annotated[
@@ -31,9 +32,9 @@ def trace(
     ] = None,
     requests: Annotated[
         Path | None,
-        typer.Option("--requests", "-r", help="JSON, JSONL or CSV file with facts, instead of --prompt and --subject."),
+        typer.Option("--requests", "-r", help="JSON, JSONL or CSV file with facts, instead of --prompt."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Trace the first facts of the file only.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Trace the first facts of the file.")] = None,
     kind: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,16 +50,16 @@ def trace(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Corrupted runs per fact.")] = 10,
     window: Annotated[
         int | None,
-        typer.Option("--window", min=1, help="Layers restored together for mlp and attn; default: 10, less if shallow."),
+        typer.Option(
+            "--window", min=1, help="Layers restored together for mlp and attn; default: 10, less if shallow."
+        ),
     ] = None,
     noise: Annotated[
         float | None,
         typer.Option("--noise", min=0.0, help="Standard deviation of the noise; default: 3 x that of the embeddings."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 1,
-    all_facts: Annotated[
-        bool, typer.Option("--all", help="Trace facts that the model does not know, too.")
-    ] = False,
+    all_facts: Annotated[bool, typer.Option("--all", help="Trace facts that the model does not know, too.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for trace.json and the heat maps (PNG).")
     ] = None,
