@@ -18,9 +18,11 @@ _LAZY = {
     "Probe": "requests",
     "evaluate_edits": "evaluation",
     "load_edit_dataset": "data",
+    "causal_trace": "locate",
     "load_requests": "requests",
+    "suggest_layers": "locate",
 }
-_MODULES = ("data", "embedded", "errors", "evaluation", "logging", "methods")
+_MODULES = ("data", "embedded", "errors", "evaluation", "locate", "logging", "methods")
 
 if TYPE_CHECKING:
     from . import data, embedded, errors, evaluation, logging, methods

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import artifacts, demo, edit, evaluate, inspect, methods, stats
+from . import artifacts, demo, edit, evaluate, inspect, methods, stats, trace
 
 app = typer.Typer(
     name="kedit",
@@ -44,6 +44,7 @@ app.command("rollback")(artifacts.rollback)
 app.command("merge")(artifacts.merge)
 app.command("list-methods")(methods.list_methods)
 app.command("stats")(stats.stats)
+app.command("trace")(trace.trace)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .attribution import Attribution, attribute_neurons
 from .plots import plot_average, plot_trace, save_figure
 from .suggest import LayerSuggestion, suggest_layers
-from .tracing import KINDS, Fact, Trace, TraceReport, causal_trace
+from .traces import KINDS, Fact, Trace, TraceReport
+from .tracing import causal_trace
 
 __all__ = [
     "KINDS",

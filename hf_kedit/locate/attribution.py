@@ -123,7 +123,7 @@ def attribute_neurons(
         unscaled = states[tap].to(device)  # [tokens, d]
         total = torch.zeros_like(unscaled)
         for start in range(0, len(plan), size):
-            token, point = (torch.tensor(column, device=device) for column in zip(*plan[start : start + size], strict=True))
+            token, point = torch.tensor(plan[start : start + size], device=device).unbind(dim=1)
             scaled = (points[point, None] * unscaled[token]).requires_grad_(True)
             batch = pad_rows([texts[t] for t in token.tolist()], fill, width=base.input_ids.shape[1]).to(device)
             rows = torch.arange(len(token), device=device)
@@ -158,9 +158,10 @@ def replaced_at(model: torch.nn.Module, tap: Tap, columns: torch.Tensor, vectors
         new = vectors.to(device=states.device, dtype=states.dtype).unsqueeze(1)
         return torch.where(place.unsqueeze(-1), new, states).view_as(state)
 
-    handle = module.register_forward_pre_hook(_before(write), with_kwargs=True) if tap.kind == "input" else (
-        module.register_forward_hook(lambda _, __, output: with_first(output, write(first(output))))
-    )
+    if tap.kind == "input":
+        handle = module.register_forward_pre_hook(_before(write), with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: with_first(output, write(first(output))))
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import RequestError, require_extra
-from .tracing import CLASSES, Trace, TraceReport
+from .traces import CLASSES, Trace, TraceReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

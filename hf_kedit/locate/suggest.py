@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..config import ModelProfile, config_class, normalise
-from ..engine.weights import get_module
+from ..anatomy import profile_of
+from ..config import config_class, normalise
 from ..errors import ConfigError
 from ..logging import get_logger
 from ..requests import EditRequest
-from .tracing import LAST_SUBJECT, Fact, TraceReport, causal_trace, unpack
+from .traces import LAST_SUBJECT, Fact, TraceReport
+from .tracing import causal_trace, unpack
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from ..anatomy import Anatomy
 
@@ -112,7 +113,7 @@ def suggest_layers(
     base, tokenizer, anatomy, name = unpack(model, tokenizer, anatomy)
     if anatomy.is_encoder_decoder:
         raise ConfigError("layers are suggested for decoder-only models; causal_trace works on encoder-decoders too")
-    default = config_class(method)().complete(_profile(base, anatomy, name)).layers
+    default = config_class(method)().complete(profile_of(base, anatomy, name)).layers
     if not default:
         raise ConfigError(f"{method} has no layers to choose by tracing; rome and memit do")
     kinds = ("hidden", "mlp") if len(default) == 1 else ("hidden", "mlp", "hidden_without_mlp")
@@ -207,15 +208,3 @@ def _range(effects: Mapping[str, torch.Tensor], report: TraceReport, possible: S
 
 def _layers(count: int) -> str:
     return "one layer" if count == 1 else f"{count} layers"
-
-
-def _profile(model: PreTrainedModel, anatomy: Anatomy, name: str) -> ModelProfile:
-    norm = anatomy.final_norm
-    layer_norm = norm is not None and getattr(get_module(model, norm), "bias", None) is not None
-    return ModelProfile(
-        name=name,
-        num_layers=anatomy.num_layers,
-        hidden_size=anatomy.hidden_size,
-        norm="layer" if layer_norm else "rms",
-        model_type=anatomy.model_type,
-    )

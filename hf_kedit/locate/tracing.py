@@ -18,23 +18,23 @@ All cells of a table use the same noise. Nothing here depends on a family of mod
 from __future__ import annotations
 
 import contextlib
-import json
-import math
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anatomy import resolve_anatomy
+from ..anatomy import check_anatomy, resolve_anatomy
+from ..anatomy.structure import unwrap
 from ..engine.capture import Tap, as_rows, first, listen, with_first
 from ..engine.forward import accepts, device_of, frozen_eval, logits_at, model_inputs
 from ..engine.weights import get_module
-from ..errors import ConfigError, RequestError
+from ..errors import AnatomyError, ConfigError, UnsupportedModelError
 from ..logging import get_logger, progress
 from ..requests import EditRequest
 from ..tokens import EncodedPair, encode_pair, encode_target, encode_text, pad_id, pad_rows, span_tokens
+from .traces import KINDS, Fact, Trace, TraceReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,197 +42,8 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
-KINDS = ("hidden", "mlp", "attn", "hidden_without_mlp", "hidden_without_attn")
-CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
-LAST_SUBJECT = "last subject"
 WINDOW, WINDOW_DEPTH = 10, 28
 NOISE_FACTOR = 3.0
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What is traced: a prompt, where its subject stands, and possibly the known answers.
-
-    Args:
-        prompt: the filled prompt.
-        subject: the subject.
-        span: character span of the subject in the prompt.
-        answers: accepted answers; the first that the model gives is traced. Empty: whatever token it predicts.
-    """
-
-    prompt: str
-    subject: str
-    span: tuple[int, int]
-    answers: tuple[str, ...] = ()
-
-    @classmethod
-    def from_value(cls, value: Fact | EditRequest | Mapping[str, Any]) -> Fact:
-        """Build a fact from a request, or a dict with ``prompt``, ``subject`` and possibly ``ground_truth``.
-
-        Raises:
-            RequestError: if there is no subject, or the prompt does not contain it.
-        """
-        if isinstance(value, Fact):
-            return value
-        if isinstance(value, Mapping):  # the new target plays no part in tracing
-            value = EditRequest.from_dict({**value, "target_new": value.get("target_new") or "-"})
-        if not isinstance(value, EditRequest):
-            raise RequestError(f"a fact is an EditRequest or a dict, not {type(value).__name__}")
-        return cls(value.filled_prompt, value.subject or "", value.subject_span(), tuple(value.ground_truth))
-
-
-@dataclass
-class Trace:
-    """The tables of one fact.
-
-    Args:
-        fact: what was traced.
-        tokens: text of each token of the prompt.
-        subject_range: token range ``[first, end)`` of the subject.
-        answer: the answer whose probability is measured.
-        high: its probability in the clean run (of all its tokens together).
-        low: its mean probability in the corrupted runs.
-        scores: kind → ``[tokens, layers]``: its mean probability with that state restored.
-    """
-
-    fact: Fact
-    tokens: list[str]
-    subject_range: tuple[int, int]
-    answer: str
-    high: float
-    low: float
-    scores: dict[str, torch.Tensor]
-
-    @property
-    def classes(self) -> list[str | None]:
-        """Class of each token (see `CLASSES`); ``None`` before the subject, where nothing is corrupted.
-
-        Each token has one class. The only token of a subject is its last; a last token of the prompt that belongs
-        to the subject counts as the subject's.
-        """
-        start, end = self.subject_range
-        names: list[str | None] = [None] * len(self.tokens)
-        for i in range(start, len(self.tokens)):
-            if i < end:
-                name = LAST_SUBJECT if i == end - 1 else "first subject" if i == start else "middle subject"
-            else:
-                name = "last" if i == len(self.tokens) - 1 else "first after" if i == end else "further"
-            names[i] = name
-        return names
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything JSON-ready."""
-        return {
-            "prompt": self.fact.prompt,
-            "subject": self.fact.subject,
-            "answer": self.answer,
-            "tokens": self.tokens,
-            "subject_range": list(self.subject_range),
-            "high": self.high,
-            "low": self.low,
-            "scores": {kind: _rounded(table) for kind, table in self.scores.items()},
-        }
-
-
-@dataclass
-class Curve:
-    """Average indirect effect of one class of tokens by layer.
-
-    Args:
-        mean: ``[layers]``.
-        band: half width of the 95 % band of the mean, ``[layers]``; NaN for a single token.
-        count: number of tokens in the average.
-    """
-
-    mean: torch.Tensor
-    band: torch.Tensor
-    count: int
-
-
-@dataclass
-class TraceReport:
-    """Tables of several facts and how they were made.
-
-    Args:
-        traces: one per fact that the model knows.
-        skipped: (fact, reason) of the others.
-        kinds: what was restored.
-        window: number of layers restored together for ``mlp`` and ``attn``.
-        samples: corrupted runs per fact.
-        noise_level: standard deviation of the noise.
-        seed: of the noise.
-        model: name of the model.
-    """
-
-    traces: list[Trace]
-    skipped: list[tuple[Fact, str]]
-    kinds: tuple[str, ...]
-    window: int
-    samples: int
-    noise_level: float
-    seed: int
-    model: str = ""
-    num_layers: int = 0
-
-    @property
-    def total_effect(self) -> float:
-        """Mean of ``high − low``; NaN without facts."""
-        return sum(t.high - t.low for t in self.traces) / len(self.traces) if self.traces else math.nan
-
-    def average(self) -> dict[str, dict[str, Curve]]:
-        """Average indirect effect: kind → class of tokens (those that occur) → curve over the layers."""
-        result: dict[str, dict[str, Curve]] = {}
-        for kind in self.kinds:
-            rows: dict[str, list[torch.Tensor]] = {name: [] for name in CLASSES}
-            for trace in self.traces:
-                for name, effect in zip(trace.classes, trace.scores[kind] - trace.low, strict=True):
-                    if name is not None:
-                        rows[name].append(effect)
-            result[kind] = {}
-            for name, effects in rows.items():
-                if effects:
-                    stack = torch.stack(effects)
-                    band = 1.96 * stack.std(dim=0) / len(effects) ** 0.5 if len(effects) > 1 else stack[0] * math.nan
-                    result[kind][name] = Curve(stack.mean(dim=0), band, len(effects))
-        return result
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything JSON-ready (NaN as ``None``)."""
-        return {
-            "model": self.model,
-            "kinds": list(self.kinds),
-            "window": self.window,
-            "samples": self.samples,
-            "noise_level": self.noise_level,
-            "seed": self.seed,
-            "facts": len(self.traces),
-            "total_effect": None if math.isnan(self.total_effect) else self.total_effect,
-            "average": {
-                kind: {
-                    name: {"mean": _rounded(c.mean), "band": _rounded(c.band), "count": c.count}
-                    for name, c in curves.items()
-                }
-                for kind, curves in self.average().items()
-            },
-            "skipped": [{"prompt": fact.prompt, "reason": reason} for fact, reason in self.skipped],
-            "traces": [trace.to_dict() for trace in self.traces],
-        }
-
-    def save(self, path: str | Path) -> Path:
-        """Write `to_dict` as JSON (folders are made); returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        return path
-
-
-def _rounded(table: torch.Tensor) -> Any:
-    def tidy(value: Any) -> Any:
-        if isinstance(value, list):
-            return [tidy(v) for v in value]
-        return None if math.isnan(value) else round(value, 7)
-
-    return tidy(table.tolist())
 
 
 # ---------------------------------------------------------------------- the public function
@@ -285,7 +96,7 @@ def causal_trace(
     known = [Fact.from_value(f) for f in facts]
     base, tokenizer, anatomy, name = unpack(model, tokenizer, anatomy)
     if anatomy.is_encoder_decoder and anatomy.stack != "encoder":
-        anatomy = resolve_anatomy(base, stack="encoder")
+        anatomy = check_anatomy(base, resolve_anatomy(base, stack="encoder"))
     unknown = [k for k in kinds if k not in KINDS]
     if unknown or not kinds:
         raise ConfigError(f"unknown kind {unknown[0]!r}: use {', '.join(KINDS)}" if unknown else "no kind was given")
@@ -330,6 +141,7 @@ def unpack(
 
     Raises:
         ConfigError: if there is no tokenizer.
+        UnsupportedModelError: if the model needs images or the like.
     """
     if hasattr(model, "ledger") and hasattr(model, "anatomy"):
         tokenizer, anatomy = tokenizer or model.tokenizer, anatomy or model.anatomy
@@ -338,7 +150,14 @@ def unpack(
         name, base = str(getattr(model.config, "name_or_path", "") or type(model).__name__), model
     if tokenizer is None:
         raise ConfigError("tracing needs the tokenizer of the model: pass tokenizer=")
-    return base, tokenizer, anatomy if anatomy is not None else resolve_anatomy(base), name
+    parameters = inspect.signature(unwrap(base).forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if [n for n in needed if n != "input_ids"]:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} cannot be run on text alone (it needs {', '.join(needed)}); trace its language"
+            " model instead"
+        )
+    return base, tokenizer, anatomy if anatomy is not None else check_anatomy(base, resolve_anatomy(base)), name
 
 
 # ---------------------------------------------------------------------- texts
@@ -423,6 +242,11 @@ class _Tracer:
         self.attentions = [
             layer.attention_out.path if layer.attention_out else layer.attention for layer in anatomy.layers
         ]
+        self.embeddings = [anatomy.embeddings]
+        if anatomy.is_encoder_decoder:  # each stack may look tokens up in a module of its own over one matrix
+            shared = get_module(model, anatomy.embeddings).weight
+            modules = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)]
+            self.embeddings = [name for name, module in modules if module.weight is shared]
         self.states: dict[str, torch.Tensor] = {}
         self.high = 0.0
 
@@ -473,8 +297,8 @@ class _Tracer:
             table = torch.full((tokens, layers), low)
             table[positions.start :] = self._run(text, noise, cells, corrupted).view(len(positions), layers)
             scores[kind] = table[: text.prompt_tokens]
-        names = [self.tokenizer.decode([i]) for i in text.ids[: text.prompt_tokens]]
-        answer = self.tokenizer.decode(text.answer_ids)
+        names = [str(self.tokenizer.decode([i])) for i in text.ids[: text.prompt_tokens]]
+        answer = str(self.tokenizer.decode(text.answer_ids))
         return Trace(fact, names, text.subject, answer, self.high, low, scores)
 
     def _cell(self, kind: str, position: int, layer: int) -> _Cell:
@@ -522,12 +346,12 @@ class _Tracer:
         """Noise on the subject's embeddings of all rows, and each cell's states put back on its own rows."""
         samples, rows = noise.shape[0], noise.shape[0] * len(cells)
         start, end = text.subject
-        once = {"embedded": False}
+        seen: list[str] = []
 
         def corrupt(_: Any, __: Any, output: Any) -> Any:
-            if once["embedded"]:  # an encoder-decoder model may embed the decoder's tokens with the same module
+            if seen:  # what is embedded later are the decoder's tokens
                 return None
-            once["embedded"] = True
+            seen.append("subject")
             state = as_rows(first(output), rows).clone()
             state[:, start:end] += noise.to(state).repeat(len(cells), 1, 1)
             return with_first(output, state.view_as(first(output)))
@@ -553,11 +377,13 @@ class _Tracer:
 
             return hook
 
-        handles = [get_module(self.model, self.anatomy.embeddings).register_forward_hook(corrupt)]
+        handles = [get_module(self.model, path).register_forward_hook(corrupt) for path in self.embeddings]
         try:
             for path in {**clean, **held}:
                 handles.append(get_module(self.model, path).register_forward_hook(restore(path)))
             yield
+            if not seen:
+                raise AnatomyError(f"{self.anatomy.embeddings} took no part in the forward pass")
         finally:
             for handle in handles:
                 handle.remove()
@@ -581,4 +407,4 @@ class _Tracer:
         """Joint probability of the answer's tokens, ``[rows]``."""
         wanted = torch.tensor(text.answer_ids, device=logits.device).expand(logits.shape[0], -1)
         picked = logits.log_softmax(-1).gather(2, wanted.unsqueeze(2)).squeeze(2)
-        return cast(torch.Tensor, picked.sum(dim=1).exp())
+        return picked.sum(dim=1).exp()

@@ -94,7 +94,9 @@ class UltraEditConfig(EditConfig):
         if self.layers is not None and self.edit_modules is None:
             return super(UltraEditConfig, replace(self, edit_modules=["down"])).complete(profile)
         if self.layers is None and any(_follows_layers(e) for e in self.edit_modules or []):
-            raise ConfigError("UltraEditConfig: edit_modules has an entry without layers; set `layers`, or write {5-9}")
+            raise ConfigError(
+                "UltraEditConfig: edit_modules has an entry without layers; set `layers`, or write {5-9}"
+            )
         return super().complete(profile)
 
 

@@ -16,7 +16,7 @@ import torch
 from hf_kedit import EditableModel, EditRequest, embedded
 from hf_kedit.anatomy import resolve_anatomy
 from hf_kedit.data import load_edit_dataset
-from hf_kedit.errors import ConfigError, RequestError, SubjectNotFoundError
+from hf_kedit.errors import ConfigError, RequestError, SubjectNotFoundError, UnsupportedModelError
 from hf_kedit.locate import KINDS, Fact, Trace, TraceReport, causal_trace
 from hf_kedit.locate.tracing import default_window, window_layers
 from hf_kedit.requests import load_requests
@@ -95,7 +95,7 @@ def overwritten(model: Any, plan: dict[str, tuple[int, torch.Tensor]]) -> Iterat
 
 
 def naive_score(model: Any, ids: list[int], noised: torch.Tensor, kind: str, position: int, layer: int, answer: int):
-    """P(answer) of one cell for one noise sample, with plain hooks and one row. ``noised``: noise on positions 1, 2."""
+    """P(answer) of one cell for one noise sample (on positions 1 and 2), with plain hooks and one row."""
     anatomy = resolve_anatomy(model)
     blocks = [entry.path for entry in anatomy.layers]
     mlps = [entry.down.path for entry in anatomy.layers]  # type: ignore[union-attr]
@@ -104,12 +104,14 @@ def naive_score(model: Any, ids: list[int], noised: torch.Tensor, kind: str, pos
 
     def states(paths: list[str]) -> dict[str, torch.Tensor]:
         kept: dict[str, torch.Tensor] = {}
-        handles = [
-            model.get_submodule(p).register_forward_hook(
-                lambda _, __, o, p=p: kept.setdefault(p, (o[0] if isinstance(o, tuple) else o).clone())
-            )
-            for p in paths
-        ]
+
+        def hook(path: str) -> Any:
+            def keep(_: Any, __: Any, output: Any) -> None:
+                kept[path] = (output[0] if isinstance(output, tuple) else output).clone()
+
+            return keep
+
+        handles = [model.get_submodule(p).register_forward_hook(hook(p)) for p in paths]
         model(input_ids=inputs)
         for handle in handles:
             handle.remove()
@@ -165,7 +167,7 @@ def test_cells_equal_a_naive_implementation(family: str) -> None:
 # ---------------------------------------------------------------------- families
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"blip2"}))
 def test_every_family_can_be_traced(family: str) -> None:
     """In a decoder the last block's output at the last token decides everything: restoring it restores P."""
     model = FAMILIES[family](vocab_size=len(tokenizer()))
@@ -181,7 +183,14 @@ def test_every_family_can_be_traced(family: str) -> None:
         assert float(trace.scores["hidden"][-1, -1]) == pytest.approx(trace.high, rel=1e-3)
         assert float(trace.scores["hidden"][trace.subject_range[0] - 1, 0]) == pytest.approx(trace.low)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    # transformers leaves hooks of its own the first time hidden states are asked for; we add none
+    hooks = _hooks(model)
+    causal_trace(model, PROMPT, tokenizer(), samples=1, kinds=["attn"])
+    assert _hooks(model) == hooks
+
+
+def _hooks(model: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def _two(model: Any) -> bool:
@@ -240,8 +249,9 @@ def test_answers_of_several_tokens_count_jointly(world_gpt2: EditableModel) -> N
 
 def test_batches_seeds_and_aliases(world_gpt2: EditableModel) -> None:
     fact = {**PROMPT, "ground_truth": ["no such thing", "sculptor"]}
+    settings = ((3, 1), (500, 1), (64, 2))
     one, other, seeded = (
-        causal_trace(world_gpt2, fact, samples=3, batch_size=b, seed=s).traces[0] for b, s in ((3, 1), (500, 1), (64, 2))
+        causal_trace(world_gpt2, fact, samples=3, batch_size=b, seed=s).traces[0] for b, s in settings
     )
     assert one.answer.strip() == "sculptor"
     for kind in one.scores:
@@ -323,5 +333,7 @@ def test_bad_input_is_refused(world_gpt2: EditableModel) -> None:
         causal_trace(world_gpt2, {"prompt": "By profession he is a", "subject": "Nobody"})
     with pytest.raises(RequestError, match="subject"):
         causal_trace(world_gpt2, EditRequest(prompt="By profession he is a", target_new="plumber"))
+    with pytest.raises(UnsupportedModelError, match="language model"):
+        causal_trace(FAMILIES["blip2"](vocab_size=len(tokenizer())), PROMPT, tokenizer())
     with pytest.raises(RequestError, match="EditRequest or a dict"):
         causal_trace(world_gpt2, ["By profession he is a"])  # type: ignore[list-item]

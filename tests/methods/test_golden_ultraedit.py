@@ -37,9 +37,7 @@ def target_logprobs(model: EditableModel, request: EditRequest) -> torch.Tensor:
 def case_model(case: Case) -> EditableModel:
     h = case.spec["hyperparameters"]
     model, tokenizer = case.load()
-    config = UltraEditConfig(
-        lr=h["lr"], token=h["token"], batch_size=h["batch_size"], edit_modules=h["edit_modules"]
-    )
+    config = UltraEditConfig(lr=h["lr"], token=h["token"], batch_size=h["batch_size"], edit_modules=h["edit_modules"])
     return EditableModel(model, config, tokenizer)
 
 
@@ -139,7 +137,8 @@ def test_running_moments_of_one_row_are_finite() -> None:
     moments = RunningMoments.empty(3).add(torch.tensor([[1.0, 2.0, 3.0]]))
     assert torch.equal(moments.standardise(torch.tensor([[1.0, 2.0, 3.0]])), torch.zeros(1, 3))
     more = moments.add(torch.tensor([[3.0, 2.0, 1.0]]))
-    assert torch.allclose(more.mean, torch.full((3,), 2.0)) and torch.allclose(more.std, torch.tensor([2.0, 0, 2]) ** 0.5)
+    assert torch.allclose(more.mean, torch.full((3,), 2.0))
+    assert torch.allclose(more.std, torch.tensor([2.0, 0, 2]) ** 0.5)
 
 
 def test_running_moments_approach_those_of_all_rows() -> None:

@@ -1,0 +1,210 @@
+"""What causal tracing works on and what it returns: facts, tables, averages; plain data that can be saved.
+
+How the tables are made is the business of `tracing`, how they are drawn that of `plots`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import RequestError
+from ..requests import EditRequest
+
+KINDS = ("hidden", "mlp", "attn", "hidden_without_mlp", "hidden_without_attn")
+"""What can be restored; see `tracing`."""
+CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+"""Classes of tokens over which effects are averaged."""
+LAST_SUBJECT = "last subject"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is traced: a prompt, where its subject stands, and possibly the known answers.
+
+    Args:
+        prompt: the filled prompt.
+        subject: the subject.
+        span: character span of the subject in the prompt.
+        answers: accepted answers; the first that the model gives is traced. Empty: whatever token it predicts.
+    """
+
+    prompt: str
+    subject: str
+    span: tuple[int, int]
+    answers: tuple[str, ...] = ()
+
+    @classmethod
+    def from_value(cls, value: Fact | EditRequest | Mapping[str, Any]) -> Fact:
+        """Build a fact from a request, or a dict with ``prompt``, ``subject`` and possibly ``ground_truth``.
+
+        Raises:
+            RequestError: if there is no subject, or the prompt does not contain it.
+        """
+        if isinstance(value, Fact):
+            return value
+        if isinstance(value, Mapping):  # the new target plays no part in tracing
+            value = EditRequest.from_dict({**value, "target_new": value.get("target_new") or "-"})
+        if not isinstance(value, EditRequest):
+            raise RequestError(f"a fact is an EditRequest or a dict, not {type(value).__name__}")
+        return cls(value.filled_prompt, value.subject or "", value.subject_span(), tuple(value.ground_truth))
+
+
+@dataclass
+class Trace:
+    """The tables of one fact.
+
+    Args:
+        fact: what was traced.
+        tokens: text of each token of the prompt.
+        subject_range: token range ``[first, end)`` of the subject.
+        answer: the answer whose probability is measured.
+        high: its probability in the clean run (of all its tokens together).
+        low: its mean probability in the corrupted runs.
+        scores: kind → ``[tokens, layers]``: its mean probability with that state restored.
+    """
+
+    fact: Fact
+    tokens: list[str]
+    subject_range: tuple[int, int]
+    answer: str
+    high: float
+    low: float
+    scores: dict[str, torch.Tensor]
+
+    @property
+    def classes(self) -> list[str | None]:
+        """Class of each token (see `CLASSES`); ``None`` before the subject, where nothing is corrupted.
+
+        Each token has one class. The only token of a subject is its last; a last token of the prompt that belongs
+        to the subject counts as the subject's.
+        """
+        start, end = self.subject_range
+        names: list[str | None] = [None] * len(self.tokens)
+        for i in range(start, len(self.tokens)):
+            if i < end:
+                name = LAST_SUBJECT if i == end - 1 else "first subject" if i == start else "middle subject"
+            else:
+                name = "last" if i == len(self.tokens) - 1 else "first after" if i == end else "further"
+            names[i] = name
+        return names
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything JSON-ready."""
+        return {
+            "prompt": self.fact.prompt,
+            "subject": self.fact.subject,
+            "answer": self.answer,
+            "tokens": self.tokens,
+            "subject_range": list(self.subject_range),
+            "high": self.high,
+            "low": self.low,
+            "scores": {kind: _rounded(table) for kind, table in self.scores.items()},
+        }
+
+
+@dataclass
+class Curve:
+    """Average indirect effect of one class of tokens by layer.
+
+    Args:
+        mean: ``[layers]``.
+        band: half width of the 95 % band of the mean, ``[layers]``; NaN for a single token.
+        count: number of tokens in the average.
+    """
+
+    mean: torch.Tensor
+    band: torch.Tensor
+    count: int
+
+
+@dataclass
+class TraceReport:
+    """Tables of several facts and how they were made.
+
+    Args:
+        traces: one per fact that the model knows.
+        skipped: (fact, reason) of the others.
+        kinds: what was restored.
+        window: number of layers restored together for ``mlp`` and ``attn``.
+        samples: corrupted runs per fact.
+        noise_level: standard deviation of the noise.
+        seed: of the noise.
+        model: name of the model.
+    """
+
+    traces: list[Trace]
+    skipped: list[tuple[Fact, str]]
+    kinds: tuple[str, ...]
+    window: int
+    samples: int
+    noise_level: float
+    seed: int
+    model: str = ""
+    num_layers: int = 0
+
+    @property
+    def total_effect(self) -> float:
+        """Mean of ``high − low``; NaN without facts."""
+        return sum(t.high - t.low for t in self.traces) / len(self.traces) if self.traces else math.nan
+
+    def average(self) -> dict[str, dict[str, Curve]]:
+        """Average indirect effect: kind → class of tokens (those that occur) → curve over the layers."""
+        result: dict[str, dict[str, Curve]] = {}
+        for kind in self.kinds:
+            rows: dict[str, list[torch.Tensor]] = {name: [] for name in CLASSES}
+            for trace in self.traces:
+                for name, effect in zip(trace.classes, trace.scores[kind] - trace.low, strict=True):
+                    if name is not None:
+                        rows[name].append(effect)
+            result[kind] = {}
+            for name, effects in rows.items():
+                if effects:
+                    stack = torch.stack(effects)
+                    band = 1.96 * stack.std(dim=0) / len(effects) ** 0.5 if len(effects) > 1 else stack[0] * math.nan
+                    result[kind][name] = Curve(stack.mean(dim=0), band, len(effects))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything JSON-ready (NaN as ``None``)."""
+        return {
+            "model": self.model,
+            "kinds": list(self.kinds),
+            "window": self.window,
+            "samples": self.samples,
+            "noise_level": self.noise_level,
+            "seed": self.seed,
+            "facts": len(self.traces),
+            "total_effect": None if math.isnan(self.total_effect) else self.total_effect,
+            "average": {
+                kind: {
+                    name: {"mean": _rounded(c.mean), "band": _rounded(c.band), "count": c.count}
+                    for name, c in curves.items()
+                }
+                for kind, curves in self.average().items()
+            },
+            "skipped": [{"prompt": fact.prompt, "reason": reason} for fact, reason in self.skipped],
+            "traces": [trace.to_dict() for trace in self.traces],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_dict` as JSON (folders are made); returns the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def _rounded(table: torch.Tensor) -> Any:
+    def tidy(value: Any) -> Any:
+        if isinstance(value, list):
+            return [tidy(v) for v in value]
+        return None if math.isnan(value) else round(value, 7)
+
+    return tidy(table.tolist())
