@@ -6,6 +6,7 @@ dicts) or the columns of ``FEATURES``. With one, every field names the column it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -81,14 +82,26 @@ def _own_row(
         return
     record = Record(value, number, report)
     if columns is None:
-        data = {str(k): v for k, v in clean(dict(record.value)).items()}
+        # A blank cell of a CSV file is a missing value, as null is.
+        data = {k: v for k, v in clean(record.value).items() if not (isinstance(v, str) and not v.strip())}
+        data["extra"] = _parsed(data.get("extra"))
     else:
         data = _mapped(record, columns)
-    target = data.get("target_new", data.get("target"))
-    if target is None or (isinstance(target, str) and not target.strip()):
+    if data.get("target_new", data.get("target")) is None:
         report.drop("no target")
         return
     yield row_from_request(EditRequest.from_dict(data, row=number), dataset=name, number=number)
+
+
+def _parsed(extra: Any) -> Any:
+    """Return ``extra`` as the object that it is; a Parquet file of ours stores it as text."""
+    if isinstance(extra, str):
+        try:
+            value = json.loads(extra)
+        except ValueError:
+            return extra
+        return value if isinstance(value, dict) else extra
+    return extra
 
 
 def _mapped(record: Record, columns: Columns) -> dict[str, Any]:
@@ -122,5 +135,5 @@ def _mapped(record: Record, columns: Columns) -> dict[str, Any]:
                 if text is not None and record.text(prompt):
                     axes[axis] = [{"prompt": record.text(prompt), "ground_truth": answers}]
             data[field] = axes
-    data["metadata"] = {str(k): clean(v) for k, v in record.value.items() if k not in used and v is not None}
+    data["metadata"] = {str(k): clean(v) for k, v in record.value.items() if k not in used and v not in (None, "")}
     return data

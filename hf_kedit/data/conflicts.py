@@ -119,7 +119,7 @@ def select(
     """
     chosen = _usable(rows, report, excluded)
     if keep == "last":
-        chosen = reversed(list(_compatible(reversed(list(chosen)), report)))  # type: ignore[call-overload]
+        chosen = reversed(list(_compatible(reversed(list(chosen)), report)))
     elif keep == "first":
         chosen = _compatible(chosen, report)
     for unit in chosen:

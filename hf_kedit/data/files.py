@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 CHUNK = 1 << 16  # characters; doubled whenever an object does not fit, so that large objects cost linear time
 
 
-def read_records(file: str) -> Iterator[Any]:
+def read_records(file: str) -> Generator[Any, None, None]:
     """Yield the records of one file.
 
     A JSON file is a list of records, one object (one record), or JSON Lines under the wrong name.
@@ -42,15 +43,17 @@ def read_records(file: str) -> Iterator[Any]:
     if suffix not in SUFFIXES:
         raise DataError(f"cannot read {name!r}: use {', '.join(SUFFIXES)}")
     try:
-        with fsspec.open(file, "rb") as stream:
+        with _open(file) as stream:
             if suffix == ".parquet":
                 yield from _parquet(stream)
-            elif suffix == ".csv":
-                yield from _csv(stream)
-            elif suffix == ".json":
-                yield from _json(stream, name)
-            else:
-                yield from _lines(_text(stream), name)
+                return
+            with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+                if suffix == ".csv":
+                    yield from _csv(text)
+                elif suffix == ".json":
+                    yield from _json(text, name)
+                else:
+                    yield from _lines(text, name)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {file!r}") from error
     except UnicodeDecodeError as error:
@@ -71,8 +74,15 @@ def read_object(file: str) -> Any:
     return records[0] if len(records) == 1 else records
 
 
-def _text(stream: IO[bytes]) -> IO[str]:
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+def read_all(files: Iterable[str]) -> Generator[Any, None, None]:
+    """Yield the records of several files. Close the iterator (``contextlib.closing``) when leaving it early."""
+    for file in files:
+        with closing(read_records(file)) as records:
+            yield from records
+
+
+def _open(file: str) -> Any:
+    return fsspec.open(file, "rb") if "://" in file else open(file, "rb")
 
 
 def _parquet(stream: IO[bytes]) -> Iterator[Any]:
@@ -80,9 +90,11 @@ def _parquet(stream: IO[bytes]) -> Iterator[Any]:
         yield from batch.to_pylist()
 
 
-def _csv(stream: IO[bytes]) -> Iterator[dict[str, str]]:
-    for row in csv.DictReader(_text(stream)):
-        yield {key: value for key, value in row.items() if key is not None and isinstance(value, str) and value}
+def _csv(text: IO[str]) -> Iterator[dict[str, str]]:
+    for row in csv.DictReader(text):
+        if None in row:
+            raise csv.Error(f"a row has more cells than the header: {str(row)[:80]}…")
+        yield {key: value or "" for key, value in row.items()}
 
 
 def _lines(stream: Iterable[str], name: str) -> Iterator[Any]:
@@ -94,8 +106,7 @@ def _lines(stream: Iterable[str], name: str) -> Iterator[Any]:
                 raise DataError(f"{name}, line {number}: not JSON ({error})") from error
 
 
-def _json(stream: IO[bytes], name: str) -> Iterator[Any]:
-    text = _text(stream)
+def _json(text: IO[str], name: str) -> Iterator[Any]:
     start = ""
     while not start:
         chunk = text.read(CHUNK)
@@ -141,7 +152,8 @@ def _array(start: str, text: IO[str], name: str) -> Iterator[Any]:
             except ValueError as error:
                 problem = error
             else:
-                if end < len(buffer) or ended:  # else a number could go on in the next piece
+                # A number may go on in the next piece ("1." is read as 1): it ends only at something else.
+                if ended or (end < len(buffer) and buffer[end] in ", ]\t\r\n"):
                     yield value
                     at, comma, count, chunk = end, True, count + 1, CHUNK
                     continue

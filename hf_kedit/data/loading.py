@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from hf_kedit.data.columns import Columns, check_columns, own_rows
 from hf_kedit.data.conflicts import Keep, Key, excluded_keys, select
 from hf_kedit.data.features import FEATURES
-from hf_kedit.data.files import SUFFIXES, read_records
+from hf_kedit.data.files import SUFFIXES, read_all
 from hf_kedit.data.normalise import Record
 from hf_kedit.data.report import LoadReport
 from hf_kedit.data.sources import Located, Source
@@ -120,14 +121,15 @@ def register_records(sources: Mapping[str, Source]) -> Callable[[Normaliser], No
             split: str, *, dataset: str, files: tuple[str, ...], seed: int | None, report: LoadReport,
             bad_rows: BadRows, **options: Any,
         ) -> Iterator[Row]:  # fmt: skip
-            return each_row(
-                (
-                    _normalised(function, value, number, report, dataset, split, seed, options)
-                    for number, value in enumerate(v for file in files for v in read_records(file))
-                ),
-                report,
-                bad_rows,
-            )
+            with closing(read_all(files)) as values:
+                yield from each_row(
+                    (
+                        _normalised(function, value, number, report, dataset, split, seed, options)
+                        for number, value in enumerate(values)
+                    ),
+                    report,
+                    bad_rows,
+                )
 
         for name, source in sources.items():
             register_dataset(name, source=source, function=function)(load)
@@ -216,12 +218,14 @@ class _Plan:
         if not report.kept:
             raise DataError(f"{self.label}/{self.split}: no usable edit request among {report.read} rows ({report}).")
 
+    def _own_rows(self, report: LoadReport) -> Iterator[Row]:
+        with closing(read_all(self.located.files)) as stored:
+            values = stored if self.records is None else self.records
+            yield from each_row(own_rows(values, self.label, report, self.columns), report, self.bad_rows)
+
     def _source_rows(self, report: LoadReport) -> Iterable[Row]:
         if self.name is None:
-            values = self.records
-            if values is None:
-                values = (v for file in self.located.files for v in read_records(file))
-            return each_row(own_rows(values, self.label, report, self.columns), report, self.bad_rows)
+            return self._own_rows(report)
         entry = dataset_entry(self.name)
         if entry.source is None:
             path = Path(self.path) if self.path is not None else None

@@ -79,14 +79,19 @@ class Record:
                             names[0])  # fmt: skip
         return value
 
-    def texts(self, *names: str) -> list[str]:
-        """Return a field that is text or a list of texts as a list of stripped, non-empty texts."""
+    def texts(self, *names: str, strip: bool = True) -> list[str]:
+        """Return a field that is text or a list of texts as a list of non-empty texts.
+
+        Args:
+            names: the field and its other spellings.
+            strip: drop white space on both sides, not only at the end.
+        """
         value, name = self.raw(*names), self._name(names)
         if value is None:
             return []
         entries = value if isinstance(value, list) else [value]
-        found = [as_text(entry, self, name).strip() for entry in entries if not _missing(entry)]
-        return [text for text in found if text]
+        found = [as_text(entry, self, name).rstrip() for entry in entries if not _missing(entry)]
+        return [text.strip() if strip else text for text in found]
 
     def groups(self, *names: str) -> list[list[str]]:
         """Return a field with answers as groups of aliases (see :func:`groups`)."""
@@ -133,7 +138,12 @@ class Record:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    """Whether a field says nothing: null, NaN (a blank cell read by pandas) or blank text (one in a CSV file)."""
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    )
 
 
 def as_text(value: Any, record: Record, name: str) -> str:

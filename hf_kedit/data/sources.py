@@ -14,7 +14,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from hf_kedit.data.files import SUFFIXES
 from hf_kedit.errors import DataError
@@ -98,8 +104,14 @@ class Source:
         except GatedRepoError as error:
             reason = "accept its terms on the page of the dataset, and log in with `hf auth login`"
             cause = error
+        except RepositoryNotFoundError as error:
+            reason = "there is no such repository, or it is private"
+            cause = error
+        except RevisionNotFoundError as error:
+            reason = "there is no such revision (give a branch, a tag or a full commit hash)"
+            cause = error
         except (EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
             cause = error
         raise DataError(
             f"{name!r}: cannot load {' or '.join(patterns)} from the Hub dataset {self.repo!r} "
@@ -143,36 +155,28 @@ class Source:
 
     # ------------------------------------------------------------------ Hub
 
-    def _candidates(self, patterns: tuple[str, ...]) -> list[str]:
-        return [str(PurePosixPath(self.folder) / p) for p in patterns if not _WILD.search(p)]
+    def _get(self, pattern: str, revision: str | None, local_only: bool = False) -> list[str]:
+        """Return local paths of the files with this name, downloaded if need be; none if there are none.
 
-    def _download(self, patterns: tuple[str, ...], revision: str | None) -> Located:
+        Raises:
+            LocalEntryNotFoundError: the Hub cannot be reached (or shall not be), and the cache does not know.
+        """
         assert self.repo is not None
-        for file in self._candidates(patterns):
+        inside = str(PurePosixPath(self.folder) / pattern)
+        if not _WILD.search(pattern):
             try:
-                return _located([self._one(file, revision)])
+                return [self._one(inside, revision, local_only)]
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError:
-                continue  # the next name, and then whatever the repository has
-        wanted = [str(PurePosixPath(self.folder) / p) for p in patterns if _WILD.search(p)]
-        if wanted:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    self.repo, repo_type="dataset", revision=revision, allow_patterns=wanted
-                )
+                return []
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                self.repo, repo_type="dataset", revision=revision, allow_patterns=[inside], local_files_only=local_only
             )
-            found = self._matching(
-                (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()), patterns
-            )
-            if found:
-                return _located([str(folder / p) for p in (found if self.many else found[:1])])
-        present = huggingface_hub.list_repo_files(self.repo, repo_type="dataset", revision=revision)
-        found = self._matching(present, patterns)
-        if not found:
-            readable = sorted(p for p in present if PurePosixPath(p).suffix.lower() in SUFFIXES)
-            raise EntryNotFoundError(f"the repository has no such file; it has {_listed(readable)}")
-        return _located([self._one(p, revision) for p in (found if self.many else found[:1])])
+        )
+        present = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        return [str(folder / p) for p in self._matching(present, (pattern,))]
 
     def _one(self, file: str, revision: str | None, local_only: bool = False) -> str:
         assert self.repo is not None
@@ -182,21 +186,54 @@ class Source:
             )
         )
 
+    def _first(self, patterns: tuple[str, ...], revision: str | None, local_only: bool) -> Located | None:
+        """Try the names in order; after the first sign that there is no network only in the cache."""
+        missing: LocalEntryNotFoundError | None = None
+        for pattern in patterns:
+            try:
+                found = self._get(pattern, revision, local_only or missing is not None)
+            except LocalEntryNotFoundError as error:
+                missing = missing or error
+            else:
+                if found:
+                    return _located(found if self.many else found[:1])
+        if missing is not None:
+            raise missing
+        return None
+
+    def _download(self, patterns: tuple[str, ...], revision: str | None) -> Located:
+        assert self.repo is not None
+        located = self._first(patterns, revision, local_only=False)
+        if located is not None:
+            return located
+        present = huggingface_hub.list_repo_files(self.repo, repo_type="dataset", revision=revision)
+        return _located([self._one(p, revision) for p in self._chosen(present, patterns)])
+
     def _stream(self, patterns: tuple[str, ...], revision: str | None) -> Located:
         assert self.repo is not None
-        for file in self._candidates(patterns):
-            try:
-                return _located([self._one(file, revision, local_only=True)])
-            except LocalEntryNotFoundError:
-                continue
+        try:
+            located = self._first(patterns, revision, local_only=True)
+        except LocalEntryNotFoundError:
+            located = None
+        if located is not None:
+            return located
         info = huggingface_hub.HfApi().dataset_info(self.repo, revision=revision)
-        present = [s.rfilename for s in info.siblings or ()]
-        found = self._matching(present, patterns)
-        if not found:
-            raise EntryNotFoundError(f"the repository has no such file; it has {_listed(sorted(present))}")
+        chosen = self._chosen([s.rfilename for s in info.siblings or ()], patterns)
         commit = info.sha or revision or "main"
-        chosen = found if self.many else found[:1]
         return Located(tuple(f"hf://datasets/{self.repo}@{commit}/{p}" for p in chosen), info.sha)
+
+    def _chosen(self, present: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+        """Return which files of the repository to read.
+
+        Raises:
+            EntryNotFoundError: none fits; the message lists what there is.
+        """
+        names = list(present)
+        found = self._matching(names, patterns)
+        if not found:
+            readable = sorted(p for p in names if PurePosixPath(p).suffix.lower() in SUFFIXES)
+            raise EntryNotFoundError(f"the repository has no such file; it has {_listed(readable)}")
+        return found if self.many else found[:1]
 
 
 def _located(files: list[str]) -> Located:
