@@ -25,20 +25,32 @@ _LAZY = {
 _MODULES = ("data", "embedded", "errors", "evaluation", "locate", "logging", "methods")
 
 if TYPE_CHECKING:
-    from . import data, embedded, errors, evaluation, logging, methods
+    from . import data, embedded, errors, evaluation, locate, logging, methods
     from .config import AutoEditConfig, EditConfig
     from .data import load_edit_dataset
     from .errors import KeditError
     from .evaluation import evaluate_edits
     from .journal import Edit
+    from .locate import causal_trace, suggest_layers
+    from .methods.alphaedit import AlphaEditConfig
+    from .methods.core import COREConfig
+    from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
+    from .methods.kn import KNConfig
     from .methods.memit import MEMITConfig
+    from .methods.memit_fe import MEMITFEConfig
+    from .methods.pmet import PMETConfig
+    from .methods.r_rome import RROMEConfig
     from .methods.rome import ROMEConfig
+    from .methods.ultraedit import UltraEditConfig
     from .model import EditableModel, EditResult
     from .requests import EditRequest, Probe, load_requests
 
 __all__ = [
+    "AlphaEditConfig",
     "AutoEditConfig",
+    "COREConfig",
+    "EMMETConfig",
     "Edit",
     "EditConfig",
     "EditRequest",
@@ -46,11 +58,17 @@ __all__ = [
     "EditableModel",
     "FTLConfig",
     "FTMConfig",
+    "KNConfig",
     "KeditError",
     "MEMITConfig",
+    "MEMITFEConfig",
+    "PMETConfig",
     "Probe",
     "ROMEConfig",
+    "RROMEConfig",
+    "UltraEditConfig",
     "__version__",
+    "causal_trace",
     "data",
     "embedded",
     "errors",
@@ -58,8 +76,10 @@ __all__ = [
     "evaluation",
     "load_edit_dataset",
     "load_requests",
+    "locate",
     "logging",
     "methods",
+    "suggest_layers",
 ]
 
 

@@ -108,6 +108,7 @@ class EditableModel(nn.Module):
         self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
         self._stores: dict[tuple[Any, ...], StatisticsStore] = {}
         self._templates: dict[str, list[list[str]]] = {}
+        self._states: dict[str, dict[str, torch.Tensor]] = {}
         self._base_fingerprint: str | None = None
         self.trace: dict[str, torch.Tensor] | None = None
         kind: Any = type(base_model)
@@ -189,7 +190,11 @@ class EditableModel(nn.Module):
         if not isinstance(chosen, EditConfig) or not chosen.edit_type:
             raise ConfigError(f"config must be an EditConfig or the name of a method, not {type(chosen).__name__}")
         full = chosen.complete(self.profile)
-        self._method: Method = method_class(full)(self._workbench(full), full)
+        method = method_class(full)(self._workbench(full), full)
+        if "_method" in self.__dict__:  # what a method has learnt from its edits outlives a change of settings
+            self._states[self.method_name] = self._method.state_dict()
+        method.load_state_dict(self._states.get(full.edit_type, {}))
+        self._method: Method = method
         self.edit_config: EditConfig = full
         return self
 
@@ -285,6 +290,7 @@ class EditableModel(nn.Module):
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
         result = EditResult([])
         ledger_before, journal_before = self.ledger.snapshot(), self.journal.as_list()
+        state_before = method.state_dict()
         try:
             with frozen_eval(self.base_model):
                 method.check(todo)
@@ -299,6 +305,7 @@ class EditableModel(nn.Module):
         except BaseException:
             with uninterrupted():
                 self.ledger.restore(ledger_before)
+                method.load_state_dict(state_before)
                 self.journal = Journal(journal_before)
             raise
         result.seconds = time.perf_counter() - started
@@ -386,7 +393,8 @@ class EditableModel(nn.Module):
             self.ledger.forget()
             self.journal = Journal()
             self._base_fingerprint = None
-            self._stores, self._templates = {}, {}
+            self._stores, self._templates, self._states = {}, {}, {}
+            self._method.load_state_dict({})
         return self.base_model
 
     def unload(self) -> PreTrainedModel:
@@ -404,6 +412,18 @@ class EditableModel(nn.Module):
         from .saving import save_artifact
 
         save_artifact(self, Path(save_directory))
+
+    def method_state(self) -> dict[str, torch.Tensor]:
+        """What the current method has learnt from earlier edits, beyond what the journal's edits hold."""
+        return self._method.state_dict()
+
+    def restore_method_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over the method's state of a saved edit.
+
+        Raises:
+            ConfigError: if it is not a state of the current method.
+        """
+        self._method.load_state_dict(state)
 
     @property
     def used_templates(self) -> dict[str, list[list[str]]]:

@@ -1,7 +1,7 @@
 """Saved edits: a folder with the deltas, the journal and everything needed to check that they fit.
 
     edit_config.json         what was done, to which base model, with which settings; hashes of the other files
-    edit_model.safetensors   factors or dense deltas, fp32, functional orientation
+    edit_model.safetensors   factors or dense deltas, fp32, functional orientation; what methods keep for later edits
     edits.jsonl              the journal, one edit a line
     README.md                the model card
 
@@ -31,7 +31,7 @@ from .card import model_card
 from .config import AutoEditConfig, EditConfig
 from .engine.ledger import Account, Piece, WeightDelta, fold
 from .engine.weights import get_module, get_weight, is_transposed, tensor_digest, uninterrupted
-from .errors import ArtifactError, BaseModelMismatchError, KeditError
+from .errors import ArtifactError, BaseModelMismatchError, ConfigError, KeditError
 from .journal import Journal
 from .loading import load_base, load_tokenizer
 from .logging import get_logger
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, JOURNAL, CARD = "edit_config.json", "edit_model.safetensors", "edits.jsonl", "README.md"
+STATE = "state."
 _OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, ".gitattributes"}
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
 
@@ -77,6 +78,7 @@ def save_artifact(model: EditableModel, folder: Path) -> None:
     """
     check_destination(folder)
     tensors, modules = _pack(model)
+    tensors |= {STATE + name: value.cpu().contiguous() for name, value in model.method_state().items()}
     files = {
         WEIGHTS: dump_tensors(tensors, metadata={"format": "pt", "kedit_format": str(FORMAT_VERSION)}),
         JOURNAL: model.journal.to_jsonl().encode("utf-8"),
@@ -348,6 +350,12 @@ def load_artifact(
         base_model_revision=revision,
     )
     accounts = _accounts(artifact, model, ignore_fingerprint)
+    state = {name.removeprefix(STATE): value for name, value in artifact.tensors.items() if name.startswith(STATE)}
+    if model.method_name == described["method"]:  # another method knows nothing of it
+        try:
+            model.restore_method_state(state)
+        except ConfigError as error:
+            raise ArtifactError(f"{artifact.source}: {error}") from error
     model.restore_templates(described.get("context_templates") or {})
     with uninterrupted():
         model.ledger.restore(accounts)

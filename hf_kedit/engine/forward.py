@@ -61,19 +61,29 @@ def gather_logits(
     return logits_at(model, kwargs, rows, columns, tuple(batch.input_ids.shape))
 
 
+def keep_mask(rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of a ``[rows, width]`` input are wanted (bool), and where each wanted one comes among them."""
+    place, inverse = (rows * shape[1] + columns).unique(return_inverse=True)
+    keep = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=rows.device)
+    keep[place] = True
+    return keep.view(shape[0], shape[1]), inverse
+
+
 def logits_at(
     model: PreTrainedModel,
     kwargs: dict[str, Any],
     rows: torch.Tensor,
     columns: torch.Tensor,
     shape: tuple[int, ...],
+    mask: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Call the model with ``kwargs`` and return logits at ``(rows[i], columns[i])`` of a ``[rows, width]`` input."""
+    """Call the model with ``kwargs`` and return logits at ``(rows[i], columns[i])`` of a ``[rows, width]`` input.
+
+    ``mask`` is the `keep_mask` of these positions, for callers that ask for them many times.
+    """
     if accepts(model, "logits_to_keep"):
-        place, inverse = (rows * shape[1] + columns).unique(return_inverse=True)
-        keep = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=rows.device)
-        keep[place] = True
-        logits = model(**kwargs, logits_to_keep=keep.view(shape[0], shape[1])).logits
+        keep, inverse = mask or keep_mask(rows, columns, shape)
+        logits = model(**kwargs, logits_to_keep=keep).logits
         if logits.dim() == 2:
             return cast(torch.Tensor, logits[inverse])
     else:

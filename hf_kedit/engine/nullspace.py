@@ -18,6 +18,8 @@ import torch
 
 from ..errors import NonFiniteError, StatisticsError
 
+BLOCK = 128
+
 
 @dataclass(frozen=True)
 class NullSpace:
@@ -102,7 +104,9 @@ def null_space(
 class KeySpace:
     """Solves for updates of one matrix inside a null space, beside the keys of earlier updates.
 
-    Projections of earlier keys are remembered; a batch projects only the keys that came since.
+    Earlier keys are taken in by blocks of `BLOCK`: each is projected, and the Cholesky factor of
+    ``K_eᵀ P K_e + λ I`` extended by it, once. What is kept is a function of the keys alone, however many calls they
+    came in: a run that is saved and continued gives the same bits as one that was not interrupted.
 
     Args:
         space: the projector.
@@ -111,8 +115,9 @@ class KeySpace:
 
     def __init__(self, space: NullSpace, ridge: float):
         self.space, self.ridge = space, ridge
-        self._seen: torch.Tensor | None = None
-        self._projected: torch.Tensor | None = None
+        self._seen: torch.Tensor | None = None  # earlier keys that were taken in, [d, m], m a multiple of BLOCK
+        self._projected: torch.Tensor | None = None  # P of them
+        self._factor: torch.Tensor | None = None  # lower Cholesky factor of their Gram matrix + λ I, [m, m]
 
     def columns(self, keys: torch.Tensor, earlier: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``A`` ``[d, n]`` float64, with ``ΔW = R Aᵀ``.
@@ -121,30 +126,63 @@ class KeySpace:
             keys: ``K`` ``[d, n]`` of this batch.
             earlier: keys that must keep their values, ``[d, m]``.
         """
-        new = self.space.project(keys)
-        old = self._earlier(earlier)
-        everything = new if old is None else torch.cat([old, new], dim=1)
-        count, total = new.shape[1], everything.shape[1]
-        if total > self.space.width:  # more keys than dimensions: the d × d system is the smaller one
+        count, before = keys.shape[1], 0 if earlier is None else earlier.shape[1]
+        rest = keys
+        if earlier is not None:
+            whole = before - before % BLOCK
+            self._take_in(earlier[:, :whole])
+            rest = torch.cat([earlier[:, whole:].to(keys), keys], dim=1)
+        else:
+            self._forget(0)
+        new, old = self.space.project(rest), self._projected
+        if before + count > self.space.width:  # more keys than dimensions: the d × d system is the smaller one
+            everything = new if old is None else torch.cat([old, new], dim=1)
             system = everything @ everything.T
             system.diagonal().add_(self.ridge)
-            return torch.cholesky_solve(new, torch.linalg.cholesky(system))
-        gram = everything.T @ everything
-        gram.diagonal().add_(self.ridge)
-        chosen = torch.zeros(total, count, dtype=gram.dtype, device=gram.device)
-        chosen[total - count :] = torch.eye(count, dtype=gram.dtype, device=gram.device)
-        return everything @ torch.cholesky_solve(chosen, torch.linalg.cholesky(gram))
+            return torch.cholesky_solve(new[:, -count:], torch.linalg.cholesky(system))
+        across, corner = self._extension(new)
+        chosen = torch.zeros(new.shape[1], count, dtype=new.dtype, device=new.device)
+        chosen[-count:] = torch.eye(count, dtype=new.dtype, device=new.device)
+        weights = torch.cholesky_solve(chosen, corner)
+        found = new @ weights
+        if old is None or self._factor is None:
+            return found
+        return found - old @ torch.linalg.solve_triangular(self._factor.mT, across @ weights, upper=True)
 
-    def _earlier(self, keys: torch.Tensor | None) -> torch.Tensor | None:
-        if keys is None or not keys.shape[1]:
-            self._seen = self._projected = None
-            return None
-        done = 0
-        if self._seen is not None and self._seen.shape[1] <= keys.shape[1]:
-            done = self._seen.shape[1] if torch.equal(self._seen, keys[:, : self._seen.shape[1]]) else 0
-        if done < keys.shape[1]:
-            fresh = self.space.project(keys[:, done:])
-            assert done == 0 or self._projected is not None
-            self._projected = torch.cat([self._projected, fresh], dim=1) if done else fresh  # type: ignore[list-item]
-            self._seen = keys
-        return self._projected
+    def _extension(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks ``L₂₁ᵀ`` ``[m, n]`` and ``L₂₂`` ``[n, n]`` by which projected keys extend the Cholesky factor."""
+        gram = new.T @ new
+        gram.diagonal().add_(self.ridge)
+        if self._projected is None or self._factor is None:
+            return gram[:0], torch.linalg.cholesky(gram)
+        across = torch.linalg.solve_triangular(self._factor, self._projected.T @ new, upper=False)
+        return across, torch.linalg.cholesky(gram - across.T @ across)
+
+    def _take_in(self, keys: torch.Tensor) -> None:
+        """Bring what is kept up to date with these earlier keys, ``[d, m]``, ``m`` a multiple of `BLOCK`."""
+        known = 0
+        if self._seen is not None:
+            limit = min(self._seen.shape[1], keys.shape[1])
+            while known < limit and torch.equal(
+                self._seen[:, known : known + BLOCK], keys[:, known : known + BLOCK].to(self._seen)
+            ):
+                known += BLOCK
+        self._forget(known)
+        for start in range(known, keys.shape[1], BLOCK):
+            new = self.space.project(keys[:, start : start + BLOCK])
+            across, corner = self._extension(new)
+            if self._projected is None or self._factor is None:
+                self._projected, self._factor = new, corner
+                continue
+            above = torch.zeros_like(across)
+            top, bottom = torch.cat([self._factor, above], dim=1), torch.cat([across.T, corner], dim=1)
+            self._factor = torch.cat([top, bottom])
+            self._projected = torch.cat([self._projected, new], dim=1)
+        self._seen = keys.clone() if keys.shape[1] else None
+
+    def _forget(self, known: int) -> None:
+        """Keep only the first ``known`` keys; the leading part of a Cholesky factor is the factor of that part."""
+        if not known or self._projected is None or self._factor is None:
+            self._seen = self._projected = self._factor = None
+        elif known < self._projected.shape[1]:
+            self._projected, self._factor = self._projected[:, :known], self._factor[:known, :known]

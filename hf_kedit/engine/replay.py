@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..logging import get_logger, warn_once
 from ..tokens import TokenBatch, pad_rows
 from .capture import Tap, as_rows, first, listen, with_first
-from .forward import accepts, device_of, logits_at, model_inputs
+from .forward import accepts, device_of, keep_mask, logits_at, model_inputs
 from .weights import get_module
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 Route = Literal["prefix", "layers", "full"]
 _ROUTES: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Route]] = WeakKeyDictionary()
+_UNSUITED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 
@@ -121,6 +122,7 @@ class Replay:
         self._hidden: torch.Tensor | None = None
         self._prefix: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._tuples: dict[int, Any] = {}
+        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.route: Route = route or self._checked_route()
         self.taken: dict[Tap, torch.Tensor] = {}
         self.base_logits = self._prefill(list(dict.fromkeys([*taps, *(Tap(s) for s in self.sites)])))
@@ -138,7 +140,8 @@ class Replay:
         if self.route == "full":
             with added_at(self.model, self.sites, offsets, self.facts, self.facts.shape[0]):
                 kwargs = model_inputs(self.model, self.batch)
-                return logits_at(self.model, kwargs, self.rows, self.columns, _shape(self.batch)).float()
+                mask = self._mask(0)
+                return logits_at(self.model, kwargs, self.rows, self.columns, _shape(self.batch), mask).float()
         start = self.start if self.route == "prefix" else 0
         kwargs = self._suffix_inputs(start)
         shape = (self.batch.input_ids.shape[0], self.batch.input_ids.shape[1] - start)
@@ -156,7 +159,8 @@ class Replay:
                     assert self._hidden is not None
                     stack.enter_context(self._passed_through(self.layer - 1, self._hidden[:, start:]))
                 stack.enter_context(added_at(self.model, self.sites, offsets, self.facts - start, shape[0]))
-            return logits_at(self.model, kwargs, self.rows, self.columns - start, shape).float()
+            columns = self.columns - start
+            return logits_at(self.model, kwargs, self.rows, columns, shape, self._mask(start)).float()
 
     def select(self, keep: torch.Tensor) -> torch.Tensor:
         """Drop rows for good (finished requests).
@@ -169,6 +173,7 @@ class Replay:
         """
         keep = keep.to(self.facts.device)
         kept_positions = keep[self.rows]
+        self._masks = {}
         renumber = torch.cumsum(keep, 0) - 1
         self.rows = renumber[self.rows[kept_positions]]
         self.columns, self.facts = self.columns[kept_positions], self.facts[keep]
@@ -217,26 +222,19 @@ class Replay:
             return None
         return entry.keys[:, :, : self.start].clone(), entry.values[:, :, : self.start].clone()
 
-    @contextlib.contextmanager
-    def _structures(self, cut: Tap | None) -> Iterator[None]:
+    def _structures(self, cut: Tap | None) -> contextlib.AbstractContextManager[None]:
         """Remember how each block below the cut returns its output (tensor or tuple)."""
-        if cut is None:
-            yield
-            return
-        handles = []
-        try:
-            for i in range((self.layer if self.behind else self.layer - 1) + 1):
-
-                def after(_: Any, __: Any, output: Any, i: int = i) -> None:
-                    self._tuples[i] = with_first(output, torch.empty(0)) if not torch.is_tensor(output) else None
-
-                handles.append(get_module(self.model, self.anatomy.layers[i].path).register_forward_hook(after))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        count = 0 if cut is None else self.layer + self.behind
+        return recorded_structures(self.model, self.anatomy, count, self._tuples)
 
     # ------------------------------------------------------------------ later passes
+
+    def _mask(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`keep_mask` of the wanted positions in a window from column ``start`` on; made once."""
+        if start not in self._masks:
+            rows, width = self.batch.input_ids.shape
+            self._masks[start] = keep_mask(self.rows, self.columns - start, (rows, width - start))
+        return self._masks[start]
 
     def _suffix_inputs(self, start: int) -> dict[str, Any]:
         batch = self.batch
@@ -253,31 +251,8 @@ class Replay:
             kwargs["use_cache"] = False
         return kwargs
 
-    @contextlib.contextmanager
-    def _passed_through(self, last: int, entering: torch.Tensor) -> Iterator[None]:
-        """Let blocks ``0 … last`` return at once; the last one returns ``entering``."""
-        blocks = [get_module(self.model, self.anatomy.layers[i].path) for i in range(last + 1)]
-        saved = [block.__dict__.get("forward") for block in blocks]
-
-        def passing(i: int) -> Callable[..., Any]:
-            shape = self._tuples.get(i)
-
-            def forward(hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
-                state = entering if i == last else hidden_states
-                return state if shape is None else with_first(shape, state)
-
-            return forward
-
-        try:
-            for i, block in enumerate(blocks):
-                block.__dict__["forward"] = passing(i)
-            yield
-        finally:
-            for block, previous in zip(blocks, saved, strict=True):
-                if previous is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.__dict__["forward"] = previous
+    def _passed_through(self, last: int, entering: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        return passed_through(self.model, self.anatomy, last, entering, self._tuples)
 
     # ------------------------------------------------------------------ checking
 
@@ -305,7 +280,7 @@ class Replay:
             try:
                 with torch.no_grad():
                     difference = float((self.logits(zero) - self.base_logits).abs().max())
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
+            except _UNSUITED as error:
                 logger.debug("replay route %s does not run on %s: %s", route, type(self.model).__name__, error)
                 continue
             if difference <= tolerance * scale:
@@ -319,6 +294,112 @@ class Replay:
             f"{type(self.model).__name__} cannot be restarted from a middle layer; edits use full forwards"
             " (same result, slower)",
         )
+
+
+class LastColumn:
+    """Texts whose last column alone is run again, from any layer on: what attribution methods do thousands of times.
+
+    One pass over the texts keeps the keys and values of all columns but the last, and what enters each block there.
+    As in `Replay`, whether that is exact is checked once per model and layer; where it is not, or where the model
+    cannot be restarted at all, whole texts are run.
+
+    Args:
+        model: in evaluation mode, without weight gradients.
+        anatomy: of the model; ``None``: always run whole texts.
+        texts: token ids.
+        fill: padding id.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy | None, texts: Sequence[Sequence[int]], fill: int = 0):
+        self.model, self.anatomy = model, anatomy
+        self.batch = pad_rows(texts, fill, side="left").to(device_of(model))
+        self.width = self.batch.input_ids.shape[1]
+        self._cache: list[Any] = []
+        self._structures: dict[int, Any] = {}
+        self._entering: dict[int, torch.Tensor] = {}
+        self._logits: torch.Tensor | None = None
+        if anatomy is not None and not anatomy.is_encoder_decoder and accepts(model, "past_key_values"):
+            self._prefill(anatomy)
+
+    def _prefill(self, anatomy: Anatomy) -> None:
+        count, depth = self.batch.input_ids.shape[0], anatomy.num_layers
+        number = {Tap(anatomy.layers[i].path, "input"): i for i in range(depth)}
+
+        def receive(tap: Tap, tensor: torch.Tensor) -> None:
+            self._entering[number[tap]] = tensor[:, -1:].clone()
+
+        cache = DynamicCache()
+        kwargs = {**model_inputs(self.model, self.batch), "use_cache": True, "past_key_values": cache}
+        recorded = recorded_structures(self.model, anatomy, depth, self._structures)
+        with torch.no_grad(), listen(self.model, list(number), receive), recorded:
+            rows = torch.arange(count, device=self.batch.input_ids.device)
+            self._logits = logits_at(
+                self.model, kwargs, rows, torch.full_like(rows, self.width - 1), _shape(self.batch)
+            )
+        self._cache = list(cache.layers)
+
+    def columns(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
+        """In which column the last token of each row is, if `logits` runs these texts; ``[rows]``."""
+        return torch.full_like(picked, 0 if self._restartable(layer) else self.width - 1)
+
+    def logits(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
+        """Logits at the last column, ``[rows, vocab]``, with hooks on modules from block ``layer`` on in effect.
+
+        Args:
+            layer: nothing below it is hooked.
+            picked: ``[rows]``: which text each row runs.
+        """
+        return self._run(layer, picked) if self._restartable(layer) else self._whole(picked)
+
+    def _whole(self, picked: torch.Tensor) -> torch.Tensor:
+        b = self.batch
+        batch = TokenBatch(b.input_ids[picked], b.attention_mask[picked], b.position_ids[picked], b.starts[picked])
+        rows = torch.arange(len(picked), device=picked.device)
+        columns = torch.full_like(rows, self.width - 1)
+        return logits_at(self.model, model_inputs(self.model, batch), rows, columns, _shape(batch))
+
+    def _run(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
+        assert self.anatomy is not None
+        before, batch = self.width - 1, self.batch
+        kept: list[Any] = []
+        for i, entry in enumerate(self._cache):
+            if i < layer or getattr(entry, "keys", None) is None:
+                kept.append(_PrefixLayer(None, None, before))
+                continue
+            here = picked.to(entry.keys.device)
+            kept.append(_PrefixLayer(entry.keys[here][:, :, :before], entry.values[here][:, :, :before], before))
+        kwargs: dict[str, Any] = {
+            "input_ids": batch.input_ids[picked, -1:],
+            "attention_mask": batch.attention_mask[picked],
+            "past_key_values": Cache(layers=kept),
+            "use_cache": True,
+        }
+        if accepts(self.model, "position_ids"):
+            kwargs["position_ids"] = batch.position_ids[picked, -1:]
+        rows = torch.arange(len(picked), device=picked.device)
+        with contextlib.ExitStack() as stack:
+            if layer > 0:
+                entering = self._entering[layer][picked.to(self._entering[layer].device)]
+                stack.enter_context(passed_through(self.model, self.anatomy, layer - 1, entering, self._structures))
+            return logits_at(self.model, kwargs, rows, torch.zeros_like(rows), (len(picked), 1))
+
+    def _restartable(self, layer: int) -> bool:
+        if self._logits is None or layer not in self._entering:
+            return False
+        known, key = _ROUTES.setdefault(self.model, {}), ("last column", layer)
+        if key not in known:
+            everything = torch.arange(self._logits.shape[0], device=self.batch.input_ids.device)
+            expected = self._logits.float()
+            tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 6e-2)
+            try:
+                with torch.no_grad():
+                    off = float((self._run(layer, everything).float() - expected).abs().max())
+                exact = off <= tolerance * max(float(expected.abs().max()), 1.0)
+            except _UNSUITED as error:
+                logger.debug("the last column does not run alone on %s: %s", type(self.model).__name__, error)
+                exact = False
+            known[key] = "prefix" if exact else "full"
+        return known[key] == "prefix"
 
 
 def _shape(batch: TokenBatch) -> tuple[int, ...]:
@@ -351,3 +432,51 @@ def added_at(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def recorded_structures(
+    model: torch.nn.Module, anatomy: Anatomy, count: int, structures: dict[int, Any]
+) -> Iterator[None]:
+    """Note how each of the first ``count`` blocks returns its output: a tuple's other parts, ``None`` for a tensor."""
+    handles = []
+    try:
+        for i in range(count):
+
+            def after(_: Any, __: Any, output: Any, i: int = i) -> None:
+                structures[i] = with_first(output, torch.empty(0)) if not torch.is_tensor(output) else None
+
+            handles.append(get_module(model, anatomy.layers[i].path).register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def passed_through(
+    model: torch.nn.Module, anatomy: Anatomy, last: int, entering: torch.Tensor, structures: Mapping[int, Any]
+) -> Iterator[None]:
+    """Let blocks ``0 … last`` return at once, in the recorded form of output; the last one returns ``entering``."""
+    blocks = [get_module(model, anatomy.layers[i].path) for i in range(last + 1)]
+    saved = [block.__dict__.get("forward") for block in blocks]
+
+    def passing(i: int) -> Callable[..., Any]:
+        shape = structures.get(i)
+
+        def forward(hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+            state = entering if i == last else hidden_states
+            return state if shape is None else with_first(shape, state)
+
+        return forward
+
+    try:
+        for i, block in enumerate(blocks):
+            block.__dict__["forward"] = passing(i)
+        yield
+    finally:
+        for block, previous in zip(blocks, saved, strict=True):
+            if previous is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = previous

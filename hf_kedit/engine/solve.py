@@ -39,8 +39,9 @@ class MomentFactor:
         if self.kind == "identity" or self.factor is None:
             return b
         factor = self.factor.to(b.device)
-        if self.kind == "cholesky":
-            return torch.cholesky_solve(b, factor)
+        if self.kind == "cholesky":  # two triangular solves: cholesky_solve copies the factor, which costs more
+            half = torch.linalg.solve_triangular(factor, b, upper=False)
+            return torch.linalg.solve_triangular(factor.mT, half, upper=True)
         assert self.pivots is not None
         return torch.linalg.lu_solve(factor, self.pivots.to(b.device), b)
 
@@ -94,6 +95,10 @@ def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> to
     k = keys.double()
     x = factor.solve(k)
     inner = weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ x
+    if factor.kind != "lu":  # symmetric and positive definite
+        small, info = torch.linalg.cholesky_ex(inner)
+        if int(info) == 0:
+            return torch.cholesky_solve(x.T, small).T
     return torch.linalg.solve(inner, x, left=False)
 
 

@@ -8,6 +8,7 @@ the user names it: without one, the model's own generated text is used, and the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from .forward import device_of, frozen_eval
 from .solve import MomentFactor, factor_moment
 from .templates import STARTERS, sample_texts
 from .weights import get_module, get_weight
+from .workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,8 +150,13 @@ def collect_moments(
     token_budget: int = 4096,
     checkpoint: Path | None = None,
     show_progress: bool = True,
+    workers: Workers = ALONE,
 ) -> dict[str, SecondMoment]:
     """Collect the second moments of the inputs of several modules in one pass over a corpus.
+
+    Several processes share the work if ``workers`` says so: all of them cut the corpus into the same batches, each
+    runs every ``count``-th of these, and the sums are added up at the end. The result is that of one process, up to
+    the order of additions in float64.
 
     Args:
         model: the unedited model.
@@ -161,9 +168,10 @@ def collect_moments(
         token_budget: padded tokens per forward.
         checkpoint: a file for partial sums; a killed run that is started again with it goes on where it was.
         show_progress: show a bar.
+        workers: the processes that share the work.
 
     Returns:
-        Module name → `SecondMoment`, all over the same tokens.
+        Module name → `SecondMoment`, all over the same tokens; the same in every process.
 
     Raises:
         StatisticsError: if the corpus has no text.
@@ -171,42 +179,98 @@ def collect_moments(
     limit = max_length or context_length(model.config) or 2048
     device = device_of(model)
     taps = [Tap(m, "input") for m in modules]
-    totals, count, done = _resume(checkpoint, modules, corpus.name)
-    partial: dict[str, torch.Tensor] = {}
-    saved_at = count
+    if checkpoint is not None and workers.count > 1:
+        checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{workers.rank}-of-{workers.count}{checkpoint.suffix}")
+    totals, place = _resume(checkpoint, modules, corpus.name)
+    saved_at = place.tokens
 
     def receive(tap: Tap, states: torch.Tensor) -> None:
         features = states.float()
-        partial[tap.module] = features.T @ features
+        if tap.module not in totals:
+            totals[tap.module] = _accumulator(features.shape[1], features.device)
+        add_upper(totals[tap.module], features)
 
     with (
         frozen_eval(model),
-        progress_bar(tokens, f"second moments of {len(modules)} modules", show=show_progress, unit="tok") as bar,
+        progress_bar(
+            tokens, f"second moments of {len(modules)} modules", show=show_progress and workers.is_main, unit="tok"
+        ) as bar,
     ):
-        bar.update(count)
-        for group in _chunks(islice(corpus.texts(), done, None), CHUNK_TEXTS):
-            if tokens is not None and count >= tokens:
+        bar.update(place.tokens)
+        for group in _chunks(islice(corpus.texts(), place.texts, None), CHUNK_TEXTS):
+            if tokens is not None and place.tokens >= tokens:
                 break
             encoded = sorted((encode_text(tokenizer, text).ids[:limit] for text in group), key=len)
             for rows in _budgeted([row for row in encoded if row], token_budget):
-                stream_states(model, pad_rows(rows, pad_id(tokenizer)).to(device), taps, receive)
-                for name, value in partial.items():
-                    add = value.to("cpu", torch.float64)
-                    totals[name] = totals[name] + add if name in totals else add
                 seen = sum(len(row) for row in rows)
-                count += seen
+                if place.batches % workers.count == workers.rank:
+                    stream_states(model, pad_rows(rows, pad_id(tokenizer)).to(device), taps, receive)
+                    place.own += seen
+                place.batches += 1
+                place.tokens += seen
                 bar.update(seen)
-                if tokens is not None and count >= tokens:
+                if tokens is not None and place.tokens >= tokens:
                     break
-            done += len(group)
-            if checkpoint is not None and count - saved_at >= SAVE_EVERY:
-                _save_partial(checkpoint, totals, count, done, corpus.name)
-                saved_at = count
-    if count == 0:
+            place.texts += len(group)
+            if checkpoint is not None and place.tokens - saved_at >= SAVE_EVERY:
+                _save_partial(checkpoint, totals, place, corpus.name)
+                saved_at = place.tokens
+    if place.tokens == 0:
         raise StatisticsError(f"the corpus {corpus.name!r} has no text")
+    whole, count = [], torch.tensor(place.own, dtype=torch.float64)
+    for module in modules:
+        total = totals.pop(module, None)
+        if total is None:  # fewer batches than processes
+            total = _accumulator(_input_width(model, module), torch.device("cpu"))
+        total = total.to("cpu")
+        whole.append(total.triu_().add_(total.triu(1).mT))
+    workers.add_up([count, *whole])
     if checkpoint is not None and checkpoint.exists():
         checkpoint.unlink()
-    return {m: SecondMoment(totals[m], count, corpus.name) for m in modules}
+    return {m: SecondMoment(total, int(count), corpus.name) for m, total in zip(modules, whole, strict=True)}
+
+
+@dataclass
+class _Place:
+    """How far a pass over a corpus has come.
+
+    Args:
+        texts: texts read.
+        batches: batches that they gave.
+        tokens: tokens in them.
+        own: those among the tokens that this process has run.
+    """
+
+    texts: int = 0
+    batches: int = 0
+    tokens: int = 0
+    own: int = 0
+
+
+def _accumulator(width: int, device: torch.device) -> torch.Tensor:
+    """Float64 zeros ``[width, width]``: beside the model if there is room (and float64), else on the CPU."""
+    if device.type == "cuda":
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return torch.zeros(width, width, dtype=torch.float64, device=device)
+    return torch.zeros(width, width, dtype=torch.float64)
+
+
+def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int = 4) -> None:
+    """Add ``features.T @ features`` to ``total`` in place, but only from the diagonal blocks on to the right.
+
+    The matrix is symmetric: 10 of 16 blocks are enough. Products are float32, the sum is float64.
+
+    Args:
+        total: ``[d, d]`` float64; below the diagonal it is not meaningful until the end.
+        features: ``[tokens, d]`` float32.
+        blocks: into how many parts the width is cut.
+    """
+    width = features.shape[1]
+    step = -(-width // blocks)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        product = features[:, start:stop].T @ features[:, start:]
+        total[start:stop, start:] += product.to(total.device)
 
 
 def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -227,24 +291,28 @@ def _budgeted(rows: Sequence[list[int]], budget: int) -> Iterator[list[list[int]
         yield batch
 
 
-def _save_partial(path: Path, totals: dict[str, torch.Tensor], count: int, done: int, corpus: str) -> None:
-    meta = {"count": str(count), "texts": str(done), "corpus": corpus}
-    _write_tensors(path, totals, meta)
+def _save_partial(path: Path, totals: dict[str, torch.Tensor], place: _Place, corpus: str) -> None:
+    meta = {key: str(value) for key, value in vars(place).items()} | {"corpus": corpus, "form": "upper"}
+    _write_tensors(path, {name: total.to("cpu") for name, total in totals.items()}, meta)
 
 
-def _resume(path: Path | None, modules: Sequence[str], corpus: str) -> tuple[dict[str, torch.Tensor], int, int]:
+def _resume(path: Path | None, modules: Sequence[str], corpus: str) -> tuple[dict[str, torch.Tensor], _Place]:
     if path is None or not path.exists():
-        return {}, 0, 0
+        return {}, _Place()
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
-            if meta.get("corpus") != corpus or set(file.keys()) != set(modules):
-                return {}, 0, 0
-            totals = {m: file.get_tensor(m) for m in modules}
-    except (SafetensorError, OSError):
-        return {}, 0, 0
-    logger.info("resuming statistics at %s tokens", meta["count"])
-    return totals, int(meta["count"]), int(meta["texts"])
+            known = meta.get("corpus") == corpus and meta.get("form") == "upper"
+            if not known or not set(file.keys()) <= set(modules):
+                return {}, _Place()
+            totals = {m: file.get_tensor(m) for m in file.keys()}  # noqa: SIM118
+            place = _Place(**{key: int(meta[key]) for key in vars(_Place())})
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return {}, _Place()
+    if place.own and set(totals) != set(modules):
+        return {}, _Place()
+    logger.info("resuming statistics at %d tokens", place.tokens)
+    return totals, place
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -312,6 +380,7 @@ class StatisticsStore:
         ridge: relative ridge of the factorisation.
         fingerprint: how to find the fingerprint of the unedited model; ``None``: hash the model as it is.
         show_progress: show a bar while collecting.
+        workers: processes that share the collecting; all of them must then ask for the same moments.
     """
 
     def __init__(
@@ -326,7 +395,9 @@ class StatisticsStore:
         ridge: float = 0.0,
         fingerprint: Callable[[], str] | None = None,
         show_progress: bool = True,
+        workers: Workers = ALONE,
     ):
+        self.workers = workers
         self.model, self.tokenizer, self.corpus, self.tokens = model, tokenizer, corpus, tokens
         self.own_corpus, self.ridge, self.show_progress = own_corpus, ridge, show_progress
         self.root = Path(cache_dir) if cache_dir is not None else default_cache_dir() / "stats"
@@ -364,6 +435,7 @@ class StatisticsStore:
             if cached is not None:
                 self._moments[module] = cached
                 missing.remove(module)
+        missing = self.workers.union(missing)
         if missing:
             self._compute(missing)
         for module in modules:
@@ -402,15 +474,17 @@ class StatisticsStore:
             tokens=tokens,
             checkpoint=checkpoint,
             show_progress=self.show_progress,
+            workers=self.workers,
         )
         self._moments.update(found)
-        for module, moment in found.items():
+        for module, moment in found.items() if self.workers.is_main else ():
             path = self.folder / f"{_slug(corpus.name)}-{tokens}" / f"{_slug(module)}.safetensors"
             meta = {"count": str(moment.count), "corpus": corpus.name, "module": module, "model": self.fingerprint}
             try:
                 _write_tensors(path, {"moment2_sum": moment.total}, meta)
             except OSError as error:
                 warn_once(logger, f"cannot write statistics to {self.folder}: {error}")
+        self.workers.wait()
 
     def _cached(self, module: str) -> SecondMoment | None:
         """Find the module on disk: the named corpus and token count, or any corpus if none was named."""

@@ -127,6 +127,8 @@ def site_path(anatomy: Anatomy, layer: int, site: Site) -> str:
         return anatomy.layers[layer].path
     if site == "down":
         return anatomy.down(layer).path
+    if site != "attention_out":
+        raise ValueError(f"unknown site {site!r}")
     out = anatomy.layers[layer].attention_out
     if out is None:
         raise UnsupportedModelError(
@@ -140,7 +142,7 @@ def optimise_values(
     anatomy: Anatomy,
     rows: Sequence[Sequence[Row]],
     layer: int,
-    sites: Sequence[Site],
+    sites: Site | Sequence[Site],
     settings: ValueSettings,
     *,
     taps: Sequence[Tap] = (),
@@ -157,8 +159,8 @@ def optimise_values(
         anatomy: of the model.
         rows: per request, its rewriting rows (the bare prompt first) and, if ``kl_factor > 0``, its drift row.
         layer: where the vectors enter.
-        sites: one vector is optimised for each: ``"block"``: output of the block; ``"down"``: output of the projection
-            out of the MLP; ``"attention_out"``: output of the projection out of the attention.
+        sites: one, or several; a vector is optimised for each: ``"block"``: output of the block; ``"down"``: output of
+            the projection out of the MLP; ``"attention_out"``: output of the projection out of the attention.
         settings: see `ValueSettings`.
         taps: more to record at the fact tokens in the first pass.
         fill: padding id.
@@ -173,7 +175,8 @@ def optimise_values(
     Raises:
         EditFailedError: if a loss is not finite.
     """
-    paths = {site: site_path(anatomy, layer, site) for site in sites}
+    wanted = (sites,) if isinstance(sites, str) else tuple(sites)
+    paths = {site: site_path(anatomy, layer, site) for site in wanted}
     taps = list(dict.fromkeys([*taps, *(Tap(p) for p in paths.values())]))
     order = sorted(range(len(rows)), key=lambda i: (_suffix(rows[i]), len(rows[i][0].ids)))
     results: dict[int, Values] = {}
@@ -261,8 +264,8 @@ def _optimise(
             raise EditFailedError(
                 "the loss became NaN or infinite while a value was optimised; lower v_lr or load the model in float32"
             )
-        for k, (i, numbers) in enumerate(zip(alive, table.tolist(), strict=True)):
-            if active[k]:
+        for k, (i, numbers, running) in enumerate(zip(alive, table.tolist(), active.tolist(), strict=True)):
+            if running:
                 loss_rows[i].append(tuple(numbers[: 1 + len(columns)]))
                 now = numbers[1 + len(columns)]
                 probability[i] = (probability[i][0] if step else now, now)
@@ -284,8 +287,8 @@ def _optimise(
         moved = delta - settings.lr * unbiased / ((second_moment / (1 - _BETAS[1] ** (step + 1))).sqrt() + _EPS)
         length, limit = moved.norm(dim=-1, keepdim=True), settings.clamp * scale.unsqueeze(-1)
         delta = torch.where(moving, torch.where(length > limit, moved * (limit / length), moved), delta)
-        for k, i in enumerate(alive):
-            updates[i] += int(active[k])
+        for i, running in zip(alive, active.tolist(), strict=True):
+            updates[i] += running
         if int(active.sum()) <= 0.75 * len(alive):
             offset[torch.tensor(alive, device=device)] = delta
             keep_position = replay.select(active.to(device)[terms.row_slot])

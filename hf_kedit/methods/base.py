@@ -7,7 +7,7 @@ ledger does the rest: transaction, rollback, rounding, saving.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -193,6 +193,22 @@ class Method(ABC):
         Raises:
             EditFailedError: if no usable update was found.
         """
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the method has learnt from earlier edits and belongs to no single one of them; saved with the edits.
+
+        What belongs to an edit (AlphaEdit's keys) lies in the ledger instead and is undone with it.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ConfigError: if the tensors are not this method's.
+        """
+        if state:
+            raise ConfigError(f"{self.capabilities.name} keeps no state, but was given {', '.join(sorted(state))}")
 
     def regularise(self, outcome: Outcome) -> Outcome:
         """Apply what the config asks for on top of any method's deltas (RECT); called after `compute`."""

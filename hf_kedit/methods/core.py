@@ -129,4 +129,3 @@ class CORE(MEMIT):
         with bench.ledger.disabled():
             texts = sample_texts(bench.model, bench.tokenizer, starters, config.context_length, generator)
         return [clean(text) + ". {}" for text in texts]
-

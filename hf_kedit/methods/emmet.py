@@ -92,6 +92,7 @@ class EMMET(SpreadMethod):
     def _penalised(self, module: str) -> MomentFactor:
         """Factor of ``λ C + ν I``."""
         if module not in self._factors:
+            assert self.config.mom2_update_weight is not None
             moment = self.bench.statistics.moments([module])[module].mean() * self.config.mom2_update_weight
             moment = moment + self.config.update_norm_lambda * torch.eye(moment.shape[0], dtype=moment.dtype)
             self._factors[module] = factor_moment(moment, ridge=self.config.stats_ridge, name=f"Ĉ of {module}")

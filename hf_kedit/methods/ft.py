@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch.func import functional_call
 
-from ..config import EditConfig, ModelProfile
+from ..config import ModelProfile
 from ..engine.forward import accepts, device_of, logits_at, model_inputs
 from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight, is_transposed
@@ -30,13 +30,13 @@ from ..errors import EditFailedError, TargetTooLongError
 from ..logging import progress_bar
 from ..requests import EditRequest
 from ..tokens import context_length, encode_pair, encode_target, pad_rows
-from .base import Capabilities, Method, Outcome, in_row, register_method
+from .base import Capabilities, Method, Outcome, WeightConfig, in_row, register_method
 
 STOP_LOSS = 1e-2
 
 
 @dataclass
-class FTConfig(EditConfig):
+class FTConfig(WeightConfig):
     """Hyperparameters of fine-tuning. ``batch_size`` requests share a step (``None``: one at a time).
 
     Args:

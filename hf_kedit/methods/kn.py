@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..config import EditConfig, ModelProfile
+from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.forward import device_of, logits_at, model_inputs
 from ..engine.ledger import WeightDelta
@@ -35,14 +35,14 @@ from ..locate.attribution import Attribution, Rule, attribute_neurons
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..tokens import context_length, encode_pair, pad_rows
-from .base import Capabilities, Method, Outcome, in_row, register_method
+from .base import Capabilities, Method, Outcome, WeightConfig, in_row, register_method
 
 logger = get_logger(__name__)
 FEW_STEPS = 20
 
 
 @dataclass
-class KNConfig(EditConfig):
+class KNConfig(WeightConfig):
     """Hyperparameters of KN. Names are those of the published hparams files where they have one.
 
     ``layers`` limits the search; ``None`` searches every layer with an MLP of its own. ``batch_size`` is the number
@@ -272,6 +272,8 @@ class KN(Method):
             batch_size=self.config.batch_size,
             fill=self.bench.fill,
             show_progress=self.bench.show_progress,
+            anatomy=self.bench.anatomy,
+            layers=self.searched_layers(),
         )
 
     def _edit_vector(self, wording: _Wording) -> torch.Tensor:

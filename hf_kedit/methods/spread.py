@@ -22,6 +22,7 @@ from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.ledger import WeightDelta
 from ..engine.rows import Row
+from ..engine.sweep import Sweep
 from ..engine.values import Site, Values, site_path
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
@@ -128,9 +129,7 @@ class SpreadMethod(LocateMethod):
             bare: row of the bare prompt of every request.
         """
         anatomy, top = self.bench.anatomy, Tap(site_path(self.bench.anatomy, self.layers[-1], "block"))
-        return [
-            Stop(layer, i, anatomy.down(layer).path, top, values.value) for i, layer in enumerate(self.layers)
-        ]
+        return [Stop(layer, i, anatomy.down(layer).path, top, values.value) for i, layer in enumerate(self.layers)]
 
     def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
         """The part of ``residual`` ``[requests, d]`` that this matrix shall add: an equal share per layer left."""
@@ -164,15 +163,20 @@ class SpreadMethod(LocateMethod):
         values = self.optimise(for_values, self.value_layer(), self.value_sites(), [first_key])
         stops = self.targets(values, bare)
         started: dict[Tap, torch.Tensor] = {}
+        restart = values.route != "full"
+        all_rows, bare_rows = (
+            Sweep(bench.model, bench.anatomy, r, fill=bench.fill, restart=restart)
+            for r in ([row for group in rewriting for row in group], bare)
+        )
         with bench.ledger.provisional() as scope:
             for number, stop in enumerate(stops):
                 key_tap = Tap(stop.module, "input")
                 if number == 0 and for_values is rows:  # the optimisation's first pass has already seen both
                     keys = values.taken[key_tap]
                 else:
-                    flat = self.measure([r for group in rewriting for r in group], [key_tap])[key_tap]
+                    flat = all_rows.read([key_tap], stop.layer)[key_tap]
                     keys = flat.view(len(requests), -1, flat.shape[-1])
-                current = self._current(stop, number, values, bare)
+                current = self._current(stop, number, values, bare_rows)
                 k = mean_key(keys, groups).T  # [d_in, n]
                 residual = stop.target - current  # [n, H]
                 share = self._at_projection(self.share(residual, stop), stop).T  # [H, n]
@@ -189,29 +193,20 @@ class SpreadMethod(LocateMethod):
                 started.setdefault(stop.measured, residual.norm(dim=-1))
                 self._trace(stop, k, columns, share, current, residual)
             wanted = {stop.measured: stop.target for stop in stops}
-            reached = self.measure(bare, list(wanted))
-        ratios = torch.stack(
-            [
-                (target - reached[tap].to(target.device)).norm(dim=-1) / started[tap].clamp_min(1e-12)
-                for tap, target in wanted.items()
-            ]
-        )
-        worst = ratios.max(dim=0).values.cpu().tolist()
-        return Outcome(
-            deltas, [self.diagnose(values, j) | {"residual_ratio": worst[j]} for j in range(len(requests))]
-        )
+            reached = bare_rows.read(list(wanted), stops[-1].layer if len(wanted) == 1 else 0)
+        missing = [(target - reached[tap].to(target.device)).norm(dim=-1) for tap, target in wanted.items()]
+        before = torch.stack(list(started.values())).sum(dim=0).clamp_min(1e-12)
+        ratio = (torch.stack(missing).sum(dim=0) / before).cpu().tolist()
+        return Outcome(deltas, [self.diagnose(values, j) | {"residual_ratio": ratio[j]} for j in range(len(requests))])
 
-    def _current(self, stop: Stop, number: int, values: Values, bare: Sequence[Row]) -> torch.Tensor:
+    def _current(self, stop: Stop, number: int, values: Values, bare: Sweep) -> torch.Tensor:
         """States at the measured place as they are now, ``[requests, d]``."""
         anatomy = self.bench.anatomy
         if number == 0:
             for i, site in enumerate(values.sites):
                 if stop.measured == Tap(site_path(anatomy, self.value_layer(), site)):
                     return values.initials[:, i]
-        return self._measured(stop, bare)
-
-    def _measured(self, stop: Stop, bare: Sequence[Row]) -> torch.Tensor:
-        return self.measure(bare, [stop.measured])[stop.measured].to(stop.target.device)
+        return bare.read([stop.measured], stop.layer)[stop.measured].to(stop.target.device)
 
     def _trace(
         self,

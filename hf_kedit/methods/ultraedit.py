@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..config import EditConfig, ModelProfile
+from ..config import ModelProfile
 from ..engine.capture import as_rows, first, with_first
 from ..engine.forward import device_of, logits_at, model_inputs
 from ..engine.ledger import WeightDelta
@@ -31,7 +31,7 @@ from ..errors import ConfigError, EditFailedError, TargetTooLongError, Unsupport
 from ..logging import progress
 from ..requests import EditRequest
 from ..tokens import context_length, encode_pair, pad_rows
-from .base import Capabilities, Method, Outcome, in_row, register_method
+from .base import Capabilities, Method, Outcome, WeightConfig, in_row, register_method
 
 EPS = float(torch.finfo(torch.float32).eps)
 MICRO_BATCH = 10
@@ -40,7 +40,7 @@ _SPAN = re.compile(r"\{(\d+)(?:-(\d+))?\}")
 
 
 @dataclass
-class UltraEditConfig(EditConfig):
+class UltraEditConfig(WeightConfig):
     """Hyperparameters of UltraEdit.
 
     ``batch_size`` requests share one backward pass (10 as published). How many are solved for together, a *turn*, is

@@ -1,0 +1,149 @@
+"""Reading states layer by layer from below, while the layers below are being rewritten.
+
+Methods that spread an edit over several layers measure keys at each of them, after the ones before were written.
+What enters a layer does not change any more once everything below it is final, so each measurement goes on from the
+hidden states that entered the last one, not from the tokens. Nothing behind the fact token can influence it: rows
+end there.
+
+As in `replay`, that a model can be restarted this way is checked once per model and layer, on one row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..logging import get_logger
+from ..tokens import TokenBatch, pad_rows
+from .capture import Tap, capture_at, listen
+from .forward import device_of
+from .replay import passed_through, recorded_structures
+from .rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..anatomy import Anatomy
+
+logger = get_logger(__name__)
+_CHECKED: WeakKeyDictionary[torch.nn.Module, dict[int, bool]] = WeakKeyDictionary()
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+KEPT_BYTES = 2**31
+
+
+@dataclass
+class _Chunk:
+    """Rows that run together: their places among all rows, the padded batch, and what enters block ``layer``."""
+
+    places: list[int]
+    batch: TokenBatch
+    columns: torch.Tensor
+    layer: int = 0
+    entering: torch.Tensor | None = None
+    structures: dict[int, Any] = field(default_factory=dict)
+
+
+class Sweep:
+    """Rows of a model, read at their fact tokens at one layer after the other.
+
+    Args:
+        model: in evaluation mode.
+        anatomy: of the model.
+        rows: what to run; each is cut behind its fact token.
+        fill: padding id.
+        chunk: rows per forward.
+        restart: go on from the states that entered the last layer; otherwise always from the tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        rows: Sequence[Row],
+        *,
+        fill: int = 0,
+        chunk: int = 64,
+        restart: bool = True,
+    ):
+        self.model, self.anatomy, self.count = model, anatomy, len(rows)
+        device = device_of(model)
+        order = sorted(range(len(rows)), key=lambda i: rows[i].fact)
+        self._chunks = []
+        for start in range(0, len(order), chunk):
+            places = order[start : start + chunk]
+            batch = pad_rows([rows[i].ids[: rows[i].fact + 1] for i in places], fill, side="right").to(device)
+            self._chunks.append(_Chunk(places, batch, torch.tensor([rows[i].fact for i in places], device=device)))
+        width = next(model.parameters()).element_size() * anatomy.hidden_size
+        needed = width * sum(chunk.batch.input_ids.numel() for chunk in self._chunks)
+        self.restart = restart and not anatomy.is_encoder_decoder and needed <= KEPT_BYTES
+
+    def read(self, taps: Sequence[Tap], layer: int) -> dict[Tap, torch.Tensor]:
+        """Read taps at the fact tokens on the model as it is now, ``[rows, d]`` fp32 each.
+
+        Args:
+            taps: what to read, at or above ``layer``.
+            layer: from now on nothing below this layer changes any more; it must not fall from call to call, except
+                to 0, which reads from the tokens.
+        """
+        parts = [self._read(chunk, taps, layer) for chunk in self._chunks]
+        inverse = torch.tensor([place for chunk in self._chunks for place in chunk.places]).argsort()
+        return {tap: torch.cat([p[tap] for p in parts])[inverse.to(parts[0][tap].device)] for tap in taps}
+
+    def _read(self, chunk: _Chunk, taps: Sequence[Tap], layer: int) -> dict[Tap, torch.Tensor]:
+        if not self.restart or layer == 0:
+            return capture_at(self.model, chunk.batch, chunk.columns, taps)
+        if layer > chunk.layer or chunk.entering is None:
+            entry = Tap(self.anatomy.layers[layer].path, "input")
+            kept: list[torch.Tensor] = []
+
+            def keep(_: Tap, tensor: torch.Tensor) -> None:
+                kept.append(tensor.detach().clone())
+
+            with contextlib.ExitStack() as stack:
+                self._resume(stack, chunk)
+                stack.enter_context(recorded_structures(self.model, self.anatomy, layer, chunk.structures))
+                stack.enter_context(listen(self.model, [entry], keep))
+                found = capture_at(self.model, chunk.batch, chunk.columns, taps)
+            chunk.layer, chunk.entering = layer, kept[0]
+            if not self._exact(chunk, taps, found):
+                self.restart = False
+                return capture_at(self.model, chunk.batch, chunk.columns, taps)
+            return found
+        with contextlib.ExitStack() as stack:
+            self._resume(stack, chunk)
+            return capture_at(self.model, chunk.batch, chunk.columns, taps)
+
+    def _resume(self, stack: contextlib.ExitStack, chunk: _Chunk) -> None:
+        """Let the model begin at the layer whose entering states are kept."""
+        if chunk.entering is not None and chunk.layer > 0:
+            stack.enter_context(
+                passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering, chunk.structures)
+            )
+
+    def _exact(self, chunk: _Chunk, taps: Sequence[Tap], found: dict[Tap, torch.Tensor]) -> bool:
+        """Whether a restart at the chunk's layer gives what the tokens give; tried once per model and layer."""
+        known = _CHECKED.setdefault(self.model, {})
+        if chunk.layer not in known:
+            known[chunk.layer] = self._compare(chunk, taps)
+            if not known[chunk.layer]:
+                logger.debug("%s cannot be restarted at layer %d", type(self.model).__name__, chunk.layer)
+        return known[chunk.layer]
+
+    def _compare(self, chunk: _Chunk, taps: Sequence[Tap]) -> bool:
+        """Read one row from the tokens and from the kept states."""
+        b, place = chunk.batch, slice(0, 1)
+        one = TokenBatch(b.input_ids[place], b.attention_mask[place], b.position_ids[place], b.starts[place])
+        assert chunk.entering is not None
+        expected = capture_at(self.model, one, chunk.columns[place], taps)
+        with passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering[place], chunk.structures):
+            found = capture_at(self.model, one, chunk.columns[place], taps)
+        tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 3e-2)
+        return all(
+            float((found[tap] - expected[tap]).abs().max()) <= tolerance * max(float(expected[tap].abs().max()), 1.0)
+            for tap in taps
+        )
