@@ -61,8 +61,13 @@ def test_rome_and_memit_on_every_decoder(family: str) -> None:
 
     model.set_method(
         MEMITConfig(
-            layers=[0, 1], v_num_grad_steps=12, v_lr=0.5, v_weight_decay=1e-3, clamp_norm_factor=4,
-            mom2_update_weight=0.1, context_templates=[["{}"], ["The city is old. {}"]],
+            layers=[0, 1],
+            v_num_grad_steps=12,
+            v_lr=0.5,
+            v_weight_decay=1e-3,
+            clamp_norm_factor=4,
+            mom2_update_weight=0.1,
+            context_templates=[["{}"], ["The city is old. {}"]],
         )
     )
     for layer in (0, 1):

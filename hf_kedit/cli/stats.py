@@ -56,7 +56,8 @@ def stats(
     """Collect second moments of the keys of all layers in one pass over text.
 
     What is there already is not computed again, and an interrupted run goes on where it was. Without --layers:
-    the layers that the method edits. With --stats-dir, give the method the same folder: --set stats_dir=DIR.
+    the layers that the method edits. Started by torchrun or accelerate launch, the processes share the text, and the
+    result is that of one process. With --stats-dir, give the method the same folder: --set stats_dir=DIR.
     """
     chosen = parse_layers(layers)
     flags: dict[str, Any] = {
@@ -66,12 +67,15 @@ def stats(
         "stats_dir": None if stats_dir is None else str(stats_dir),
     }
     _check_uses_statistics(str(method))
+    from ..engine.workers import join, local_device
+
+    workers = join()
     editable = open_model(
         model,
         method,
         flags=flags,
         dtype=dtype,
-        device=device,
+        device=device or local_device(),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -79,6 +83,7 @@ def stats(
 
     modules = [editable.anatomy.down(layer).path for layer in editable.edit_config.layers or []]
     store = editable.statistics
+    store.workers = workers
     with editable.disable_edits(), frozen_eval(editable.base_model):
         found = store.moments(modules)
     data: dict[str, Any] = {
@@ -90,6 +95,8 @@ def stats(
             for name, moment in found.items()
         ],
     }
+    if not workers.is_main:
+        return
     emit(format, data, human=lambda console: _show(console, data), quiet=[data["folder"]])
 
 

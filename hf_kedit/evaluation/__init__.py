@@ -7,28 +7,58 @@ report.summary()["post"]
 
 from __future__ import annotations
 
-from . import metrics
+from . import functional, metrics
+from .bench import BenchPlan, collect_bench, run_bench
 from .cache import PreEditCache
-from .generation import Continuation, generate_answers
+from .comparison import Comparison
+from .distributions import locality_divergence, perplexity
+from .drift import weight_drift
+from .fluency import Fluency
+from .generation import Continuation, Sampling, generate_answers
+from .judges import CallableJudge, ExactMatchJudge, HFModelJudge, Judge, OpenAICompatibleJudge
+from .judging import Judged
+from .likelihood import Likelihood
+from .modules import list_metrics, load_metric
 from .protocols import PROTOCOLS, Generation, Protocol, TeacherForced, register_protocol
 from .report import EvaluationReport
+from .runfolder import collect_report
 from .runner import evaluate_edits
 from .scoring import PairScore, Unscored, score_pairs, try_score_pairs
 
 __all__ = [
-    "PROTOCOLS",
+    "BenchPlan",
+    "CallableJudge",
+    "Comparison",
     "Continuation",
     "EvaluationReport",
+    "ExactMatchJudge",
+    "Fluency",
     "Generation",
+    "HFModelJudge",
+    "Judge",
+    "Judged",
+    "Likelihood",
+    "OpenAICompatibleJudge",
+    "PROTOCOLS",
     "PairScore",
     "PreEditCache",
     "Protocol",
+    "Sampling",
     "TeacherForced",
     "Unscored",
+    "collect_bench",
+    "collect_report",
     "evaluate_edits",
+    "functional",
     "generate_answers",
+    "list_metrics",
+    "load_metric",
+    "locality_divergence",
     "metrics",
+    "perplexity",
     "register_protocol",
+    "run_bench",
     "score_pairs",
     "try_score_pairs",
+    "weight_drift",
 ]

@@ -1,4 +1,4 @@
-"""Greedy continuations of many prompts in few batches, and their post-processing.
+"""Continuations of many prompts in few batches, and their post-processing.
 
 The generation config is made here, so that nothing a checkpoint ships with (sampling, penalties) leaks in. Like
 `scoring`, this works on texts, does not change the tokenizer, and knows nothing of edits, cases or metrics.
@@ -7,12 +7,19 @@ The generation config is made here, so that nothing a checkpoint ships with (sam
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..engine.forward import device_of, frozen_eval
 from ..errors import EvaluationError
@@ -34,8 +41,21 @@ PromptFormat = Literal["raw", "qa", "chat"]
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Top-k sampling that does not depend on the batch: each prompt has its own random numbers.
+
+    Args:
+        top_k: sample among so many most probable tokens.
+        seed: of the random numbers, together with the prompt.
+    """
+
+    top_k: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Continuation:
-    """A greedy continuation.
+    """A continuation of a prompt.
 
     Args:
         prompt: text as it was given, before formatting.
@@ -63,8 +83,9 @@ def generate_answers(
     cut_at_newline: bool | None = None,
     stop_strings: Sequence[str] = (),
     max_batch_rows: int | None = None,
+    sampling: Sampling | None = None,
 ) -> list[Continuation]:
-    """Continue prompts greedily.
+    """Continue prompts, greedily unless ``sampling`` says otherwise.
 
     Batches are padded at the left with an explicit mask. The generation config is made here: sampling settings,
     penalties and length limits that a checkpoint ships with do not apply.
@@ -79,6 +100,7 @@ def generate_answers(
         cut_at_newline: keep only the first line; ``None``: yes for ``raw`` and ``qa``.
         stop_strings: cut before the first occurrence of any of these. Off by default: "." would cut "U.S.".
         max_batch_rows: upper bound of the rows per batch.
+        sampling: sample instead of taking the most probable token.
 
     Returns:
         One continuation per prompt, in the order of ``prompts``.
@@ -119,7 +141,10 @@ def generate_answers(
 
     with frozen_eval(model), torch.inference_mode(), _generation_config(model, config):
         for group in make_batches(list(rows), lambda p: len(rows[p]), packer, max_batch_rows):
-            continued = _generate_batch(model, tokenizer, [rows[p] for p in group], config, cut_lines, stop_strings)
+            noise = None if sampling is None else _SeededTopK(sampling, group)
+            continued = _generate_batch(
+                model, tokenizer, [rows[p] for p in group], config, cut_lines, stop_strings, noise
+            )
             for prompt, (text, ids, finished) in zip(group, continued, strict=True):
                 results[prompt] = Continuation(prompt, text, tuple(ids), finished, cuts[prompt])
     return [results[p] for p in prompts]
@@ -156,6 +181,7 @@ def _generate_batch(
     config: GenerationConfig,
     cut_lines: bool,
     stop_strings: Sequence[str],
+    noise: LogitsProcessor | None = None,
 ) -> Iterator[tuple[str, list[int], bool]]:
     encoder_decoder = is_encoder_decoder(model)
     # An encoder reads padding on the right as in training; a decoder must have its prompt at the right edge.
@@ -166,6 +192,7 @@ def _generate_batch(
         attention_mask=batch.attention_mask,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList(criteria),
+        logits_processor=LogitsProcessorList([] if noise is None else [noise]),
     )
     new = output[:, 1:] if encoder_decoder else output[:, batch.input_ids.shape[1] :]
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -176,6 +203,25 @@ def _generate_batch(
         text = str(tokenizer.decode(row[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         cut = [text.find(s) for s in (*(["\n"] if cut_lines else []), *stop_strings) if s in text]
         yield (text[: min(cut)] if cut else text).strip(), row[:length], end is not None or bool(cut)
+
+
+class _SeededTopK(LogitsProcessor):
+    """Turns greedy decoding into top-k sampling: adding Gumbel noise to log-probabilities and taking the largest
+    is sampling. Every row draws from its own generator, so that the batch around it does not matter."""
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[str]):
+        self.top_k = sampling.top_k
+        self.generators = []
+        for prompt in prompts:
+            digest = hashlib.sha256(f"{sampling.seed}\n{prompt}".encode()).digest()
+            self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any) -> Any:
+        values, places = scores.float().topk(min(self.top_k, scores.shape[-1]), dim=-1)
+        uniform = torch.stack([torch.rand(values.shape[-1], generator=g) for g in self.generators])
+        noise = -(-uniform.clamp_min(1e-30).log()).clamp_min(1e-30).log()
+        best = (values + noise.to(values.device)).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, places.gather(-1, best), 0.0)
 
 
 class _FirstLineWritten(StoppingCriteria):

@@ -21,6 +21,8 @@ from .scoring import PairScore, Unscored, try_score_pairs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..requests import EditRequest
+
 Output = PairScore | Continuation | Unscored
 Query = tuple[str, str | None]
 """A prompt and, where the protocol feeds one, an answer."""
@@ -37,6 +39,8 @@ class Question:
         prompt: filled prompt.
         groups: accepted answers, each group the aliases of one value; may be empty.
         match: ``any`` or ``all`` (groups).
+        contrast: what the model must not prefer to the answer: on prompts of the edit the old answer, on locality
+            probes the new one; ``None`` if there is none.
     """
 
     section: str
@@ -45,6 +49,24 @@ class Question:
     prompt: str
     groups: tuple[tuple[str, ...], ...]
     match: str = "any"
+    contrast: str | None = None
+
+
+def standard_questions(request: EditRequest) -> list[Question]:
+    """The rewrite prompt, the rephrasings, and the locality and portability probes of a request."""
+    target = ((request.target_new,),)
+    old = next(iter(request.ground_truth), None)
+    questions = [Question("rewrite", None, 0, request.filled_prompt, target, contrast=old)]
+    questions += [
+        Question("rephrase", None, i, p, target, contrast=old) for i, p in enumerate(request.rephrase_prompts)
+    ]
+    for section, axes in (("locality", request.locality), ("portability", request.portability)):
+        new = request.target_new if section == "locality" else None
+        for axis, probes in axes.items():
+            for i, probe in enumerate(probes):
+                groups = tuple(tuple(group) for group in probe.ground_truth)
+                questions.append(Question(section, axis, i, probe.prompt, groups, probe.match, new))
+    return questions
 
 
 class Protocol(ABC):
@@ -52,6 +74,12 @@ class Protocol(ABC):
 
     name: ClassVar[str]
     scorer: Any
+    needs_all_outputs: ClassVar[bool] = False
+    """Whether a question counts only if every one of its queries could be run (else those that could suffice)."""
+
+    def questions(self, request: EditRequest) -> list[Question]:
+        """What is asked about a request."""
+        return standard_questions(request)
 
     @abstractmethod
     def queries(self, question: Question) -> list[Query]:
@@ -83,6 +111,18 @@ class Protocol(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything that decides the outputs, JSON-ready; part of the key under which outputs are cached."""
+
+    def details(self, question: Question, outputs: Sequence[Any]) -> dict[tuple[str, str], float]:
+        """Further numbers for a question, by (section of the record, key in it)."""
+        return {}
+
+    def why_unscored(self, question: Question) -> str:
+        """Why a question has no queries or no score."""
+        return f"there is no answer, which protocol '{self.name}' needs"
+
+    def prepare_scores(self, items: Sequence[tuple[Question, Sequence[Any]]]) -> None:
+        """Called with everything that is about to be scored, for protocols that can score many at once better."""
+        return
 
     @property
     def scorer_name(self) -> str:

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, EvaluationError, nearest, require_extra
-from ..requests import EditRequest, Probe
 from . import metrics
+from .drift import efficiency
+from .summaries import (
+    LABELS,
+    exists,
+    extra_sections,
+    flat_row,
+    is_extra,
+    look_up,
+    means_of,
+    percent,
+    refuse_mixture,
+    scorer_of,
+    shown,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -23,17 +36,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT_VERSION = 1
-LISTS = {"rewrite_acc": "rewrite_acc", "rephrase_acc": "rephrase_acc"}
-"""Summary key → key of a plain list of scores in a record."""
-AXES = {"locality": "locality", "locality_accuracy": "locality_accuracy", "portability": "portability"}
-"""Summary key → key of a dict of axis → scores in a record."""
-_LABELS = {
-    "rewrite_acc": "reliability (rewrite)",
-    "rephrase_acc": "generalization (rephrase)",
-    "locality": "locality (agreement)",
-    "locality_accuracy": "locality (accuracy)",
-    "portability": "portability",
-}
 
 
 @dataclass
@@ -57,7 +59,7 @@ class EvaluationReport:
 
     @property
     def moments(self) -> list[str]:
-        """The moments of measurement: ``immediate``, ``final`` or both."""
+        """The moments of measurement: ``immediate``, ``at N`` for checkpoints, ``final``."""
         return list(dict.fromkeys(self.meta.get("when") or (r["when"] for r in self.records)))
 
     @property
@@ -108,19 +110,20 @@ class EvaluationReport:
             EvaluationError: if the report has no such protocol or moment, or mixes what must not be averaged.
         """
         records = self.select(protocol, when)
-        _refuse_mixture(records)
+        refuse_mixture(records)
         counts: dict[str, Any] = {}
         result: dict[str, Any] = {}
         for moment in ("pre", "post"):
-            result[moment], counts[moment] = _means([r[moment] for r in records], pre=moment == "pre")
+            result[moment], counts[moment] = means_of([r[moment] for r in records], pre=moment == "pre")
         first = records[0]
         return {
             **result,
             "n": len(records),
             "n_per_entry": counts["post"],
+            "n_failed": len(self.meta.get("failed") or ()),
             "n_skipped_probes": sum(len(r.get("skipped") or ()) for r in records),
             "protocol": first["protocol"],
-            "scorer": _scorer(first),
+            "scorer": scorer_of(first),
             "setting": first.get("setting"),
             "when": first["when"],
             "seconds_edit": metrics.mean(r["seconds_edit"] for r in records if r.get("seconds_edit") is not None),
@@ -133,18 +136,48 @@ class EvaluationReport:
         Raises:
             EvaluationError: if not both moments were measured.
         """
-        if set(self.moments) != {"immediate", "final"}:
+        if not {"immediate", "final"} <= set(self.moments):
             raise EvaluationError(
                 "retention compares both moments; evaluate with setting='sequential', when=('immediate', 'final')"
             )
         first, last = (self.summary(protocol, when)["post"] for when in ("immediate", "final"))
-        return {key: last[key] - first[key] for key in last if key != "per_axis" and key in first}
+        return {key: last[key] - first[key] for key in last if key in first and isinstance(last[key], float)}
+
+    def curve(self, name: str, protocol: str | None = None) -> list[tuple[int, float]]:
+        """One mean along the number of edits: the checkpoints of ``at=[…]``, and the end of the sequence.
+
+        Args:
+            name: key of ``summary()["post"]`` (``rewrite_acc``), or ``section/key`` (``counterfact/S``,
+                ``locality/Neighborhood``).
+            protocol: default: the first of the report.
+
+        Returns:
+            (number of edits, mean over all edits made until then), in order. Moments without the mean are left out.
+        """
+        points = []
+        for when in self.moments:
+            if when == "immediate":
+                continue
+            value = look_up(self.summary(protocol, when)["post"], name)
+            if value is not None:
+                points.append((len(self.select(protocol, when)), value))
+        return sorted(points)
+
+    def efficiency(self) -> dict[str, Any]:
+        """What the edits cost: seconds, edits per second, memory; see `drift.efficiency`."""
+        return {**efficiency(self.cases), "seconds_setup": self.meta.get("seconds_setup")}
 
     # ------------------------------------------------------------------ other forms
 
     def to_easyedit(self, protocol: str | None = None, when: str | None = None) -> list[dict[str, Any]]:
         """The dictionary layout of EasyEdit's result files, without what this library adds."""
         known = ("rewrite_acc", "rephrase_acc", "locality", "portability")
+        fluent = {
+            (r["case_id"], r["when"], moment): r[moment].get("fluency", {}).get("ngram_entropy")
+            for r in self.records
+            if r["protocol"] == "fluency"
+            for moment in ("pre", "post")
+        }
         rows = []
         for record in self.select(protocol, when):
             row = {"case_id": record["case_id"], "requested_rewrite": record["requested_rewrite"]}
@@ -155,6 +188,11 @@ class EvaluationReport:
                     "portability": {},
                     **{k: v for k, v in record[moment].items() if k in known},
                 }
+                entropies = record[moment].get("fluency", {}).get("ngram_entropy") or fluent.get(
+                    (record["case_id"], record["when"], moment)
+                )
+                if entropies:
+                    row[moment]["fluency"] = {"ngram_entropy": sum(entropies) / len(entropies)}
             rows.append({**row, "time": record.get("time")})
         return json.loads(json.dumps(rows))
 
@@ -164,7 +202,7 @@ class EvaluationReport:
         Without arguments: all protocols and moments.
         """
         records = self.records if protocol is None and when is None else self.select(protocol, when)
-        return [_flat(record) for record in records]
+        return [flat_row(record) for record in records]
 
     def to_dataset(self, protocol: str | None = None, when: str | None = None) -> datasets.Dataset:
         """The `rows` as a ``datasets.Dataset``, with the scores per axis and probe in the column ``axes``."""
@@ -174,12 +212,15 @@ class EvaluationReport:
         features: dict[str, Any] = {"case_id": datasets.Value("int64")}
         features |= dict.fromkeys(("id", "protocol", "scorer", "setting", "when"), text)
         features |= dict.fromkeys(("prompt", "subject", "target_new"), text)
-        for name in _LABELS:
-            features |= {f"{moment}_{name}": number for moment in ("pre", "post") if _exists(moment, name)}
+        for name in LABELS:
+            features |= {f"{moment}_{name}": number for moment in ("pre", "post") if exists(moment, name)}
+        rows = self.rows(protocol, when)
+        features |= {key: number for row in rows for key in row if key not in features and is_extra(key)}
         features |= {"seconds_edit": number, "seconds_eval": number, "peak_memory_bytes": datasets.Value("int64")}
         features["n_skipped_probes"] = datasets.Value("int64")
         features["axes"] = [{"section": text, "axis": text, "pre": [number], "post": [number]}]
-        return datasets.Dataset.from_list(self.rows(protocol, when), features=datasets.Features(features))
+        rows = [{key: row.get(key) for key in features} for row in rows]
+        return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
     def to_pandas(self, protocol: str | None = None, when: str | None = None) -> Any:
         """The `rows` as a ``pandas.DataFrame``.
@@ -200,6 +241,37 @@ class EvaluationReport:
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
+
+    def to_markdown(self, path: str | Path | None = None, *, max_cases: int = 20) -> str:
+        """The summary tables and the first cases as Markdown; also written to ``path`` if one is given."""
+        from .comparison import Comparison
+
+        return Comparison({_own_label(self): self}).to_markdown(path, max_cases=max_cases)
+
+    def to_html(self, path: str | Path | None = None, *, max_cases: int = 200) -> str:
+        """One self-contained HTML page with charts and every case; also written to ``path`` if one is given.
+
+        Args:
+            path: file to write (overwriting it).
+            max_cases: cases that are shown one by one; 0 for none.
+        """
+        from .comparison import Comparison
+
+        return Comparison({_own_label(self): self}).to_html(path, max_cases=max_cases)
+
+    def to_model_index(
+        self, model_name: str | None = None, dataset_name: str = "knowledge edits", dataset_type: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The means as entries for the ``model-index`` of a model card on the Hub, fractions of 1.
+
+        Args:
+            model_name: default: the edited model's.
+            dataset_name: for people.
+            dataset_type: id of the data set on the Hub; default: derived from the name.
+        """
+        from .comparison import model_index
+
+        return model_index(self, model_name or str(self.meta.get("model") or "model"), dataset_name, dataset_type)
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvaluationReport:
@@ -223,14 +295,19 @@ class EvaluationReport:
         summary = self.summary(protocol, when)
         pre, post, counts = summary["pre"], summary["post"], summary["n_per_entry"]
         rows = []
-        for name, label in _LABELS.items():
+        for name, label in LABELS.items():
             if name not in post:
                 continue
-            rows.append((label, _percent(pre.get(name)), _percent(post[name]), str(counts[name])))
+            rows.append((label, percent(pre.get(name)), percent(post[name]), str(counts[name])))
             axes = post["per_axis"].get(name, {})
             for axis, value in axes.items() if len(axes) > 1 else ():
                 before = pre["per_axis"].get(name, {}).get(axis)
-                rows.append((f"  {axis}", _percent(before), _percent(value), str(counts[f"{name}/{axis}"])))
+                rows.append((f"  {axis}", percent(before), percent(value), str(counts[f"{name}/{axis}"])))
+        for section in extra_sections(post):
+            for key, value in post[section].items():
+                before = pre.get(section, {}).get(key)
+                number = str(counts.get(f"{section}/{key}", ""))
+                rows.append((f"{section} {key}", shown(section, before), shown(section, value), number))
         return rows
 
     def title(self, protocol: str | None = None, when: str | None = None) -> str:
@@ -285,114 +362,5 @@ class EvaluationReport:
         return f"EvaluationReport({self.title()})" if self.records else "EvaluationReport(empty)"
 
 
-# ---------------------------------------------------------------------- helpers
-
-
-def easyedit_request(request: EditRequest) -> dict[str, Any]:
-    """A request in the dictionary layout of EasyEdit; what is missing is ``None`` or ``{}``."""
-
-    def section(axes: Mapping[str, Sequence[Probe]]) -> dict[str, Any]:
-        return {
-            axis: {
-                "prompt": [probe.prompt for probe in probes],
-                "ground_truth": [next(iter(probe.answers), None) for probe in probes],
-            }
-            for axis, probes in axes.items()
-        }
-
-    return {
-        "prompt": request.filled_prompt,
-        "target_new": request.target_new,
-        "ground_truth": next(iter(request.ground_truth), None),
-        "subject": request.subject,
-        "rephrase_prompt": next(iter(request.rephrase_prompts), None),
-        "locality": section(request.locality),
-        "portability": section(request.portability),
-    }
-
-
-def _exists(moment: str, name: str) -> bool:
-    """Whether a mean exists before the edit: agreement with oneself does not."""
-    return not (moment == "pre" and name == "locality")
-
-
-def _axis_scores(scores: Mapping[str, Sequence[float]] | None) -> dict[str, Sequence[float]] | None:
-    """Axis → scores of a record's section, without the suffix of the keys; outputs are left out."""
-    if scores is None:
-        return None
-    return {k.removesuffix("_acc"): v for k, v in scores.items() if k.endswith("_acc")}
-
-
-def _means(halves: Sequence[Mapping[str, Any]], *, pre: bool) -> tuple[dict[str, Any], dict[str, int]]:
-    """Means over the cases of one half ("pre" or "post") of the records, and the number of cases behind each."""
-    means: dict[str, Any] = {}
-    counts: dict[str, int] = {}
-    per_axis: dict[str, dict[str, float]] = {}
-    for name, key in LISTS.items():
-        value, n = metrics.dataset_mean(half.get(key) for half in halves)
-        if value is not None:
-            means[name], counts[name] = value, n
-    for name, key in AXES.items():
-        if pre and not _exists("pre", name):
-            continue
-        cases = [_axis_scores(half.get(key)) for half in halves]
-        value, n = metrics.dataset_mean(cases)
-        if value is None:
-            continue
-        means[name], counts[name] = value, n
-        axes = metrics.axis_means(cases)
-        per_axis[name] = {axis: mean for axis, (mean, _) in axes.items()}
-        counts |= {f"{name}/{axis}": n for axis, (_, n) in axes.items()}
-    return {**means, "per_axis": per_axis}, counts
-
-
-def _refuse_mixture(records: Sequence[Mapping[str, Any]]) -> None:
-    if not records:
-        raise EvaluationError("there are no records to summarise")
-    groups: dict[str, set[str]] = {}
-    for record in records:
-        for section, meta in record["post"].get("metric_meta", {}).items():
-            groups.setdefault(section, set()).add(meta["comparable_group"])
-    for section, found in groups.items():
-        if len(found) > 1:
-            raise EvaluationError(f"'{section}' mixes numbers that are not comparable: {', '.join(sorted(found))}")
-
-
-def _scorer(record: Mapping[str, Any]) -> str | None:
-    meta = record["post"].get("metric_meta", {})
-    return next((m["scorer"] for section, m in meta.items() if section != "locality"), None)
-
-
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """One record as a row without nesting (but for the axes)."""
-    request = record["requested_rewrite"]
-    row: dict[str, Any] = {
-        "case_id": record["case_id"],
-        "id": record.get("id"),
-        "protocol": record["protocol"],
-        "scorer": _scorer(record),
-        "setting": record.get("setting"),
-        "when": record["when"],
-        "prompt": request["prompt"],
-        "subject": request["subject"],
-        "target_new": request["target_new"],
-    }
-    for moment in ("pre", "post"):
-        half = record[moment]
-        for name in _LABELS:
-            if _exists(moment, name):
-                scores = half.get(LISTS[name]) if name in LISTS else _axis_scores(half.get(AXES[name]))
-                row[f"{moment}_{name}"] = metrics.case_mean(scores)
-    row |= {name: record.get(name) for name in ("seconds_edit", "seconds_eval", "peak_memory_bytes")}
-    row["n_skipped_probes"] = len(record.get("skipped") or ())
-    row["axes"] = []
-    for name in AXES:
-        before = _axis_scores(record["pre"].get(name)) or {}
-        for axis, scores in (_axis_scores(record["post"].get(name)) or {}).items():
-            pre = list(before.get(axis, ()))
-            row["axes"].append({"section": name, "axis": axis, "pre": pre, "post": list(scores)})
-    return row
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+def _own_label(report: EvaluationReport) -> str:
+    return str(report.meta.get("method") or "edits")

@@ -71,8 +71,8 @@ class Unscored:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """Token ids of one forward row: what is fed, where the target's logits begin, and the target."""
+class TargetRow:
+    """Token ids of one pair: what is fed, where the target's logits begin, and the target."""
 
     inputs: tuple[int, ...]
     decoder: tuple[int, ...] | None
@@ -153,10 +153,10 @@ def try_score_pairs(
     """Do what `score_pairs` does, with an `Unscored` in the place of each pair that cannot be scored."""
     model = stock_model(model)
     results: dict[tuple[str, str], PairScore | Unscored] = {}
-    rows: dict[tuple[str, str], _Row] = {}
+    rows: dict[tuple[str, str], TargetRow] = {}
     for prompt, target in dict.fromkeys((p, t) for p, t in pairs):
         try:
-            rows[prompt, target] = _encode(model, tokenizer, prompt, target, separator, include_eos)
+            rows[prompt, target] = encode_row(model, tokenizer, prompt, target, separator, include_eos)
         except RequestError as error:
             results[prompt, target] = Unscored(prompt, target, str(error))
     at_targets = accepts(model, "logits_to_keep")
@@ -185,14 +185,14 @@ def try_score_pairs(
     return [results[p, t] for p, t in pairs]
 
 
-def _encode(
+def encode_row(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     target: str,
-    separator: str | None,
-    include_eos: bool,
-) -> _Row:
+    separator: str | None = None,
+    include_eos: bool = False,
+) -> TargetRow:
     """Tokenise one pair and drop what must not or need not be fed.
 
     Raises:
@@ -207,7 +207,7 @@ def _encode(
         lead = _decoder_lead(tokenizer, target)
         labels = [*lead, *encode_target(tokenizer, target, eos=include_eos)]
         decoder = (decoder_start(model), *labels[:-1])  # labels shifted right by one
-        return _Row(tuple(source), decoder, len(lead), tuple(labels[len(lead) :]), cut)
+        return TargetRow(tuple(source), decoder, len(lead), tuple(labels[len(lead) :]), cut)
     try:
         pair = encode_pair(tokenizer, prompt, target, separator)
         ids, start = pair.ids, pair.prompt_length
@@ -220,7 +220,7 @@ def _encode(
     wanted = tuple(ids[start:])
     fed = ids[:-1]  # nothing is read off the last target token
     fed, cut = cut_left(tokenizer, fed, start, limit)
-    return _Row(tuple(fed), None, start - 1 - cut, wanted, cut)
+    return TargetRow(tuple(fed), None, start - 1 - cut, wanted, cut)
 
 
 def _decoder_lead(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
@@ -234,14 +234,10 @@ def _decoder_lead(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
     return lead
 
 
-def _score_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
-    rows: dict[tuple[str, str], _Row],
-) -> Iterator[PairScore]:
-    """One forward pass; yields the scores in the order of ``pairs``."""
-    members = [rows[pair] for pair in pairs]
+def target_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, members: Sequence[TargetRow]
+) -> torch.Tensor:
+    """One forward pass: the float32 logits ``[positions, vocab]`` that predict the targets, row after row."""
     fill, device = pad_id(tokenizer), device_of(model)
     batch = pad_rows([r.inputs for r in members], fill).to(device)
     extra: dict[str, Any] = {}
@@ -253,7 +249,18 @@ def _score_batch(
     index = torch.tensor([i for i, r in enumerate(members) for _ in r.target])
     columns = torch.tensor([c for r in members for c in r.columns])
     # Indices stay on the CPU: the head may be on another device than the embeddings.
-    logits = gather_logits(model, batch, index, columns, **extra).float()  # [positions, vocab]
+    return gather_logits(model, batch, index, columns, **extra).float()
+
+
+def _score_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    rows: dict[tuple[str, str], TargetRow],
+) -> Iterator[PairScore]:
+    """One forward pass; yields the scores in the order of ``pairs``."""
+    members = [rows[pair] for pair in pairs]
+    logits = target_logits(model, tokenizer, members)
     wanted = torch.tensor([t for r in members for t in r.target], device=logits.device)
     total = logits.logsumexp(-1)
     # A collapsed model must not look right by accident: argmax over NaN is arbitrary, so it becomes -1.

@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..engine.capture import Tap, as_rows, capture_at, first, with_first
-from ..engine.forward import device_of, logits_at, model_inputs
+from ..engine.forward import device_of
+from ..engine.replay import LastColumn
 from ..engine.weights import get_module
 from ..errors import ConfigError
 from ..logging import progress
-from ..tokens import pad_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..anatomy import Anatomy
 
 Rule = Literal["midpoint", "trapezoid", "endpoints"]
 
@@ -90,6 +92,8 @@ def attribute_neurons(
     batch_size: int | None = None,
     fill: int = 0,
     show_progress: bool = False,
+    anatomy: Anatomy | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Attribution:
     """Attribute the probability of an answer to the neurons at some taps.
 
@@ -106,6 +110,9 @@ def attribute_neurons(
         batch_size: rows in one forward; ``None``: 32 on a CPU, 128 elsewhere.
         fill: padding id.
         show_progress: show a bar over the layers.
+        anatomy: of the model, and
+        layers: the layer that each tap lies in: given both, only the last column is run again, and only from that
+            layer on (the same result, much faster).
 
     Returns:
         Scores and activations in the order of the taps.
@@ -114,22 +121,21 @@ def attribute_neurons(
     size = batch_size or (32 if device.type == "cpu" else 128)
     texts = [[*prompt_ids, *answer_ids[:t]] for t in range(len(answer_ids))]
     points, weights = (t.to(device) for t in quadrature(steps, rule))
-    base = pad_rows(texts, fill).to(device)
-    last = torch.tensor([len(t) - 1 for t in texts], device=device)
-    states = capture_at(model, base, last, taps)
+    runner = LastColumn(model, anatomy if layers is not None else None, texts, fill)
+    last = torch.full((len(texts),), runner.width - 1, device=device)
+    states = capture_at(model, runner.batch, last, taps)
     plan = [(t, k) for t in range(len(texts)) for k in range(len(points))]
     scores, activations = [], []
-    for tap in progress(taps, "attributing", show=show_progress):
+    places = list(zip(taps, layers or [0] * len(taps), strict=True))
+    for tap, layer in progress(places, "attributing", show=show_progress):
         unscaled = states[tap].to(device)  # [tokens, d]
         total = torch.zeros_like(unscaled)
         for start in range(0, len(plan), size):
             token, point = torch.tensor(plan[start : start + size], device=device).unbind(dim=1)
             scaled = (points[point, None] * unscaled[token]).requires_grad_(True)
-            batch = pad_rows([texts[t] for t in token.tolist()], fill, width=base.input_ids.shape[1]).to(device)
-            rows = torch.arange(len(token), device=device)
-            with torch.enable_grad(), replaced_at(model, tap, last[token], scaled):
-                kwargs = model_inputs(model, batch)
-                logits = logits_at(model, kwargs, rows, last[token], tuple(batch.input_ids.shape)).float()
+            columns = runner.columns(layer, token)
+            with torch.enable_grad(), replaced_at(model, tap, columns, scaled):
+                logits = runner.logits(layer, token).float()
                 wanted = torch.tensor([answer_ids[t] for t in token.tolist()], device=device)
                 probability = logits.softmax(-1).gather(1, wanted.unsqueeze(1)).sum()
                 gradient = torch.autograd.grad(probability, scaled)[0]

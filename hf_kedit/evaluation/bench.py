@@ -1,0 +1,316 @@
+"""A sweep: methods × models × data sets × settings from one YAML file, that can be interrupted, shared out, collected.
+
+Every combination is a run with its own folder (see `runfolder`), so that nothing is measured twice and several
+machines can work into one output folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import config_class, read_mapping
+from ..data import load_edit_dataset
+from ..errors import DataError, EvaluationError, KeditError, nearest
+from ..logging import get_logger
+from ..model import EditableModel
+from .comparison import Comparison
+from .judges import ExactMatchJudge, OpenAICompatibleJudge
+from .protocols import PROTOCOLS, Protocol
+from .report import EvaluationReport
+from .runfolder import collect_report
+from .runner import evaluate_edits
+
+logger = get_logger(__name__)
+ABOUT, ERROR = "about.json", "error.txt"
+_KEYS = ("models", "methods", "datasets", "settings", "protocols", "output_dir", "on_error", "collapse_text")
+_MODEL_KEYS = ("name", "label", "dtype", "device", "revision")
+_PROTOCOLS = ["teacher_forced", "generation"]
+_SETTING_KEYS = ("name", "label", "setting", "batch_size", "when", "at")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model, method, data set or setting of a sweep: its name, what it is called, and its options."""
+
+    name: str
+    label: str
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """One combination."""
+
+    model: Part
+    method: Part
+    dataset: Part
+    setting: Part
+
+    @property
+    def about(self) -> dict[str, str]:
+        """The labels of its parts."""
+        return {k: getattr(self, k).label for k in ("model", "method", "dataset", "setting")}
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: readable, and different for different options."""
+        parts = (self.model, self.method, self.dataset, self.setting)
+        content = json.dumps([[p.name, p.label, p.options] for p in parts], sort_keys=True, default=str)
+        words = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", p.label).strip("_") for p in parts)
+        return f"{words[:80]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What a sweep consists of.
+
+    Args:
+        models: names or paths.
+        methods: names, with hyperparameters as options.
+        datasets: registered names or files, with ``split``, ``limit`` … as options.
+        settings: ``single``, ``batch`` or ``sequential``, with ``batch_size``, ``when`` and ``at`` as options.
+        protocols: asked in every run.
+        output_dir: where the runs go; relative to the file that the plan was read from.
+        on_error: ``skip`` leaves out edits that fail.
+        collapse_text: texts for the perplexity of sequential runs.
+    """
+
+    models: tuple[Part, ...]
+    methods: tuple[Part, ...]
+    datasets: tuple[Part, ...]
+    settings: tuple[Part, ...]
+    protocols: tuple[Protocol, ...]
+    output_dir: Path
+    on_error: str = "skip"
+    collapse_text: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> BenchPlan:
+        """Read a plan from a YAML or JSON file.
+
+        Raises:
+            ConfigError: if the file cannot be read.
+            EvaluationError: for an unknown key or name; the nearest known one is given.
+        """
+        file = Path(path)
+        plan = cls.from_dict(read_mapping(file))
+        return replace(plan, output_dir=file.parent / plan.output_dir)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> BenchPlan:
+        """Build a plan from plain data; see `from_file`."""
+        _known_keys("the sweep", content, _KEYS)
+        for key in ("models", "methods", "datasets"):
+            if not content.get(key):
+                raise EvaluationError(f"the sweep has no '{key}'; give a list of names")
+        settings = tuple(_setting(entry) for entry in _listed(content.get("settings") or ["single"]))
+        plan = cls(
+            models=tuple(_part(e, "models", _MODEL_KEYS) for e in _listed(content["models"])),
+            methods=tuple(_part(e, "methods", None) for e in _listed(content["methods"])),
+            datasets=tuple(_part(e, "datasets", None) for e in _listed(content["datasets"])),
+            settings=settings,
+            protocols=tuple(
+                _protocol(e) for e in _listed(content.get("protocols") or ["teacher_forced", "generation"])
+            ),
+            output_dir=Path(content.get("output_dir") or "bench-results"),
+            on_error=str(content.get("on_error") or "skip"),
+            collapse_text=tuple(_listed(content["collapse_text"])) if content.get("collapse_text") else None,
+        )
+        for method in plan.methods:
+            config_class(method.name)  # an unknown name is an error now, not after the first runs
+        for key in ("models", "methods", "datasets", "settings"):
+            labels = [part.label for part in getattr(plan, key)]
+            double = next((label for label in labels if labels.count(label) > 1), None)
+            if double is not None:
+                raise EvaluationError(f"'{key}' has two entries called {double!r}; give them a 'label'")
+        return plan
+
+    @property
+    def runs(self) -> list[BenchRun]:
+        """All combinations; runs on one model and data set follow one another."""
+        return [
+            BenchRun(model, method, dataset, setting)
+            for model, dataset, method, setting in itertools.product(
+                self.models, self.datasets, self.methods, self.settings
+            )
+        ]
+
+
+@dataclass
+class BenchResult:
+    """The state of a sweep.
+
+    Args:
+        reports: the finished runs with their reports.
+        failed: run → what went wrong.
+        missing: runs that are not finished yet.
+    """
+
+    reports: list[tuple[dict[str, str], EvaluationReport]] = field(default_factory=list)
+    failed: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
+
+    def comparison(self) -> Comparison:
+        """All finished runs side by side, labelled by what differs between them.
+
+        Raises:
+            EvaluationError: if no run is finished.
+        """
+        names = [k for k in ("method", "model", "dataset", "setting") if len({a[k] for a, _ in self.reports}) > 1]
+        names = names or ["method"]
+        return Comparison({" · ".join(about[k] for k in names): report for about, report in self.reports})
+
+
+def run_bench(
+    plan: BenchPlan, output_dir: str | Path | None = None, shard: str | None = None, progress: bool = True
+) -> BenchResult:
+    """Carry out the runs of a sweep that are not finished yet.
+
+    A run that fails is noted and the sweep goes on; repeating the call tries it again.
+
+    Args:
+        plan: the sweep.
+        output_dir: instead of the plan's.
+        shard: ``"2/4"``: only every fourth run, beginning with the second.
+        progress: show a progress bar for each run.
+
+    Returns:
+        The state of the runs of this shard.
+
+    Raises:
+        EvaluationError: for a bad ``shard``.
+    """
+    from .cases import parse_shard
+
+    root = Path(output_dir or plan.output_dir)
+    number, count = parse_shard(shard, "single")
+    mine = [run for index, run in enumerate(plan.runs) if index % count == number - 1]
+    model: EditableModel | None = None
+    loaded: Part | None = None
+    for index, run in enumerate(mine, start=1):
+        folder = root / run.folder
+        if _finished(folder) is not None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ABOUT).write_text(json.dumps(run.about, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / ERROR).unlink(missing_ok=True)
+        logger.info("run %d of %d: %s", index, len(mine), ", ".join(run.about.values()))
+        try:
+            if model is None or loaded != run.model:
+                model = None  # the old one goes before the new one comes
+                model, loaded = EditableModel.from_pretrained(run.model.name, **run.model.options), run.model
+            method = run.method
+            config = config_class(method.name).from_dict(method.options) if method.options else method.name
+            model.set_method(config)
+            evaluate_edits(
+                model,
+                load_edit_dataset(run.dataset.name, **run.dataset.options),
+                protocol=list(plan.protocols),
+                on_error=plan.on_error,  # type: ignore[arg-type]
+                collapse_text=list(plan.collapse_text) if plan.collapse_text else None,
+                output_dir=folder,
+                progress=progress,
+                **run.setting.options,
+            )
+        except KeditError as error:
+            logger.warning("%s failed: %s", ", ".join(run.about.values()), error)
+            (folder / ERROR).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+    return _state(root, mine)
+
+
+def collect_bench(plan: BenchPlan, output_dir: str | Path | None = None) -> BenchResult:
+    """Read what the runs of a sweep have found, from the output folder, without running anything."""
+    return _state(Path(output_dir or plan.output_dir), plan.runs)
+
+
+def _state(root: Path, runs: Sequence[BenchRun]) -> BenchResult:
+    result = BenchResult()
+    for run in runs:
+        folder = root / run.folder
+        report = _finished(folder)
+        if report is not None:
+            report.meta |= {"dataset": run.dataset.label, "label": run.about}
+            result.reports.append((run.about, report))
+        elif (folder / ERROR).exists():
+            result.failed.append((run.about, (folder / ERROR).read_text(encoding="utf-8").strip()))
+        else:
+            result.missing.append(run.about)
+    return result
+
+
+def _finished(folder: Path) -> EvaluationReport | None:
+    """The report of a run; ``None`` if it is not complete."""
+    if not (folder / "run.json").exists():
+        return None
+    try:
+        return collect_report(folder)
+    except (DataError, EvaluationError):
+        return None
+
+
+# ---------------------------------------------------------------------- reading the file
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _known_keys(what: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise EvaluationError(f"{what}: unknown key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}.")
+
+
+def _part(entry: Any, where: str, known: Sequence[str] | None) -> Part:
+    if isinstance(entry, str):
+        return Part(entry, entry)
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise EvaluationError(f"an entry of '{where}' must be a name, or a mapping with 'name', not {entry!r}")
+    if known is not None:
+        _known_keys(f"'{where}'", entry, known)
+    options = {str(k): v for k, v in entry.items() if k not in ("name", "label")}
+    return Part(entry["name"], str(entry.get("label") or entry["name"]), options)
+
+
+def _setting(entry: Any) -> Part:
+    if isinstance(entry, Mapping):
+        _known_keys("'settings'", entry, _SETTING_KEYS)
+        name = str(entry.get("setting") or entry.get("name"))
+        options = {str(k): v for k, v in entry.items() if k in ("batch_size", "when", "at")}
+        extra = "".join(f", {k} {v}" for k, v in _short(options))
+        return Part(name, str(entry.get("label") or name + extra), {"setting": name, **options})
+    return Part(str(entry), str(entry), {"setting": str(entry)})
+
+
+def _short(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    if "batch_size" in options:
+        yield "batches of", options["batch_size"]
+
+
+def _protocol(entry: Any) -> Protocol:
+    name, options = (entry, {}) if isinstance(entry, str) else (None, {})
+    if isinstance(entry, Mapping):
+        options = dict(entry)
+        name = options.pop("name", None)
+    if name not in PROTOCOLS:
+        raise EvaluationError(
+            f"unknown protocol {name!r}.{nearest(str(name), PROTOCOLS)} Known: {', '.join(PROTOCOLS)}."
+        )
+    judge = options.pop("judge", None)
+    if judge == "exact":
+        options["scorer"] = ExactMatchJudge()
+    elif isinstance(judge, Mapping):
+        options["scorer"] = OpenAICompatibleJudge(**judge)
+    elif judge is not None:
+        raise EvaluationError("'judge' must be 'exact', or a mapping with 'base_url' and 'model'")
+    try:
+        return PROTOCOLS[name](**options)
+    except TypeError as error:
+        raise EvaluationError(f"protocol {name!r}: {error}") from error

@@ -1,0 +1,269 @@
+"""`Comparison`: several reports side by side, and their Markdown, HTML and table forms."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, EvaluationError, require_extra
+from .report import EvaluationReport
+from .summaries import LABELS, extra_sections, percent, shown
+
+SHORT = {
+    "rewrite_acc": "reliability",
+    "rephrase_acc": "generalization",
+    "locality": "locality",
+    "locality_accuracy": "locality accuracy",
+    "portability": "portability",
+}
+"""Short names of the means for charts and wide tables."""
+Value = tuple[str, str, float | None, float | None]
+"""Section of an extra number (else empty), name, before, after."""
+
+
+class Comparison:
+    """Reports by label.
+
+    Args:
+        reports: label (such as the method's name) → report; or reports, labelled by method.
+
+    Raises:
+        EvaluationError: if there is none, or two have the same label.
+    """
+
+    def __init__(self, reports: Mapping[str, EvaluationReport] | Iterable[EvaluationReport]):
+        if isinstance(reports, Mapping):
+            self.reports = dict(reports)
+        else:
+            self.reports = {}
+            for report in reports:
+                label = str(report.meta.get("method") or "edits")
+                if label in self.reports:
+                    raise EvaluationError(f"two reports are of {label!r}; give a dict of labels → reports")
+                self.reports[label] = report
+        if not self.reports or not any(r.records for r in self.reports.values()):
+            raise EvaluationError("there is nothing to compare: no report has a record")
+        self.reports = {label: report for label, report in self.reports.items() if report.records}
+
+    @property
+    def protocols(self) -> list[str]:
+        """All protocols that occur."""
+        return list(dict.fromkeys(p for r in self.reports.values() for p in r.protocols))
+
+    @property
+    def moments(self) -> list[str]:
+        """All moments that occur, without checkpoints."""
+        found = dict.fromkeys(w for r in self.reports.values() for w in r.moments if not w.startswith("at "))
+        return [w for w in ("immediate", "final") if w in found]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row per report, protocol and moment, with the means before and after."""
+        rows = []
+        for label, report in self.reports.items():
+            for protocol in report.protocols:
+                for when in report.moments:
+                    if not report.select(protocol, when):
+                        continue
+                    summary = report.summary(protocol, when)
+                    row: dict[str, Any] = {"label": label}
+                    row |= {k: report.meta.get(k) for k in ("model", "method", "dataset")}
+                    row |= {k: summary[k] for k in ("protocol", "scorer", "setting", "when", "n", "n_failed")}
+                    for section, name, before, after in values(report, protocol, when):
+                        key = f"{section}_{name}" if section else name
+                        row |= {f"pre_{key}": before, f"post_{key}": after}
+                    rows.append({**row, "seconds_edit": summary["seconds_edit"]})
+        return rows
+
+    def to_pandas(self) -> Any:
+        """The `rows` as a ``pandas.DataFrame``.
+
+        Raises:
+            MissingExtraError: if pandas is not installed.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise require_extra("pandas", "eval", "Comparison.to_pandas") from error
+        return pandas.DataFrame(self.rows())
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The `rows` as JSON text; also written to ``path`` if one is given."""
+        return _written(json.dumps(self.rows(), ensure_ascii=False, indent=1, allow_nan=False) + "\n", path)
+
+    def to_markdown(self, path: str | Path | None = None, *, max_cases: int = 20) -> str:
+        """A table per protocol and moment, and the first cases; also written to ``path`` if one is given."""
+        return _written(_markdown(self, max_cases), path)
+
+    def to_html(
+        self, path: str | Path | None = None, *, title: str = "Knowledge editing report", max_cases: int = 200
+    ) -> str:
+        """One self-contained HTML page; also written to ``path`` if one is given.
+
+        Args:
+            path: file to write (overwriting it).
+            title: of the page.
+            max_cases: cases per report that are shown one by one; 0 for none.
+        """
+        from .html import render
+
+        return _written(render(self, title, max_cases), path)
+
+
+def values(report: EvaluationReport, protocol: str, when: str) -> list[Value]:
+    """All means of a report, in order: the usual sections, then those that only some protocols have."""
+    summary = report.summary(protocol, when)
+    pre, post = summary["pre"], summary["post"]
+    # Under the likelihood protocol ES, PS and NS are these same numbers under the names that papers use.
+    again = ("rewrite_acc", "rephrase_acc", "locality_accuracy") if "counterfact" in post else ()
+    found: list[Value] = [
+        ("", name, pre.get(name), post[name]) for name in LABELS if name in post and name not in again
+    ]
+    for section in extra_sections(post):
+        found += [(section, key, pre.get(section, {}).get(key), value) for key, value in post[section].items()]
+    return found
+
+
+def label_of(section: str, name: str) -> str:
+    """Name of a mean for people."""
+    if section in ("counterfact", "fluency"):
+        return name.replace("_", " ")
+    return f"{section} {name}" if section else SHORT[name]
+
+
+def in_charts(section: str, name: str) -> bool:
+    """Whether a mean gets a chart of its own; the magnitudes and exact matches stand in the table only."""
+    return section != "counterfact" or name in ("ES", "PS", "NS", "S")
+
+
+def model_index(
+    report: EvaluationReport, model_name: str, dataset_name: str, dataset_type: str | None
+) -> list[dict[str, Any]]:
+    """The means of a report as the content of ``model-index`` in a model card.
+
+    Every protocol and moment is an entry of its own, so that numbers that are not comparable never share one.
+    """
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    results = []
+    for protocol in report.protocols:
+        for when in report.moments:
+            summary = report.summary(protocol, when)
+            about = {"protocol": protocol, "scorer": summary["scorer"], "setting": summary["setting"], "when": when}
+            for section, name, _, value in values(report, protocol, when):
+                results.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        task_name="Knowledge editing",
+                        dataset_type=dataset_type or dataset_name.lower().replace(" ", "-"),
+                        dataset_name=dataset_name,
+                        dataset_config=f"{summary['setting']}, {when}, {protocol}",
+                        dataset_args={k: v for k, v in about.items() if v is not None} | {"edits": summary["n"]},
+                        metric_type=f"{section}_{name}" if section else name,
+                        metric_name=f"{label_of(section, name)} after editing ({protocol})",
+                        metric_value=round(float(value or 0.0), 6),
+                    )
+                )
+    return eval_results_to_model_index(model_name, results)
+
+
+# ---------------------------------------------------------------------- Markdown
+
+
+def _markdown(comparison: Comparison, max_cases: int) -> str:
+    lines = ["# Knowledge editing report", ""]
+    for protocol in comparison.protocols:
+        for when in comparison.moments:
+            lines += _markdown_table(comparison, protocol, when)
+    lines += [
+        "Percentages; entropies in bits. In brackets: before the edits. Locality is agreement with the unedited model,"
+        " so that there is no value before. Numbers of different protocols are not comparable.",
+        "",
+    ]
+    curves = [(label, report) for label, report in comparison.reports.items() if len(_curve_moments(report)) > 1]
+    for label, report in curves:
+        lines += _markdown_curve(label, report)
+    for label, report in comparison.reports.items():
+        lines += _markdown_cases(label, report, max_cases)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _curve_moments(report: EvaluationReport) -> list[str]:
+    return [w for w in report.moments if w != "immediate"]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(_cell(c) for c in cells) + " |" for cells in [head, *rows]]
+    return [lines[0], "|" + " --- |" * len(head), *lines[1:], ""]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _markdown_table(comparison: Comparison, protocol: str, when: str) -> list[str]:
+    columns: dict[tuple[str, str], None] = {}
+    rows = []
+    for label, report in comparison.reports.items():
+        if protocol in report.protocols and when in report.moments and report.select(protocol, when):
+            found = {(s, n): (before, after) for s, n, before, after in values(report, protocol, when)}
+            columns |= dict.fromkeys(found)
+            rows.append((label, report.summary(protocol, when), found))
+    if not rows:
+        return []
+    body = []
+    for label, summary, found in rows:
+        cells = [label, str(summary["n"])]
+        for section, name in columns:
+            before, after = found.get((section, name), (None, None))
+            text = shown(section, after)
+            cells.append(text if before is None else f"{text} ({shown(section, before)})")
+        seconds = summary["seconds_edit"]
+        body.append([*cells, "–" if seconds is None else f"{seconds:.3g}"])
+    head = ["", "edits", *(label_of(s, n) for s, n in columns), "s / edit"]
+    return [f"## {protocol} ({rows[0][1]['scorer']}), {when}", "", *_table(head, body)]
+
+
+def _markdown_curve(label: str, report: EvaluationReport) -> list[str]:
+    lines = []
+    for protocol in report.protocols:
+        curves = {name: dict(report.curve(name, protocol)) for name in LABELS}
+        curves = {name: points for name, points in curves.items() if points}
+        counts = sorted({n for points in curves.values() for n in points})
+        if not curves:
+            continue
+        body = [[str(n), *(percent(points.get(n)) for points in curves.values())] for n in counts]
+        lines += [f"## {label}: along the number of edits ({protocol})", ""]
+        lines += _table(["edits", *(SHORT[name] for name in curves)], body)
+    return lines
+
+
+def _markdown_cases(label: str, report: EvaluationReport, max_cases: int) -> list[str]:
+    cases = report.cases[:max_cases]
+    if not cases:
+        return []
+    rows = []
+    for case in cases:
+        request = case["requested_rewrite"]
+        before, after = case["pre"].get("rewrite_acc"), case["post"].get("rewrite_acc")
+        text = next((t for t in case.get("texts") or () if t["section"] == "rewrite"), None)
+        row = [request["prompt"], request["target_new"], percent(_first(before)), percent(_first(after))]
+        rows.append([*row, text["pre"] if text else "", text["post"] if text else ""])
+    more = f" (first {len(cases)} of {len(report.cases)})" if len(report.cases) > len(cases) else ""
+    head = ["prompt", "new answer", "before %", "after %", "wrote before", "wrote after"]
+    return [f"## {label}: cases{more}", "", *_table(head, rows)]
+
+
+def _first(scores: list[float] | None) -> float | None:
+    return scores[0] if scores else None
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"cannot write {str(path)!r}: {error}") from error
+    return text

@@ -1,0 +1,185 @@
+"""Several reports side by side: Markdown, HTML, model-index entries."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hf_kedit.errors import DataError, EvaluationError
+from hf_kedit.evaluation import Comparison, EvaluationReport, Fluency, Generation, evaluate_edits
+from hf_kedit.evaluation.charts import COLOURS, bars, curves
+
+from .helpers import make_editable, tiny_gpt2
+
+PROTOCOLS = ("teacher_forced", Generation(max_new_tokens=6), "likelihood", Fluency("words", 30))
+
+
+@pytest.fixture
+def comparison(tokenizer, rows, cache):
+    rows[0]["subject"], rows[0]["prompt"] = "<b>Nor|land</b>", "The capital of <b>Nor|land</b> is"
+    reports = {}
+    for label, lr in (("strong & fast", 0.05), ("weak", 1e-4)):
+        editable = make_editable(tiny_gpt2(tokenizer), tokenizer, lr=lr)
+        reports[label] = evaluate_edits(
+            editable,
+            rows,
+            "sequential",
+            protocol=PROTOCOLS,
+            when=("immediate", "final"),
+            at=[1, 2],
+            collapse_text="Oslo is a",
+            cache=cache,
+        )
+    return Comparison(reports)
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and gathers what a test wants to know."""
+
+    VOID = {"meta", "input", "line", "polyline", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [v for k, v in attributes if k in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_stands_by_itself(comparison, tmp_path):
+    text = comparison.to_html(tmp_path / "report.html", title="A <title>")
+    assert (tmp_path / "report.html").read_text() == text
+    page = Page(text)
+    assert page.links == [] and "http" not in re.sub(r"www\.w3\.org", "", text)
+    assert "<b>Nor" not in text and "&lt;b&gt;Nor|land&lt;/b&gt;" in text
+    shown = " ".join(page.words)
+    for word in (
+        "A <title>",
+        "strong & fast",
+        "weak",
+        "teacher_forced",
+        "likelihood",
+        "ES",
+        "Along the number of edits",
+    ):
+        assert word in shown
+    assert page.tags.count("polyline") >= 8
+    record = comparison.reports["weak"].select("generation")[0]
+    assert record["texts"][0]["post"].strip() == "" or record["texts"][0]["post"].split()[0] in shown
+    assert page.tags.count("details") == 6
+    assert Page(comparison.to_html(max_cases=1)).tags.count("details") == 2
+    assert Page(comparison.to_html(max_cases=0)).tags.count("details") == 0
+
+
+def test_the_numbers_of_the_page_are_those_of_the_summary(comparison):
+    text = comparison.to_html(max_cases=0)
+    rows = re.findall(r"<tr><td>(.*?)</tr>", text[text.index("<h2>teacher_forced") :])
+    for label, report in comparison.reports.items():
+        row = next(r for r in rows if r.startswith(label.replace("&", "&amp;")))  # the first table: immediate
+        post = report.summary("teacher_forced", "immediate")["post"]
+        numbers = re.findall(r'<td class="n">([\d.]+)', row)
+        assert numbers[0] == "3"
+        names = ("rewrite_acc", "rephrase_acc", "locality", "locality_accuracy", "portability")
+        assert numbers[1:6] == [f"{100 * post[name]:.1f}" for name in names]
+
+
+def test_one_report_has_the_same_forms(comparison, tmp_path):
+    report = comparison.reports["weak"]
+    assert "ft-m" in report.to_html(tmp_path / "one.html")
+    again = EvaluationReport.from_json(_json(report, tmp_path))
+    assert again.to_html() == report.to_html() and again.to_markdown() == report.to_markdown()
+    with pytest.raises(DataError, match="cannot write"):
+        report.to_html(tmp_path)
+
+
+def _json(report, folder):
+    report.to_json(folder / "report.json")
+    return folder / "report.json"
+
+
+def test_markdown(comparison):
+    text = comparison.to_markdown(max_cases=2)
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("|") and not lines[i - 1].startswith("|"):  # every row has the cells of the head
+            count = len(re.findall(r"(?<!\\)\|", line))
+            while i < len(lines) and lines[i].startswith("|"):
+                assert len(re.findall(r"(?<!\\)\|", lines[i])) == count
+                i += 1
+    assert "Nor\\|land" in text and "<b>" not in text
+    value = comparison.reports["weak"].summary("teacher_forced")["post"]["rewrite_acc"]
+    assert f"| {100 * value:.1f} (" in text
+    assert "bits" in text and "first 2 of 3" in text
+    assert "along the number of edits" in text
+
+
+def test_rows_and_tables(comparison, tmp_path):
+    rows = comparison.rows()
+    assert {(r["label"], r["protocol"], r["when"]) for r in rows} >= {("weak", "likelihood", "at 2")}
+    row = next(r for r in rows if (r["label"], r["protocol"], r["when"]) == ("weak", "likelihood", "final"))
+    assert row["post_counterfact_ES"] == comparison.reports["weak"].summary("likelihood")["post"]["counterfact"]["ES"]
+    assert json.loads(comparison.to_json(tmp_path / "c.json")) == rows
+    pytest.importorskip("pandas")
+    assert len(comparison.to_pandas()) == len(rows)
+
+
+def test_model_index(comparison):
+    pytest.importorskip("yaml")
+    from huggingface_hub import ModelCardData
+
+    report = comparison.reports["weak"]
+    index = report.to_model_index("me/edited", "World facts")
+    assert index[0]["name"] == "me/edited"
+    entries = index[0]["results"]
+    found = {(e["dataset"]["config"], m["type"]): m["value"] for e in entries for m in e["metrics"]}
+    value = report.summary("generation")["post"]["rewrite_acc"]
+    assert found["sequential, final, generation", "rewrite_acc"] == pytest.approx(value, abs=1e-6)
+    teacher = report.summary("teacher_forced")["post"]["locality"]
+    assert found["sequential, final, teacher_forced", "locality"] == pytest.approx(teacher, abs=1e-6)
+    card = ModelCardData(**{"model-index": index, "model_name": "me/edited"})  # what the Hub's tools read
+    assert len(card.eval_results) == sum(len(e["metrics"]) for e in entries)
+
+
+def test_dataset_has_columns_for_everything(comparison):
+    table = comparison.reports["weak"].to_dataset()
+    assert {"post_counterfact_ES", "post_fluency_ngram_entropy"} <= set(table.column_names)
+    records = comparison.reports["weak"].records
+    assert len(table) == len(records)
+    place = next(i for i, r in enumerate(records) if r["protocol"] == "fluency")
+    assert table[place]["post_fluency_ngram_entropy"] > 0 and table[place]["post_rewrite_acc"] is None
+
+
+def test_what_cannot_be_compared(comparison):
+    reports = list(comparison.reports.values())
+    with pytest.raises(EvaluationError, match="two reports are of 'ft-m'"):
+        Comparison(reports)
+    assert list(Comparison(reports[:1]).reports) == ["ft-m"]
+    with pytest.raises(EvaluationError, match="nothing to compare"):
+        Comparison({})
+    with pytest.raises(EvaluationError, match="nothing to compare"):
+        Comparison([EvaluationReport([], {})])
+
+
+def test_charts_bear_what_is_missing_or_out_of_range():
+    Page(bars([("a", None, None), ("b" * 50, -0.5, 1.5), ("<c>", 0.1, 0.2)]))
+    assert 'width="95.0"' in bars([("a", None, 0.5)])  # half of the width of a full bar
+    assert COLOURS[2] in bars([("a", None, 0.5)], places={"b": 0, "a": 2})  # a run keeps its colour in all charts
+    Page(curves({"x": [(1, 0.0), (100, 2.0)], "y": [(1, 1.0), (2, 0.5)]}))
