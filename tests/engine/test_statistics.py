@@ -99,9 +99,7 @@ def test_a_killed_run_goes_on_where_it_was(llama: Any, tmp_path: Path, monkeypat
         assert torch.allclose(resumed[path].total, whole[path].total)
 
 
-def test_statistics_are_found_again_and_belong_to_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_are_found_again_and_belong_to_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_model("llama")
     calls = []
     real = module.collect_moments
@@ -127,23 +125,23 @@ def test_statistics_are_found_again_and_belong_to_the_weights(
     assert len(calls) == 3
 
 
-def test_statistics_are_taken_from_the_unedited_model(world_gpt2: EditableModel) -> None:
-    world_gpt2.set_method(ROMEConfig(layers=[2], stats_tokens=12_000, stats_dataset=None))
-    pristine = world_gpt2.statistics.fingerprint
+def test_statistics_are_taken_from_the_unedited_model(world_gpt2: EditableModel, tmp_path: Path) -> None:
     from hf_kedit import load_edit_dataset
 
+    def config(layer: int, folder: str) -> ROMEConfig:
+        return ROMEConfig(layers=[layer], stats_tokens=12_000, stats_dir=str(tmp_path / folder))
+
+    pristine = world_gpt2.statistics.fingerprint
     rows = load_edit_dataset("world", split="test", limit=2)
-    world_gpt2.edit(rows[0])
-    # another layer, whose keys the first edit would change
-    world_gpt2.set_method(ROMEConfig(layers=[3], stats_tokens=12_000))
-    world_gpt2.edit(rows[1])
+    world_gpt2.set_method(config(2, "edited")).edit(rows[0])
+    # the layer above, whose keys the first edit would change
+    world_gpt2.set_method(config(3, "edited")).edit(rows[1])
     path = world_gpt2.anatomy.down(3).path
     edited = world_gpt2.statistics.moments([path])[path]
     assert world_gpt2.statistics.fingerprint == pristine
-    fresh = EditableModel.from_pretrained("kedit/world-gpt2", ROMEConfig(layers=[3], stats_tokens=12_000))
-    fresh.statistics.root = Path("/nonexistent")
+    fresh = EditableModel.from_pretrained("kedit/world-gpt2", config(3, "fresh"))
     expected = fresh.statistics.moments([path])[path]
-    assert torch.equal(edited.total, expected.total)
+    assert torch.equal(edited.total, expected.total) and edited.count == expected.count
 
 
 def test_too_few_tokens_are_refused_with_both_numbers(llama: Any, tmp_path: Path) -> None:

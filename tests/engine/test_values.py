@@ -33,9 +33,7 @@ def setup() -> Any:
     rows = []
     for owner, (prompt, subject, target) in enumerate(FACTS):
         request = EditRequest(prompt=prompt, subject=subject, target_new=target)
-        group = [
-            rewrite_row(tokenizer, request, t, owner=owner, template_index=i) for i, t in enumerate(TEMPLATES)
-        ]
+        group = [rewrite_row(tokenizer, request, t, owner=owner, template_index=i) for i, t in enumerate(TEMPLATES)]
         rows.append([*group, drift_row(tokenizer, request, owner=owner)])
     return model, anatomy, rows
 
