@@ -2,169 +2,202 @@
 
     python -m benchmarks.edit_speed --shape gpt2-small llama-16x1024 --method rome memit --edits 1 8 24 --json out.json
 
-Every row carries the agreement of the two results (largest relative difference of a weight change): a ratio without
-agreement means nothing. On a CPU, one thread and process time are used; on a GPU, wall time around a synchronised
-region. Second moments and context templates are given and not timed.
+Every row carries the agreement of the two results (largest and median relative difference of a weight change): a
+ratio without agreement means nothing. On a CPU, one thread and process time are used; on a GPU, wall time around a
+synchronised region. Second moments and context templates are given and not timed. AlphaEdit edits in three
+sequential batches.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import math
 import statistics
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import reference
 from benchmarks.shapes import SHAPES, build, requests, texts, tokenizer
-from hf_kedit import EditableModel, MEMITConfig, ROMEConfig
+from benchmarks.timing import Table, alternate, begin, difference, environment, parser
+from hf_kedit import AlphaEditConfig, EditableModel, EMMETConfig, MEMITConfig, PMETConfig, ROMEConfig
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.statistics import collect_moments, text_corpus
 from hf_kedit.engine.weights import get_module, get_weight
-from hf_kedit.logging import disable_progress_bars, set_verbosity_error
 
+WORDS = ("Some", "The", "An", "My", "Her")
 TEMPLATES = {
-    "rome": [["{}"], [f"{word} text before. {{}}" for word in ("Some", "The", "An", "My", "Her") for _ in range(4)]],
-    "memit": [["{}"], [f"{word} longer text stands before it. {{}}" for word in ("Some", "The", "An", "My", "Her")]],
+    "rome": [["{}"], [f"{word} text before. {{}}" for word in WORDS for _ in range(4)]],
+    "memit": [["{}"], [f"{word} longer text stands before it. {{}}" for word in WORDS]],
 }
+WEIGHT, RIDGE = 15000.0, 10.0
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "rome": (ROMEConfig, {"v_weight_decay": 0.5}),
+    "memit": (MEMITConfig, {"mom2_update_weight": WEIGHT}),
+    "emmet": (EMMETConfig, {"mom2_update_weight": WEIGHT, "emmet_lambda": 0.1}),
+    "pmet": (PMETConfig, {"mom2_update_weight": WEIGHT}),
+    "alphaedit": (AlphaEditConfig, {"L2": RIDGE, "nullspace_fraction": 0.02}),
+}
+SEQUENCE = 3
 
 
-def clock(device: str) -> float:
-    """Process time on a CPU, wall time after a synchronisation on a GPU."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+class Setting:
+    """One model, one method, its requests, and both ways to edit.
 
+    Args:
+        shape: of the model.
+        method: name of the method.
+        edits: number of requests.
+        device: where to run.
+        dtype: of the weights.
+        steps: of the value optimisation.
+    """
 
-def peak(device: str) -> int:
-    """Peak bytes of the accelerator since the last reset; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if device != "cpu" else 0
+    def __init__(self, shape: str, method: str, edits: int, device: str, dtype: torch.dtype, steps: int):
+        self.base, self.method = build(shape, device, dtype), method
+        chosen = SHAPES[shape][2]["rome" if method == "rome" else "memit"]
+        self.layers: list[int] = chosen if isinstance(chosen, list) else [chosen]
+        kind, values = CONFIGS[method]
+        common = {"v_num_grad_steps": steps, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4.0}
+        templates = TEMPLATES["rome" if method == "rome" else "memit"]
+        config = kind(layers=self.layers, context_templates=templates, **{**common, **values})
+        self.model = EditableModel(self.base, config, tokenizer=tokenizer())
+        self.inner: Any = self.model._method
+        self.paths = [self.model.anatomy.down(layer).path for layer in self.layers]
+        self._give_statistics()
+        todo = requests(edits)
+        parts = SEQUENCE if method == "alphaedit" and edits >= SEQUENCE else 1
+        size = math.ceil(edits / parts)
+        self.batches = [todo[i : i + size] for i in range(0, edits, size)]
+        self.rows = [self.inner.rows(batch, self.inner.templates()) for batch in self.batches]
 
+    def _give_statistics(self) -> None:
+        """Second moments of few tokens; factorised or decomposed once, which is not part of an edit."""
+        width = self.model.anatomy.down(self.layers[0]).in_features
+        found = collect_moments(
+            self.base, tokenizer(), self.paths, text_corpus(texts(20 * width)), tokens=3 * width, show_progress=False
+        )
+        store = self.model.statistics
+        for path, moment in found.items():
+            store.put(path, moment)
+            if self.method != "alphaedit":
+                store.factor(path)
+        self.moments = [found[path].mean().to(next(self.base.parameters()).device) for path in self.paths]
+        if self.method == "alphaedit":
+            self.projectors = [self.inner.space(path).space.matrix().to(self.moments[0].device) for path in self.paths]
 
-def run(shape: str, method: str, edits: int, device: str, dtype: torch.dtype, pairs: int, steps: int) -> dict[str, Any]:
-    """Time one configuration in alternation and compare the weight changes."""
-    base = build(shape, device, dtype)
-    layers = SHAPES[shape][2][method]
-    layers = layers if isinstance(layers, list) else [layers]
-    kind = {"rome": ROMEConfig, "memit": MEMITConfig}[method]
-    config = kind(
-        layers=layers,
-        v_num_grad_steps=steps,
-        v_lr=0.5,
-        v_weight_decay=0.5 if method == "rome" else 1e-3,
-        clamp_norm_factor=4.0,
-        context_templates=TEMPLATES[method],
-        **({"mom2_update_weight": 15000.0} if method == "memit" else {}),
-    )
-    model = EditableModel(base, config, tokenizer())
-    inner = model._method
-    paths = [model.anatomy.down(layer).path for layer in layers]
-    width = get_weight(get_module(base, paths[0])).shape[1]
-    store = model.statistics
-    found = collect_moments(
-        base, tokenizer(), paths, text_corpus(texts(20 * width)), tokens=3 * width, show_progress=False
-    )
-    for module, moment in found.items():
-        store.put(module, moment)
-        store.factor(module)  # the factorisation is made once per model; not part of an edit
-    moments = [store.moments(paths)[p].mean().to(device) for p in paths]
-    todo = requests(edits)
-    groups = inner.templates()  # type: ignore[attr-defined]
-    rows = inner.rows(todo, groups)  # type: ignore[attr-defined]
-    settings = inner.config.value_settings()  # type: ignore[attr-defined]
-    blocks = [model.anatomy.layers[layer].path for layer in layers]
+    def ours(self) -> list[torch.Tensor]:
+        """Weight changes of the library: per layer, or per request for ROME."""
+        before, changes = [get_weight(get_module(self.base, p)).float() for p in self.paths], []
 
-    def ours() -> list[torch.Tensor]:
-        before = [get_weight(get_module(base, p)).float() for p in paths]
-        changes = []
-        if method == "memit":
-            model.edit(todo, show_progress=False)
-            changes = [get_weight(get_module(base, p)).float() - b for p, b in zip(paths, before, strict=True)]
-            model.rollback("all")
-            return changes
-        for request in todo:
-            model.edit(request, show_progress=False)
-            changes.append(get_weight(get_module(base, paths[0])).float() - before[0])
-            model.rollback("all")
+        def measure() -> None:
+            changes.extend(
+                get_weight(get_module(self.base, p)).float() - b for p, b in zip(self.paths, before, strict=True)
+            )
+
+        for batch in self.batches:
+            for part in [[request] for request in batch] if self.method == "rome" else [batch]:
+                self.model.edit(part, show_progress=False)
+                if self.method == "rome":
+                    measure()
+                    self.model.rollback("all")
+        if self.method != "rome":
+            measure()
+            self.model.rollback("all")
         return changes
 
-    def theirs() -> list[torch.Tensor]:
-        with frozen_eval(base):
-            if method == "memit":
-                sizes = [len(g) for g in groups]
-                return reference.memit(
-                    base, rows, blocks, paths, settings, moments, config.mom2_update_weight or 0.0, sizes
-                )
-            return [reference.rome(base, group, paths[0], settings, moments[0]) for group in rows]
+    def theirs(self) -> list[torch.Tensor]:
+        """The same by the straightforward path."""
+        settings = self.inner.value_settings()
+        with frozen_eval(self.base):
+            if self.method == "rome":
+                (rows,) = self.rows
+                return [reference.rome(self.base, g, self.paths[0], settings, self.moments[0]) for g in rows]
+            return reference.spread(self.base, self.rows, settings, self._plan())
 
-    ours_seconds, theirs_seconds, memory = [], [], [0, 0]
-    ours()  # warm up: routes are verified, kernels chosen
-    for _ in range(pairs):
-        for side, (call, times) in enumerate(((ours, ours_seconds), (theirs, theirs_seconds))):
-            if device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
-            started = clock(device)
-            result = call()
-            times.append(clock(device) - started)
-            memory[side] = max(memory[side], peak(device))
-            if side == 0:
-                mine = result
-            else:
-                other = result
-    ratios = [t / o for o, t in zip(ours_seconds, theirs_seconds, strict=True)]
-    agreement = max(float((a - b).norm() / b.norm()) for a, b in zip(mine, other, strict=True))
+    def _plan(self) -> reference.Plan:
+        anatomy, top, count = self.model.anatomy, self.layers[-1], len(self.layers)
+        block, out = anatomy.layers[top].path, anatomy.layers[top].attention_out
+        pmet = self.method == "pmet"
+        assert out is not None
+        columns: dict[str, Callable[[int, torch.Tensor], torch.Tensor]] = {
+            "memit": self._ridge,
+            "pmet": self._ridge,
+            "emmet": self._equal,
+            "alphaedit": self._projected,
+        }
+        caches = self.caches = [torch.zeros_like(m, dtype=torch.float32) for m in self.moments]
+
+        def remember(i: int, keys: torch.Tensor) -> None:
+            caches[i] += (keys @ keys.T).float()
+
+        return reference.Plan(
+            self.paths,
+            [self.paths[-1], out.path] if pmet else [block],
+            self.paths[-1] if pmet else block,
+            [len(group) for group in self.inner.templates()],
+            columns[self.method],
+            (lambda i: math.sqrt(count - i)) if pmet else (lambda i: count - i),
+            remember if self.method == "alphaedit" else None,
+        )
+
+    def _ridge(self, i: int, k: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(WEIGHT * self.moments[i].double() + k @ k.T, k)
+
+    def _equal(self, i: int, k: torch.Tensor) -> torch.Tensor:
+        x = torch.linalg.solve(WEIGHT * self.moments[i].double(), k)
+        ridge = 0.1 if k.shape[1] > 1 else 0.0
+        return x @ torch.linalg.inv(k.T @ x + ridge * torch.eye(k.shape[1], dtype=k.dtype, device=k.device))
+
+    def _projected(self, i: int, k: torch.Tensor) -> torch.Tensor:
+        p, keys = self.projectors[i].float(), k.float()
+        system = p @ (keys @ keys.T + self.caches[i]) + RIDGE * torch.eye(p.shape[0], device=p.device)
+        return torch.linalg.solve(system, p @ keys).double()
+
+
+def run(options: Any, shape: str, method: str, edits: int) -> dict[str, Any]:
+    """Time one configuration in alternation and compare the weight changes."""
+    setting = Setting(shape, method, edits, options.device, getattr(torch, options.dtype), options.steps)
+    sides = alternate(setting.ours, setting.theirs, pairs=options.pairs, device=options.device)
+    differences = [difference(a, b) for a, b in zip(*sides.results, strict=True)]
     return {
         "shape": shape,
         "method": method,
         "edits": edits,
-        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu, one thread",
-        "dtype": str(dtype).removeprefix("torch."),
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
-        "steps": steps,
-        "seconds_per_edit": statistics.median(ours_seconds) / edits,
-        "seconds_per_edit_reference": statistics.median(theirs_seconds) / edits,
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "largest_relative_difference": agreement,
-        "peak_bytes": memory[0],
-        "peak_bytes_reference": memory[1],
+        "steps": options.steps,
+        **sides.figures(edits),
+        "largest_difference": max(differences),
+        "median_difference": statistics.median(differences),
+        **environment(options.device, options.dtype),
     }
 
 
 def main() -> None:
     """Run the configurations that the command line names and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["gpt2-tiny", "llama-tiny"], choices=sorted(SHAPES))
-    parser.add_argument("--method", nargs="+", default=["rome", "memit"], choices=["rome", "memit"])
-    parser.add_argument("--edits", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--pairs", type=int, default=3, help="alternations of the two sides")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--json", type=Path, help="write one JSON line per row here")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-    disable_progress_bars()
-    set_verbosity_error()
-    print(f"{'shape':<15}{'method':<8}{'edits':>6}{'ours s/edit':>13}{'reference':>11}{'ratio':>8}  {'difference':>10}")
-    for shape in options.shape:
-        for method in options.method:
-            for edits in options.edits:
-                row = run(shape, method, edits, options.device, getattr(torch, options.dtype), options.pairs, options.steps)
-                print(
-                    f"{shape:<15}{method:<8}{edits:>6}{row['seconds_per_edit']:>13.3f}"
-                    f"{row['seconds_per_edit_reference']:>11.3f}{row['ratio']:>8.2f}"
-                    f"  {row['largest_relative_difference']:>10.1e}",
-                    flush=True,
-                )
-                if options.json:
-                    with options.json.open("a", encoding="utf-8") as handle:
-                        handle.write(json.dumps(row) + "\n")
+    options = parser(__doc__)
+    options.add_argument("--shape", nargs="+", default=["gpt2-tiny", "llama-tiny"], choices=sorted(SHAPES))
+    options.add_argument("--method", nargs="+", default=["rome", "memit"], choices=list(CONFIGS))
+    options.add_argument("--edits", nargs="+", type=int, default=[1, 8])
+    options.add_argument("--steps", type=int, default=20)
+    options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    chosen = options.parse_args()
+    begin(chosen)
+    table = Table(
+        [
+            ("shape", "shape", "14"),
+            ("method", "method", "10"),
+            ("edits", "edits", "5d"),
+            ("ours s/edit", "seconds", "11.3f"),
+            ("reference", "seconds_reference", "9.3f"),
+            ("ratio", "ratio", "6.2f"),
+            ("difference", "largest_difference", "10.1e"),
+        ],
+        chosen.json,
+    )
+    for shape in chosen.shape:
+        for method in chosen.method:
+            for edits in chosen.edits:
+                table.add(run(chosen, shape, method, edits))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The straightforward way to compute the same edits: one request at a time, full forwards, full logits at every step.
 
-This is how the published codes of ROME and MEMIT are organised (written anew from the formulas). It is the oracle
+This is how the published codes are organised (written anew from the formulas). It is the oracle
 for agreement and the baseline for speed, and is kept out of the package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,75 +21,84 @@ from hf_kedit.tokens import pad_rows
 
 
 def optimise(
-    model: Any, rows: Sequence[Row], path: str, settings: ValueSettings, *, projections: int = 1
+    model: Any, rows: Sequence[Row], paths: Sequence[str], settings: ValueSettings, *, projections: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One request: full right-padded forwards, logits at every position, backward through everything above.
 
     Args:
         model: the model.
         rows: rewriting rows and drift row of one request.
-        path: module whose output receives the offset.
+        paths: modules whose outputs receive offsets.
         settings: of the optimisation.
         projections: how often the vocabulary projection is computed per step (the MEMIT codes: twice).
 
     Returns:
-        ``(initial activation, offset)``, ``[H]`` each.
+        ``(initial activations, offsets)``, ``[paths, H]`` each.
     """
     device = next(model.parameters()).device
     batch = pad_rows([r.ids for r in rows], 0).to(device)
-    facts = [r.fact for r in rows]
-    module, head = get_module(model, path), model.get_output_embeddings()
-    state: dict[str, Any] = {"initial": None, "last": None}
-    width = get_weight(module).shape[0] if hasattr(module, "weight") else model.config.hidden_size
-    offset = torch.zeros(width, device=device, requires_grad=True)
+    facts, head = [r.fact for r in rows], model.get_output_embeddings()
+    state: dict[str, Any] = {"last": None}
+    initials: dict[str, torch.Tensor] = {}
+    width = model.config.hidden_size
+    offsets = {path: torch.zeros(width, device=device, requires_grad=True) for path in paths}
 
-    def add(_: Any, __: Any, output: Any) -> Any:
-        hidden = first(output)
-        if state["initial"] is None:
-            state["initial"] = hidden[0, facts[0]].detach().float().clone()
-        hidden = hidden.clone()
-        for i, fact in enumerate(facts):
-            hidden[i, fact] += offset.to(hidden.dtype)
-        return with_first(output, hidden)
+    def adding(path: str) -> Any:
+        def add(_: Any, __: Any, output: Any) -> Any:
+            hidden = first(output)
+            if path not in initials:
+                initials[path] = hidden[0, facts[0]].detach().float().clone()
+            hidden = hidden.clone()
+            for i, fact in enumerate(facts):
+                hidden[i, fact] += offsets[path].to(hidden.dtype)
+            return with_first(output, hidden)
+
+        return add
 
     def keep(_: Any, args: Any) -> None:
         state["last"] = args[0]
 
-    handles = [module.register_forward_hook(add), head.register_forward_pre_hook(keep)]
-    optimiser = torch.optim.Adam([offset], lr=settings.lr)
-    reference = None
+    handles = [get_module(model, path).register_forward_hook(adding(path)) for path in paths]
+    handles.append(head.register_forward_pre_hook(keep))
+    optimiser = torch.optim.Adam(list(offsets.values()), lr=settings.lr)
+    reference, nll_factor = None, settings.nll_factor
     try:
         for step in range(settings.steps):
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             for _ in range(projections - 1):
                 logits = head(state["last"])
             log_probs = logits.float().log_softmax(-1)
-            losses = []
+            losses, right = [], True
             for i, row in enumerate(rows):
                 if not row.is_drift:
-                    picked = log_probs[i, list(row.positions)].gather(
-                        1, torch.tensor(row.targets, device=device).unsqueeze(1)
-                    )
-                    losses.append(-picked.mean())
-            nll = torch.stack(losses).mean()
+                    wanted = torch.tensor(row.targets, device=device)
+                    here = log_probs[i, list(row.positions)]
+                    losses.append(-here.gather(1, wanted.unsqueeze(1)).mean())
+                    right = right and bool((here.argmax(-1) == wanted).all())
+            nll = nll_factor * torch.stack(losses).mean()
             drift = torch.stack([log_probs[i, row.positions[0]] for i, row in enumerate(rows) if row.is_drift])
             reference = drift.detach() if reference is None else reference
             kl = settings.kl_factor * (drift.exp() * (drift - reference)).sum(-1).mean()
-            decay = settings.weight_decay * offset.norm() / state["initial"].norm() ** 2
+            decay = settings.weight_decay * sum(offsets[p].norm() / initials[p].norm() ** 2 for p in paths)
             loss = nll + kl + decay
-            if float(loss) < settings.stop_loss or step == settings.steps - 1:
+            if float(loss.detach()) < settings.stop_loss or step == settings.steps - 1:
                 break
+            if settings.settled_factor is not None:
+                if right and float(kl.detach()) <= settings.settled_kl:
+                    break
+                nll_factor = settings.nll_factor * (settings.settled_factor if right else 1.0)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            limit = settings.clamp * state["initial"].norm()
-            if float(offset.detach().norm()) > limit:
-                with torch.no_grad():
-                    offset.mul_(limit / offset.norm())
+            for path in paths:
+                limit = settings.clamp * initials[path].norm()
+                if float(offsets[path].detach().norm()) > limit:
+                    with torch.no_grad():
+                        offsets[path].mul_(limit / offsets[path].norm())
     finally:
         for handle in handles:
             handle.remove()
-    return state["initial"], offset.detach()
+    return torch.stack([initials[p] for p in paths]), torch.stack([offsets[p].detach() for p in paths])
 
 
 @torch.no_grad()
@@ -109,91 +120,177 @@ def activations(model: Any, rows: Sequence[Row], path: str, kind: str) -> torch.
     return torch.stack([found[0][i, r.fact] for i, r in enumerate(rows)]).float()
 
 
-def rome(
-    model: Any, rows: Sequence[Row], path: str, settings: ValueSettings, moment: torch.Tensor
-) -> torch.Tensor:
+def rome(model: Any, rows: Sequence[Row], path: str, settings: ValueSettings, moment: torch.Tensor) -> torch.Tensor:
     """ΔW of one ROME edit, ``[H, d_in]``."""
     rewriting = [r for r in rows if not r.is_drift]
     keys = activations(model, rewriting, path, "input")
-    _, offset = optimise(model, rows, path, settings)
+    offset = optimise(model, rows, [path], settings)[1][0]
     bare = activations(model, rewriting[:1], path, "input")[0]
     left = torch.linalg.solve(moment.double(), keys.mean(0).double().to(moment.device)).float()
     left = (left / left.norm()).to(bare.device)
     return torch.outer(offset / (bare @ left), left)
 
 
-def memit(
-    model: Any,
-    rows: Sequence[Sequence[Row]],
-    blocks: Sequence[str],
-    paths: Sequence[str],
-    settings: ValueSettings,
-    moments: Sequence[torch.Tensor],
-    weight: float,
-    groups: Sequence[int],
+@dataclass(frozen=True)
+class Plan:
+    """How a batch of edits is spread over layers.
+
+    Args:
+        paths: projections that are written, from below.
+        sites: modules whose outputs receive offsets; the first one's values are the targets.
+        measured: module whose output is compared with the targets.
+        groups: sizes of the template groups.
+        columns: from the number of the layer and its keys ``[d_in, n]`` (float64) to ``A``, with ``ΔW = R Aᵀ``.
+        share: from the number of the layer to the divisor of the residual.
+        after: called with the number of the layer and its keys once the batch is written (AlphaEdit collects the keys
+            of a batch a second time, to remember them); ``None``: they are not needed.
+    """
+
+    paths: Sequence[str]
+    sites: Sequence[str]
+    measured: str
+    groups: Sequence[int]
+    columns: Callable[[int, torch.Tensor], torch.Tensor]
+    share: Callable[[int], float]
+    after: Callable[[int, torch.Tensor], None] | None = None
+
+
+def spread(
+    model: Any, batches: Sequence[Sequence[Sequence[Row]]], settings: ValueSettings, plan: Plan
 ) -> list[torch.Tensor]:
-    """ΔW of a MEMIT batch per layer, ``[H, d_in]``; weights are restored.
+    """ΔW per layer of MEMIT and its relatives after sequential batches, ``[H, d_in]``; weights are restored.
 
     Args:
         model: the model.
-        rows: per request, rewriting rows and drift row.
-        blocks: block paths of all edited layers.
-        paths: projection paths of all edited layers.
+        batches: per batch and request, rewriting rows and drift row.
         settings: of the value optimisation.
-        moments: second moment per layer.
-        weight: λ.
-        groups: sizes of the template groups.
+        plan: see `Plan`.
     """
-    targets = []
-    for group in rows:
-        initial, offset = optimise(model, group, blocks[-1], settings, projections=2)
-        targets.append(initial + offset)
-    z = torch.stack(targets)
-    saved = [get_weight(get_module(model, p)) for p in paths]
-    updates = []
+
+    def keys_of(rows: Sequence[Sequence[Row]], path: str) -> torch.Tensor:
+        keys = []
+        for group in rows:
+            flat = activations(model, [r for r in group if not r.is_drift], path, "input")
+            parts, start = [], 0
+            for size in plan.groups:
+                parts.append(flat[start : start + size].mean(0))
+                start += size
+            keys.append(torch.stack(parts).mean(0))
+        return torch.stack(keys).T.double()
+
+    modules = [get_module(model, p) for p in plan.paths]
+    saved = [get_weight(module) for module in modules]
     try:
-        for i, path in enumerate(paths):
-            keys = []
+        for rows in batches:
+            targets = []
             for group in rows:
-                flat = activations(model, [r for r in group if not r.is_drift], path, "input")
-                parts, start = [], 0
-                for size in groups:
-                    parts.append(flat[start : start + size].mean(0))
-                    start += size
-                keys.append(torch.stack(parts).mean(0))
-            k = torch.stack(keys).T.double()
-            current = torch.cat([activations(model, group[:1], blocks[-1], "output") for group in rows])
-            residual = ((z - current) / (len(paths) - i)).T.double()
-            c = moments[i].to(k.device).double()
-            adjusted = torch.linalg.solve(weight * c + k @ k.T, k)
-            update = (residual @ adjusted.T).float()
-            updates.append(update)
-            module = get_module(model, path)
-            set_weight(module, get_weight(module).float() + update)
+                initial, offset = optimise(model, group, plan.sites, settings, projections=2)
+                targets.append((initial + offset)[0])
+            z = torch.stack(targets)
+            for i, (path, module) in enumerate(zip(plan.paths, modules, strict=True)):
+                k = keys_of(rows, path)
+                current = torch.cat([activations(model, group[:1], plan.measured, "output") for group in rows])
+                residual = ((z - current) / plan.share(i)).T.double()
+                set_weight(module, get_weight(module).float() + (residual @ plan.columns(i, k).T).float())
+            if plan.after is not None:
+                for i, path in enumerate(plan.paths):
+                    plan.after(i, keys_of(rows, path))
+        return [get_weight(m).float() - s.float() for m, s in zip(modules, saved, strict=True)]
     finally:
-        for path, value in zip(paths, saved, strict=True):
-            set_weight(get_module(model, path), value)
-    return updates
+        for module, value in zip(modules, saved, strict=True):
+            set_weight(module, value)
+
+
+class _Enough(Exception):
+    """Ends a forward behind the module that is read."""
 
 
 @torch.no_grad()
-def covariance(model: Any, tokenizer: Any, texts: Sequence[str], paths: Sequence[str]) -> list[torch.Tensor]:
-    """Second moments, one pass over the text per module, one text per forward."""
+def covariance(
+    model: Any, tokenizer: Any, texts: Sequence[str], paths: Sequence[str], *, group: int = 100, budget: int = 3072
+) -> list[torch.Tensor]:
+    """Second moments as published: one pass over the text per module, each forward ended behind the module.
+
+    Texts are taken 100 at a time, sorted by length, and batched up to three times the context length in tokens.
+    """
     device = next(model.parameters()).device
     found = []
     for path in paths:
-        total, count = torch.zeros(0), 0
-        inputs: list[torch.Tensor] = []
-        hook = get_module(model, path).register_forward_pre_hook(lambda _, args, keep=inputs: keep.append(args[0]))
+        state: dict[str, Any] = {"total": None, "count": 0, "mask": None}
+
+        def read(_: Any, args: Any, state: dict[str, Any] = state) -> None:
+            x = args[0][state["mask"].bool()].float()
+            product = x.T @ x
+            state["total"] = product if state["total"] is None else state["total"] + product
+            state["count"] += x.shape[0]
+            raise _Enough
+
+        hook = get_module(model, path).register_forward_pre_hook(read)
         try:
-            for text in texts:
-                inputs.clear()
-                ids = tokenizer(text, return_tensors="pt").input_ids.to(device)
-                model(input_ids=ids, use_cache=False)
-                x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-                total = x.T @ x if not count else total + x.T @ x
-                count += x.shape[0]
+            for start in range(0, len(texts), group):
+                encoded = sorted((tokenizer(t).input_ids for t in texts[start : start + group]), key=len)
+                while encoded:
+                    size = max(1, budget // len(encoded[-1]))
+                    encoded, part = encoded[:-size], encoded[-size:]
+                    batch = pad_rows(part, 0).to(device)
+                    state["mask"] = batch.attention_mask
+                    with contextlib.suppress(_Enough):
+                        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         finally:
             hook.remove()
-        found.append(total / count)
+        found.append(state["total"] / state["count"])
+    return found
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[tuple[int, ...], float]]:
+    """Teacher-forced answers, one prompt per forward with the logits of every position.
+
+    Returns:
+        Per (prompt, target): the most probable token at each target position, and the mean negative log-probability.
+    """
+    device, found = next(model.parameters()).device, []
+    for prompt, target in pairs:
+        start = len(tokenizer(prompt).input_ids)
+        ids = torch.tensor([tokenizer(f"{prompt} {target}").input_ids], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+        wanted = ids[0, start:]
+        loss = -logits.log_softmax(-1).gather(1, wanted.unsqueeze(1)).mean()
+        found.append((tuple(logits.argmax(-1).tolist()), float(loss)))
+    return found
+
+
+def attribution(
+    model: Any, paths: Sequence[str], prompt: Sequence[int], answer: Sequence[int], steps: int
+) -> list[torch.Tensor]:
+    """Integrated gradients of KN per layer, ``[d_in]``: for each layer full forwards of all points, with full logits.
+
+    Points lie in the middles of equal intervals; the tokens of an answer are attributed one by one and averaged.
+    """
+    device = next(model.parameters()).device
+    points = ((torch.arange(steps, device=device) + 0.5) / steps).unsqueeze(1)
+    found = []
+    for path in paths:
+        module, scores = get_module(model, path), []
+        for t, token in enumerate(answer):
+            ids = torch.tensor([[*prompt, *answer[:t]]], device=device)
+            state: dict[str, torch.Tensor] = {}
+
+            def note(_: Any, args: Any, state: dict[str, torch.Tensor] = state) -> None:
+                state["activation"] = args[0][0, -1].detach().float()
+
+            def scale(_: Any, args: Any, state: dict[str, torch.Tensor] = state) -> Any:
+                changed = args[0].clone()
+                changed[:, -1] = state["scaled"].to(changed.dtype)
+                return (changed, *args[1:])
+
+            with module.register_forward_pre_hook(note), torch.no_grad():
+                model(input_ids=ids, use_cache=False)
+            state["scaled"] = (points * state["activation"]).requires_grad_()
+            with module.register_forward_pre_hook(scale):
+                logits = model(input_ids=ids.expand(steps, -1), use_cache=False).logits
+            probability = logits[:, -1].float().softmax(-1)[:, token].sum()
+            gradient = torch.autograd.grad(probability, state["scaled"])[0].mean(0)
+            scores.append(state["activation"] * gradient)
+        found.append(torch.stack(scores).mean(0))
     return found

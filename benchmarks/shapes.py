@@ -20,7 +20,11 @@ from hf_kedit.data.world_text import world_text
 
 SHAPES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     # name: (config class, config, editing layers)
-    "gpt2-tiny": (GPT2Config, {"n_layer": 6, "n_embd": 256, "n_head": 8, "vocab_size": 8192}, {"rome": 2, "memit": [0, 1, 2]}),
+    "gpt2-tiny": (
+        GPT2Config,
+        {"n_layer": 6, "n_embd": 256, "n_head": 8, "vocab_size": 8192},
+        {"rome": 2, "memit": [0, 1, 2]},
+    ),
     "llama-tiny": (
         LlamaConfig,
         {

@@ -1,0 +1,78 @@
+"""How fast are second moments? One pass for all layers against one pass per layer, over the same tokens.
+
+python -m benchmarks.covariance --shape gpt2-tiny gpt2-small --layers 3 5
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import reference
+from benchmarks.shapes import SHAPES, build, texts, tokenizer
+from benchmarks.timing import Table, alternate, begin, difference, environment, parser
+from hf_kedit.anatomy import check_anatomy, resolve_anatomy
+from hf_kedit.engine.forward import frozen_eval
+from hf_kedit.engine.statistics import collect_moments, text_corpus
+
+
+def documents(count: int, tokens: int) -> list[str]:
+    """Texts of about ``tokens`` tokens each."""
+    lines, made = texts(count * tokens // 4), []
+    for start in range(0, len(lines), max(tokens // 10, 1)):
+        made.append(" ".join(lines[start : start + max(tokens // 10, 1)]))
+    return made[:count]
+
+
+def main() -> None:
+    """Run the configurations that the command line names and print a table."""
+    options = parser(__doc__)
+    options.add_argument("--shape", nargs="+", default=["gpt2-tiny", "llama-tiny"], choices=sorted(SHAPES))
+    options.add_argument("--layers", nargs="+", type=int, default=[3, 5], help="numbers of layers, from layer 0 on")
+    options.add_argument("--texts", type=int, default=100)
+    options.add_argument("--length", type=int, default=60, help="tokens per text")
+    options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    chosen = options.parse_args()
+    begin(chosen)
+    table = Table(
+        [
+            ("shape", "shape", "14"),
+            ("layers", "layers", "6d"),
+            ("tokens", "tokens", "8,d"),
+            ("ours s", "seconds", "8.2f"),
+            ("reference", "seconds_reference", "9.2f"),
+            ("ratio", "ratio", "6.2f"),
+            ("difference", "difference", "10.1e"),
+        ],
+        chosen.json,
+    )
+    corpus = documents(chosen.texts, chosen.length)
+    for shape in chosen.shape:
+        model = build(shape, chosen.device, getattr(torch, chosen.dtype))
+        anatomy = check_anatomy(model, resolve_anatomy(model))
+        for count in chosen.layers:
+            paths = [anatomy.down(i).path for i in range(count)]
+            named = text_corpus(corpus)
+            with frozen_eval(model):
+                sides = alternate(
+                    lambda model=model, paths=paths, named=named: collect_moments(
+                        model, tokenizer(), paths, named, show_progress=False
+                    ),
+                    lambda model=model, paths=paths: reference.covariance(model, tokenizer(), corpus, paths),
+                    pairs=chosen.pairs,
+                    device=chosen.device,
+                )
+            ours, theirs = sides.results
+            table.add(
+                {
+                    "shape": shape,
+                    "layers": count,
+                    "tokens": ours[paths[0]].count,
+                    **sides.figures(),
+                    "difference": max(difference(ours[p].mean(), c) for p, c in zip(paths, theirs, strict=True)),
+                    **environment(chosen.device, chosen.dtype),
+                }
+            )
+
+
+if __name__ == "__main__":
+    main()
