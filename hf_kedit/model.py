@@ -103,7 +103,6 @@ class EditableModel(nn.Module):
         self.anatomy_overrides = dict(anatomy or {})
         self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
         self.ledger = Ledger(base_model)
-        self.ledger.on_change.append(self._drop_caches)
         self.journal = Journal()
         self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
         self._stores: dict[tuple[Any, ...], StatisticsStore] = {}
@@ -489,11 +488,6 @@ class EditableModel(nn.Module):
                 fingerprint=self.base_fingerprint,
             )
         return self._stores[settings]
-
-    def _drop_caches(self) -> None:
-        """Forget keys and values that the model computed with other weights."""
-        for name in ("_cache", "_static_cache"):
-            self.base_model.__dict__.pop(name, None)
 
 
 @functools.cache

@@ -12,14 +12,15 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 from .errors import DataError, RequestError, SubjectNotFoundError, nearest
 
 SLOT = "{}"
+T = TypeVar("T")
 RequestSource = Union["EditRequest", Mapping[str, Any], Iterable[Any], str, Path]
 
 
@@ -367,6 +368,16 @@ def find_subject(prompt: str, subject: str) -> tuple[int, int] | None:
     if start < 0 or start + len(wanted) > len(origin) or not wanted:
         return None
     return origin[start][0], origin[start + len(wanted) - 1][1]
+
+
+def in_row(build: Callable[[EditRequest], T], request: EditRequest) -> T:
+    """Call ``build(request)`` and add the request's row and id to a `RequestError` that lacks them."""
+    try:
+        return build(request)
+    except RequestError as error:
+        if error.row is None and error.request_id is None:
+            raise type(error)(str(error), row=request.row, request_id=request.id) from error
+        raise
 
 
 # ---------------------------------------------------------------------- many requests

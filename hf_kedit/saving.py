@@ -425,8 +425,8 @@ def _piece(
             delta = WeightDelta(module, name, left=left, right=right)
         elif entry["storage"] == "dense":
             delta, columns = WeightDelta(module, name, dense=artifact.tensors[str(entry["tensor"])].clone()), None
-            if tuple(delta.matrix().shape) != shape:
-                raise ArtifactError(f"{where}: a delta of shape {tuple(delta.matrix().shape)} does not fit")
+            if delta.shape != shape:
+                raise ArtifactError(f"{where}: a delta of shape {delta.shape} does not fit")
         else:
             raise ArtifactError(f"{where}: unknown storage {entry['storage']!r}")
         if entry.get("keys") is not None:

@@ -8,7 +8,7 @@ back one edit of many is well defined. Every change is a transaction: all weight
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,14 @@ class WeightDelta:
     def key(self) -> str:
         """Full name of the parameter."""
         return f"{self.module}.{self.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of `matrix`, without multiplying the factors out."""
+        if self.left is not None and self.right is not None:
+            return self.left.shape[0], self.right.shape[0]
+        assert self.dense is not None
+        return tuple(self.dense.shape)
 
     def matrix(self) -> torch.Tensor:
         """The change as one fp32 tensor of the parameter's functional shape."""
@@ -156,7 +164,6 @@ class Ledger:
         self._disabled = 0
         self._provisional = 0
         self._parked: dict[str, torch.Tensor] = {}
-        self.on_change: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------------ questions
 
@@ -242,9 +249,9 @@ class Ledger:
                 self.check_editable(module, name)
                 account = Account(module, name, get_weight(get_module(self.model, module), name).to("cpu"))
             for piece in new:
-                if tuple(piece.delta.matrix().shape) != tuple(account.original.shape):
+                if piece.delta.shape != tuple(account.original.shape):
                     raise WeightError(
-                        f"the update of {key} has shape {tuple(piece.delta.matrix().shape)},"
+                        f"the update of {key} has shape {piece.delta.shape},"
                         f" the weight {tuple(account.original.shape)}"
                     )
             accounts[key] = replace(account, pieces=[*account.pieces, *new], total=fold(new, account.total))
@@ -287,7 +294,6 @@ class Ledger:
                     set_weight(get_module(self.model, accounts[key].module), before[key], accounts[key].name)
                 raise
             self.accounts = {k: a for k, a in accounts.items() if a.pieces}
-            self._changed()
 
     def snapshot(self) -> dict[str, Account]:
         """The present state, for `restore`."""
@@ -298,10 +304,6 @@ class Ledger:
         keys = [k for k in {**snapshot, **self.accounts} if snapshot.get(k) is not self.accounts.get(k)]
         accounts = {k: snapshot.get(k) or replace(self.accounts[k], pieces=[], total=None) for k in keys}
         self._commit({**snapshot, **accounts}, keys)
-
-    def _changed(self) -> None:
-        for callback in self.on_change:
-            callback()
 
     # ------------------------------------------------------------------ temporary states
 
@@ -341,8 +343,6 @@ class Ledger:
             for key, value in values.items():
                 account = self.accounts[key]
                 set_weight(get_module(self.model, account.module), value, account.name)
-            if values:
-                self._changed()
 
     def forget(self) -> None:
         """Drop all records and leave the weights as they are (after merging)."""

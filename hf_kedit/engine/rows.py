@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import RequestError, TargetTooLongError
-from ..requests import EditRequest
-from ..tokens import FactToken, context_length, encode_pair, encode_text, fact_position, span_tokens
+from ..errors import TargetTooLongError
+from ..requests import SLOT, EditRequest, in_row
+from ..tokens import EncodedPair, FactToken, context_length, encode_pair, encode_text, fact_position, span_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SLOT = "{}"
 DRIFT_TEXT = " is a"
 
 
@@ -70,15 +69,14 @@ def rewrite_row(
     Raises:
         RequestError: if the subject is missing, or no token is left for the target.
     """
-    try:
+
+    def place(request: EditRequest) -> tuple[EncodedPair, int]:
         prompt, shift = fill(template, request.filled_prompt)
         pair = encode_pair(tokenizer, prompt, request.target_new, separator)
         start, end = (0, 0) if fact_token == "last" else request.subject_span()
-        fact = fact_position(tokenizer, pair, (start + shift, end + shift), fact_token)
-    except RequestError as error:
-        if error.row is None and error.request_id is None:
-            raise type(error)(str(error), row=request.row, request_id=request.id) from error
-        raise
+        return pair, fact_position(tokenizer, pair, (start + shift, end + shift), fact_token)
+
+    pair, fact = in_row(place, request)
     count = len(pair.ids) - pair.prompt_length
     return Row(
         ids=tuple(pair.ids[:-1]),

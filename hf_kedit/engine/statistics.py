@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +28,7 @@ from .capture import Tap, stream_states
 from .forward import device_of, frozen_eval
 from .solve import MomentFactor, factor_moment
 from .templates import STARTERS, sample_texts
-from .weights import get_module, get_weight
+from .weights import get_module, get_weight, parameters_of
 from .workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -325,30 +324,14 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[
 # ---------------------------------------------------------------------- the store
 
 
-def model_fingerprint(model: torch.nn.Module, overrides: dict[str, torch.Tensor] | None = None) -> str:
+def model_fingerprint(model: torch.nn.Module) -> str:
     """A short hash that changes when any weight matrix changes.
 
     Every parameter contributes its name, shape, dtype and 1,024 evenly spaced elements, so that a model of
     billions of parameters takes a moment. Full hashes of the edited tensors are stored with saved edits.
-
-    Args:
-        model: any torch module.
-        overrides: parameter name → value (functional orientation) to use instead, for edited models.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if overrides and name in overrides:
-            value = overrides[name]
-            module = get_module(model, owner)
-            value = (
-                value.t() if value.dim() == 2 and tuple(value.shape) != tuple(getattr(module, leaf).shape) else value
-            )
-        elif parameter.device.type == "meta":
-            value = get_weight(get_module(model, owner), leaf)
-        else:
-            value = parameter.detach()
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+    for (name, value), parameter in zip(parameters_of(model), model.parameters(), strict=True):
         flat = value.reshape(-1)
         step = max(flat.numel() // 1024, 1)
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|".encode())
@@ -552,11 +535,3 @@ def _input_width(model: torch.nn.Module, module: str) -> int:
 def _slug(text: str) -> str:
     kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
     return kept if len(kept) <= 80 else kept[:60] + "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def describe(moments: dict[str, SecondMoment]) -> str:
-    """JSON summary of moments (module, tokens, width, corpus) for the command line."""
-    table: list[dict[str, Any]] = [
-        {"module": m, "tokens": s.count, "width": s.total.shape[0], "corpus": s.source} for m, s in moments.items()
-    ]
-    return json.dumps(table, indent=2)

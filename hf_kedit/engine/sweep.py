@@ -11,7 +11,7 @@ As in `replay`, that a model can be restarted this way is checked once per model
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from ..logging import get_logger
 from ..tokens import TokenBatch, pad_rows
 from .capture import Tap, capture_at, listen
 from .forward import device_of
-from .replay import passed_through, recorded_structures
+from .replay import added_at, passed_through, recorded_structures
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -82,17 +82,31 @@ class Sweep:
         needed = width * sum(chunk.batch.input_ids.numel() for chunk in self._chunks)
         self.restart = restart and not anatomy.is_encoder_decoder and needed <= KEPT_BYTES
 
-    def read(self, taps: Sequence[Tap], layer: int) -> dict[Tap, torch.Tensor]:
+    def read(
+        self, taps: Sequence[Tap], layer: int, *, offsets: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[Tap, torch.Tensor]:
         """Read taps at the fact tokens on the model as it is now, ``[rows, d]`` fp32 each.
 
         Args:
             taps: what to read, at or above ``layer``.
             layer: from now on nothing below this layer changes any more; it must not fall from call to call, except
                 to 0, which reads from the tokens.
+            offsets: module name → vectors ``[rows, d]`` that are added to its output at the fact tokens meanwhile;
+                needs ``layer`` 0.
         """
-        parts = [self._read(chunk, taps, layer) for chunk in self._chunks]
+        if offsets:
+            parts = [self._read_with(chunk, taps, offsets) for chunk in self._chunks]
+        else:
+            parts = [self._read(chunk, taps, layer) for chunk in self._chunks]
         inverse = torch.tensor([place for chunk in self._chunks for place in chunk.places]).argsort()
         return {tap: torch.cat([p[tap] for p in parts])[inverse.to(parts[0][tap].device)] for tap in taps}
+
+    def _read_with(
+        self, chunk: _Chunk, taps: Sequence[Tap], offsets: Mapping[str, torch.Tensor]
+    ) -> dict[Tap, torch.Tensor]:
+        here = {module: vectors[torch.tensor(chunk.places)] for module, vectors in offsets.items()}
+        with added_at(self.model, list(here), here, chunk.columns, len(chunk.places)):
+            return capture_at(self.model, chunk.batch, chunk.columns, taps)
 
     def _read(self, chunk: _Chunk, taps: Sequence[Tap], layer: int) -> dict[Tap, torch.Tensor]:
         if not self.restart or layer == 0:

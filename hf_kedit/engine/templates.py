@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..requests import SLOT
 from ..tokens import encode_text, pad_id
 from .forward import accepts, device_of, frozen_eval
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
-SLOT = "{}"
 
 
 def context_templates(

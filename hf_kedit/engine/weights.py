@@ -156,20 +156,21 @@ def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter of a model with its values, read where it lives (memory, accelerate's offload map, shards)."""
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if parameter.device.type == "meta":
+            yield name, get_weight(get_module(model, owner), leaf)
+        elif hasattr(parameter, "full_tensor"):
+            yield name, parameter.full_tensor().detach()
+        else:
+            yield name, parameter.detach()
+
+
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over every parameter of a model, read where it lives (memory, accelerate's offload map)."""
-
-    def items() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in model.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            if parameter.device.type == "meta":
-                yield name, get_weight(model.get_submodule(owner), leaf)
-            elif hasattr(parameter, "full_tensor"):
-                yield name, parameter.full_tensor()
-            else:
-                yield name, parameter
-
-    return tensor_digest(items())
+    """SHA-256 over every parameter of a model."""
+    return tensor_digest(parameters_of(model))
 
 
 @contextlib.contextmanager

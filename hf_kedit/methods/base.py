@@ -7,7 +7,7 @@ ledger does the rest: transaction, rollback, rounding, saving.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from ..engine.statistics import StatisticsStore
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.weights import get_module, get_weight
-from ..errors import ConfigError, RequestError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest
 from ..tokens import pad_id
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 M = TypeVar("M", bound="Method")
-T = TypeVar("T")
 _METHODS: dict[str, type[Method]] = {}
 
 
@@ -252,13 +251,3 @@ def method_class(config: EditConfig | str) -> type[Method]:
 def registered_methods() -> dict[str, type[Method]]:
     """All methods by ``edit_type``, in alphabetical order."""
     return dict(sorted(_METHODS.items()))
-
-
-def in_row(build: Callable[[EditRequest], T], request: EditRequest) -> T:
-    """Call ``build(request)`` and add the request's row and id to a `RequestError` that lacks them."""
-    try:
-        return build(request)
-    except RequestError as error:
-        if error.row is None and error.request_id is None:
-            raise type(error)(str(error), row=request.row, request_id=request.id) from error
-        raise

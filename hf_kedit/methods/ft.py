@@ -28,9 +28,9 @@ from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight, is_transposed
 from ..errors import EditFailedError, TargetTooLongError
 from ..logging import progress_bar
-from ..requests import EditRequest
+from ..requests import EditRequest, in_row
 from ..tokens import context_length, encode_pair, encode_target, pad_rows
-from .base import Capabilities, Method, Outcome, WeightConfig, in_row, register_method
+from .base import Capabilities, Method, Outcome, WeightConfig, register_method
 
 STOP_LOSS = 1e-2
 

@@ -33,9 +33,9 @@ from ..engine.weights import get_module, get_weight, is_quantised
 from ..errors import ConfigError, EditFailedError, RequestError, TargetTooLongError, UnsupportedModelError
 from ..locate.attribution import Attribution, Rule, attribute_neurons
 from ..logging import get_logger, warn_once
-from ..requests import EditRequest
+from ..requests import EditRequest, in_row
 from ..tokens import context_length, encode_pair, pad_rows
-from .base import Capabilities, Method, Outcome, WeightConfig, in_row, register_method
+from .base import Capabilities, Method, Outcome, WeightConfig, register_method
 
 logger = get_logger(__name__)
 FEW_STEPS = 20

@@ -5,22 +5,20 @@ The methods themselves read beside their papers in their own files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..config import ModelProfile
-from ..engine.capture import Tap, capture_at
-from ..engine.forward import device_of
-from ..engine.replay import added_at
+from ..engine.capture import Tap
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
 from ..engine.values import Site, Values, ValueSettings, optimise_values
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from ..tokens import FactToken, pad_rows
+from ..tokens import FactToken
 from .base import Method, WeightConfig
 
 logger = get_logger(__name__)
@@ -182,38 +180,6 @@ class LocateMethod(Method):
                 if len(values.path[i]):
                     bench.note(f"delta_path{suffix}.{i}", values.path[i][:, s])
         return values
-
-    def measure(
-        self,
-        rows: Sequence[Row],
-        taps: Sequence[Tap],
-        *,
-        offsets: Mapping[str, torch.Tensor] | None = None,
-        chunk: int = 64,
-    ) -> dict[Tap, torch.Tensor]:
-        """Read taps at the fact token of rows on the model as it is now, ``[rows, d]`` fp32 each.
-
-        Rows are cut behind the fact token (nothing later can influence it) and run in batches of similar length.
-
-        Args:
-            rows: what to run.
-            taps: what to read.
-            offsets: module name → vectors ``[rows, d]`` that are added to its output at the fact tokens meanwhile.
-            chunk: rows per forward.
-        """
-        offsets = offsets or {}
-        model, device = self.bench.model, device_of(self.bench.model)
-        order = sorted(range(len(rows)), key=lambda i: rows[i].fact)
-        parts: list[dict[Tap, torch.Tensor]] = []
-        for start in range(0, len(order), chunk):
-            picked = [rows[i] for i in order[start : start + chunk]]
-            batch = pad_rows([r.ids[: r.fact + 1] for r in picked], self.bench.fill, side="right").to(device)
-            columns = torch.tensor([r.fact for r in picked], device=device)
-            here = {module: vectors[torch.tensor(order[start : start + chunk])] for module, vectors in offsets.items()}
-            with added_at(model, list(here), here, columns, len(picked)):
-                parts.append(capture_at(model, batch, columns, taps))
-        inverse = torch.tensor(order).argsort()
-        return {tap: torch.cat([p[tap] for p in parts])[inverse.to(parts[0][tap].device)] for tap in taps}
 
     def diagnose(self, values: Values, i: int) -> dict[str, Any]:
         """Numbers about the optimisation of one request; warns once when values do not converge."""

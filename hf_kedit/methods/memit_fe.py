@@ -17,6 +17,7 @@ import torch
 
 from ..engine.capture import Tap
 from ..engine.rows import Row
+from ..engine.sweep import Sweep
 from ..engine.values import Values, site_path
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
@@ -58,7 +59,9 @@ class MEMITFE(MEMIT):
         states = {taps[self.layers[0]]: values.value}
         if later:
             offsets = {taps[self.layers[0]].module: values.offset}
-            states |= {t: s.to(values.value.device) for t, s in self.measure(bare, later, offsets=offsets).items()}
+            sweep = Sweep(self.bench.model, anatomy, bare, fill=self.bench.fill)
+            found = sweep.read(later, 0, offsets=offsets)
+            states |= {t: s.to(values.value.device) for t, s in found.items()}
         return [
             Stop(layer, i, anatomy.down(layer).path, taps[layer], states[taps[layer]])
             for i, layer in enumerate(self.layers)

@@ -29,9 +29,9 @@ from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight
 from ..errors import ConfigError, EditFailedError, TargetTooLongError, UnsupportedModelError
 from ..logging import progress
-from ..requests import EditRequest
+from ..requests import EditRequest, in_row
 from ..tokens import context_length, encode_pair, pad_rows
-from .base import Capabilities, Method, Outcome, WeightConfig, in_row, register_method
+from .base import Capabilities, Method, Outcome, WeightConfig, register_method
 
 EPS = float(torch.finfo(torch.float32).eps)
 MICRO_BATCH = 10
