@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import EvaluationError
-from .batching import TOKEN_BUDGET
 from .likelihoods import COUNTERFACT_NAMES, counterfact_pair
-from .protocols import Output, Protocol, Query, Question, register_protocol
-from .scoring import PairScore, try_score_pairs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .protocols import PairProtocol, Query, Question, register_protocol
+from .scoring import PairScore
 
 _KINDS = {"rewrite": "rewrite", "rephrase": "paraphrase", "locality": "neighborhood"}
 SECTION = "counterfact"
@@ -22,7 +18,7 @@ SECTION = "counterfact"
 
 @register_protocol
 @dataclass(frozen=True)
-class Likelihood(Protocol):
+class Likelihood(PairProtocol):
     """Compares the mean negative log-likelihood of the new answer with that of the old one (ROME, MEMIT).
 
     The scores of the CounterFact literature: ES, PS and NS (share of prompts where the right one of the two is
@@ -46,17 +42,6 @@ class Likelihood(Protocol):
         if self._problem(question) or answer is None:
             return []
         return [(question.prompt, answer), (question.prompt, question.contrast)]
-
-    def run(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        queries: Sequence[Query],
-        separator: str | None,
-        token_budget: int = TOKEN_BUDGET,
-    ) -> list[Output]:
-        pairs = [(prompt, answer or "") for prompt, answer in queries]
-        return list(try_score_pairs(model, tokenizer, pairs, separator, token_budget))
 
     def accuracy(self, question: Question, outputs: Sequence[PairScore]) -> float | None:
         return _scores(question, outputs)[0]

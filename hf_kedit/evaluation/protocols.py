@@ -145,6 +145,21 @@ class Protocol(ABC):
         }
 
 
+class PairProtocol(Protocol):
+    """Base of the protocols whose queries are prompts with an answer that is fed."""
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        queries: Sequence[Query],
+        separator: str | None,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> list[Output]:
+        pairs = [(prompt, answer or "") for prompt, answer in queries]
+        return list(try_score_pairs(model, tokenizer, pairs, separator, token_budget))
+
+
 P = TypeVar("P", bound=type[Protocol])
 PROTOCOLS: dict[str, type[Protocol]] = {}
 
@@ -157,7 +172,7 @@ def register_protocol(cls: P) -> P:
 
 @register_protocol
 @dataclass(frozen=True)
-class TeacherForced(Protocol):
+class TeacherForced(PairProtocol):
     """The answer is fed and the most probable token at each of its positions is compared with it.
 
     The usual protocol of the literature. It gives away the beginning and the length of the answer, so that a model
@@ -184,17 +199,6 @@ class TeacherForced(Protocol):
     def queries(self, question: Question) -> list[Query]:
         answers = [alias for group in question.groups for alias in group]
         return [(question.prompt, a) for a in (answers[:1] if self.aliases == "first" else answers)]
-
-    def run(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        queries: Sequence[Query],
-        separator: str | None,
-        token_budget: int = TOKEN_BUDGET,
-    ) -> list[Output]:
-        pairs = [(prompt, answer or "") for prompt, answer in queries]
-        return list(try_score_pairs(model, tokenizer, pairs, separator, token_budget))
 
     def accuracy(self, question: Question, outputs: Sequence[PairScore]) -> float | None:
         return metrics.best_alias(float(o.exact) if self.scorer == "exact" else o.token_acc for o in outputs)
