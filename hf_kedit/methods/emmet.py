@@ -22,36 +22,28 @@ from ..config import ModelProfile
 from ..engine.solve import MomentFactor, equality_columns, factor_moment
 from .base import Capabilities, Workbench, register_method
 from .rome import ROMEConfig
-from .spread import SpreadConfig, SpreadMethod
+from .spread import RidgeConfig, SpreadMethod
 
 
 @dataclass
-class EMMETConfig(SpreadConfig):
-    """Hyperparameters of EMMET; see `LocateConfig` for the shared ones.
+class EMMETConfig(RidgeConfig):
+    """Hyperparameters of EMMET; see `RidgeConfig` and `LocateConfig` for the shared ones.
 
     Args:
-        mom2_update_weight: λ. A common factor of Ĉ cancels except against the ridge, whose effective size is
-            ``emmet_lambda · mom2_update_weight``.
-        emmet_lambda: ridge for batches of more than one fact.
+        emmet_lambda: ridge for batches of more than one fact. A common factor of Ĉ cancels except against it: its
+            effective size is ``emmet_lambda · mom2_update_weight``.
         update_norm_lambda: ν, a penalty on the size of the update.
     """
 
     edit_type: ClassVar[str] = "emmet"
 
-    mom2_update_weight: float | None = None
     emmet_lambda: float = 0.1
     update_norm_lambda: float = 0.0
 
     def validate(self) -> None:
         """Check ranges."""
         super().validate()
-        self._require_positive("mom2_update_weight")
         self._require_positive("emmet_lambda", "update_norm_lambda", zero=True)
-
-    @classmethod
-    def model_dependent_fields(cls) -> tuple[str, ...]:
-        """Fields filled from an hparams file or the model's depth."""
-        return (*super().model_dependent_fields(), "mom2_update_weight")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """One layer, where ROME edits, as in all published configurations."""

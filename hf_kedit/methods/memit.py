@@ -14,44 +14,27 @@ The loop over the layers is in `spread`; this file holds the solution of one lay
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from ..config import ModelProfile
 from ..engine.solve import ridge_columns
 from .base import Capabilities, register_method
-from .spread import SpreadConfig, SpreadMethod, derived_weight
+from .spread import RidgeConfig, SpreadMethod
 
 
 @dataclass
-class MEMITConfig(SpreadConfig):
-    """Hyperparameters of MEMIT; see `LocateConfig` for the shared ones.
+class MEMITConfig(RidgeConfig):
+    """Hyperparameters of MEMIT; see `RidgeConfig` and `LocateConfig` for the shared ones.
 
     Args:
-        mom2_update_weight: λ, how many typical keys the second moment stands for.
         keep_edited_keys: also leave alone what earlier batches wrote: ``(λ C + K_e K_eᵀ + K Kᵀ)⁻¹`` with the keys
             ``K_e`` of the edits that the model carries and that were made with this switch (sequences of batches).
     """
 
     edit_type: ClassVar[str] = "memit"
 
-    mom2_update_weight: float | None = None
     keep_edited_keys: bool = False
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("mom2_update_weight")
-
-    @classmethod
-    def model_dependent_fields(cls) -> tuple[str, ...]:
-        """Fields filled from an hparams file or the model's depth."""
-        return (*super().model_dependent_fields(), "mom2_update_weight")
-
-    def derive(self, profile: ModelProfile) -> dict[str, Any]:
-        """λ by the width of the model."""
-        return super().derive(profile) | {"mom2_update_weight": derived_weight(profile)}
 
 
 @register_method

@@ -25,7 +25,7 @@ from ..engine.solve import ridge_columns
 from ..engine.values import Site, Values, ValueSettings, site_path
 from ..errors import ConfigError
 from .base import Capabilities, register_method
-from .spread import SpreadConfig, SpreadMethod, Stop, derived_weight
+from .spread import RidgeConfig, SpreadMethod, Stop
 
 SITES: dict[str, Site] = {"attention": "attention_out", "mlp": "down"}
 SETTLED_FACTOR = 0.1
@@ -33,11 +33,10 @@ SETTLED_KL = 0.01
 
 
 @dataclass
-class PMETConfig(SpreadConfig):
-    """Hyperparameters of PMET; see `LocateConfig` for the shared ones.
+class PMETConfig(RidgeConfig):
+    """Hyperparameters of PMET; see `RidgeConfig` and `LocateConfig` for the shared ones.
 
     Args:
-        mom2_update_weight: λ, how many typical keys the second moment stands for.
         nll_loss_factor: factor of the negative log-likelihood. It drops to a tenth in steps that follow one in
             which every target token was the model's first choice.
         rewrite: what is written in each layer: the projection out of the MLP, and if wanted the one out of the
@@ -46,22 +45,16 @@ class PMETConfig(SpreadConfig):
 
     edit_type: ClassVar[str] = "pmet"
 
-    mom2_update_weight: float | None = None
     nll_loss_factor: float = 1.0
     rewrite: list[Literal["attention", "mlp"]] = field(default_factory=lambda: ["mlp"])
 
     def validate(self) -> None:
         """Check ranges; put the projections into the order in which they are written."""
         super().validate()
-        self._require_positive("mom2_update_weight", "nll_loss_factor")
+        self._require_positive("nll_loss_factor")
         if not self.rewrite:
             raise ConfigError("PMETConfig.rewrite is empty; nothing would be written")
         self.rewrite = sorted(set(self.rewrite))
-
-    @classmethod
-    def model_dependent_fields(cls) -> tuple[str, ...]:
-        """Fields filled from an hparams file or the model's depth."""
-        return (*super().model_dependent_fields(), "mom2_update_weight")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Published values of models of the same kind."""
@@ -70,7 +63,6 @@ class PMETConfig(SpreadConfig):
             "v_weight_decay": 0.5,
             "v_num_grad_steps": 25 if rms else 30,
             "clamp_norm_factor": 1.0 if rms else 0.75,
-            "mom2_update_weight": derived_weight(profile),
         }
 
     def value_settings(self, *, keep_path: bool = False) -> ValueSettings:

@@ -38,13 +38,11 @@ class ROMEConfig(LocateConfig):
     Args:
         mom2_adjustment: use the second moment ``C`` of the keys (the paper); ``False`` takes ``C = I``, which
             needs no statistics and disturbs other facts more.
-        context_template_length_params: ``(tokens, count)`` of the generated context templates.
     """
 
     edit_type: ClassVar[str] = "rome"
 
     mom2_adjustment: bool = True
-    context_template_length_params: list[tuple[int, int]] | None = None
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The traced layers of published models: a sixth of the depth, a third in the GPT-2 and NeoX families."""
@@ -68,15 +66,13 @@ class ROME(LocateMethod):
         summary="rank-one update of one MLP projection, one fact at a time",
     )
     config: ROMEConfig
+    default_template_lengths = ((5, 10), (10, 10))
     remedy: ClassVar[str] = "R-ROME or another layer avoids them."
 
-    def prepare(self) -> None:
-        """Generate the context templates and collect second moments on the unedited model."""
-        self.template_lengths = self.config.context_template_length_params or [(5, 10), (10, 10)]
-        self.templates()
-        if self.config.mom2_adjustment:
-            with self.bench.ledger.disabled():
-                self.bench.statistics.moments(self.edited_modules())
+    @property
+    def needs_moments(self) -> bool:
+        """Not with ``C = I``."""
+        return self.config.mom2_adjustment
 
     def templates(self) -> list[list[str]]:
         """One flat list, as ROME averages its keys."""

@@ -34,13 +34,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class SpreadConfig(LocateConfig):
-    """Fields shared by the methods that spread edits over layers; see `LocateConfig` for the others.
-
-    Args:
-        context_template_length_params: ``(tokens, count)`` of the generated context templates.
-    """
-
-    context_template_length_params: list[tuple[int, int]] | None = None
+    """Config of the methods that spread edits over layers; its fields are those of `LocateConfig`."""
 
     def validate(self) -> None:
         """Put the layers into the order in which they are written."""
@@ -65,6 +59,31 @@ def derived_weight(profile: ModelProfile) -> float:
     is about their ``d_in``; smaller models need a smaller one, or nothing is written.
     """
     return float(min(15000, 4 * profile.hidden_size))
+
+
+@dataclass
+class RidgeConfig(SpreadConfig):
+    """Config of the methods that weigh the second moment against the new keys.
+
+    Args:
+        mom2_update_weight: λ, how many typical keys the second moment stands for.
+    """
+
+    mom2_update_weight: float | None = None
+
+    def validate(self) -> None:
+        """Check ranges."""
+        super().validate()
+        self._require_positive("mom2_update_weight")
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file or the model's depth."""
+        return (*super().model_dependent_fields(), "mom2_update_weight")
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """λ by the width of the model."""
+        return super().derive(profile) | {"mom2_update_weight": derived_weight(profile)}
 
 
 @dataclass(frozen=True)
@@ -94,13 +113,7 @@ class SpreadMethod(LocateMethod):
     """Base of the methods that spread a batch of edits over layers."""
 
     config: SpreadConfig
-
-    def prepare(self) -> None:
-        """Templates and, in one pass over the text, the second moments of all layers, before any weight changes."""
-        self.template_lengths = self.config.context_template_length_params or [(10, 5)]
-        self.templates()
-        with self.bench.ledger.disabled():
-            self.bench.statistics.moments(self.edited_modules())
+    default_template_lengths = ((10, 5),)
 
     # ------------------------------------------------------------------ what a method decides
 
