@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,7 +354,7 @@ class EditableModel(nn.Module):
                     field="id",
                     request_id=request.id,
                 )
-            named.append(request if request.id is not None else replace(request, id=new_id("edit")))
+            named.append(request if request.id is not None else request.with_id(new_id("edit")))
         return named
 
     def rollback(self, which: str | int | Sequence[str] = "all") -> list[Edit]:
@@ -394,6 +394,7 @@ class EditableModel(nn.Module):
             self._base_fingerprint = None
             self._stores, self._templates, self._states = {}, {}, {}
             self._method.load_state_dict({})
+            self.set_method(self.edit_config)  # with statistics and templates of the model as it is now
         return self.base_model
 
     def unload(self) -> PreTrainedModel:

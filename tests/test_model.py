@@ -319,6 +319,15 @@ def test_merging_makes_edits_permanent(world_gpt2: EditableModel, tmp_path: Any)
     assert model_digest(again) == edited
 
 
+def test_a_merged_model_is_edited_as_a_new_one(world_gpt2: EditableModel) -> None:
+    world_gpt2.edit(facts(1)[0])
+    old = world_gpt2.statistics
+    assert old.fingerprint != world_gpt2.fingerprint()
+    world_gpt2.merge_and_unload()
+    assert world_gpt2.statistics is not old
+    assert world_gpt2.statistics.fingerprint == world_gpt2.fingerprint()
+
+
 def test_static_caches_do_not_outlive_an_edit(world_llama: EditableModel) -> None:
     (fact,) = facts(1)
     tokens = world_llama.tokenizer(fact.filled_prompt, return_tensors="pt")
