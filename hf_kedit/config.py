@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -75,6 +75,12 @@ class EditConfig:
     seed: int = 0
     batch_size: int | None = None
 
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Note which fields the caller sets, whatever to: `complete` leaves these alone."""
+        made = super().__new__(cls)
+        made.__dict__["_given"] = frozenset([f.name for f in fields(cls)][: len(args)]) | frozenset(values)
+        return made
+
     def __post_init__(self) -> None:
         kind: Any = type(self)
         for name, adapter in _adapters(kind).items():
@@ -118,41 +124,43 @@ class EditConfig:
         """Return values for the model-dependent fields of a model without an hparams file."""
         return {}
 
-    def complete(self: C, profile: ModelProfile) -> C:
-        """Return a copy in which every model-dependent field has a value.
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were set when the config was made, or changed since, with their values."""
+        named: frozenset[str] = self.__dict__["_given"]
+        values = {f.name: (getattr(self, f.name), _default(f)) for f in fields(self)}
+        return {name: value for name, (value, default) in values.items() if name in named or value != default}
 
-        The user's own values win, then the packaged file of the model, then the derivation. The user is told
-        once where the values came from.
+    def complete(self: C, profile: ModelProfile) -> C:
+        """Return a copy in which every model-dependent field has a value; all its fields count as given.
+
+        The user's own values win, then the packaged file of the model, then the derivation and the class defaults.
+        A model-dependent field that is set to ``None`` is an open one. The user is told once where the values came
+        from.
 
         Raises:
             ConfigError: if a layer does not exist in the model.
         """
-        missing = [n for n in self.model_dependent_fields() if getattr(self, n) is None]
+        dependent = self.model_dependent_fields()
+        given = {name for name, value in self.given.items() if value is not None or name not in dependent}
         chosen: dict[str, Any] = {}
-        if missing:
-            found = find_hparams(self.edit_type, profile.name)
-            from_file: dict[str, Any] = {}
-            if found is not None:
-                path, values = found
-                from_file = type(self)._known(values, str(path))
-                chosen = {n: from_file[n] for n in missing if from_file.get(n) is not None}
-                # Plain fields of the file count only where the user left the class default.
-                defaults = {f.name: _default(f) for f in fields(self)}
-                for name, value in from_file.items():
-                    if name not in missing and getattr(self, name) == defaults.get(name):
-                        chosen[name] = value
+        found = find_hparams(self.edit_type, profile.name)
+        if found is not None:
+            path, values = found
+            chosen = {n: v for n, v in type(self)._known(values, str(path)).items() if n not in given and v is not None}
+            if chosen:
                 info_once(logger, f"{self.edit_type}: hyperparameters for {profile.name!r} from {path.name}")
-            rest = [n for n in missing if n not in chosen]
-            if rest:
-                derived = self.derive(profile)
-                chosen.update({n: derived[n] for n in rest if n in derived})
-                told = ", ".join(f"{n}={chosen[n]}" for n in rest if n in chosen)
-                if told and found is None:
-                    warn_once(
-                        logger,
-                        f"{self.edit_type}: there is no hparams file for {profile.name!r}; derived from its depth:"
-                        f" {told}. Set these fields of {type(self).__name__} to choose yourself.",
-                    )
+        rest = [n for n in dependent if n not in given and n not in chosen]
+        if rest:
+            derived = self.derive(profile)
+            chosen.update({n: derived[n] for n in rest if n in derived})
+            told = ", ".join(f"{n}={chosen[n]}" for n in rest if n in chosen)
+            if told and found is None:
+                warn_once(
+                    logger,
+                    f"{self.edit_type}: there is no hparams file for {profile.name!r}; derived from its depth:"
+                    f" {told}. Set these fields of {type(self).__name__} to choose yourself.",
+                )
         full = dataclasses.replace(self, **chosen)
         if full.layers is not None:
             full.layers = [_layer_index(i, profile.num_layers, type(self).__name__) for i in full.layers]

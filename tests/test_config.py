@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,21 @@ def test_published_values_win_over_the_derivation_and_the_users_over_both() -> N
     assert ROMEConfig(layers=[3], v_lr=0.1).complete(GPT2XL).layers == [3]
     assert ROMEConfig(v_lr=0.1).complete(GPT2XL).v_lr == 0.1
     assert AutoEditConfig.for_model("gpt2-xl", method="memit").layers == [13, 14, 15, 16, 17]
+
+
+def test_a_value_of_the_user_wins_even_if_it_is_the_class_default() -> None:
+    mistral = ModelProfile("mistralai/Mistral-7B-v0.3", 32, 4096, "rms", "mistral")
+    assert FTLConfig().complete(mistral).norm_constraint == 5e-5
+    assert FTLConfig(layers=[3], lr=1e-3).complete(mistral).norm_constraint == 5e-5
+    assert FTLConfig(norm_constraint=None).complete(mistral).norm_constraint is None
+    assert FTLConfig(None, None, 0, 3).complete(mistral).batch_size == 3
+    changed = FTLConfig()
+    changed.lr = 0.25
+    assert changed.complete(mistral).lr == 0.25
+    free = FTLConfig(norm_constraint=None).complete(mistral)
+    for same in (free, copy.copy(free), pickle.loads(pickle.dumps(free))):
+        assert same.complete(mistral) == free
+    assert FTLConfig(layers=None, lr=None).complete(mistral).layers == [21]  # an open field stays open
 
 
 def test_a_model_without_a_file_gets_derived_values_and_is_told(caplog: pytest.LogCaptureFixture) -> None:

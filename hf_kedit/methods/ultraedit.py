@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,7 +92,8 @@ class UltraEditConfig(WeightConfig):
     def complete(self, profile: ModelProfile) -> UltraEditConfig:
         """Fill in the modules; layers without modules mean the projections out of their MLPs."""
         if self.layers is not None and self.edit_modules is None:
-            return super(UltraEditConfig, replace(self, edit_modules=["down"])).complete(profile)
+            follows = UltraEditConfig(**{**self.given, "edit_modules": ["down"]})
+            return super(UltraEditConfig, follows).complete(profile)
         if self.layers is None and any(_follows_layers(e) for e in self.edit_modules or []):
             raise ConfigError(
                 "UltraEditConfig: edit_modules has an entry without layers; set `layers`, or write {5-9}"
