@@ -17,19 +17,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.func import functional_call
 
 from ..config import ModelProfile
-from ..engine.forward import accepts, device_of, logits_at, model_inputs
+from ..engine.examples import (
+    Example,
+    Objective,
+    encode_examples,
+    row_means,
+    target_probabilities,
+    token_losses,
+)
 from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight, is_transposed
-from ..errors import EditFailedError, TargetTooLongError
+from ..errors import EditFailedError
 from ..logging import progress_bar
-from ..requests import EditRequest, in_row
-from ..tokens import context_length, encode_pair, encode_target, pad_rows
+from ..requests import EditRequest
 from .base import Capabilities, Method, Outcome, WeightConfig, register_method
 
 STOP_LOSS = 1e-2
@@ -58,7 +64,7 @@ class FTConfig(WeightConfig):
     train_bias: bool = False
     stop_loss: float = STOP_LOSS
 
-    objective: ClassVar[Literal["prompt_last", "target_new"]]
+    objective: ClassVar[Objective]
 
     def validate(self) -> None:
         """Check ranges."""
@@ -82,7 +88,7 @@ class FTLConfig(FTConfig):
     """FT-L: all target tokens are scored at the last prompt token."""
 
     edit_type: ClassVar[str] = "ft-l"
-    objective: ClassVar[Literal["prompt_last", "target_new"]] = "prompt_last"
+    objective: ClassVar[Objective] = "prompt_last"
 
 
 @dataclass
@@ -90,17 +96,7 @@ class FTMConfig(FTConfig):
     """FT-M: masked, teacher-forced cross-entropy."""
 
     edit_type: ClassVar[str] = "ft-m"
-    objective: ClassVar[Literal["prompt_last", "target_new"]] = "target_new"
-
-
-@dataclass(frozen=True)
-class _Example:
-    """A request as token ids: what the model reads, where it is scored, what it should say."""
-
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    targets: tuple[int, ...]
-    decoder_ids: tuple[int, ...] = ()
+    objective: ClassVar[Objective] = "target_new"
 
 
 class FineTuning(Method):
@@ -130,13 +126,13 @@ class FineTuning(Method):
         """Check weights and requests."""
         for path, name in self.parameters():
             self.bench.ledger.check_editable(path, name)
-        self._examples(requests)
+        self._examples(requests, self.config.objective)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Train on a batch of requests and return what changed."""
         bench, config = self.bench, self.config
         assert config.lr is not None
-        examples = self._examples(requests)
+        examples = self._examples(requests, config.objective)
         teacher_forced = self._examples(requests, "target_new")
         names = self.parameters()
         start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
@@ -187,75 +183,19 @@ class FineTuning(Method):
 
     # ------------------------------------------------------------------ steps
 
-    @torch.no_grad()
-    def _probability(self, examples: Sequence[_Example], theta: dict[str, torch.Tensor], size: int) -> list[float]:
-        """Geometric mean per token of the target's probability, teacher forced."""
-        found: list[float] = []
-        for i in range(0, len(examples), size):
-            found.extend((-self._loss(examples[i : i + size], theta)).exp().tolist())
-        return found
+    def _examples(self, requests: Sequence[EditRequest], objective: Objective) -> list[Example]:
+        bench = self.bench
+        return encode_examples(
+            bench.model, bench.tokenizer, requests, separator=self.config.separator, objective=objective
+        )
 
-    def _examples(self, requests: Sequence[EditRequest], objective: str | None = None) -> list[_Example]:
-        limit = context_length(self.bench.model.config)
-        examples = []
-        for request in requests:
-            example = in_row(lambda r: self._example(r, objective or self.config.objective), request)
-            longest = max(len(example.ids), len(example.decoder_ids))
-            if limit is not None and longest > limit:
-                raise TargetTooLongError(
-                    f"prompt and target have {longest} tokens, the model's context has {limit}",
-                    row=request.row,
-                    field="target_new",
-                    request_id=request.id,
-                )
-            examples.append(example)
-        return examples
-
-    def _example(self, request: EditRequest, objective: str) -> _Example:
-        tokenizer = self.bench.tokenizer
-        if self.bench.anatomy.is_encoder_decoder:
-            encoded = tokenizer(request.filled_prompt)["input_ids"]
-            targets = encode_target(tokenizer, request.target_new, eos=True)
-            begin = self.bench.model.config.decoder_start_token_id
-            begin = tokenizer.pad_token_id if begin is None else begin
-            shifted = (int(begin), *targets[:-1])  # the decoder sees the target shifted right by one
-            if objective == "prompt_last":
-                shifted = shifted[:1]
-                return _Example(tuple(encoded), (0,) * len(targets), tuple(targets), shifted)
-            return _Example(tuple(encoded), tuple(range(len(targets))), tuple(targets), shifted)
-        pair = encode_pair(tokenizer, request.filled_prompt, request.target_new, self.config.separator)
-        last = pair.prompt_length - 1
-        if objective == "prompt_last":
-            return _Example(tuple(pair.prompt_ids), (last,) * len(pair.target_ids), tuple(pair.target_ids))
-        positions = tuple(range(last, last + len(pair.target_ids)))
-        return _Example(tuple(pair.ids[:-1]), positions, tuple(pair.target_ids))
-
-    def _loss(self, examples: Sequence[_Example], theta: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(self, examples: Sequence[Example], theta: dict[str, torch.Tensor]) -> torch.Tensor:
         """Loss per request under the trained copies, ``[requests]`` fp32."""
-        model, fill = self.bench.model, self.bench.fill
-        device = device_of(model)
-        batch = pad_rows([e.ids for e in examples], fill).to(device)
-        rows = torch.tensor([i for i, e in enumerate(examples) for _ in e.targets], device=device)
-        columns = torch.tensor([p for e in examples for p in e.positions], device=device)
-        targets = torch.tensor([t for e in examples for t in e.targets], device=device)
-        counts = torch.tensor([len(e.targets) for e in examples], device=device)
-        shape = tuple(batch.input_ids.shape)
-        kwargs = model_inputs(model, batch)
-        if examples[0].decoder_ids:
-            decoder = pad_rows([e.decoder_ids for e in examples], fill).to(device)
-            kwargs = {
-                "input_ids": batch.input_ids,
-                "attention_mask": batch.attention_mask,
-                "decoder_input_ids": decoder.input_ids,
-                "decoder_attention_mask": decoder.attention_mask,
-            }
-            if accepts(model, "use_cache"):
-                kwargs["use_cache"] = False
-            shape = tuple(decoder.input_ids.shape)
-        logits = logits_at(_Substituted(model, theta), kwargs, rows, columns, shape).float()  # type: ignore[arg-type]
-        log_probs = logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-        total = torch.zeros(len(examples), device=device).index_add(0, rows, -log_probs)
-        return total / counts
+        losses, rows = token_losses(_Substituted(self.bench.model, theta), examples, self.bench.fill)
+        return row_means(losses, rows, len(examples))
+
+    def _probability(self, examples: Sequence[Example], theta: dict[str, torch.Tensor], size: int) -> list[float]:
+        return target_probabilities(_Substituted(self.bench.model, theta), examples, self.bench.fill, size)
 
     def _project(self, theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> None:
         """Keep every element within ``norm_constraint`` of where the call found it."""
@@ -291,6 +231,10 @@ class _Substituted:
         """The model, for questions about its signature."""
         inner = getattr(self.model, "get_base_model", None)
         return cast(torch.nn.Module, inner() if callable(inner) else self.model)
+
+    def get_input_embeddings(self) -> Any:
+        """The model's own, for the question on which device inputs are expected."""
+        return self.model.get_input_embeddings()  # type: ignore[operator]
 
     def __call__(self, **kwargs: Any) -> Any:
         return functional_call(self.model, self.replaced, kwargs=kwargs)

@@ -24,13 +24,14 @@ import torch
 
 from ..config import ModelProfile
 from ..engine.capture import as_rows, first, with_first
+from ..engine.examples import Example, encode_examples, row_means
 from ..engine.forward import device_of, logits_at, model_inputs
 from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight
-from ..errors import ConfigError, EditFailedError, TargetTooLongError, UnsupportedModelError
+from ..errors import ConfigError, EditFailedError, UnsupportedModelError
 from ..logging import progress
-from ..requests import EditRequest, in_row
-from ..tokens import context_length, encode_pair, pad_rows
+from ..requests import EditRequest
+from ..tokens import pad_rows
 from .base import Capabilities, Method, Outcome, WeightConfig, register_method
 
 EPS = float(torch.finfo(torch.float32).eps)
@@ -146,15 +147,6 @@ class RunningMoments:
         return (rows - self.mean.to(rows.device)) / (self.std.to(rows.device) + EPS)
 
 
-@dataclass(frozen=True)
-class _Example:
-    """A request as token ids: what the model reads, where it predicts the answer, and the answer."""
-
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    targets: tuple[int, ...]
-
-
 @register_method
 class UltraEdit(Method):
     """Closed-form updates from one backward pass."""
@@ -256,23 +248,14 @@ class UltraEdit(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check weights, tokens and lengths."""
         super().check(requests)
-        limit = context_length(self.bench.model.config)
-        for request in requests:
-            example = in_row(self._example, request)
-            if limit is not None and len(example.ids) + 1 > limit:
-                raise TargetTooLongError(
-                    f"prompt and target have {len(example.ids) + 1} tokens, the model's context has {limit}",
-                    row=request.row,
-                    field="target_new",
-                    request_id=request.id,
-                )
+        self._examples(requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One turn: collect keys and gradients in micro-batches, bring the statistics up to date, solve."""
         bench, config = self.bench, self.config
         modules = self.edited_modules()
         sizes = {m: tuple(reversed(get_weight(get_module(bench.model, m)).shape)) for m in modules}
-        examples = [in_row(self._example, r) for r in requests]
+        examples = self._examples(requests)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
         micro = config.batch_size or MICRO_BATCH
         chunks = [order[i : i + micro] for i in range(0, len(order), micro)]
@@ -320,14 +303,11 @@ class UltraEdit(Method):
         ]
         return Outcome(deltas, diagnostics)
 
-    def _example(self, request: EditRequest) -> _Example:
-        pair = encode_pair(self.bench.tokenizer, request.filled_prompt, request.target_new, self.config.separator)
-        start = pair.prompt_length - 1
-        positions = tuple(range(start, start + len(pair.target_ids)))
-        return _Example(tuple(pair.ids[:-1]), positions, tuple(pair.target_ids))
+    def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
+        return encode_examples(self.bench.model, self.bench.tokenizer, requests, separator=self.config.separator)
 
     def _collect(
-        self, examples: Sequence[_Example], modules: Sequence[str]
+        self, examples: Sequence[Example], modules: Sequence[str]
     ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float], list[int]]:
         """Inputs and output gradients of the modules at the chosen tokens of one micro-batch.
 
@@ -361,8 +341,7 @@ class UltraEdit(Method):
             g = torch.zeros_like(probes[module]) if gradient is None else gradient
             mask = chosen.to(k.device)
             found[module] = (k[mask].float(), as_rows(g, count)[mask].float())
-        per_example = torch.zeros(count, device=device).index_add(0, rows, nll.detach())
-        per_example = per_example / torch.bincount(rows, minlength=count)
+        per_example = row_means(nll.detach(), rows, count)
         return found, per_example.tolist(), chosen.nonzero()[:, 0].tolist()
 
 

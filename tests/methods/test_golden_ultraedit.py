@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest
+from hf_kedit.engine.examples import encode_examples
 from hf_kedit.errors import ConfigError, LayerError, UnsupportedModelError
 from hf_kedit.methods.ultraedit import RunningMoments, UltraEditConfig, ridge_inputs
 from tests.golden_cases import Case, load_model
@@ -84,7 +85,7 @@ def test_rows_are_tokenised_as_the_reference_did(name: str) -> None:
     case = Case(name)
     editable = case_model(case)
     for turn, batches in zip(turns_of(case), case.spec["batches"], strict=True):
-        examples = [editable._method._example(r) for r in turn]  # type: ignore[attr-defined]
+        examples = encode_examples(editable.base_model, editable.tokenizer, turn)
         examples.sort(key=lambda e: -len(e.ids))
         rows = [(i, m, y) for b in batches for i, m, y in zip(*(b[k] for k in BATCH), strict=True)]
         for example, (ids, mask, labels) in zip(examples, rows, strict=True):
