@@ -147,7 +147,8 @@ class EditConfig:
         found = find_hparams(self.edit_type, profile.name)
         if found is not None:
             path, values = found
-            chosen = {n: v for n, v in type(self)._known(values, str(path)).items() if n not in given and v is not None}
+            known = type(self)._known(values, str(path))
+            chosen = {name: value for name, value in known.items() if name not in given and value is not None}
             if chosen:
                 info_once(logger, f"{self.edit_type}: hyperparameters for {profile.name!r} from {path.name}")
         rest = [n for n in dependent if n not in given and n not in chosen]

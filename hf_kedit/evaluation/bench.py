@@ -32,7 +32,8 @@ ABOUT, ERROR = "about.json", "error.txt"
 _KEYS = ("models", "methods", "datasets", "settings", "protocols", "output_dir", "on_error", "collapse_text")
 _MODEL_KEYS = ("name", "label", "dtype", "device", "revision")
 _PROTOCOLS = ["teacher_forced", "generation"]
-_SETTING_KEYS = ("name", "label", "setting", "batch_size", "when", "at")
+_SETTING_OPTIONS = ("batch_size", "when", "at", "limit")
+_SETTING_KEYS = ("name", "label", "setting", *_SETTING_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class BenchPlan:
         models: names or paths.
         methods: names, with hyperparameters as options.
         datasets: registered names or files, with ``split``, ``limit`` … as options.
-        settings: ``single``, ``batch`` or ``sequential``, with ``batch_size``, ``when`` and ``at`` as options.
+        settings: ``single``, ``batch`` or ``sequential``, with ``batch_size``, ``when``, ``at`` and ``limit`` (the
+            first so many rows of the data set only) as options.
         protocols: asked in every run.
         output_dir: where the runs go; relative to the file that the plan was read from.
         on_error: ``skip`` leaves out edits that fail.
@@ -283,7 +285,7 @@ def _setting(entry: Any) -> Part:
     if isinstance(entry, Mapping):
         _known_keys("'settings'", entry, _SETTING_KEYS)
         name = str(entry.get("setting") or entry.get("name"))
-        options = {str(k): v for k, v in entry.items() if k in ("batch_size", "when", "at")}
+        options = {str(k): v for k, v in entry.items() if k in _SETTING_OPTIONS}
         extra = "".join(f", {k} {v}" for k, v in _short(options))
         return Part(name, str(entry.get("label") or name + extra), {"setting": name, **options})
     return Part(str(entry), str(entry), {"setting": str(entry)})

@@ -64,9 +64,12 @@ def test_a_sweep_runs_once_and_is_collected(sweep, counted):
     collected = collect_bench(plan)
     assert again.comparison().rows() == result.comparison().rows() == collected.comparison().rows()
     assert collected.reports[0][1].meta["dataset"] == "mine"
-    more = BenchPlan.from_dict({**sweep, "settings": [*sweep["settings"], {"setting": "batch", "batch_size": 2}]})
-    run_bench(more, progress=False)
+    pairs = {"setting": "batch", "batch_size": 2, "limit": 2}
+    more = BenchPlan.from_dict({**sweep, "settings": [*sweep["settings"], pairs]})
+    result = run_bench(more, progress=False)
     assert len(counted) == 6  # only the new setting
+    assert [r.meta["n"] for about, r in result.reports if about["setting"] == "batch, batches of 2"] == [2, 2]
+    assert len(result.reports[0][1].records) > len(result.reports[2][1].records)
 
 
 def test_shards_share_one_folder(sweep, counted):
