@@ -1,0 +1,62 @@
+"""The documentation as a site: it builds without a warning, names what is public, and its long example runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_kedit
+from hf_kedit.methods import registered_methods
+
+from .test_quickstart import ROOT, _agree, _blocks, _expected
+
+DOCS = ROOT / "docs"
+
+
+def _run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Dead links, dead anchors, pages that the nav forgets and docstrings that cannot be read are warnings."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    done = _run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"), cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "EditableModel" in (tmp_path / "site" / "reference" / "model" / "index.html").read_text(encoding="utf-8")
+
+
+def _documented() -> set[str]:
+    text = "\n".join(p.read_text(encoding="utf-8") for p in (DOCS / "reference").glob("*.md"))
+    return {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)", text, flags=re.MULTILINE)}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    modules = {name for name in hf_kedit.__all__ if name.islower() and hasattr(getattr(hf_kedit, name), "__path__")}
+    public = {n for n in hf_kedit.__all__ if not n.startswith("_")} - modules - {"errors", "logging", "KeditError"}
+    assert not public - _documented()
+
+
+def test_the_reference_has_every_config() -> None:
+    configs = {m.config_class.__name__ for m in registered_methods().values() if m.__module__.startswith("hf_kedit.")}
+    assert configs
+    assert not configs - _documented()
+
+
+def test_the_method_written_on_the_page_works(tmp_path: Path) -> None:
+    """In a process of its own, because the page registers a method."""
+    code = "\n".join(block for _, block in _blocks((DOCS / "add_a_method.md").read_text(encoding="utf-8"), "python"))
+    script = tmp_path / "page.py"
+    script.write_text(code, encoding="utf-8")
+    done = _run(str(script), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed, expected = done.stdout.splitlines(), _expected(code)
+    assert len(printed) == len(expected) > 0
+    for shown, wanted in zip(printed, expected, strict=True):
+        assert _agree(shown, wanted), f"printed {shown!r}, the comment says {wanted!r}"
