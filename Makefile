@@ -1,10 +1,11 @@
 # One-command flows. On a bare machine with Python 3.11 or newer:
 #
+#   make venv    everything set up in $(VENV)
 #   make demo    the installed command line at work on a tiny model; nothing is downloaded but packages
 #   make test    the tests that need no network, no GPU and no more than a few seconds each
 #   make lint    ruff and mypy
 #
-# The first call creates $(VENV) with the versions pinned in constraints.txt; later calls skip that.
+# $(VENV) gets the versions pinned in constraints.txt; whatever is called first creates it, later calls skip that.
 
 PY ?= python3
 EXTRAS ?= test
