@@ -14,11 +14,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +30,7 @@ from .config import AutoEditConfig, EditConfig
 from .engine.ledger import Account, Piece, WeightDelta, fold
 from .engine.weights import get_module, get_weight, is_transposed, tensor_digest, uninterrupted
 from .errors import ArtifactError, BaseModelMismatchError, ConfigError, KeditError
+from .files import read_file, write_folder
 from .journal import Journal
 from .loading import load_base, load_tokenizer
 from .logging import get_logger
@@ -87,7 +86,7 @@ def save_artifact(model: EditableModel, folder: Path) -> None:
     config["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[CARD] = model_card(config, model.edits).encode("utf-8")
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode("utf-8")
-    write_folder(folder, files)
+    write_folder(folder, files, last=CONFIG, owned=_OURS)
 
 
 def check_destination(folder: Path) -> None:
@@ -104,35 +103,6 @@ def check_destination(folder: Path) -> None:
                 f"{str(folder)!r} already holds {meaning} ({name}); edits in the same folder would be applied twice"
                 " when it is loaded. Choose another folder."
             )
-
-
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files so that a reader sees the old set or the new set, never a mixture where that can be helped.
-
-    A new folder, or one that only holds such files, is replaced as a whole by a rename. In a folder with other
-    content, each file is replaced by a rename; a mixture after a crash is found by the hashes in the config.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for name, data in files.items():
-            with (temporary / name).open("wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-        os.chmod(temporary, 0o755)
-        existing = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-        if existing <= _OURS:
-            old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(temporary, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            for name in sorted(files, key=lambda n: n == CONFIG):  # the config with the hashes goes last
-                os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _pack(model: EditableModel) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -217,31 +187,13 @@ def find_artifact(name: str, *, revision: str | None = None, token: Any = None) 
             if not (folder / "config.json").is_file():
                 raise ArtifactError(f"{name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)")
             return None
-        return read_artifact(name, lambda file: _read_local(folder, file))
+        return read_artifact(name, partial(read_file, name))
     if folder.is_file():
         raise ArtifactError(f"{name!r} is a file; give the folder of a model or of saved edits")
-    from transformers.utils import cached_file
-
-    def fetch(file: str) -> bytes | None:
-        path = cached_file(
-            name,
-            file,
-            revision=revision,
-            token=token,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return Path(path).read_bytes() if path else None
-
+    fetch = partial(read_file, name, revision=revision, token=token)
     if fetch(CONFIG) is None:
         return None
     return read_artifact(name, fetch)
-
-
-def _read_local(folder: Path, file: str) -> bytes | None:
-    path = folder / file
-    return path.read_bytes() if path.is_file() else None
 
 
 def read_artifact(source: str, fetch: Any) -> Artifact:
