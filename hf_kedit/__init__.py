@@ -16,7 +16,11 @@ _LAZY = {
     "EditableModel": "model",
     "KeditError": "errors",
     "Probe": "requests",
+    "Comparison": "evaluation",
+    "collect_report": "evaluation",
     "evaluate_edits": "evaluation",
+    "list_metrics": "evaluation",
+    "load_metric": "evaluation",
     "load_edit_dataset": "data",
     "causal_trace": "locate",
     "load_requests": "requests",
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     from .config import AutoEditConfig, EditConfig
     from .data import load_edit_dataset
     from .errors import KeditError
-    from .evaluation import evaluate_edits
+    from .evaluation import Comparison, collect_report, evaluate_edits, list_metrics, load_metric
     from .journal import Edit
     from .locate import causal_trace, suggest_layers
     from .methods.alphaedit import AlphaEditConfig
@@ -50,6 +54,7 @@ __all__ = [
     "AlphaEditConfig",
     "AutoEditConfig",
     "COREConfig",
+    "Comparison",
     "EMMETConfig",
     "Edit",
     "EditConfig",
@@ -69,12 +74,15 @@ __all__ = [
     "UltraEditConfig",
     "__version__",
     "causal_trace",
+    "collect_report",
     "data",
     "embedded",
     "errors",
     "evaluate_edits",
     "evaluation",
+    "list_metrics",
     "load_edit_dataset",
+    "load_metric",
     "load_requests",
     "locate",
     "logging",

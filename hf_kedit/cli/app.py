@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import artifacts, bench, demo, edit, evaluate, inspect, methods, stats, trace
+from . import artifacts, bench, demo, edit, evaluate, inspect, methods, metrics, stats, trace
 
 app = typer.Typer(
     name="kedit",
@@ -46,6 +46,7 @@ app.command("list-methods")(methods.list_methods)
 app.command("stats")(stats.stats)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
+app.command("metrics")(metrics.metrics)
 
 
 def main() -> None:

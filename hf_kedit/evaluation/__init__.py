@@ -18,7 +18,7 @@ from .generation import Continuation, Sampling, generate_answers
 from .judges import CallableJudge, ExactMatchJudge, HFModelJudge, Judge, OpenAICompatibleJudge
 from .judging import Judged
 from .likelihood import Likelihood
-from .modules import list_metrics, load_metric
+from .modules import list_metrics, load_metric, write_space
 from .protocols import PROTOCOLS, Generation, Protocol, TeacherForced, register_protocol
 from .report import EvaluationReport
 from .runfolder import collect_report
@@ -61,4 +61,5 @@ __all__ = [
     "score_pairs",
     "try_score_pairs",
     "weight_drift",
+    "write_space",
 ]

@@ -1,139 +1,37 @@
-"""The metrics as modules of Hugging Face's `evaluate`: thin wrappers around `functional`, made when asked for.
+"""Metrics for `evaluate`: `load_metric` makes one, `write_space` writes the folder of one that can be published.
 
-`load_metric(name)` gives an ``evaluate.Metric``, with ``compute``, ``add``, ``add_batch`` and `evaluate.combine`.
-Nothing else in the library needs `evaluate`, which is an optional package.
+Such a folder is what ``evaluate.load(path)`` reads, and what a Space of the Hub holds. It needs the installed library,
+where the code is. Without `evaluate`, which is an optional package, the names can still be listed.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ..errors import EvaluationError, nearest, require_extra
-from . import likelihoods, metrics, texts
+from ..errors import DataError, EvaluationError, nearest, require_extra
 
-Compute = Callable[[str, dict[str, Any]], dict[str, Any]]
-"""Config name and columns → numbers."""
-
-
-def _accuracy(config: str, columns: dict[str, Any]) -> dict[str, Any]:
-    predictions, references = columns["predictions"], columns["references"]
-    if config == "token":
-        scores = [metrics.token_accuracy(p, r) for p, r in zip(predictions, references, strict=True)]
-    else:
-        scorer = metrics.ANSWER_SCORERS[config]
-        scores = [
-            max((scorer(p, answer) for answer in r), default=0.0) for p, r in zip(predictions, references, strict=True)
-        ]
-    return {f"{config}_acc": metrics.mean(scores), "n": len(scores)}
-
-
-def _locality(config: str, columns: dict[str, Any]) -> dict[str, Any]:
-    pairs = zip(columns["references"], columns["predictions"], strict=True)
-    compare = metrics.agreement if config == "token" else metrics.text_agreement
-    scores = [compare(before, after) for before, after in pairs]
-    return {"locality_agreement": metrics.mean(scores), "n": len(scores)}
-
-
-def _counterfact(config: str, columns: dict[str, Any]) -> dict[str, Any]:
-    cases: dict[Any, dict[str, list[tuple[float, float]]]] = {}
-    rows = zip(columns["case_id"], columns["kind"], columns["nll_new"], columns["nll_true"], strict=True)
-    for case, kind, new, true in rows:
-        cases.setdefault(case, {}).setdefault(kind, []).append((new, true))
-    unknown = {k for case in cases.values() for k in case} - set(likelihoods.COUNTERFACT_NAMES)
-    if unknown:
-        raise EvaluationError(f"unknown kind {sorted(unknown)[0]!r}; use {', '.join(likelihoods.COUNTERFACT_NAMES)}")
-    return {**likelihoods.counterfact_scores(list(cases.values())), "n": len(cases)}
-
-
-def _fluency(config: str, columns: dict[str, Any]) -> dict[str, Any]:
-    return dict(texts.fluency(columns["predictions"], config))
-
-
-def _perplexity(config: str, columns: dict[str, Any]) -> dict[str, Any]:
-    nlls, counts = columns["nll"], columns["n_tokens"]
-    scored = [nll for nll, n in zip(nlls, counts, strict=True) if n]
-    return {
-        "perplexity_pooled": likelihoods.pooled_perplexity(nlls, counts),
-        "perplexity_mean": likelihoods.mean_perplexity(scored),
-        "n": len(scored),
-    }
-
-
-def _sentiment(config: str, columns: dict[str, Any]) -> dict[str, Any]:
-    rows = zip(columns["wanted"], columns["unwanted"], columns["wanted_before"], strict=True)
-    scores = [likelihoods.edit_success(*row) for row in rows]
-    return {"edit_success": metrics.mean(scores), "n": len(scores)}
-
-
-def _text_overlap(config: str, columns: dict[str, Any]) -> dict[str, Any]:
-    pairs = list(zip(columns["predictions"], columns["references"], strict=True))
-    if config == "bleu":
-        return {"bleu": metrics.mean(texts.bleu(p, r) for p, r in pairs), "n": len(pairs)}
-    best = [max((texts.rouge(p, answer) for answer in r), key=lambda s: s["rougeL"]["f"]) for p, r in pairs]
-    numbers: dict[str, Any] = {}
-    for name in ("rouge1", "rouge2", "rougeL"):
-        numbers[name] = metrics.mean(scores[name]["f"] for scores in best)
-        numbers[f"{name}_recall"] = metrics.mean(scores[name]["recall"] for scores in best)
-    return {**numbers, "n": len(pairs)}
-
-
-_STRINGS, _IDS = ["string"], ["int64"]
-_MODULES: dict[str, tuple[str, Compute, dict[str, dict[str, Any]]]] = {
-    "kedit_accuracy": (
-        "Whether answers are right: token ids, or texts (`exact`, `contains`, `f1`) with several references.",
-        _accuracy,
-        {
-            "token": {"predictions": _IDS, "references": _IDS},
-            "exact": {"predictions": "string", "references": _STRINGS},
-            "contains": {"predictions": "string", "references": _STRINGS},
-            "f1": {"predictions": "string", "references": _STRINGS},
-        },
-    ),
-    "kedit_locality": (
-        "How far an edited model (predictions) says what the unedited one said (references): token ids, or texts.",
-        _locality,
-        {
-            "token": {"predictions": _IDS, "references": _IDS},
-            "text": {"predictions": "string", "references": "string"},
-        },
-    ),
-    "kedit_counterfact": (
-        "ES, PS, NS, EM, PM, NM and S from negative log-likelihoods of the new and the true answer.",
-        _counterfact,
-        {"default": {"case_id": "int64", "kind": "string", "nll_new": "float64", "nll_true": "float64"}},
-    ),
-    "kedit_fluency": (
-        "Weighted entropy of bigrams and trigrams, in bits.",
-        _fluency,
-        {name: {"predictions": "string"} for name in ("treebank", "words", "char")},
-    ),
-    "kedit_perplexity": (
-        "Pooled and mean perplexity from negative log-likelihoods per token and numbers of tokens.",
-        _perplexity,
-        {"default": {"nll": "float64", "n_tokens": "int64"}},
-    ),
-    "kedit_sentiment": (
-        "Edit success of sentiment and personality edits from mean token log-probabilities.",
-        _sentiment,
-        {"default": {"wanted": "float64", "unwanted": "float64", "wanted_before": "float64"}},
-    ),
-    "kedit_text_overlap": (
-        "ROUGE-1, -2 and -L (F and recall), or BLEU.",
-        _text_overlap,
-        {name: {"predictions": "string", "references": _STRINGS} for name in ("rouge", "bleu")},
-    ),
+_CLASSES = {
+    "kedit": "Kedit",
+    "kedit_accuracy": "KeditAccuracy",
+    "kedit_consistency": "KeditConsistency",
+    "kedit_counterfact": "KeditCounterfact",
+    "kedit_fluency": "KeditFluency",
+    "kedit_locality": "KeditLocality",
+    "kedit_perplexity": "KeditPerplexity",
+    "kedit_sentiment": "KeditSentiment",
+    "kedit_text_overlap": "KeditTextOverlap",
 }
 
 
 def list_metrics() -> list[str]:
     """Names that `load_metric` knows."""
-    return sorted(_MODULES)
+    return list(_CLASSES)
 
 
 def load_metric(name: str, config_name: str | None = None, prefix: str | None = None, **kwargs: Any) -> Any:
-    """Make an ``evaluate.Metric``.
+    """Make an ``evaluate.Metric``, with ``compute``, ``add``, ``add_batch``, and usable in ``evaluate.combine``.
 
     Args:
         name: see `list_metrics`; the prefix ``kedit_`` may be left out.
@@ -145,49 +43,118 @@ def load_metric(name: str, config_name: str | None = None, prefix: str | None = 
         EvaluationError: for an unknown name or variant; the nearest known one is given.
         MissingExtraError: if `evaluate` is not installed.
     """
-    full = name if name in _MODULES else f"kedit_{name}"
-    if full not in _MODULES:
-        raise EvaluationError(f"unknown metric {name!r}.{nearest(name, _MODULES)} Known: {', '.join(list_metrics())}.")
-    description, compute, variants = _MODULES[full]
-    config = next(iter(variants)) if config_name is None else config_name
-    if config not in variants:
-        raise EvaluationError(
-            f"{full} has no variant {config!r}.{nearest(str(config), variants)} It has: {', '.join(variants)}."
-        )
+    return _metric_class(_full_name(name))(config_name=config_name, prefix=prefix, **kwargs)
+
+
+def write_space(name: str, folder: str | Path) -> Path:
+    """Write a metric as a folder that ``evaluate.load`` reads and that can be pushed to the Hub as a Space.
+
+    Args:
+        name: see `list_metrics`; the prefix ``kedit_`` may be left out.
+        folder: the metric gets a folder of its name in it.
+
+    Returns:
+        The metric's folder, with ``<name>.py``, ``README.md``, ``app.py`` and ``requirements.txt``; files of these
+        names are overwritten.
+
+    Raises:
+        EvaluationError: for an unknown name.
+        MissingExtraError: if `evaluate` is not installed.
+        DataError: if the folder cannot be written.
+    """
+    full = _full_name(name)
+    metric = _metric_class(full)
+    files = {
+        f"{full}.py": _SCRIPT.format(name=full, metric=metric.__name__),
+        "README.md": _readme(full, metric),
+        "app.py": _APP.format(name=full),
+        "requirements.txt": "hf_kedit[eval]\n",
+    }
+    target = Path(folder) / full
     try:
-        evaluate: Any = importlib.import_module("evaluate")
+        target.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (target / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write the metric to {str(target)!r}: {error}") from error
+    return target
+
+
+def _full_name(name: str) -> str:
+    full = name if name in _CLASSES else f"kedit_{name}"
+    if full not in _CLASSES:
+        raise EvaluationError(f"unknown metric {name!r}.{nearest(name, _CLASSES)} Known: {', '.join(_CLASSES)}.")
+    return full
+
+
+def _metric_class(full: str) -> Any:
+    try:
+        importlib.import_module("evaluate")
     except ImportError as error:
-        raise require_extra("evaluate", "eval", "load_metric") from error
-    return _metric_class(evaluate, full, description, compute, variants)(config_name=config, prefix=prefix, **kwargs)
+        raise require_extra("evaluate", "eval", "a metric for evaluate") from error
+    from . import evaluate_modules
+
+    return getattr(evaluate_modules, _CLASSES[full])
 
 
-def _metric_class(
-    evaluate: Any, name: str, description: str, compute: Compute, variants: Mapping[str, Mapping[str, Any]]
-) -> Any:
-    import datasets
+# ---------------------------------------------------------------------- the files of a Space
 
-    def feature(kind: str | Sequence[str]) -> Any:
-        return datasets.Value(kind) if isinstance(kind, str) else datasets.List(datasets.Value(kind[0]))
+# `evaluate` takes the first metric class that it finds in the script: nothing else may be imported into it.
+_SCRIPT = '''"""The metric {name} of hf_kedit, for evaluate.load."""
 
-    def __init__(self: Any, *args: Any, prefix: str | None = None, **kwargs: Any) -> None:
-        self.prefix = prefix  # before super(), which calls _info()
-        evaluate.Metric.__init__(self, *args, **kwargs)
+from hf_kedit.evaluation.evaluate_modules import {metric}  # noqa: F401
+'''
 
-    def _info(self: Any) -> Any:
-        columns = variants[self.config_name]
-        return evaluate.MetricInfo(
-            description=description,
-            citation="",
-            inputs_description=", ".join(columns),
-            features=datasets.Features({column: feature(kind) for column, kind in columns.items()}),
-        )
+_APP = """import evaluate
+from evaluate.utils import launch_gradio_widget
 
-    def _compute(self: Any, **columns: Any) -> dict[str, Any]:
-        # `combine` passes the columns of the other modules, too.
-        own = {column: columns[column] for column in variants[self.config_name]}
-        numbers = compute(self.config_name, own)
-        return {f"{self.prefix}_{k}": v for k, v in numbers.items()} if self.prefix else numbers
+launch_gradio_widget(evaluate.load("{name}.py"))
+"""
 
-    title = "".join(word.capitalize() for word in name.split("_"))
-    body = {"__init__": __init__, "_info": _info, "_compute": _compute, "__doc__": description}
-    return type(title, (evaluate.Metric,), body | {"__module__": __name__})
+_README = """---
+title: {name}
+sdk: gradio
+app_file: app.py
+pinned: false
+license: apache-2.0
+tags:
+- evaluate
+- metric
+- knowledge-editing
+description: >-
+  {summary}
+---
+
+# {name}
+
+{description}
+
+```python
+import evaluate
+
+metric = evaluate.load("{name}"{config})  # or the path of this folder
+{call}
+```
+
+| variant (`config_name`) | columns |
+| --- | --- |
+{variants}
+
+The code is part of hf_kedit (`pip install "hf_kedit[eval]"`); its documentation says how the numbers are defined.
+"""
+
+
+def _readme(name: str, metric: Any) -> str:
+    lines = [line.strip() for line in (metric.__doc__ or "").splitlines()]
+    first = next(iter(metric.variants))
+    columns = ", ".join(f"{column}={value!r}" for column, value in metric.example.items()) or "…"
+    return _README.format(
+        name=name,
+        summary=lines[0],
+        description="\n".join(lines).strip(),
+        config="" if first == "default" else f', "{first}"',
+        call=f"metric.compute({columns})",
+        variants="\n".join(
+            f"| `{variant}` | {', '.join(f'`{c}`' for c in columns)} |" for variant, columns in metric.variants.items()
+        ),
+    )

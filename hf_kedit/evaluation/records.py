@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ from .summaries import easyedit_request
 
 STANDARD = ("rewrite", "rephrase", "locality", "portability")
 Answers = Mapping[Query, Output]
+
+
+def queries_of(protocol: Protocol, cases: Iterable[Case]) -> list[Query]:
+    """All queries of some cases, each once, in order."""
+    questions = (question for case in cases for question in protocol.questions(case.request))
+    return list(dict.fromkeys(query for question in questions for query in protocol.queries(question)))
 
 
 def make_record(

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,7 +41,7 @@ from .cases import (
 )
 from .distributions import perplexity
 from .protocols import Output, Protocol, Query, resolve_protocols
-from .records import make_record, plain
+from .records import make_record, plain, queries_of
 from .report import EvaluationReport
 from .runfolder import RunFolder, assemble
 
@@ -330,7 +330,7 @@ class _Run:
         groups = [[cases[n] for n in step.cases] for step in steps] if self.same_batches else [everything]
         for protocol in self.protocols:
             for group in groups:
-                queries = _queries(protocol, group)
+                queries = queries_of(protocol, group)
                 keys = self._cache_keys(protocol, queries)
                 found = {q: hit for q in queries if (hit := self.cache.get(keys[q])) is not None}
                 missing = [q for q in queries if q not in found]
@@ -372,7 +372,7 @@ class _Run:
         records = []
         for protocol in self.protocols:
             began = time.perf_counter()
-            queries = _queries(protocol, cases)
+            queries = queries_of(protocol, cases)
             name = self._batches_name(queries)
             if (protocol.name, name) not in self.pre:  # an edit of the group failed: the batches are smaller now
                 name = next(n for p, n in self.pre if p == protocol.name and set(queries) <= self.pre[p, n].keys())
@@ -380,7 +380,7 @@ class _Run:
             asked: dict[int, dict[Query, Query]] = {}
             if self.transform is not None:
                 for case in cases:
-                    own = _queries(protocol, [case])
+                    own = queries_of(protocol, [case])
                     asked[case.number] = {(p, a): (self.transform(case.request, p), a) for p, a in own}
                 queries = list(dict.fromkeys(new for own in asked.values() for new in own.values()))
             after = self.outputs(protocol, queries)
@@ -485,9 +485,3 @@ class _Run:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _queries(protocol: Protocol, cases: Iterable[Case]) -> list[Query]:
-    """All queries of some cases, each once, in order."""
-    questions = (question for case in cases for question in protocol.questions(case.request))
-    return list(dict.fromkeys(query for question in questions for query in protocol.queries(question)))

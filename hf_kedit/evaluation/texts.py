@@ -6,17 +6,20 @@ Word splitting is always named, because it moves the numbers. What is undefined 
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import EvaluationError, nearest, require_extra
+import numpy as np
+
+from ..errors import DataError, EvaluationError, nearest, require_extra
 from ..tokens import is_cjk
 
-WordTokenizer = Literal["treebank", "words", "char"]
 Words = Callable[[str], list[str]]
 
 
@@ -234,7 +237,34 @@ def consistency(
     """
     left, right = (
         {w: n * idf[vocabulary[w]] for w, n in Counter(words).items() if w in vocabulary}
-        for words in (re.findall(r"\b\w\w+\b", " ".join(t).lower()) for t in (texts, references))
+        for words in map(_tfidf_words, (texts, references))
     )
     norm = math.sqrt(sum(v * v for v in left.values()) * sum(v * v for v in right.values()))
     return sum(v * right.get(w, 0.0) for w, v in left.items()) / norm if norm else 0.0
+
+
+def equal_weights(references: Sequence[str]) -> tuple[dict[str, int], list[float]]:
+    """Vocabulary and weights for `consistency` without a release of them: all words of ``references``, weight 1."""
+    words = dict.fromkeys(_tfidf_words(references))
+    return {word: place for place, word in enumerate(words)}, [1.0] * len(words)
+
+
+def read_vectorizer(folder: str | Path) -> tuple[dict[str, int], list[float]]:
+    """Vocabulary and inverse document frequencies of the CounterFact release: ``tfidf_vocab.json`` and ``idf.npy``.
+
+    Raises:
+        DataError: if a file is missing or they do not belong together.
+    """
+    try:
+        vocabulary = json.loads((Path(folder) / "tfidf_vocab.json").read_text(encoding="utf-8"))
+        idf = np.load(Path(folder) / "idf.npy").astype(float).tolist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(folder)!r} must hold tfidf_vocab.json and idf.npy of CounterFact: {error}") from error
+    if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(idf))):
+        raise DataError(f"{str(folder)!r}: tfidf_vocab.json and idf.npy do not belong together")
+    return vocabulary, idf
+
+
+def _tfidf_words(texts: Sequence[str]) -> list[str]:
+    """Lower-case words of at least two characters of all texts."""
+    return re.findall(r"\b\w\w+\b", " ".join(texts).lower())

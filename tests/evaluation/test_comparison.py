@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from huggingface_hub import ModelCardData
 
 from hf_kedit.errors import DataError, EvaluationError
 from hf_kedit.evaluation import Comparison, EvaluationReport, Fluency, Generation, evaluate_edits
@@ -137,14 +138,10 @@ def test_rows_and_tables(comparison, tmp_path):
     row = next(r for r in rows if (r["label"], r["protocol"], r["when"]) == ("weak", "likelihood", "final"))
     assert row["post_counterfact_ES"] == comparison.reports["weak"].summary("likelihood")["post"]["counterfact"]["ES"]
     assert json.loads(comparison.to_json(tmp_path / "c.json")) == rows
-    pytest.importorskip("pandas")
     assert len(comparison.to_pandas()) == len(rows)
 
 
 def test_model_index(comparison):
-    pytest.importorskip("yaml")
-    from huggingface_hub import ModelCardData
-
     report = comparison.reports["weak"]
     index = report.to_model_index("me/edited", "World facts")
     assert index[0]["name"] == "me/edited"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
+import evaluate
+import numpy as np
 import pytest
+import yaml
+from typer.testing import CliRunner
 
-from hf_kedit.errors import EvaluationError
-from hf_kedit.evaluation import functional, list_metrics, load_metric
-
-evaluate = pytest.importorskip("evaluate")
+import hf_kedit
+from hf_kedit.cli import app
+from hf_kedit.errors import DataError, EvaluationError
+from hf_kedit.evaluation import evaluate_edits, evaluate_modules, functional, list_metrics, load_metric, write_space
 
 
 @pytest.fixture
@@ -18,10 +28,15 @@ def load(tmp_path):
 
 
 def test_every_module_loads(load):
-    assert len(list_metrics()) == 7
+    classes = {c.__name__ for c in evaluate_modules.KeditMetric.__subclasses__()}
+    assert len(list_metrics()) == len(classes) == 9
     for name in list_metrics():
-        assert isinstance(load(name), evaluate.Metric)
-        assert load(name.removeprefix("kedit_")).name == load(name).name
+        metric = load(name)
+        assert isinstance(metric, evaluate.Metric) and metric.name == name
+        assert load(name.removeprefix("kedit_")).name == name
+        for variant in metric.variants:
+            assert set(load(name, variant).features) == set(metric.variants[variant])
+    assert hf_kedit.load_metric is load_metric and hf_kedit.list_metrics is list_metrics
 
 
 def test_accuracy(load):
@@ -71,3 +86,113 @@ def test_unknown_names(load):
         load("kedit_fluent")
     with pytest.raises(EvaluationError, match="no variant"):
         load("accuracy", "bleu")
+
+
+def test_consistency_with_and_without_a_vectorizer(load, tmp_path):
+    columns = {"predictions": [["Rome, Italy"]], "references": [["the rome", "italy unknown"]]}
+    (tmp_path / "tfidf_vocab.json").write_text(json.dumps({"rome": 0, "italy": 1, "the": 2}))
+    np.save(tmp_path / "idf.npy", np.array([2.0, 3.0, 0.0]))
+    found = load("consistency").compute(**columns, vectorizer=str(tmp_path))
+    assert found == {"reference_score": pytest.approx(1.0), "n": 1}
+    assert load("consistency").compute(**columns)["reference_score"] == pytest.approx(2 / math.sqrt(2 * 4))
+    np.save(tmp_path / "idf.npy", np.array([2.0, 3.0]))
+    with pytest.raises(DataError, match="belong together"):
+        load("consistency").compute(**columns, vectorizer=str(tmp_path))
+    with pytest.raises(DataError, match="must hold"):
+        load("consistency").compute(**columns, vectorizer=str(tmp_path / "none"))
+
+
+def test_the_umbrella_measures_a_model_as_it_is(load, editable, rows, cache):
+    report = evaluate_edits(editable, rows, protocol="teacher_forced", cache=cache)
+    asked = {"model": editable, "tokenizer": editable.tokenizer, "requests": [json.dumps(row) for row in rows]}
+    before = load("kedit").compute(**asked)
+    pre = report.summary()["pre"]
+    assert before == {**{k: pytest.approx(v) for k, v in pre.items() if isinstance(v, float)}, "n": 3}
+    assert set(before) == {"rewrite_acc", "rephrase_acc", "locality_accuracy", "portability", "n"}
+    editable.edit(rows[0])
+    after = load("kedit").compute(**{**asked, "requests": [json.dumps(rows[0])]})
+    assert after["rewrite_acc"] == pytest.approx(report.cases[0]["post"]["rewrite_acc"][0])
+    with pytest.raises(EvaluationError, match="asks a model"):
+        load("kedit").compute(requests=[json.dumps(rows[0])])
+
+
+FROM_A_FOLDER = """
+import json, sys
+from pathlib import Path
+import evaluate
+
+found = {}
+modules = []
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    metric = evaluate.load(str(folder))
+    by_file = evaluate.load(str(folder / f"{folder.name}.py"))
+    assert type(metric).__name__ == type(by_file).__name__ and metric.name == folder.name
+    if metric.example:
+        metric.add_batch(**metric.example)
+        found[folder.name] = metric.compute()
+        modules.append((metric, evaluate.load(str(folder))))
+    if len(metric.variants) > 1:
+        variant = list(metric.variants)[1]
+        assert set(evaluate.load(str(folder), variant).features) == set(metric.variants[variant])
+pair = evaluate.combine([str(Path(sys.argv[1]) / n) for n in ("kedit_perplexity", "kedit_sentiment")])
+found["both"] = pair.compute(nll=[1.0], n_tokens=[3], wanted=[0.0], unwanted=[0.0], wanted_before=[0.0])
+print(json.dumps(found))
+"""
+
+
+def test_published_folders_load_offline_in_a_fresh_process(load, tmp_path):
+    spaces = tmp_path / "spaces"
+    for name in list_metrics():
+        folder = write_space(name, spaces)
+        assert {f.name for f in folder.iterdir()} == {f"{name}.py", "README.md", "app.py", "requirements.txt"}
+        readme = (folder / "README.md").read_text()
+        about = yaml.safe_load(readme.split("---")[1])
+        assert about["title"] == name and about["sdk"] == "gradio" and about["app_file"] == "app.py"
+        assert about["description"] in load(name).__doc__
+        compile((folder / "app.py").read_text(), "app.py", "exec")
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_EVALUATE_OFFLINE": "1",
+        "PYTHONPATH": str(Path(hf_kedit.__file__).parents[1]),
+    }
+    command = [sys.executable, "-c", FROM_A_FOLDER, str(spaces)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("both") == {
+        "perplexity_pooled": pytest.approx(math.e),
+        "perplexity_mean": pytest.approx(math.e),
+        "edit_success": 0.5,
+        "kedit_perplexity_n": 1,
+        "kedit_sentiment_n": 1,
+    }
+    assert set(found) == set(list_metrics()) - {"kedit"}
+    for name, numbers in found.items():
+        metric = load(name)
+        assert numbers == pytest.approx(metric.compute(**metric.example))
+
+
+def test_the_command_lists_and_writes(tmp_path):
+    listed = CliRunner().invoke(app, ["metrics", "--format", "json"])
+    assert listed.exit_code == 0 and [m["name"] for m in json.loads(listed.stdout)["metrics"]] == list_metrics()
+    written = CliRunner().invoke(app, ["metrics", "accuracy", "--output", str(tmp_path), "--format", "quiet"])
+    assert written.stdout.split() == [str(tmp_path / "kedit_accuracy")]
+    assert (tmp_path / "kedit_accuracy" / "kedit_accuracy.py").exists()
+    assert CliRunner().invoke(app, ["metrics", "acuracy"]).exit_code == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        write_space("accuracy", tmp_path / "file")
+
+
+def test_a_read_only_home_needs_a_cache_folder_only(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    home.chmod(stat.S_IREAD | stat.S_IEXEC)
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", home / "metrics")
+    metric = load_metric("accuracy", cache_dir=str(tmp_path / "own"))
+    assert metric.compute(predictions=[[1]], references=[[1]])["token_acc"] == 1.0
+    assert list(home.iterdir()) == []

@@ -6,6 +6,7 @@ import io
 import json
 import math
 
+import pandas
 import pytest
 from rich.console import Console
 
@@ -154,7 +155,6 @@ def test_dataset(report):
 
 
 def test_pandas(report):
-    pandas = pytest.importorskip("pandas")
     frame = report.to_pandas("generation")
     assert isinstance(frame, pandas.DataFrame) and len(frame) == 3
 
