@@ -1,13 +1,16 @@
-"""Settings that every test shares: no network, caches in a temporary folder, one quiet library."""
+"""Settings that every test shares: a Hub on this machine and no other, caches in a temporary folder, no bars."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+from hf_kedit.testing.hub import LoopbackHub
+
+# Every request for the Hub goes to a server of this process. The libraries read its address when they are imported.
+LOOPBACK = LoopbackHub(orgs={"org": ("user",), "XiaojieGu": ("user",)}).start()
+os.environ.update(LOOPBACK.environment(tempfile.mkdtemp(prefix="kedit-test-home-")))
 os.environ.setdefault("HF_KEDIT_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_KEDIT_CACHE", tempfile.mkdtemp(prefix="kedit-test-cache-"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,3 +35,11 @@ def world_gpt2() -> EditableModel:
 def world_llama() -> EditableModel:
     """A fresh copy of the embedded Llama-layout model, with ROME chosen."""
     return EditableModel.from_pretrained("kedit/world-llama", "rome")
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    """The session's Hub, empty before and after."""
+    LOOPBACK.reset()
+    yield LOOPBACK
+    LOOPBACK.reset()

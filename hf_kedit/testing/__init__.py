@@ -1,0 +1,1 @@
+"""What tests of hf_kedit, and of programs that use it, need: a Hub on this machine. Imports nothing of the library."""
