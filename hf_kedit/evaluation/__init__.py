@@ -7,7 +7,7 @@ report.summary()["post"]
 
 from __future__ import annotations
 
-from . import functional, metrics
+from . import functional, metrics, scenarios
 from .bench import BenchPlan, collect_bench, run_bench
 from .cache import PreEditCache
 from .comparison import Comparison
@@ -58,6 +58,7 @@ __all__ = [
     "perplexity",
     "register_protocol",
     "run_bench",
+    "scenarios",
     "score_pairs",
     "try_score_pairs",
     "weight_drift",

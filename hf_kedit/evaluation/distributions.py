@@ -121,6 +121,23 @@ def perplexity(
     )
 
 
+def essence_score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, snippets: Sequence[str], max_tokens: int = 100
+) -> float | None:
+    """Essence drift (Meng et al. 2022): perplexity of texts about the edited subject; compare before and after.
+
+    Args:
+        model: causal language model (or an `EditableModel`, with its edits).
+        tokenizer: of the model.
+        snippets: texts about the subject, in CounterFact the attribute snippets whose name is the subject; joined by
+            a space.
+        max_tokens: the joined text is cut to so many.
+    """
+    ids = encode_text(tokenizer, " ".join(snippets)).ids[:max_tokens]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return perplexity(model, tokenizer, [str(text)]).pooled
+
+
 def _windows(text: int, ids: Sequence[int], length: int, step: int) -> Iterator[_Window]:
     """Cut a text so that every token but the first is scored exactly once."""
     done = 1

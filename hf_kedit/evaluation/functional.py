@@ -1,12 +1,12 @@
 """All metrics as pure functions, in one place. None of them needs the package `evaluate`, most not even a model.
 
-`metrics` (one probe, aggregation), `texts` (words and n-grams), `likelihoods` (log-probabilities) and `drift`
-(weights, cost) hold the code.
+`metrics` (one probe, aggregation), `texts` (words and n-grams), `likelihoods` (log-probabilities), `drift` (weights,
+cost) and `scenarios` (opinions, concepts, safety, forgetting, lifelong, multi-hop) hold the code.
 """
 
 from __future__ import annotations
 
-from .distributions import Perplexity, locality_divergence, perplexity
+from .distributions import Perplexity, essence_score, locality_divergence, perplexity
 from .drift import (
     collapse_state,
     drift_summary,
@@ -42,6 +42,27 @@ from .metrics import (
     text_agreement,
     token_accuracy,
 )
+from .scenarios import (
+    ccks_score,
+    closer_definition,
+    distinct_ngrams,
+    embedding_similarity,
+    first_sentence,
+    forget_scores,
+    instance_change,
+    lifelong_scores,
+    mean_log_probability,
+    membership_prompt,
+    multi_hop_scores,
+    opinion_success,
+    personality_scores,
+    ranked_agreement,
+    refusal_rate,
+    repetition_rate,
+    safety_prompts,
+    safety_scores,
+    yes_or_no,
+)
 from .texts import (
     bleu,
     clean_for_fluency,
@@ -62,38 +83,58 @@ __all__ = [
     "best_alias",
     "bleu",
     "case_mean",
+    "ccks_score",
     "clean_for_fluency",
+    "closer_definition",
     "collapse_state",
     "consistency",
     "contains",
     "counterfact_pair",
     "counterfact_scores",
     "dataset_mean",
+    "distinct_ngrams",
     "divergence",
     "drawdown",
     "drift_summary",
     "edit_success",
     "efficiency",
+    "embedding_similarity",
     "entropy",
+    "essence_score",
     "exact",
     "f1",
+    "first_sentence",
     "fluency",
+    "forget_scores",
     "harmonic_score",
+    "instance_change",
+    "lifelong_scores",
     "locality_divergence",
     "matrix_drift",
     "mean",
+    "mean_log_probability",
     "mean_perplexity",
+    "membership_prompt",
+    "multi_hop_scores",
     "ngram_entropy",
     "nonfinite_share",
     "normalise_answer",
+    "opinion_success",
     "perplexity",
+    "personality_scores",
     "pooled_perplexity",
     "prefix_agreement",
+    "ranked_agreement",
+    "refusal_rate",
+    "repetition_rate",
     "rouge",
+    "safety_prompts",
+    "safety_scores",
     "surprise_rate",
     "text_agreement",
     "token_accuracy",
     "token_f1",
     "top_k_overlap",
     "weight_drift",
+    "yes_or_no",
 ]

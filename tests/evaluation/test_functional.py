@@ -188,6 +188,15 @@ def test_perplexity_does_not_depend_on_the_batch_and_windows_score_each_token_on
         F.perplexity(gpt2, tokenizer, texts, max_length=4, stride=4)
 
 
+def test_essence_is_the_perplexity_of_the_beginning(gpt2, tokenizer):
+    snippets = ["Ada Bell was born in Bergen.", "The capital of Norland is Oslo."]
+    whole = F.perplexity(gpt2, tokenizer, [" ".join(snippets)]).pooled
+    assert F.essence_score(gpt2, tokenizer, snippets) == pytest.approx(whole)
+    ids = tokenizer(" ".join(snippets))["input_ids"][:9]
+    start = F.perplexity(gpt2, tokenizer, [tokenizer.decode(ids)]).pooled
+    assert F.essence_score(gpt2, tokenizer, snippets, max_tokens=9) == pytest.approx(start)
+
+
 def test_pooled_and_mean_perplexity_differ():
     assert F.pooled_perplexity([1.0, 3.0], [30, 10]) == pytest.approx(math.exp(1.5))
     assert F.mean_perplexity([1.0, 3.0]) == pytest.approx((math.e + math.exp(3)) / 2)
