@@ -60,3 +60,17 @@ def test_the_method_written_on_the_page_works(tmp_path: Path) -> None:
     assert len(printed) == len(expected) > 0
     for shown, wanted in zip(printed, expected, strict=True):
         assert _agree(shown, wanted), f"printed {shown!r}, the comment says {wanted!r}"
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (DOCS / "notebooks").glob("*.ipynb")))
+def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell runs; the last ones assert what the text claims."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(DOCS / "notebooks" / name, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    assert "assert" in "".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
