@@ -26,7 +26,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
 from .card import model_card
-from .config import AutoEditConfig, EditConfig
+from .config import CONFIG_NAME, AutoEditConfig, EditConfig
 from .engine.ledger import Account, Piece, WeightDelta, fold
 from .engine.weights import get_module, get_weight, is_transposed, tensor_digest, uninterrupted
 from .errors import ArtifactError, BaseModelMismatchError, ConfigError, KeditError
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 FORMAT_VERSION = 1
-CONFIG, WEIGHTS, JOURNAL, CARD = "edit_config.json", "edit_model.safetensors", "edits.jsonl", "README.md"
+CONFIG, WEIGHTS, JOURNAL, CARD = CONFIG_NAME, "edit_model.safetensors", "edits.jsonl", "README.md"
 STATE = "state."
 _OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, ".gitattributes"}
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")

@@ -90,6 +90,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     return EncodedText(ids[:end], offsets[:end] if offsets is not None else None, special[:end])
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPair:
+    """Tokenise a text that no target follows."""
+    encoded = encode_text(tokenizer, text)
+    return EncodedPair(encoded.ids, len(encoded.ids), encoded.offsets, text)
+
+
 def separator_between(prompt: str, target: str) -> str:
     """Return what joins prompt and target: one space, or nothing where white space or CJK makes it wrong."""
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace() or is_cjk(target[0]):
@@ -246,6 +252,10 @@ class TokenBatch:
             self.position_ids.to(device),
             self.starts.to(device),
         )
+
+    def select(self, rows: torch.Tensor | slice) -> TokenBatch:
+        """Return some of the rows, chosen by indices ``[n]``, a mask ``[rows]`` or a slice."""
+        return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.starts[rows])
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

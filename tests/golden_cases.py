@@ -69,6 +69,16 @@ class Case:
         )
         assert float(difference) <= tolerance, f"{self.name} {label}: off by {float(difference):.2e} > {tolerance:.0e}"
 
+    def within(self, name: str, actual: torch.Tensor) -> None:
+        """Compare one tensor by its own tolerance: the largest difference, or largest and 99th percentile."""
+        expected, tolerance = self.expected[name], self.spec["tolerance"][name]
+        assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+        difference = (actual.detach().float() - expected.float()).abs()
+        limits = tolerance if isinstance(tolerance, dict) else {"max": tolerance}
+        assert float(difference.max()) <= limits["max"], (name, float(difference.max()))
+        if "p99" in limits:
+            assert float(difference.flatten().quantile(0.99)) <= limits["p99"], name
+
 
 def load_model(name: str) -> tuple[Any, Any]:
     """A fresh golden model (``gpt2``, ``llama``, ``t5``) and its tokenizer."""

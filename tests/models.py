@@ -36,14 +36,11 @@ _GQA = {**_BASE, "num_key_value_heads": KV_HEADS}
 _HEAD8 = {**_GQA, "head_dim": 8}
 _WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _MOE = {**_GQA, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {"kv_lora_rank": 12, "q_lora_rank": 14, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _MLA = {
     **_BASE,
+    **LATENT,
     "num_key_value_heads": HEADS,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 14,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_group": 1,

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import AnatomyError, UnsupportedModelError
 from ..logging import get_logger, warn_once
-from .outputs import block_output, replace_block_output
+from .outputs import block_output, hooks, module_input, replace_block_output
 from .running import dense_weight, forward, sample_ids, tolerance_of, undisturbed, wide_copy
 from .structure import norm_candidates
 from .types import Anatomy, GateHalf, LayerAnatomy, Projection
@@ -110,11 +111,10 @@ class _Checker:
 
     def _observe(self) -> tuple[_Seen, Any]:
         seen = _Seen()
-        handles: list[Any] = []
 
-        def listen(path: str, *, keep: bool = True, raw: bool = False) -> None:
+        def watch(path: str, *, keep: bool = True, raw: bool = False) -> RemovableHandle:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+                given = module_input(args, kwargs)
                 tensor = block_output(output)
                 seen.order.append(path)
                 seen.tuples.setdefault(path, isinstance(output, (tuple, list)))
@@ -128,23 +128,20 @@ class _Checker:
                     seen.outputs[path] = wide_copy(tensor)
                     seen.inputs.update({path: seen.last_inputs[path]} if path in seen.last_inputs else {})
 
-            handles.append(self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+            return self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
 
-        try:
+        with hooks() as add:
             for layer in self.anatomy.layers:
-                listen(layer.path, raw=layer.index == self.anatomy.num_layers - 1)
+                add(watch(layer.path, raw=layer.index == self.anatomy.num_layers - 1))
                 for path in dict.fromkeys(p.path for p in (*layer.ups, *((layer.down,) if layer.down else ()))):
-                    listen(path)
+                    add(watch(path))
                 if layer.attention is not None:
-                    listen(layer.attention)
+                    add(watch(layer.attention))
                     for projection in self._inside(layer, layer.attention):
-                        listen(projection.path, keep=projection.out_features == self.anatomy.hidden_size)
+                        add(watch(projection.path, keep=projection.out_features == self.anatomy.hidden_size))
             for path in self._norms():
-                listen(path)
+                add(watch(path))
             output = forward(self.model, self.anatomy, self.ids, hidden_states=True)
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen, output
 
     def _inside(self, layer: LayerAnatomy, path: str) -> list[Projection]:
@@ -306,45 +303,41 @@ class _Checker:
         rows, width = len(layers) + 1, self.ids.shape[1]
         added: dict[str, torch.Tensor] = {}
         moved: dict[str, torch.Tensor] = {}
-        handles: list[Any] = []
-        for row, layer in enumerate(layers, start=1):
-            assert layer.down is not None
-            # As large as the stream itself: well above rounding, and enough to show a normalisation.
-            size = max(float(seen.outputs[layer.path].square().mean().sqrt()), 1e-6)
+        with hooks() as add:
+            for row, layer in enumerate(layers, start=1):
+                assert layer.down is not None
+                # As large as the stream itself: well above rounding, and enough to show a normalisation.
+                size = max(float(seen.outputs[layer.path].square().mean().sqrt()), 1e-6)
 
-            def at_down(
-                _: Any,
-                __: Any,
-                output: Any,
-                *,
-                path: str = layer.path,
-                row: int = row,
-                size: float = size,
-            ) -> Any:
-                if path in added:
-                    return None  # a block that runs several times is disturbed once
-                tensor = block_output(output)
-                new = tensor.clone(memory_format=torch.contiguous_format)
-                view = new if new.dim() == 3 else new.view(rows, -1, new.shape[-1])
-                before = wide_copy(view[row])
-                view[row] += size * _signs(before.shape).to(new)
-                # What was really added, after rounding to the dtype of the activations.
-                added[path] = wide_copy(view[row]) - before
-                return replace_block_output(output, new)
-
-            def after(_: Any, __: Any, output: Any, *, path: str = layer.path, row: int = row) -> None:
-                if path not in moved:
+                def at_down(
+                    _: Any,
+                    __: Any,
+                    output: Any,
+                    *,
+                    path: str = layer.path,
+                    row: int = row,
+                    size: float = size,
+                ) -> Any:
+                    if path in added:
+                        return None  # a block that runs several times is disturbed once
                     tensor = block_output(output)
-                    moved[path] = wide_copy(tensor[row]) - wide_copy(tensor[0])
+                    new = tensor.clone(memory_format=torch.contiguous_format)
+                    view = new if new.dim() == 3 else new.view(rows, -1, new.shape[-1])
+                    before = wide_copy(view[row])
+                    view[row] += size * _signs(before.shape).to(new)
+                    # What was really added, after rounding to the dtype of the activations.
+                    added[path] = wide_copy(view[row]) - before
+                    return replace_block_output(output, new)
 
-            handles.append(self.model.get_submodule(layer.down.path).register_forward_hook(at_down))
-            handles.append(self.model.get_submodule(layer.path).register_forward_hook(after))
-        try:
+                def after(_: Any, __: Any, output: Any, *, path: str = layer.path, row: int = row) -> None:
+                    if path not in moved:
+                        tensor = block_output(output)
+                        moved[path] = wide_copy(tensor[row]) - wide_copy(tensor[0])
+
+                add(self.model.get_submodule(layer.down.path).register_forward_hook(at_down))
+                add(self.model.get_submodule(layer.path).register_forward_hook(after))
             if layers:
                 forward(self.model, self.anatomy, self.ids[:1].expand(rows, width).contiguous())
-        finally:
-            for handle in handles:
-                handle.remove()
         tolerance = _ADDITIVE_TOLERANCE.get(seen.raw_dtype(), 3e-2)
         additive: list[bool] = []
         scales: list[float | None] = []

@@ -1,14 +1,17 @@
-"""The one accessor for what a block or an attention module returns.
+"""What goes into a module and comes out of it, and hooks that are always removed.
 
 Some families return the hidden states as a bare tensor, others a tuple that starts with them. ``output[0]`` on a
-bare tensor silently takes row 0 of the batch.
+bare tensor silently takes row 0 of the batch. Likewise some pass them in by position, others by keyword.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 def block_output(output: Any) -> torch.Tensor:
@@ -22,3 +25,32 @@ def replace_block_output(output: Any, new: torch.Tensor) -> Any:
         rest = (new, *output[1:])
         return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
     return new
+
+
+def module_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a module's input: its first argument, however it was passed; ``None`` if there is none."""
+    return args[0] if args else kwargs.get(_input_name(kwargs))
+
+
+def replace_module_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], new: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the same arguments with the module's input replaced by ``new``."""
+    if args:
+        return (new, *args[1:]), kwargs
+    return args, {**kwargs, _input_name(kwargs): new}
+
+
+def _input_name(kwargs: dict[str, Any]) -> str:
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
+
+
+@contextlib.contextmanager
+def hooks() -> Iterator[Callable[[RemovableHandle], None]]:
+    """Yield a function that takes the handle of a hook; at the end of the block all of them are removed."""
+    with contextlib.ExitStack() as stack:
+
+        def add(handle: RemovableHandle) -> None:
+            stack.callback(handle.remove)
+
+        yield add

@@ -7,18 +7,19 @@ change module outputs in place afterwards.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ..anatomy.outputs import block_output as first
+from ..anatomy.outputs import hooks, module_input, replace_module_input
 from ..anatomy.outputs import replace_block_output as with_first
 from .forward import model_inputs
 from .weights import get_module
 
-__all__ = ["Tap", "as_rows", "capture_at", "first", "listen", "stream_states", "with_first"]
+__all__ = ["Tap", "as_rows", "capture_at", "first", "listen", "rewritten", "stream_states", "with_first"]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,27 +55,49 @@ def as_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 def listen(
     model: torch.nn.Module, taps: Sequence[Tap], receive: Callable[[Tap, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Call ``receive(tap, tensor)`` for every tap during forwards inside the block; hooks are always removed."""
-    handles = []
-    try:
-        for tap in dict.fromkeys(taps):
+    """Call ``receive(tap, tensor)`` for every tap during forwards inside the block."""
+
+    def watching(tap: Tap) -> Callable[[torch.Tensor], None]:
+        return lambda state: receive(tap, state)
+
+    with rewritten(model, {tap: watching(tap) for tap in taps}):
+        yield
+
+
+@contextlib.contextmanager
+def rewritten(
+    model: torch.nn.Module, changes: Mapping[Tap, Callable[[torch.Tensor], torch.Tensor | None]]
+) -> Iterator[None]:
+    """Let functions replace what goes into or comes out of modules during forwards inside the block.
+
+    Args:
+        model: whose modules are hooked; the hooks are always removed.
+        changes: tap → function of the state, which returns the state to go on with, or ``None`` for the same one.
+    """
+    with hooks() as add:
+        for tap, change in changes.items():
             module = get_module(model, tap.module)
             if tap.kind == "input":
-
-                def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tap: Tap = tap) -> None:
-                    receive(tap, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
-
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                add(module.register_forward_pre_hook(_before(change), with_kwargs=True))
             else:
-
-                def after(_: Any, __: Any, output: Any, tap: Tap = tap) -> None:
-                    receive(tap, first(output))
-
-                handles.append(module.register_forward_hook(after))
+                add(module.register_forward_hook(_after(change)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _before(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[..., Any]:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = change(module_input(args, kwargs))
+        return None if new is None else replace_module_input(args, kwargs, new)
+
+    return hook
+
+
+def _after(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[..., Any]:
+    def hook(_: Any, __: Any, output: Any) -> Any:
+        new = change(first(output))
+        return None if new is None else with_first(output, new)
+
+    return hook
 
 
 def capture_at(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..errors import TargetTooLongError
 from ..requests import EditRequest, in_row
-from ..tokens import context_length, encode_pair, encode_target, pad_rows
+from ..tokens import encode_pair, encode_target, pad_rows
 from .forward import accepts, device_of, logits_at, model_inputs
+from .rows import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,18 +62,10 @@ def encode_examples(
         RequestError: naming the row, if a target has no tokens of its own.
         TargetTooLongError: if a request does not fit into the model's context.
     """
-    limit = context_length(model.config)
     examples = []
     for request in requests:
         example = in_row(lambda r: _encode(model, tokenizer, r, separator, objective), request)
-        longest = max(len(example.ids), len(example.decoder_ids))
-        if limit is not None and longest > limit:
-            raise TargetTooLongError(
-                f"prompt and target have {longest} tokens, the model's context has {limit}",
-                row=request.row,
-                field="target_new",
-                request_id=request.id,
-            )
+        check_length(model, request, max(len(example.ids), len(example.decoder_ids)))
         examples.append(example)
     return examples
 

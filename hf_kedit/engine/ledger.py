@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import NonFiniteError, RollbackError, TiedWeightError, UnknownEditError, WeightError
-from .weights import get_module, get_weight, is_quantised, set_weight, tied_names, uninterrupted
+from .weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names, uninterrupted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,7 +162,6 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
         self._tied = tied_names(model)
         self._disabled = 0
-        self._provisional = 0
         self._parked: dict[str, torch.Tensor] = {}
 
     # ------------------------------------------------------------------ questions
@@ -213,7 +212,7 @@ class Ledger:
                 " Choose another module, or untie them first"
                 " (config.tie_word_embeddings=False and a copied parameter)."
             )
-        if not bool(torch.isfinite(get_weight(owner, name)).all()):
+        if not bool(torch.isfinite(stored_weight(owner, name)).all()):
             raise NonFiniteError(
                 f"{module}.{name} of the base model holds NaN or infinity; reload the model before editing"
             )

@@ -21,10 +21,11 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from ..anatomy.outputs import hooks
 from ..logging import get_logger, warn_once
 from ..tokens import TokenBatch, pad_rows
-from .capture import Tap, as_rows, first, listen, with_first
-from .forward import accepts, device_of, keep_mask, logits_at, model_inputs
+from .capture import Tap, as_rows, listen, rewritten, with_first
+from .forward import accepts, device_of, gather_logits, keep_mask, logits_at, model_inputs
 from .weights import get_module
 
 if TYPE_CHECKING:
@@ -177,8 +178,7 @@ class Replay:
         renumber = torch.cumsum(keep, 0) - 1
         self.rows = renumber[self.rows[kept_positions]]
         self.columns, self.facts = self.columns[kept_positions], self.facts[keep]
-        b = self.batch
-        self.batch = TokenBatch(b.input_ids[keep], b.attention_mask[keep], b.position_ids[keep], b.starts[keep])
+        self.batch = self.batch.select(keep)
         if self._hidden is not None:
             self._hidden = self._hidden[keep.to(self._hidden.device)]
         self._prefix = [
@@ -329,13 +329,11 @@ class LastColumn:
             self._entering[number[tap]] = tensor[:, -1:].clone()
 
         cache = DynamicCache()
-        kwargs = {**model_inputs(self.model, self.batch), "use_cache": True, "past_key_values": cache}
         recorded = recorded_structures(self.model, anatomy, depth, self._structures)
         with torch.no_grad(), listen(self.model, list(number), receive), recorded:
             rows = torch.arange(count, device=self.batch.input_ids.device)
-            self._logits = logits_at(
-                self.model, kwargs, rows, torch.full_like(rows, self.width - 1), _shape(self.batch)
-            )
+            last = torch.full_like(rows, self.width - 1)
+            self._logits = gather_logits(self.model, self.batch, rows, last, use_cache=True, past_key_values=cache)
         self._cache = list(cache.layers)
 
     def columns(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
@@ -352,11 +350,9 @@ class LastColumn:
         return self._run(layer, picked) if self._restartable(layer) else self._whole(picked)
 
     def _whole(self, picked: torch.Tensor) -> torch.Tensor:
-        b = self.batch
-        batch = TokenBatch(b.input_ids[picked], b.attention_mask[picked], b.position_ids[picked], b.starts[picked])
         rows = torch.arange(len(picked), device=picked.device)
         columns = torch.full_like(rows, self.width - 1)
-        return logits_at(self.model, model_inputs(self.model, batch), rows, columns, _shape(batch))
+        return gather_logits(self.model, self.batch.select(picked), rows, columns)
 
     def _run(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
         assert self.anatomy is not None
@@ -415,23 +411,19 @@ def added_at(
     rows: int,
 ) -> Iterator[None]:
     """Add ``offsets[site]`` to the output of each site at ``(row, columns[row])``, out of place."""
-    handles = []
-    try:
-        for site in sites:
 
-            def after(_: Any, __: Any, output: Any, site: str = site) -> Any:
-                flat = first(output)
-                states = as_rows(flat, rows)
-                index = torch.arange(rows, device=states.device)
-                change = offsets[site].to(states)
-                changed = states.index_put((index, columns.to(states.device)), change, accumulate=True)
-                return with_first(output, changed.view(flat.shape))
+    def adding(site: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def add(flat: torch.Tensor) -> torch.Tensor:
+            states = as_rows(flat, rows)
+            index = torch.arange(rows, device=states.device)
+            change = offsets[site].to(states)
+            changed = states.index_put((index, columns.to(states.device)), change, accumulate=True)
+            return changed.view(flat.shape)
 
-            handles.append(get_module(model, site).register_forward_hook(after))
+        return add
+
+    with rewritten(model, {Tap(site): adding(site) for site in sites}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -439,18 +431,14 @@ def recorded_structures(
     model: torch.nn.Module, anatomy: Anatomy, count: int, structures: dict[int, Any]
 ) -> Iterator[None]:
     """Note how each of the first ``count`` blocks returns its output: a tuple's other parts, ``None`` for a tensor."""
-    handles = []
-    try:
+    with hooks() as add:
         for i in range(count):
 
             def after(_: Any, __: Any, output: Any, i: int = i) -> None:
                 structures[i] = with_first(output, torch.empty(0)) if not torch.is_tensor(output) else None
 
-            handles.append(get_module(model, anatomy.layers[i].path).register_forward_hook(after))
+            add(get_module(model, anatomy.layers[i].path).register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

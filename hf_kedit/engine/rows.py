@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import TargetTooLongError
 from ..requests import SLOT, EditRequest, in_row
-from ..tokens import EncodedPair, FactToken, context_length, encode_pair, encode_text, fact_position, span_tokens
+from ..tokens import EncodedPair, FactToken, context_length, encode_pair, encode_prompt, fact_position, span_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,9 +102,8 @@ def drift_row(
     describes the one after the whole text (``at="end"``).
     """
     subject = request.subject or ""
-    encoded = encode_text(tokenizer, subject + DRIFT_TEXT)
-    pair = encode_pair(tokenizer, subject, DRIFT_TEXT.strip())
-    _, end = span_tokens(tokenizer, pair, (0, len(subject)))
+    encoded = encode_prompt(tokenizer, subject + DRIFT_TEXT)
+    _, end = span_tokens(tokenizer, encoded, (0, len(subject)))
     last = len(encoded.ids) - 1
     return Row(
         ids=tuple(encoded.ids),
@@ -123,15 +122,21 @@ def check_lengths(model: PreTrainedModel, rows: Sequence[Row], requests: Sequenc
     Raises:
         TargetTooLongError: naming the request.
     """
-    limit = context_length(model.config)
-    if limit is None:
-        return
     for row in rows:
-        if len(row.ids) + 1 > limit:
-            request = requests[row.owner]
-            raise TargetTooLongError(
-                f"prompt and target have {len(row.ids) + 1} tokens, the model's context has {limit}",
-                row=request.row,
-                field="target_new",
-                request_id=request.id,
-            )
+        check_length(model, requests[row.owner], len(row.ids) + 1)
+
+
+def check_length(model: PreTrainedModel, request: EditRequest, tokens: int) -> None:
+    """Raise if a request's prompt and target do not fit into the model's context.
+
+    Raises:
+        TargetTooLongError: naming the request.
+    """
+    limit = context_length(model.config)
+    if limit is not None and tokens > limit:
+        raise TargetTooLongError(
+            f"prompt and target have {tokens} tokens, the model's context has {limit}",
+            row=request.row,
+            field="target_new",
+            request_id=request.id,
+        )

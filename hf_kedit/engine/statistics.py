@@ -28,7 +28,7 @@ from .capture import Tap, stream_states
 from .forward import device_of, frozen_eval
 from .solve import MomentFactor, factor_moment
 from .templates import STARTERS, sample_texts
-from .weights import get_module, get_weight, parameters_of
+from .weights import get_module, parameters_of, weight_shape
 from .workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -145,7 +145,6 @@ def collect_moments(
     corpus: Corpus,
     *,
     tokens: int | None = None,
-    max_length: int | None = None,
     token_budget: int = 4096,
     checkpoint: Path | None = None,
     show_progress: bool = True,
@@ -163,7 +162,6 @@ def collect_moments(
         modules: names of the projections.
         corpus: what to read; texts are cut at the model's context length.
         tokens: stop after this many tokens; ``None`` reads everything.
-        max_length: cut texts at this many tokens instead.
         token_budget: padded tokens per forward.
         checkpoint: a file for partial sums; a killed run that is started again with it goes on where it was.
         show_progress: show a bar.
@@ -175,7 +173,7 @@ def collect_moments(
     Raises:
         StatisticsError: if the corpus has no text.
     """
-    limit = max_length or context_length(model.config) or 2048
+    limit = context_length(model.config) or 2048
     device = device_of(model)
     taps = [Tap(m, "input") for m in modules]
     if checkpoint is not None and workers.count > 1:
@@ -529,7 +527,7 @@ def resolve_corpus(source: str | Path | Sequence[str] | None) -> Corpus | None:
 
 
 def _input_width(model: torch.nn.Module, module: str) -> int:
-    return int(get_weight(get_module(model, module)).shape[1])
+    return weight_shape(get_module(model, module))[1]
 
 
 def _slug(text: str) -> str:

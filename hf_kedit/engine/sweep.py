@@ -150,8 +150,8 @@ class Sweep:
 
     def _compare(self, chunk: _Chunk, taps: Sequence[Tap]) -> bool:
         """Read one row from the tokens and from the kept states."""
-        b, place = chunk.batch, slice(0, 1)
-        one = TokenBatch(b.input_ids[place], b.attention_mask[place], b.position_ids[place], b.starts[place])
+        place = slice(0, 1)
+        one = chunk.batch.select(place)
         assert chunk.entering is not None
         expected = capture_at(self.model, one, chunk.columns[place], taps)
         with passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering[place], chunk.structures):

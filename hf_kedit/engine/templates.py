@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..requests import SLOT
-from ..tokens import encode_text, pad_id
+from ..tokens import encode_text, pad_id, pad_rows
 from .forward import accepts, device_of, frozen_eval
 
 if TYPE_CHECKING:
@@ -66,15 +66,8 @@ def sample_texts(
     Rows are left-padded and positions given, so that a starter's text does not depend on the others' lengths.
     """
     encoded = [encode_text(tokenizer, s).ids for s in starters]
-    width = max(max(len(e) for e in encoded), 1)
-    fill = pad_id(tokenizer)
-    device = device_of(model)
-    ids = torch.full((len(encoded), width), fill)
-    mask = torch.zeros((len(encoded), width), dtype=torch.long)
-    for i, row in enumerate(encoded):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
+    batch = pad_rows(encoded, pad_id(tokenizer), side="left").to(device_of(model))
+    device, ids, mask = batch.input_ids.device, batch.input_ids, batch.attention_mask
     forbidden = [i for i in tokenizer.all_special_ids if isinstance(i, int)]
     cache = None
     step_ids = ids
@@ -96,9 +89,8 @@ def sample_texts(
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)
             step_ids = new if cache is not None else ids
     texts = []
-    for i, row in enumerate(encoded):
-        start = width - len(row)
-        texts.append(str(tokenizer.decode(ids[i, start : start + max(total, len(row))], skip_special_tokens=True)))
+    for row, start, length in zip(ids, batch.starts.tolist(), map(len, encoded), strict=True):
+        texts.append(str(tokenizer.decode(row[start : start + max(total, length)], skip_special_tokens=True)))
     return texts
 
 

@@ -64,8 +64,21 @@ def get_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
     Raises:
         WeightError: if there is no such parameter.
     """
-    value = _stored(module, name)
+    value = stored_weight(module, name)
     return value.t().contiguous() if value.dim() == 2 and is_transposed(module) else value.clone()
+
+
+def weight_shape(module: nn.Module, name: str = "weight") -> tuple[int, ...]:
+    """Shape of what `get_weight` returns, without reading it where it is not packed.
+
+    Raises:
+        WeightError: if there is no such parameter.
+    """
+    value = getattr(module, name, None)
+    if not isinstance(value, torch.Tensor) or is_quantised(module, name):
+        value = stored_weight(module, name)
+    shape = tuple(value.shape)
+    return shape[::-1] if len(shape) == 2 and is_transposed(module) else shape
 
 
 def set_weight(module: nn.Module, value: torch.Tensor, name: str = "weight") -> None:
@@ -101,7 +114,12 @@ def set_weight(module: nn.Module, value: torch.Tensor, name: str = "weight") -> 
             parameter.copy_(value.to(device=parameter.device, dtype=parameter.dtype))
 
 
-def _stored(module: nn.Module, name: str) -> torch.Tensor:
+def stored_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
+    """Return a parameter in the layout in which it is stored, where possible itself: to look at, never to change.
+
+    Raises:
+        WeightError: if there is no such parameter, or it has no values.
+    """
     parameter = getattr(module, name, None)
     if not isinstance(parameter, torch.Tensor):
         raise WeightError(f"{type(module).__name__} has no parameter {name!r}")

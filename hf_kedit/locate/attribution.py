@@ -12,16 +12,15 @@ nothing of editing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..engine.capture import Tap, as_rows, capture_at, first, with_first
+from ..engine.capture import Tap, as_rows, capture_at, rewritten
 from ..engine.forward import device_of
 from ..engine.replay import LastColumn
-from ..engine.weights import get_module
 from ..errors import ConfigError
 from ..logging import progress
 
@@ -155,7 +154,6 @@ def replaced_at(model: torch.nn.Module, tap: Tap, columns: torch.Tensor, vectors
         columns: ``[rows]``.
         vectors: ``[rows, d]``; cast to the state's dtype.
     """
-    module = get_module(model, tap.module)
 
     def write(state: torch.Tensor) -> torch.Tensor:
         states = as_rows(state, columns.shape[0])
@@ -164,23 +162,5 @@ def replaced_at(model: torch.nn.Module, tap: Tap, columns: torch.Tensor, vectors
         new = vectors.to(device=states.device, dtype=states.dtype).unsqueeze(1)
         return torch.where(place.unsqueeze(-1), new, states).view_as(state)
 
-    if tap.kind == "input":
-        handle = module.register_forward_pre_hook(_before(write), with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(lambda _, __, output: with_first(output, write(first(output))))
-    try:
+    with rewritten(model, {tap: write}):
         yield
-    finally:
-        handle.remove()
-
-
-def _before(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
-    """A pre-hook that rewrites a module's first argument, however it was passed."""
-
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (write(args[0]), *args[1:]), kwargs
-        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return args, {**kwargs, name: write(kwargs[name])}
-
-    return hook

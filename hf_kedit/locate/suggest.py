@@ -10,6 +10,7 @@ edit there works best.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,7 +74,7 @@ class LayerSuggestion:
             "reason": self.reason,
             "facts": len(self.report.traces),
             "skipped": len(self.report.skipped),
-            "total_effect": self.report.to_dict()["total_effect"],
+            "total_effect": None if math.isnan(self.report.total_effect) else self.report.total_effect,
             "window": self.report.window,
             "curves": {kind: [round(x, 6) for x in curve] for kind, curve in self.curves.items()},
         }

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,13 @@ import torch
 
 from ..anatomy import check_anatomy, resolve_anatomy
 from ..anatomy.structure import unwrap
-from ..engine.capture import Tap, as_rows, first, listen, with_first
-from ..engine.forward import accepts, device_of, frozen_eval, logits_at, model_inputs
+from ..engine.capture import Tap, as_rows, listen, rewritten
+from ..engine.forward import device_of, frozen_eval, logits_at, model_inputs
 from ..engine.weights import get_module
 from ..errors import AnatomyError, ConfigError, UnsupportedModelError
 from ..logging import get_logger, progress
 from ..requests import EditRequest
-from ..tokens import EncodedPair, encode_pair, encode_target, encode_text, pad_id, pad_rows, span_tokens
+from ..tokens import encode_pair, encode_prompt, encode_target, pad_id, pad_rows, span_tokens
 from .traces import KINDS, Fact, Trace, TraceReport
 
 if TYPE_CHECKING:
@@ -177,9 +177,8 @@ class _Text:
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fact: Fact) -> _Text:
         """Tokenise prompt and answers; find the subject."""
-        encoded = encode_text(tokenizer, fact.prompt)
-        pair = EncodedPair(encoded.ids, len(encoded.ids), encoded.offsets, fact.prompt)
-        subject = span_tokens(tokenizer, pair, fact.span)
+        encoded = encode_prompt(tokenizer, fact.prompt)
+        subject = span_tokens(tokenizer, encoded, fact.span)
         if getattr(model.config, "is_encoder_decoder", False):
             start = model.config.decoder_start_token_id
             ids = [int(i) for i in tokenizer(fact.prompt)["input_ids"]]  # with the EOS that encoders expect
@@ -348,13 +347,13 @@ class _Tracer:
         start, end = text.subject
         seen: list[str] = []
 
-        def corrupt(_: Any, __: Any, output: Any) -> Any:
+        def corrupt(embedded: torch.Tensor) -> torch.Tensor | None:
             if seen:  # what is embedded later are the decoder's tokens
                 return None
             seen.append("subject")
-            state = as_rows(first(output), rows).clone()
+            state = as_rows(embedded, rows).clone()
             state[:, start:end] += noise.to(state).repeat(len(cells), 1, 1)
-            return with_first(output, state.view_as(first(output)))
+            return state.view_as(embedded)
 
         clean: dict[str, list[int]] = {}
         held: dict[str, list[int]] = {}
@@ -364,41 +363,36 @@ class _Tracer:
             for path in cell.held:
                 held.setdefault(path, []).append(number)
 
-        def restore(path: str) -> Any:
-            def hook(_: Any, __: Any, output: Any) -> Any:
-                state = as_rows(first(output), rows).clone()
+        def restoring(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            def restore(output: torch.Tensor) -> torch.Tensor:
+                state = as_rows(output, rows).clone()
                 for number in clean.get(path, ()):
                     position = cells[number].position
                     state[number * samples : (number + 1) * samples, position] = self.states[path][position].to(state)
                 for number in held.get(path, ()):
                     position = cells[number].position
                     state[number * samples : (number + 1) * samples, position] = corrupted[path][:, position].to(state)
-                return with_first(output, state.view_as(first(output)))
+                return state.view_as(output)
 
-            return hook
+            return restore
 
-        handles = [get_module(self.model, path).register_forward_hook(corrupt) for path in self.embeddings]
-        try:
-            for path in {**clean, **held}:
-                handles.append(get_module(self.model, path).register_forward_hook(restore(path)))
+        changes: dict[Tap, Callable[[torch.Tensor], torch.Tensor | None]] = {
+            Tap(path): restoring(path) for path in {**clean, **held}
+        }
+        with rewritten(self.model, {**changes, **{Tap(path): corrupt for path in self.embeddings}}):
             yield
             if not seen:
                 raise AnatomyError(f"{self.anatomy.embeddings} took no part in the forward pass")
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _logits(self, text: _Text, answer: Sequence[int], rows: int = 1) -> torch.Tensor:
         """Logits at the positions that predict the answer (one position for no answer), ``[rows, tokens, vocab]``."""
         ids, decoder, columns = text.inputs(answer)
-        batch = pad_rows([ids] * rows, self.fill).to(self.device)
+        batch = pad_rows([ids], self.fill).to(self.device).select(torch.zeros(rows, dtype=torch.long))
         kwargs = model_inputs(self.model, batch)
         shape = tuple(batch.input_ids.shape)
         if decoder:
             kwargs["decoder_input_ids"] = torch.tensor([decoder] * rows, device=self.device)
             shape = tuple(kwargs["decoder_input_ids"].shape)
-            if not accepts(self.model, "position_ids"):
-                kwargs.pop("position_ids", None)
         row = torch.arange(rows, device=self.device).repeat_interleave(len(columns))
         column = torch.tensor(columns, device=self.device).repeat(rows)
         return logits_at(self.model, kwargs, row, column, shape).float().view(rows, len(columns), -1)

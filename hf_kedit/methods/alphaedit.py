@@ -94,7 +94,7 @@ class AlphaEdit(SpreadMethod):
         """The free directions of a module; computed once."""
         if module not in self._spaces:
             moment = self.bench.statistics.moments([module])[module]
-            width = moment.total.shape[0]
+            width, mean = moment.total.shape[0], moment.mean()
             if moment.count < TOKENS_PER_WIDTH * width:
                 warn_once(
                     logger,
@@ -104,14 +104,14 @@ class AlphaEdit(SpreadMethod):
                 )
             relative = self.config.nullspace_threshold is None
             space = null_space(
-                moment.mean().to(device_of(self.bench.model)),
+                mean.to(device_of(self.bench.model)),
                 threshold=self.config.nullspace_threshold,
                 fraction=self.config.nullspace_fraction if relative else None,
                 name=f"the second moment of {module}",
             )
             ridge = self.config.L2
             if ridge is None:
-                ridge = RIDGE_PART * space.energy * float(moment.mean().trace())
+                ridge = RIDGE_PART * space.energy * float(mean.trace())
             info_once(
                 logger,
                 f"AlphaEdit: {space.kept} of {width} directions of {module} are free (eigenvalues below"

@@ -107,15 +107,16 @@ class CORE(MEMIT):
         """Contexts around each fact, if asked for."""
         if self.config.context is None:
             return rows
+        with self.bench.ledger.disabled():  # the unedited model writes them
+            contexts = [self._contexts(request) for request in requests]
         built = []
-        for owner, request in enumerate(requests):
-            templates = ["{}", *self._contexts(request)]
-            (group,) = self.rows([request], [templates])
+        for owner, (request, templates) in enumerate(zip(requests, contexts, strict=True)):
+            (group,) = self.rows([request], [["{}", *templates]])
             built.append([replace(row, owner=owner) for row in group])
         return built
 
     def _contexts(self, request: EditRequest) -> list[str]:
-        """Templates that begin with the subject or an object, continued by the unedited model."""
+        """Templates that begin with the subject or an object, continued by the model as it is."""
         config, bench = self.config, self.bench
         assert config.context is not None
         known = {
@@ -126,6 +127,5 @@ class CORE(MEMIT):
         sources = [known[source] for source in SOURCES[config.context] if known[source]]
         starters = [source for source in sources for _ in range(config.context_count)]
         generator = torch.Generator().manual_seed(config.seed)
-        with bench.ledger.disabled():
-            texts = sample_texts(bench.model, bench.tokenizer, starters, config.context_length, generator)
+        texts = sample_texts(bench.model, bench.tokenizer, starters, config.context_length, generator)
         return [clean(text) + ". {}" for text in texts]

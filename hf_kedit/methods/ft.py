@@ -133,7 +133,9 @@ class FineTuning(Method):
         bench, config = self.bench, self.config
         assert config.lr is not None
         examples = self._examples(requests, config.objective)
-        teacher_forced = self._examples(requests, "target_new")
+        teacher_forced = examples
+        if config.objective != "target_new":
+            teacher_forced = self._examples(requests, "target_new")
         names = self.parameters()
         start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
         theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}

@@ -27,14 +27,15 @@ import torch
 
 from ..config import ModelProfile
 from ..engine.capture import Tap
-from ..engine.forward import device_of, logits_at, model_inputs
+from ..engine.forward import device_of, gather_logits
 from ..engine.ledger import WeightDelta
+from ..engine.rows import check_length
 from ..engine.weights import get_module, get_weight, is_quantised
-from ..errors import ConfigError, EditFailedError, RequestError, TargetTooLongError, UnsupportedModelError
+from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError
 from ..locate.attribution import Attribution, Rule, attribute_neurons
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest, in_row
-from ..tokens import context_length, encode_pair, pad_rows
+from ..tokens import encode_pair, pad_rows
 from .base import Capabilities, Method, Outcome, WeightConfig, register_method
 
 logger = get_logger(__name__)
@@ -166,7 +167,6 @@ class KN(Method):
                 logger,
                 f"KN: steps={self.config.steps} gives rough attributions; {FEW_STEPS} or more follow the integral",
             )
-        limit = context_length(self.bench.model.config)
         for request in requests:
             if self.config.refine and not request.rephrase_prompts:
                 raise RequestError(
@@ -175,14 +175,7 @@ class KN(Method):
                     field="rephrase_prompts",
                     request_id=request.id,
                 )
-            longest = in_row(self._longest, request)
-            if limit is not None and longest > limit:
-                raise TargetTooLongError(
-                    f"prompt and target have {longest} tokens, the model's context has {limit}",
-                    row=request.row,
-                    field="target_new",
-                    request_id=request.id,
-                )
+            check_length(self.bench.model, request, in_row(self._longest, request))
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Find the neurons of one fact and rewrite their values."""
@@ -217,11 +210,8 @@ class KN(Method):
                 size = size * norms * activation.sign()
             left = vector.to(mask.device).unsqueeze(1)
             deltas.append(WeightDelta(module, left=left, right=size.unsqueeze(1), owners=(0,)))
-        if len({s.shape for s in found[0].scores}) == 1:
-            bench.note("scores", torch.stack([s.cpu() for s in found[0].scores]))
-            bench.note("activations", torch.stack([a.cpu() for a in found[0].activations]))
-            bench.note("neuron_mask", torch.stack([m.float().cpu() for m in chosen]))
-        bench.note("edit_vector", vector)
+        if bench.trace is not None:
+            self._note_search(found[0], chosen, vector)
         before = self._probability(main)
         with bench.ledger.provisional() as scope:
             for delta in deltas:
@@ -239,6 +229,15 @@ class KN(Method):
         return Outcome(deltas, [diagnostics])
 
     # ------------------------------------------------------------------ steps
+
+    def _note_search(self, found: Attribution, chosen: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
+        """Leave what the search found in the trace."""
+        note = self.bench.note
+        if len({s.shape for s in found.scores}) == 1:
+            note("scores", torch.stack([s.cpu() for s in found.scores]))
+            note("activations", torch.stack([a.cpu() for a in found.activations]))
+            note("neuron_mask", torch.stack([m.float().cpu() for m in chosen]))
+        note("edit_vector", vector)
 
     def _prompts(self, request: EditRequest) -> list[str]:
         return [request.filled_prompt, *(request.rephrase_prompts if self.config.refine else [])]
@@ -312,8 +311,7 @@ class KN(Method):
         model = self.bench.model
         batch = pad_rows([ids], self.bench.fill).to(device_of(model))
         columns = torch.tensor(list(positions), device=batch.input_ids.device)
-        kwargs = model_inputs(model, batch)
-        return logits_at(model, kwargs, torch.zeros_like(columns), columns, tuple(batch.input_ids.shape)).float()
+        return gather_logits(model, batch, torch.zeros_like(columns), columns).float()
 
     def _greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The tokens that the model now says after a prompt."""

@@ -25,7 +25,7 @@ from ..engine.solve import IDENTITY
 from ..errors import EditFailedError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from .base import Capabilities, Outcome, register_method
+from .base import Capabilities, Outcome, Workbench, register_method
 from .locate import LocateConfig, LocateMethod
 
 logger = get_logger(__name__)
@@ -68,6 +68,10 @@ class ROME(LocateMethod):
     config: ROMEConfig
     default_template_lengths = ((5, 10), (10, 10))
     remedy: ClassVar[str] = "R-ROME or another layer avoids them."
+
+    def __init__(self, bench: Workbench, config: ROMEConfig):
+        super().__init__(bench, config)
+        self._norms: dict[str, float] = {}  # of the unedited weights, by module
 
     @property
     def needs_moments(self) -> bool:
@@ -127,8 +131,9 @@ class ROME(LocateMethod):
 
     def _warn_if_disabling(self, diagnostics: dict[str, Any], norm: float, module: str) -> None:
         """An update much larger than the weight itself breaks the model ("disabling edits")."""
-        weight = float(self.bench.ledger.original(module).float().norm())
-        diagnostics["update_norm_ratio"] = norm / max(weight, 1e-12)
+        if module not in self._norms:
+            self._norms[module] = float(self.bench.ledger.original(module).float().norm())
+        diagnostics["update_norm_ratio"] = norm / max(self._norms[module], 1e-12)
         if diagnostics["update_norm_ratio"] > 1.0:
             warn_once(
                 logger,

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..config import ModelProfile
-from ..engine.capture import as_rows, first, with_first
+from ..engine.capture import Tap, as_rows, listen, rewritten
 from ..engine.examples import Example, encode_examples, row_means
 from ..engine.forward import device_of, logits_at, model_inputs
 from ..engine.ledger import WeightDelta
-from ..engine.weights import get_module, get_weight
+from ..engine.weights import get_module, weight_shape
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError
 from ..logging import progress
 from ..requests import EditRequest
@@ -254,7 +254,7 @@ class UltraEdit(Method):
         """One turn: collect keys and gradients in micro-batches, bring the statistics up to date, solve."""
         bench, config = self.bench, self.config
         modules = self.edited_modules()
-        sizes = {m: tuple(reversed(get_weight(get_module(bench.model, m)).shape)) for m in modules}
+        shapes = {m: _inputs_and_outputs(bench.model, m) for m in modules}
         examples = self._examples(requests)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
         micro = config.batch_size or MICRO_BATCH
@@ -273,7 +273,7 @@ class UltraEdit(Method):
                 k, g = found[module]
                 keys[module].append(k)
                 gradients[module].append(g)
-                shape = (int(sizes[module][0]), int(sizes[module][1]))
+                shape = shapes[module]
                 before = moments.get(shape) or RunningMoments.empty(sum(shape))
                 moments[shape] = before.add(torch.cat([k, g], dim=1))
                 bench.note(f"batch{number}/{module}/keys", k)
@@ -281,14 +281,14 @@ class UltraEdit(Method):
         deltas = []
         for module in modules:
             k, g = torch.cat(keys[module]), torch.cat(gradients[module])
-            shape = (int(sizes[module][0]), int(sizes[module][1]))
-            z = moments[shape].standardise(torch.cat([k, g], dim=1))
-            k_hat, g_hat = z[:, : shape[0]], z[:, shape[0] :]
+            z = moments[shapes[module]].standardise(torch.cat([k, g], dim=1))
+            k_hat, g_hat = z.split(shapes[module], dim=1)
             v = -config.lr * (k_hat**2).sum(dim=1, keepdim=True) * g_hat  # [tokens, d_out]
             delta = WeightDelta(module, left=v.T, right=ridge_inputs(k), owners=tuple(owners))
             if not delta.finite():
                 raise EditFailedError(f"UltraEdit: the update of {module} is not finite; load the model in float32")
-            bench.note(f"{module}/delta", delta.matrix().T)
+            if bench.trace is not None:
+                bench.note(f"{module}/delta", delta.matrix().T)
             deltas.append(delta)
         self._moments = moments
         tokens = [owners.count(i) for i in range(len(examples))]
@@ -345,6 +345,11 @@ class UltraEdit(Method):
         return found, per_example.tolist(), chosen.nonzero()[:, 0].tolist()
 
 
+def _inputs_and_outputs(model: torch.nn.Module, module: str) -> tuple[int, int]:
+    d_out, d_in = weight_shape(get_module(model, module))
+    return d_in, d_out
+
+
 def ridge_inputs(keys: torch.Tensor) -> torch.Tensor:
     """``(KᵀK + I)⁻¹ Kᵀ`` ``[d_in, n]`` for keys ``K`` ``[n, d_in]``, solved in float64 on the smaller side."""
     k = keys.double()
@@ -361,18 +366,17 @@ def _probed(
     model: torch.nn.Module, modules: Sequence[str], inputs: dict[str, torch.Tensor], probes: dict[str, torch.Tensor]
 ) -> Iterator[None]:
     """Record the modules' inputs and add a zero to their outputs; the zero's gradient is that of the output."""
-    handles = []
-    try:
-        for path in modules:
 
-            def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str = path) -> Any:
-                value = first(output)
-                inputs[path] = (args[0] if args else next(iter(kwargs.values()))).detach()
-                probes[path] = torch.zeros_like(value, requires_grad=True)
-                return with_first(output, value + probes[path])
+    def keep(tap: Tap, state: torch.Tensor) -> None:
+        inputs[tap.module] = state.detach()
 
-            handles.append(get_module(model, path).register_forward_hook(after, with_kwargs=True))
+    def adding_zero(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def add(output: torch.Tensor) -> torch.Tensor:
+            probes[path] = torch.zeros_like(output, requires_grad=True)
+            return output + probes[path]
+
+        return add
+
+    taps = [Tap(path, "input") for path in modules]
+    with listen(model, taps, keep), rewritten(model, {Tap(path): adding_zero(path) for path in modules}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from tests.models import quiet, randomised
+from tests.models import LATENT, quiet, randomised
 
 SIZES: dict[str, Any] = {
     "vocab_size": 420,
@@ -43,11 +43,7 @@ SIZES: dict[str, Any] = {
     "decoder_attention_heads": 4,
     "head_dim": 8,
     "d_kv": 8,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 14,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
+    **LATENT,
     "n_routed_experts": 4,
     "num_experts": 4,
     "num_local_experts": 4,

@@ -14,16 +14,6 @@ from tests.golden_cases import Case
 CASES = ["ft_l_gpt2", "ft_l_llama", "ft_m_gpt2", "ft_m_llama"]
 
 
-def within(case: Case, name: str, actual: torch.Tensor) -> None:
-    expected, tolerance = case.expected[name], case.spec["tolerance"][name]
-    difference = (actual.detach().float() - expected.float()).abs()
-    if isinstance(tolerance, dict):
-        assert float(difference.max()) <= tolerance["max"], (name, float(difference.max()))
-        assert float(difference.flatten().quantile(0.99)) <= tolerance["p99"], name
-    else:
-        assert float(difference.max()) <= tolerance, (name, float(difference.max()))
-
-
 @pytest.mark.golden
 @pytest.mark.parametrize("name", CASES)
 def test_fine_tuning_matches_the_reference(name: str) -> None:
@@ -49,16 +39,16 @@ def test_fine_tuning_matches_the_reference(name: str) -> None:
     for key in case.expected:
         head, _, parameter = key.partition("/")
         if head == "delta":
-            within(case, key, model.get_parameter(parameter) - before[parameter])
+            case.within(key, model.get_parameter(parameter) - before[parameter])
         elif head in ("grad_first", "grad_second"):
             gradient = editable.trace[key]  # functional orientation; Conv1D stores the transpose
             stored = model.get_parameter(parameter)
-            within(case, key, gradient if gradient.shape == stored.shape else gradient.t())
+            case.within(key, gradient if gradient.shape == stored.shape else gradient.t())
         elif key == "epoch_losses":
-            within(case, key, editable.trace["epoch_losses"])
+            case.within(key, editable.trace["epoch_losses"])
         elif head == "post_edit":
             index, what = parameter.split("/")
-            within(case, key, _after(editable, requests[int(index)], what, case, int(index)))
+            case.within(key, _after(editable, requests[int(index)], what, case, int(index)))
         else:
             continue
         compared += 1

@@ -16,17 +16,6 @@ from tests.golden_cases import Case, load_model
 CASES = ["ultraedit_gpt2", "ultraedit_llama", "ultraedit_llama_all_tokens"]
 
 
-def within(case: Case, name: str, actual: torch.Tensor) -> None:
-    expected, tolerance = case.expected[name], case.spec["tolerance"][name]
-    assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
-    difference = (actual.detach().float() - expected.float()).abs()
-    if isinstance(tolerance, dict):
-        assert float(difference.max()) <= tolerance["max"], (name, float(difference.max()))
-        assert float(difference.flatten().quantile(0.99)) <= tolerance["p99"], name
-    else:
-        assert float(difference.max()) <= tolerance, (name, float(difference.max()))
-
-
 def target_logprobs(model: EditableModel, request: EditRequest) -> torch.Tensor:
     ids = model.tokenizer(f"{request.prompt} {request.target_new}", return_tensors="pt").input_ids
     start = model.tokenizer(request.prompt, return_tensors="pt").input_ids.shape[1]
@@ -74,7 +63,7 @@ def test_ultraedit_matches_the_reference(name: str) -> None:
     for module in case.spec["hyperparameters"]["edit_modules"]:
         found[f"final/{module}/weight_delta"] = model.get_parameter(f"{module}.weight") - start[f"{module}.weight"]
     for key in case.expected:
-        within(case, key, found[key])
+        case.within(key, found[key])
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
     assert changed == {f"{m}.weight" for m in case.spec["hyperparameters"]["edit_modules"]}
 
