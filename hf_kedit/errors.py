@@ -97,6 +97,10 @@ class RollbackError(KeditError, ValueError):
     """An edit cannot be undone as asked."""
 
 
+class MergeError(KeditError, RuntimeError):
+    """Edits of this kind cannot become part of a stock model."""
+
+
 class UnknownEditError(RollbackError, KeyError):
     """No edit with this id is in the journal."""
 

@@ -1,13 +1,15 @@
 """`EditableModel`: a transformers model whose facts can be changed, undone, saved and loaded.
 
 The wrapped model is stock and stays usable by itself: every edit lives inside it. The wrapper keeps the journal
-and the ledger, forwards everything else, and is named after the class that it wraps, so that pipelines take it.
+and the books of the edits, forwards everything else, and is named after the class that it wraps, so that pipelines
+take it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +22,12 @@ from torch import nn
 from . import embedded
 from .anatomy import Anatomy, check_anatomy, profile_of, resolve_anatomy
 from .config import AutoEditConfig, EditConfig, ModelProfile
+from .engine.books import Book, all_disabled, remove_from, restore_all, snapshot_all
 from .engine.forward import frozen_eval
 from .engine.ledger import Ledger
+from .engine.sitebook import SiteBook
 from .engine.statistics import Corpus, StatisticsStore, model_fingerprint, resolve_corpus
-from .engine.weights import uninterrupted
+from .engine.weights import tensor_digest, uninterrupted
 from .errors import ConfigError, EditFailedError, KeditError, RequestError
 from .journal import Edit, Journal, new_id, now
 from .loading import load_base, load_tokenizer
@@ -103,6 +107,8 @@ class EditableModel(nn.Module):
         self.anatomy_overrides = dict(anatomy or {})
         self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
         self.ledger = Ledger(base_model)
+        self.sites = SiteBook(base_model)
+        self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites}
         self.journal = Journal()
         self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
         self._stores: dict[tuple[Any, ...], StatisticsStore] = {}
@@ -229,13 +235,15 @@ class EditableModel(nn.Module):
         return self.base_model
 
     def fingerprint(self) -> str:
-        """A hash of the weights as they are now, for cache keys."""
-        return model_fingerprint(self.base_model)
+        """A hash of the model as it is now, with all edits, for cache keys."""
+        weights = model_fingerprint(self.base_model)
+        beside = [book for kind, book in self.books.items() if kind != "weights" and book.edit_ids]
+        return tensor_digest([(weights, torch.tensor(0)), *_contents(beside)])[:24] if beside else weights
 
     def base_fingerprint(self) -> str:
         """The hash of the unedited weights."""
         if self._base_fingerprint is None:
-            with self.ledger.disabled():
+            with all_disabled(self.books.values()):
                 self._base_fingerprint = model_fingerprint(self.base_model)
         return self._base_fingerprint
 
@@ -288,10 +296,12 @@ class EditableModel(nn.Module):
         size = (batch_size or len(todo)) if method.capabilities.batch else 1
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
         result = EditResult([])
-        ledger_before, journal_before = self.ledger.snapshot(), self.journal.as_list()
+        books_before, journal_before = snapshot_all(self.books.values()), self.journal.as_list()
         state_before = method.state_dict()
         try:
-            with frozen_eval(self.base_model):
+            # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
+            beside = [self.sites] if method.capabilities.kind == "weights" else []
+            with frozen_eval(self.base_model), all_disabled(beside):
                 method.check(todo)
                 method.prepare()
                 for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
@@ -303,7 +313,7 @@ class EditableModel(nn.Module):
                         result.failed.extend((r, error) for r in batch)
         except BaseException:
             with uninterrupted():
-                self.ledger.restore(ledger_before)
+                restore_all(books_before)
                 method.load_state_dict(state_before)
                 self.journal = Journal(journal_before)
             raise
@@ -338,7 +348,7 @@ class EditableModel(nn.Module):
             for request, numbers in zip(batch, outcome.diagnostics, strict=True)
         ]
         with uninterrupted():
-            self.ledger.apply(batch_id, outcome.deltas, [e.id for e in edits])
+            self.books[self.capabilities.kind].apply(batch_id, outcome.changes, [e.id for e in edits])
             self.journal.add(edits)
         return edits
 
@@ -373,23 +383,29 @@ class EditableModel(nn.Module):
         ids = self.journal.select(which)
         gone = [e for e in self.journal if e.id in set(ids)]
         with uninterrupted():
-            self.ledger.remove(ids)
+            remove_from(self.books.values(), ids)
             self.journal.drop(ids)
         return gone
 
     @contextlib.contextmanager
     def disable_edits(self) -> Iterator[EditableModel]:
         """The original model inside the block, bit for bit; same object, no second copy of the model."""
-        with self.ledger.disabled():
+        with all_disabled(self.books.values()):
             yield self
 
     def merge_and_unload(self) -> PreTrainedModel:
         """Make the edits permanent and return the plain transformers model.
 
         The wrapper forgets its journal: afterwards nothing can be rolled back.
+
+        Raises:
+            MergeError: if the model carries edits that are no part of its weights (codebooks, prompts).
         """
+        for book in self.books.values():
+            book.check_mergeable()
         with uninterrupted():
-            self.ledger.forget()
+            for book in self.books.values():
+                book.forget()
             self.journal = Journal()
             self._base_fingerprint = None
             self._stores, self._templates, self._states = {}, {}, {}
@@ -464,6 +480,8 @@ class EditableModel(nn.Module):
             tokenizer=self.tokenizer,  # type: ignore[arg-type]
             anatomy=self.anatomy,
             ledger=self.ledger,
+            sites=self.sites,
+            books=self.books,
             statistics=self._statistics(config),
             templates=self._templates,
         )
@@ -516,6 +534,13 @@ def _embedded_corpus(name: str, model: PreTrainedModel) -> Corpus | None:
     from .data.world_text import world_text
 
     return Corpus("world-text-0", lambda: world_text(seed=0))
+
+
+def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that books hold, for a hash."""
+    for book in books:
+        yield json.dumps(book.describe(), sort_keys=True), torch.tensor(0)
+        yield from sorted(book.tensors().items(), key=lambda item: item[0])
 
 
 def _peak_memory() -> int:

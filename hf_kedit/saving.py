@@ -1,7 +1,8 @@
 """Saved edits: a folder with the deltas, the journal and everything needed to check that they fit.
 
     edit_config.json         what was done, to which base model, with which settings; hashes of the other files
-    edit_model.safetensors   factors or dense deltas, fp32, functional orientation; what methods keep for later edits
+    edit_model.safetensors   every book's tensors (deltas of weights in fp32, functional orientation; codebooks …) and
+                             what methods keep for later edits
     edits.jsonl              the journal, one edit a line
     README.md                the model card
 
@@ -27,9 +28,9 @@ from safetensors.torch import save as dump_tensors
 
 from .card import model_card
 from .config import CONFIG_NAME, AutoEditConfig, EditConfig
-from .engine.ledger import Account, Piece, WeightDelta, fold
-from .engine.weights import get_module, get_weight, is_transposed, tensor_digest, uninterrupted
-from .errors import ArtifactError, BaseModelMismatchError, ConfigError, KeditError
+from .engine.books import Saved, all_disabled
+from .engine.weights import uninterrupted
+from .errors import ArtifactError, ConfigError, KeditError
 from .files import read_file, write_folder
 from .journal import Journal
 from .loading import load_base, load_tokenizer
@@ -76,13 +77,14 @@ def save_artifact(model: EditableModel, folder: Path) -> None:
         ArtifactError: if the folder is a file, or holds a model or another adapter.
     """
     check_destination(folder)
-    tensors, modules = _pack(model)
-    tensors |= {STATE + name: value.cpu().contiguous() for name, value in model.method_state().items()}
+    tensors = {STATE + name: value.cpu().contiguous() for name, value in model.method_state().items()}
+    for book in model.books.values():
+        tensors |= book.tensors()
     files = {
         WEIGHTS: dump_tensors(tensors, metadata={"format": "pt", "kedit_format": str(FORMAT_VERSION)}),
         JOURNAL: model.journal.to_jsonl().encode("utf-8"),
     }
-    config = _describe(model, modules)
+    config = _describe(model)
     config["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[CARD] = model_card(config, model.edits).encode("utf-8")
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode("utf-8")
@@ -105,53 +107,11 @@ def check_destination(folder: Path) -> None:
             )
 
 
-def _pack(model: EditableModel) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and their description: factor columns of all pieces of a parameter side by side."""
-    tensors: dict[str, torch.Tensor] = {}
-    modules: dict[str, Any] = {}
-    for key, account in model.ledger.accounts.items():
-        pieces: list[dict[str, Any]] = []
-        lefts: list[torch.Tensor] = []
-        rights: list[torch.Tensor] = []
-        column = 0
-        for number, piece in enumerate(account.pieces):
-            entry: dict[str, Any] = {"batch_id": piece.batch_id, "edits": list(piece.members)}
-            delta = piece.delta
-            if delta.left is not None and delta.right is not None:
-                width = delta.left.shape[1]
-                entry |= {"storage": "factors", "start": column, "stop": column + width}
-                entry["columns"] = None if piece.columns is None else list(piece.columns)
-                lefts.append(delta.left.cpu())
-                rights.append(delta.right.cpu())
-                column += width
-            elif delta.dense is not None:
-                name = f"{key}.delta.{number}"
-                entry |= {"storage": "dense", "tensor": name}
-                tensors[name] = delta.dense.cpu().contiguous()
-            if delta.keys is not None:
-                entry["keys"] = f"{key}.keys.{number}"
-                tensors[entry["keys"]] = delta.keys.cpu().contiguous()
-            pieces.append(entry)
-        if lefts:
-            tensors[f"{key}.delta_U"] = torch.cat(lefts, dim=1).contiguous()
-            tensors[f"{key}.delta_V"] = torch.cat(rights, dim=1).contiguous()
-        owner = get_module(model.base_model, account.module)
-        modules[key] = {
-            "module": account.module,
-            "param": account.name,
-            "type": "conv1d" if is_transposed(owner) else "linear",
-            "shape": list(account.original.shape),
-            "dtype": str(account.original.dtype).removeprefix("torch."),
-            "rank": column,
-            "base_sha256": tensor_digest([("", account.original)]),
-            "pieces": pieces,
-        }
-    return tensors, modules
-
-
-def _describe(model: EditableModel, modules: dict[str, Any]) -> dict[str, Any]:
+def _describe(model: EditableModel) -> dict[str, Any]:
     """Content of ``edit_config.json`` without the file hashes."""
     base = model.base_model
+    with all_disabled(model.books.values()):  # fingerprints are those of the unedited weights
+        books = {kind: book.describe() for kind, book in model.books.items()}
     return {
         "format_version": FORMAT_VERSION,
         "kedit_version": __version__,
@@ -167,7 +127,8 @@ def _describe(model: EditableModel, modules: dict[str, Any]) -> dict[str, Any]:
         "num_edits": len(model.journal),
         "compute_dtype": "float32",
         "context_templates": model.used_templates,
-        "modules": modules,
+        "modules": books.pop("weights"),
+        "books": {kind: described for kind, described in books.items() if described},
         "library_versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
 
@@ -301,7 +262,7 @@ def load_artifact(
         base_model_id=name,
         base_model_revision=revision,
     )
-    accounts = _accounts(artifact, model, ignore_fingerprint)
+    states = _read_books(artifact, model, ignore_fingerprint)
     state = {name.removeprefix(STATE): value for name, value in artifact.tensors.items() if name.startswith(STATE)}
     if model.method_name == described["method"]:  # another method knows nothing of it
         try:
@@ -310,87 +271,35 @@ def load_artifact(
             raise ArtifactError(f"{artifact.source}: {error}") from error
     model.restore_templates(described.get("context_templates") or {})
     with uninterrupted():
-        model.ledger.restore(accounts)
+        for kind, state in states.items():
+            model.books[kind].restore(state)
         model.journal = artifact.journal
     return model
 
 
-def _accounts(artifact: Artifact, model: EditableModel, ignore_fingerprint: bool) -> dict[str, Account]:
-    """Rebuild the ledger's accounts, checking every name, shape and fingerprint first."""
-    known = {e.id for e in artifact.journal}
-    parameters = dict(model.base_model.named_parameters(remove_duplicate=False))
-    accounts: dict[str, Account] = {}
+def _read_books(artifact: Artifact, model: EditableModel, ignore_fingerprint: bool) -> dict[str, Any]:
+    """Let every book check its part; the model is not touched."""
+    described = {"weights": artifact.config["modules"], **artifact.config.get("books", {})}
+    unknown = described.keys() - model.books.keys()
+    if unknown:
+        raise ArtifactError(f"{artifact.source}: {CONFIG} has edits of an unknown kind: {', '.join(sorted(unknown))}")
+    known = frozenset(e.id for e in artifact.journal)
+    base = artifact.config
+    states: dict[str, Any] = {}
     owned: set[str] = set()
-    for key, entry in artifact.config["modules"].items():
-        where = f"{artifact.source}: {CONFIG}, module {key!r}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("pieces"), list):
-            raise ArtifactError(f"{where}: no valid description")
-        module, name = str(entry.get("module")), str(entry.get("param"))
-        if f"{module}.{name}" != key or key not in parameters:
-            raise BaseModelMismatchError(
-                f"{where}: {type(model.base_model).__name__} has no such parameter; the edits were made on a"
-                f" {artifact.config.get('base_model_class')} ({artifact.config['base_model_name_or_path']})"
-            )
-        original = get_weight(get_module(model.base_model, module), name).cpu()
-        if list(original.shape) != entry.get("shape"):
-            raise BaseModelMismatchError(
-                f"{where}: the base model's weight is {tuple(original.shape)}, the edits were made on"
-                f" {tuple(entry.get('shape') or ())}"
-            )
-        if not ignore_fingerprint and tensor_digest([("", original)]) != entry.get("base_sha256"):
-            raise BaseModelMismatchError(
-                f"{where}: the base model's weight is not the one that the edits were made on (other revision, dtype,"
-                f" or an already edited model). Base: {artifact.config['base_model_name_or_path']!r}, dtype"
-                f" {entry.get('dtype')}. ignore_fingerprint=True applies them anyway."
-            )
-        pieces = [_piece(artifact, where, key, module, name, p, known, tuple(original.shape)) for p in entry["pieces"]]
-        owned.update(m for p in pieces for m in p.members)
-        accounts[key] = Account(module, name, original, pieces, fold(pieces))
+    for kind, part in described.items():
+        if not isinstance(part, dict):
+            raise ArtifactError(f"{artifact.source}: {CONFIG} has no valid description of the {kind!r} edits")
+        saved = Saved(
+            artifact.source,
+            part,
+            artifact.tensors,
+            known,
+            made_on=f"a {base.get('base_model_class')} ({base['base_model_name_or_path'] or 'in memory'})",
+            ignore_fingerprint=ignore_fingerprint,
+        )
+        states[kind], edit_ids = model.books[kind].read(saved)
+        owned |= edit_ids
     if owned != known:
         raise ArtifactError(f"{artifact.source}: {JOURNAL} and {CONFIG} name different edits")
-    return accounts
-
-
-def _piece(
-    artifact: Artifact,
-    where: str,
-    key: str,
-    module: str,
-    name: str,
-    entry: Any,
-    known: set[str],
-    shape: tuple[int, ...],
-) -> Piece:
-    try:
-        members = tuple(entry["edits"])
-        if not members or not set(members) <= known:
-            raise ArtifactError(f"{where}: a piece belongs to an edit that is not in {JOURNAL}")
-        if entry["storage"] == "factors":
-            start, stop = int(entry["start"]), int(entry["stop"])
-            u, v = artifact.tensors[f"{key}.delta_U"], artifact.tensors[f"{key}.delta_V"]
-            left, right = u[:, start:stop].clone(), v[:, start:stop].clone()
-            columns = None if entry["columns"] is None else tuple(entry["columns"])
-            if (left.shape[0], right.shape[0]) != shape or left.shape[1] != stop - start or start < 0:
-                raise ArtifactError(f"{where}: factors of shape {tuple(u.shape)} and {tuple(v.shape)} do not fit")
-            if columns is not None and (len(columns) != stop - start or set(columns) != set(members)):
-                raise ArtifactError(f"{where}: the columns are not those of its edits")
-            delta = WeightDelta(module, name, left=left, right=right)
-        elif entry["storage"] == "dense":
-            delta, columns = WeightDelta(module, name, dense=artifact.tensors[str(entry["tensor"])].clone()), None
-            if delta.shape != shape:
-                raise ArtifactError(f"{where}: a delta of shape {delta.shape} does not fit")
-        else:
-            raise ArtifactError(f"{where}: unknown storage {entry['storage']!r}")
-        if entry.get("keys") is not None:
-            delta.keys = artifact.tensors[str(entry["keys"])].clone()
-            if delta.keys.dim() != 2 or delta.keys.shape[0] != shape[-1]:
-                raise ArtifactError(f"{where}: keys of shape {tuple(delta.keys.shape)} do not fit")
-            if columns is not None and delta.keys.shape[1] != len(columns):
-                raise ArtifactError(f"{where}: {delta.keys.shape[1]} keys for {len(columns)} columns")
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, KeditError):
-            raise
-        raise ArtifactError(f"{where}: damaged description of a piece ({error!r})") from error
-    if not delta.finite():
-        raise ArtifactError(f"{where}: the saved delta holds NaN or infinity")
-    return Piece(str(entry["batch_id"]), delta, members, columns)
+    return states

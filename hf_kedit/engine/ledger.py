@@ -9,145 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import NonFiniteError, RollbackError, TiedWeightError, UnknownEditError, WeightError
+from ..errors import NonFiniteError, TiedWeightError, WeightError
+from .books import Saved, check_known
+from .deltas import Account, Piece, WeightDelta, fold
+from .ledger_files import describe_accounts, read_accounts, tensors_of
 from .weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names, uninterrupted
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-@dataclass
-class WeightDelta:
-    """A change of one parameter, as a method returns it. Always fp32, in functional orientation.
-
-    Either the factors ``left [d_out, r]`` and ``right [d_in, r]`` with ``ΔW = left rightᵀ``, or ``dense`` of the
-    parameter's own (functional) shape.
-
-    Args:
-        module: in-memory name of the module that owns the parameter.
-        name: the parameter's name in its module.
-        left: output-side factor.
-        right: input-side factor.
-        dense: the full change.
-        owners: for factors, the request (index into the batch) that each column belongs to; ``None`` if the
-            change belongs to all requests of the batch together and cannot be split.
-        keys: keys that later edits of this weight must leave alone, ``[d_in, n]``, one column per owner. They are
-            kept, saved and taken back together with the delta.
-    """
-
-    module: str
-    name: str = "weight"
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
-    dense: torch.Tensor | None = None
-    owners: tuple[int, ...] | None = None
-    keys: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if (self.dense is None) == (self.left is None or self.right is None):
-            raise ValueError("a WeightDelta has either both factors or a dense change")
-        if self.left is not None and self.right is not None:
-            self.left, self.right = self.left.detach().float(), self.right.detach().float()
-            if self.owners is not None and len(self.owners) != self.left.shape[1]:
-                raise ValueError("a WeightDelta needs one owner per column")
-        elif self.dense is not None:
-            self.dense = self.dense.detach().float()
-        if self.keys is not None:
-            self.keys = self.keys.detach().float()
-            if self.owners is not None and len(self.owners) != self.keys.shape[1]:
-                raise ValueError("a WeightDelta needs one key per owner")
-
-    @property
-    def key(self) -> str:
-        """Full name of the parameter."""
-        return f"{self.module}.{self.name}"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of `matrix`, without multiplying the factors out."""
-        if self.left is not None and self.right is not None:
-            return self.left.shape[0], self.right.shape[0]
-        assert self.dense is not None
-        return tuple(self.dense.shape)
-
-    def matrix(self) -> torch.Tensor:
-        """The change as one fp32 tensor of the parameter's functional shape."""
-        if self.left is not None and self.right is not None:
-            return self.left @ self.right.T
-        assert self.dense is not None
-        return self.dense
-
-    def finite(self) -> bool:
-        """Whether every number in it is finite."""
-        parts = [t for t in (self.left, self.right, self.dense, self.keys) if t is not None]
-        return all(bool(torch.isfinite(t).all()) for t in parts)
-
-
-@dataclass
-class Piece:
-    """One delta on one parameter, with the ids of the edits that own it.
-
-    ``columns`` gives the owner of each column of the factors; ``None`` means that ``members`` own it jointly.
-    """
-
-    batch_id: str
-    delta: WeightDelta
-    members: tuple[str, ...]
-    columns: tuple[str, ...] | None
-
-    def without(self, edit_ids: set[str]) -> Piece | None:
-        """Return the piece without some edits, or ``None`` if nothing is left of it."""
-        left = tuple(m for m in self.members if m not in edit_ids)
-        if left == self.members:
-            return self
-        if not left:
-            return None
-        if self.columns is None:
-            raise RollbackError(
-                f"the edits {', '.join(self.members)} were computed together as one change and cannot be taken apart:"
-                " roll all of them back, then edit again without the ones you do not want"
-            )
-        keep = [i for i, owner in enumerate(self.columns) if owner not in edit_ids]
-        assert self.delta.left is not None and self.delta.right is not None
-        delta = replace(
-            self.delta,
-            left=self.delta.left[:, keep],
-            right=self.delta.right[:, keep],
-            keys=None if self.delta.keys is None else self.delta.keys[:, keep],
-            owners=None,
-        )
-        return Piece(self.batch_id, delta, left, tuple(self.columns[i] for i in keep))
-
-
-@dataclass
-class Account:
-    """Everything known of one parameter: its untouched original and the pieces on top of it."""
-
-    module: str
-    name: str
-    original: torch.Tensor
-    pieces: list[Piece] = field(default_factory=list)
-    total: torch.Tensor | None = None
-
-    def value(self, total: torch.Tensor | None) -> torch.Tensor:
-        """The weight under a total change, in the original's dtype."""
-        if total is None:
-            return self.original
-        return (self.original.float() + total.to(self.original.device)).to(self.original.dtype)
-
-
-def fold(pieces: Sequence[Piece], start: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Sum the pieces in order, in fp32 on the CPU; ``None`` for no piece."""
-    total = start
-    for piece in pieces:
-        change = piece.delta.matrix().to("cpu")
-        total = change.clone() if total is None else total + change
-    return total
+__all__ = ["Account", "Ledger", "Piece", "Provisional", "WeightDelta", "fold"]
 
 
 class Ledger:
@@ -266,9 +142,7 @@ class Ledger:
         if self._disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before rolling back")
         gone = set(edit_ids)
-        unknown = gone - set(self.edit_ids)
-        if unknown:
-            raise UnknownEditError(f"the ledger holds nothing of {', '.join(sorted(unknown))}")
+        check_known("the ledger", self.edit_ids, gone)
         accounts: dict[str, Account] = {}
         touched = []
         for key, account in self.accounts.items():
@@ -343,9 +217,32 @@ class Ledger:
                 account = self.accounts[key]
                 set_weight(get_module(self.model, account.module), value, account.name)
 
+    # ------------------------------------------------------------------ being a book
+
+    def check_mergeable(self) -> None:
+        """Deltas lie in the weights already."""
+
     def forget(self) -> None:
         """Drop all records and leave the weights as they are (after merging)."""
         self.accounts = {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Factors and dense deltas by name, fp32 on the CPU."""
+        return tensors_of(self.accounts)
+
+    def describe(self) -> dict[str, Any]:
+        """Which delta lies where, and the fingerprints of the untouched weights."""
+        return describe_accounts(self.model, self.accounts)
+
+    def read(self, saved: Saved) -> tuple[dict[str, Account], frozenset[str]]:
+        """Check a saved edit and return its accounts, and the ids of their edits; no weight is touched.
+
+        Raises:
+            ArtifactError: if something is missing or does not fit.
+            BaseModelMismatchError: if the base model is another one.
+        """
+        accounts = read_accounts(self.model, saved)
+        return accounts, frozenset(m for a in accounts.values() for p in a.pieces for m in p.members)
 
 
 class Provisional:

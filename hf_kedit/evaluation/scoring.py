@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..engine.forward import accepts, device_of, frozen_eval, gather_logits
+from ..engine.sites import prompt_lengths
 from ..errors import EvaluationError, RequestError
 from ..tokens import context_length, encode_pair, encode_target, encode_text, pad_id, pad_rows, separator_between
 from .batching import (
@@ -248,8 +249,11 @@ def target_logits(
             extra["decoder_attention_mask"] = decoder.attention_mask
     index = torch.tensor([i for i, r in enumerate(members) for _ in r.target])
     columns = torch.tensor([c for r in members for c in r.columns])
-    # Indices stay on the CPU: the head may be on another device than the embeddings.
-    return gather_logits(model, batch, index, columns, **extra).float()
+    # Edits that route by prompts must not look at the target; the encoder's input is all prompt.
+    ends = [len(r.inputs) if r.decoder is not None else r.first + 1 for r in members]
+    with prompt_lengths(model, ends):
+        # Indices stay on the CPU: the head may be on another device than the embeddings.
+        return gather_logits(model, batch, index, columns, **extra).float()
 
 
 def _score_batch(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 
 from ..config import EditConfig, config_class, normalise, register_config
+from ..engine.books import Book, all_disabled
 from ..engine.ledger import Ledger, WeightDelta
+from ..engine.sitebook import SiteBook
 from ..engine.statistics import StatisticsStore
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
@@ -87,10 +90,17 @@ class Outcome:
     Args:
         deltas: changes of weights.
         diagnostics: one dict per request (numbers and short lists, JSON-ready).
+        entries: changes for the book of the method's kind, if that is not the ledger: `SiteEntry`s for ``adapter``.
     """
 
     deltas: list[WeightDelta]
     diagnostics: list[dict[str, Any]]
+    entries: list[Any] = field(default_factory=list)
+
+    @property
+    def changes(self) -> list[Any]:
+        """What the book of the method's kind takes over."""
+        return self.entries or list(self.deltas)
 
 
 @dataclass
@@ -102,6 +112,8 @@ class Workbench:
         tokenizer: of the model.
         anatomy: of the model, checked.
         ledger: of the model.
+        sites: of the model.
+        books: all of the model's books, by kind; ``ledger`` and ``sites`` are among them.
         statistics: second moments of the unedited model.
         templates: context templates made so far, by (lengths, seed).
         trace: where a method leaves intermediate tensors when this is a dict (tests, debugging).
@@ -111,6 +123,8 @@ class Workbench:
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
     ledger: Ledger
+    sites: SiteBook
+    books: Mapping[str, Book]
     statistics: StatisticsStore
     templates: dict[str, list[list[str]]] = field(default_factory=dict)
     trace: dict[str, torch.Tensor] | None = None
@@ -130,9 +144,13 @@ class Workbench:
             return groups
         key = f"{list(map(list, lengths))}/{seed}"
         if key not in self.templates:
-            with self.ledger.disabled():
+            with self.unedited():
                 self.templates[key] = context_templates(self.model, self.tokenizer, lengths, seed=seed)
         return self.templates[key]
+
+    def unedited(self) -> AbstractContextManager[None]:
+        """The model without any edits inside the block."""
+        return all_disabled(self.books.values())
 
     def note(self, name: str, value: torch.Tensor) -> None:
         """Keep an intermediate tensor if a trace is wanted."""

@@ -107,7 +107,7 @@ class CORE(MEMIT):
         """Contexts around each fact, if asked for."""
         if self.config.context is None:
             return rows
-        with self.bench.ledger.disabled():  # the unedited model writes them
+        with self.bench.unedited():  # the unedited model writes them
             contexts = [self._contexts(request) for request in requests]
         built = []
         for owner, (request, templates) in enumerate(zip(requests, contexts, strict=True)):

@@ -123,7 +123,7 @@ class LocateMethod(Method):
         """Templates and, in one pass over the text, the second moments of all layers, before any weight changes."""
         self.templates()
         if self.needs_moments:
-            with self.bench.ledger.disabled():
+            with self.bench.unedited():
                 self.bench.statistics.moments(self.edited_modules())
 
     def check(self, requests: Sequence[EditRequest]) -> None:
