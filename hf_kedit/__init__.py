@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
     from .methods.kn import KNConfig
+    from .methods.lora import AdaLoRAConfig, LoRAConfig
     from .methods.memit import MEMITConfig
     from .methods.memit_fe import MEMITFEConfig
     from .methods.pmet import PMETConfig
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .requests import EditRequest, Probe, load_requests
 
 __all__ = [
+    "AdaLoRAConfig",
     "AlphaEditConfig",
     "AutoEditConfig",
     "COREConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "FTMConfig",
     "KNConfig",
     "KeditError",
+    "LoRAConfig",
     "MEMITConfig",
     "MEMITFEConfig",
     "PMETConfig",

@@ -1,0 +1,388 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) and AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) as edits.
+
+A low-rank change of some matrices is trained on the masked, teacher-forced loss of the requests, with PEFT's own
+layers and configs, and handed to the ledger as its two factors:
+
+    LoRA      ΔW = (α/r) B A
+    AdaLoRA   ΔW = (α/r₀) P Λ Q,   loss + γ · mean(‖PᵀP − I‖ + ‖QQᵀ − I‖), ranks shared out by importance
+
+The layers sit in the model for the duration of the training only. What stays is a `WeightDelta`, so that an edit can
+be undone, saved and exported like any other. Every call (every batch of a call) trains an adapter of its own on top of
+the edits that the model carries already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..anatomy import Anatomy
+from ..anatomy.types import LayerAnatomy
+from ..config import ModelProfile
+from ..engine.examples import Example, encode_examples, row_means, target_probabilities, token_losses
+from ..engine.forward import device_of
+from ..engine.ledger import WeightDelta
+from ..engine.weights import get_module, is_transposed, uninterrupted
+from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
+from ..logging import progress_bar
+from ..requests import EditRequest
+from .base import Capabilities, Method, Outcome, WeightConfig, register_method
+
+if TYPE_CHECKING:  # PEFT takes seconds to import: only when an adapter is trained
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner
+
+ADAPTER = "edit"
+ATTENTION = "attention"
+_QUERY_OR_VALUE = re.compile(r"(w?[qv]|query|value)(_(proj|lin|linear))?")
+
+
+@dataclass
+class LoRAConfig(WeightConfig):
+    """Hyperparameters of LoRA. ``batch_size`` requests share a step (``None``: one at a time).
+
+    Args:
+        layers: layers that get an adapter; ``None``: all of them, as published.
+        target_modules: the matrices, by the end of their names (``"q_proj"``, ``"attn.c_attn"``), or ``"attention"``:
+            the query and value projections, or the matrices into the attention where these are fused.
+        rank: r.
+        lora_alpha: α; the change is scaled by α/r.
+        lora_dropout: dropout on the adapter's input while it is trained. Published 0.1; an edit has no data to
+            overfit to, so 0 is the default.
+        num_steps: passes over the requests.
+        lr: Adam's learning rate.
+        weight_decay: of Adam.
+        stop_loss: training ends when the mean loss of a pass falls below; ``None``: never (as published).
+    """
+
+    edit_type: ClassVar[str] = "lora"
+
+    target_modules: list[str] | None = None
+    rank: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    num_steps: int = 50
+    lr: float = 5e-3
+    weight_decay: float = 0.0
+    stop_loss: float | None = None
+
+    def validate(self) -> None:
+        """Check ranges."""
+        super().validate()
+        self._require_positive("rank", "lora_alpha", "num_steps", "lr")
+        self._require_positive("weight_decay", zero=True)
+        self._require_positive("stop_loss", optional=True)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"{type(self).__name__}.lora_dropout must be at least 0 and below 1, not {self.lora_dropout}"
+            )
+        if self.target_modules is not None and not self.target_modules:
+            raise ConfigError(f"{type(self).__name__}.target_modules is empty; leave it out for the default")
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file."""
+        return ("target_modules",)
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """Query and value projections of every layer, as in both papers."""
+        return {"target_modules": [ATTENTION]}
+
+
+@dataclass
+class AdaLoRAConfig(LoRAConfig):
+    """Hyperparameters of AdaLoRA. ``rank`` is the mean rank per matrix at the end; training starts with half more.
+
+    Args:
+        orth_reg_weight: γ, weight of the term that keeps P and Q orthogonal.
+        warmup: share of the steps before ranks are taken away.
+        cooldown: share of the steps at the end with the final ranks.
+        beta: decay of the running means of sensitivity and its uncertainty.
+    """
+
+    edit_type: ClassVar[str] = "adalora"
+
+    orth_reg_weight: float = 0.5
+    warmup: float = 0.1
+    cooldown: float = 0.3
+    beta: float = 0.85
+
+    def validate(self) -> None:
+        """Check ranges."""
+        super().validate()
+        self._require_positive("orth_reg_weight", "warmup", "cooldown", zero=True)
+        if self.warmup + self.cooldown >= 1:
+            raise ConfigError("AdaLoRAConfig.warmup and cooldown leave no steps in which ranks are shared out")
+        if not 0 < self.beta < 1:
+            raise ConfigError(f"AdaLoRAConfig.beta must lie between 0 and 1, not {self.beta}")
+
+
+class _LowRankTraining(Method):
+    """What LoRA and AdaLoRA share: where the adapters go, and the loop that trains them."""
+
+    config: LoRAConfig
+
+    def edited_modules(self) -> list[str]:
+        """Names of the matrices that get an adapter."""
+        anatomy = self.bench.anatomy
+        layers = self.config.layers if self.config.layers is not None else range(anatomy.num_layers)
+        return target_paths(anatomy, layers, self.config.target_modules or [ATTENTION])
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check the model, its matrices, and that the requests fit."""
+        if getattr(self.bench.model, "peft_config", None):
+            raise UnsupportedModelError(
+                f"the model carries a PEFT adapter; merge it (merge_and_unload) before editing with"
+                f" {self.capabilities.name}, or edit with a method that changes the weights beneath it"
+            )
+        super().check(requests)
+        self._examples(requests)
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Train an adapter on a batch of requests and return its factors."""
+        bench, config = self.bench, self.config
+        examples, paths = self._examples(requests), self.edited_modules()
+        size = config.batch_size or 1
+        chunks = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
+        began = time.perf_counter()
+        before = target_probabilities(bench.model, examples, bench.fill, size)
+        adapter = self.peft_config(paths, len(chunks) * config.num_steps)
+        with seeded(bench.model, config.seed), injected(bench.model, adapter, paths) as tuner:
+            losses = self._train(tuner, examples, chunks)
+            tuner.eval()  # the fresh layers only (dropout): the model itself is in evaluation mode already
+            after = target_probabilities(bench.model, examples, bench.fill, size)
+            deltas = []
+            for path in paths:
+                left, right = self.factors(get_module(bench.model, path))
+                if left.shape[1]:  # AdaLoRA may leave a matrix no rank at all
+                    deltas.append(WeightDelta(path, left=left, right=right))
+        if not deltas:
+            raise EditFailedError("training left no matrix any rank; raise rank or lr")
+        seconds = time.perf_counter() - began
+        diagnostics = [
+            {
+                "loss": [round(x, 6) for x in losses[i]],
+                "target_probability_before": before[i],
+                "target_probability_after": after[i],
+                "steps": len(losses[i]),
+                "rank": sum(d.left.shape[1] for d in deltas if d.left is not None) / len(paths),
+                "seconds_training": seconds,
+            }
+            for i in range(len(examples))
+        ]
+        return Outcome(deltas, diagnostics)
+
+    @torch.enable_grad()
+    def _train(
+        self, tuner: BaseTuner, examples: Sequence[Example], chunks: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Adam over the adapter's parameters; returns the losses of each example, step by step."""
+        bench, config = self.bench, self.config
+        trained = [p for p in tuner.parameters() if p.requires_grad]
+        optimiser = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
+        losses: list[list[float]] = [[] for _ in examples]
+        batch_losses: list[float] = []
+        with progress_bar(config.num_steps, "training the adapter", show=bench.show_progress) as bar:
+            for _ in range(config.num_steps):
+                for chunk in chunks:
+                    nll, rows = token_losses(bench.model, [examples[i] for i in chunk], bench.fill)
+                    if not bool(torch.isfinite(nll).all()):
+                        raise EditFailedError("the loss became NaN or infinite while training; lower lr")
+                    optimiser.zero_grad()
+                    (nll.mean() + self.penalty(tuner)).backward()
+                    optimiser.step()
+                    batch_losses.append(float(nll.detach().mean()))
+                    self.after_step(tuner, len(batch_losses))
+                    for i, value in zip(chunk, row_means(nll.detach(), rows, len(chunk)).tolist(), strict=True):
+                        losses[i].append(value)
+                bar.update(1)
+                if config.stop_loss is not None and sum(x[-1] for x in losses) / len(losses) < config.stop_loss:
+                    break
+        bench.note("batch_losses", torch.tensor(batch_losses))
+        return losses
+
+    def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
+        return encode_examples(self.bench.model, self.bench.tokenizer, requests, separator=self.config.separator)
+
+    # ------------------------------------------------------------------ where the two differ
+
+    def peft_config(self, paths: Sequence[str], steps: int) -> PeftConfig:
+        """PEFT's config of an adapter on these modules, trained for so many steps at most."""
+        raise NotImplementedError
+
+    def factors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """``left [d_out, r]`` and ``right [d_in, r]`` of a trained layer."""
+        raise NotImplementedError
+
+    def penalty(self, tuner: BaseTuner) -> torch.Tensor | float:
+        """What is added to the loss."""
+        return 0.0
+
+    def after_step(self, tuner: BaseTuner, step: int) -> None:
+        """Called after each step, counted from 1, while the gradients are still there."""
+
+    def _common(self, paths: Sequence[str]) -> dict[str, Any]:
+        config = self.config
+        return {
+            "target_modules": list(paths),
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "fan_in_fan_out": is_transposed(get_module(self.bench.model, paths[0])),
+        }
+
+
+@register_method
+class LoRA(_LowRankTraining):
+    """LoRA."""
+
+    config_class = LoRAConfig
+    capabilities = Capabilities(
+        name="LoRA",
+        kind="weights",
+        batch=True,
+        sequential=True,
+        needs_subject=False,
+        encoder_decoder=True,
+        paper="Hu et al. 2021, arXiv 2106.09685",
+        summary="trains low-rank changes of the query and value projections in all layers",
+    )
+
+    def peft_config(self, paths: Sequence[str], steps: int) -> PeftConfig:
+        """Plain LoRA, ``A`` Kaiming-uniform and ``B`` zero."""
+        from peft import LoraConfig as PeftLoraConfig
+
+        return PeftLoraConfig(r=self.config.rank, **self._common(paths))
+
+    def factors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(α/r) B`` and ``Aᵀ``."""
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        return b * layer.scaling[ADAPTER], a.T
+
+
+@register_method
+class AdaLoRA(_LowRankTraining):
+    """AdaLoRA."""
+
+    config_class = AdaLoRAConfig
+    capabilities = Capabilities(
+        name="AdaLoRA",
+        kind="weights",
+        batch=True,
+        sequential=True,
+        needs_subject=False,
+        encoder_decoder=True,
+        paper="Zhang et al. 2023, arXiv 2303.10512",
+        summary="LoRA that spends its rank on the matrices where it matters",
+    )
+    config: AdaLoRAConfig
+
+    def peft_config(self, paths: Sequence[str], steps: int) -> PeftConfig:
+        """The budget falls from 1.5 ``rank`` to ``rank`` per matrix between warm-up and cool-down."""
+        from peft import AdaLoraConfig as PeftAdaLoraConfig
+
+        config = self.config
+        return PeftAdaLoraConfig(
+            init_r=max(config.rank + 1, round(1.5 * config.rank)),
+            target_r=config.rank,
+            total_step=steps,
+            tinit=int(config.warmup * steps),
+            tfinal=int(config.cooldown * steps),
+            beta1=config.beta,
+            beta2=config.beta,
+            orth_reg_weight=config.orth_reg_weight,
+            **self._common(paths),
+        )
+
+    def penalty(self, tuner: BaseTuner) -> torch.Tensor:
+        """γ times the mean over all P and Q of ``‖PᵀP − I‖`` and ``‖QQᵀ − I‖`` (eq. 4, without the square)."""
+        terms = []
+        for name, parameter in tuner.named_parameters():
+            if not parameter.requires_grad or not ("lora_A" in name or "lora_B" in name):
+                continue
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            terms.append((gram - torch.eye(len(gram), device=gram.device)).norm().to(device_of(self.bench.model)))
+        return self.config.orth_reg_weight * torch.stack(terms).mean()
+
+    def after_step(self, tuner: BaseTuner, step: int) -> None:
+        """Bring the importance of every triple up to date and take away the least important ones."""
+        tuner.update_and_allocate(step)
+
+    def factors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(α/r₀) P Λ`` and ``Qᵀ``, without the triples that were taken away."""
+        values = layer.lora_E[ADAPTER].flatten()
+        kept = values.nonzero().flatten()
+        scale = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5)
+        return layer.lora_B[ADAPTER][:, kept] * values[kept] * scale, layer.lora_A[ADAPTER][kept].T
+
+
+# ---------------------------------------------------------------------- where adapters go
+
+
+def target_paths(anatomy: Anatomy, layers: Sequence[int], entries: Sequence[str]) -> list[str]:
+    """Full names of the matrices that ``target_modules`` means, layer by layer.
+
+    Raises:
+        LayerError: if an entry matches no matrix of any of the layers.
+    """
+    found: list[str] = []
+    missing = set(entries)
+    for where in (anatomy.layer(i) for i in layers):
+        for entry in entries:
+            paths = _attention_inputs(where) if entry == ATTENTION else _ending(where, entry)
+            found.extend(paths)
+            if paths:
+                missing.discard(entry)
+    if missing:
+        raise LayerError(
+            f"no layer of {anatomy.model_class} has a matrix {', '.join(sorted(missing))}. Matrices of layer"
+            f" {layers[0]}:\n{anatomy.layer(layers[0]).list_projections()}"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _ending(where: LayerAnatomy, name: str) -> list[str]:
+    return [p.path for p in where.projections if p.path == name or p.path.endswith(f".{name}")]
+
+
+def _attention_inputs(where: LayerAnatomy) -> list[str]:
+    """Query and value projections of a layer, or every matrix into its attention where these are fused."""
+    out = where.attention_out.path if where.attention_out else None
+    into = [p for p in where.projections if p.path.startswith(f"{where.attention}.") and p.path != out]
+    own = [p for p in into if _QUERY_OR_VALUE.fullmatch(p.name.lower())]
+    return [p.path for p in (own or into)]
+
+
+@contextlib.contextmanager
+def injected(model: nn.Module, config: PeftConfig, paths: Sequence[str]) -> Iterator[BaseTuner]:
+    """PEFT's layers around some modules inside the block; the very same modules are back behind it."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    types: dict[Any, Any] = dict(PEFT_TYPE_TO_TUNER_MAPPING)
+    modules = {path: get_module(model, path) for path in paths}
+    try:
+        tuner: BaseTuner = types[config.peft_type](model, config, ADAPTER)
+        cast_adapter_dtype(model, ADAPTER)  # trained in fp32, whatever the model's dtype
+        yield tuner
+    finally:
+        with uninterrupted():
+            for path, module in modules.items():
+                owner, _, name = path.rpartition(".")
+                setattr(get_module(model, owner), name, module)
+            model.__dict__.pop("peft_config", None)
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Draw the adapter's start and its dropout from ``seed``; the generators are as before behind the block."""
+    device = device_of(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
