@@ -1,43 +1,95 @@
-"""The model card (README.md) of a saved edit."""
+"""The model card (README.md) of a saved edit, with its evaluation where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from .journal import Edit
 
+CARD, EVAL_RESULTS = "README.md", ".eval_results/kedit.yaml"
 _SHOWN = 50
+_TASK_ID = "knowledge-editing"
 
 
-def model_card(config: dict[str, Any], edits: Sequence[Edit]) -> str:
+class HasModelIndex(Protocol):
+    """An evaluation, as the card needs it: an `EvaluationReport`."""
+
+    def to_model_index(self, model_name: str | None = None) -> list[dict[str, Any]]:
+        """Its means in the form of a card's ``model-index``."""
+
+
+def card_files(
+    config: dict[str, Any], edits: Sequence[Edit], *, repo_id: str | None = None, report: HasModelIndex | None = None
+) -> dict[str, bytes]:
+    """The card, and the numbers in the form that the Hub's leaderboards read: file name → content.
+
+    Args:
+        config: content of ``edit_config.json``.
+        edits: the journal.
+        repo_id: where the edits will be.
+        report: an evaluation of them.
+    """
+    import yaml
+
+    name: str | None = None
+    results: list[EvalResult] = []
+    if report is not None:
+        name, results = model_index_to_eval_results(report.to_model_index(repo_id or "edited model"))
+    files = {CARD: model_card(config, edits, repo_id=repo_id, model_name=name, results=results).encode("utf-8")}
+    if results:
+        entries = [
+            EvalResultEntry(
+                dataset_id=result.dataset_type,
+                task_id=_TASK_ID,
+                value=result.metric_value,
+                notes=f"{result.metric_name}; {result.dataset_config}",
+            )
+            for result in results
+        ]
+        files[EVAL_RESULTS] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode("utf-8")
+    return files
+
+
+def model_card(
+    config: dict[str, Any],
+    edits: Sequence[Edit],
+    *,
+    repo_id: str | None = None,
+    model_name: str | None = None,
+    results: Sequence[EvalResult] = (),
+) -> str:
     """Return the card as Markdown with a YAML head.
 
     Args:
         config: content of ``edit_config.json``.
         edits: the journal.
+        repo_id: where the edits will be.
+        model_name: for the numbers.
+        results: the numbers.
     """
     base = config["base_model_name_or_path"]
     is_hub = bool(base) and not base.startswith(("/", ".", "kedit/"))
+    is_adapter = "adapter_config.json" in config["files"]
     data = ModelCardData(
         library_name="hf_kedit",
         base_model=base if is_hub else None,
         base_model_relation="adapter" if is_hub else None,
-        tags=["knowledge-editing", config["method"]],
+        pipeline_tag="text-generation" if config["base_model_class"].endswith(("CausalLM", "LMHeadModel")) else None,
+        tags=["knowledge-editing", config["method"], *(("peft", "lora") if is_adapter else ())],
+        model_name=model_name,
+        eval_results=list(results) or None,
     )
-    rows = "\n".join(
-        f"| `{e.id}` | {_cell(e.request.filled_prompt)} | {_cell(', '.join(e.request.ground_truth)) or '?'}"
-        f" | {_cell(e.request.target_new)} | {e.method} |"
-        for e in edits[:_SHOWN]
-    )
-    more = f"\n\n… and {len(edits) - _SHOWN} more in `edits.jsonl`." if len(edits) > _SHOWN else ""
     touched = "\n".join(
         f"- `{key}` {tuple(m['shape'])}, {'rank ' + str(m['rank']) if m['rank'] else 'dense'}"
         for key, m in config["modules"].items()
     )
     shown_base = base or "a model that was in memory"
+    first = edits[0].id if edits else "edit-id"
+    here = repo_id or "path/or/id of this folder"
     load_base = "" if base else ", base_model=model"
     return f"""---
 {data.to_yaml()}
@@ -48,21 +100,24 @@ def model_card(config: dict[str, Any], edits: Sequence[Edit]) -> str:
 This folder holds changes to single facts, not a whole model. They are laid on the base model when it is loaded,
 and every one of them can be taken back.
 
-| edit | prompt | before | now | method |
-| --- | --- | --- | --- | --- |
-{rows}{more}
+{_edit_table(edits)}
 
 ## Use
 
 ```python
 from hf_kedit import EditableModel
 
-model = EditableModel.from_pretrained("path/or/id of this folder"{load_base})
+model = EditableModel.from_pretrained("{here}"{load_base})
 model.edits                      # what was changed
 with model.disable_edits():      # the original model, for comparison
     ...
-model.rollback("all")            # or one edit: model.rollback("{edits[0].id if edits else "edit-id"}")
 ```
+
+{_without_library(base, here) if is_adapter else _ONLY_WITH_LIBRARY.format(here=here)}
+## Undo
+
+`model.rollback("all")` restores the bits of the base model, `model.rollback("{first}")` takes one edit back. An
+earlier version of a repository is loaded with `from_pretrained(…, revision="its tag or commit")`.
 
 ## What it was made on
 
@@ -71,7 +126,51 @@ model.rollback("all")            # or one edit: model.rollback("{edits[0].id if 
 - changed weights (checked by their SHA-256 when the edits are loaded):
 {touched}
 
-Editing a fact can change others. Measure it on your own questions before you rely on it.
+{_numbers(results)}"""
+
+
+def _edit_table(edits: Sequence[Edit]) -> str:
+    rows = "\n".join(
+        f"| `{e.id}` | {_cell(e.request.filled_prompt)} | {_cell(', '.join(e.request.ground_truth)) or '?'}"
+        f" | {_cell(e.request.target_new)} | {e.method} |"
+        for e in edits[:_SHOWN]
+    )
+    more = f"\n\n… and {len(edits) - _SHOWN} more" if len(edits) > _SHOWN else "\n\nThey are"
+    table = f"| edit | prompt | before | now | method |\n| --- | --- | --- | --- | --- |\n{rows}"
+    return f"{table}{more} in [`edits.jsonl`](edits.jsonl), with the texts that they were asked with."
+
+
+def _without_library(base: str, here: str) -> str:
+    return f"""Without `hf_kedit`, the same edits are a LoRA adapter of scaling 1:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base or "the base model"}")
+model = PeftModel.from_pretrained(base, "{here}")
+```
+"""
+
+
+_ONLY_WITH_LIBRARY = """Without `hf_kedit` this folder cannot be loaded. `kedit merge "{here}" --output DIR` writes the
+base model with the edits as a plain transformers model.
+"""
+
+
+def _numbers(results: Sequence[EvalResult]) -> str:
+    if not results:
+        return "Editing a fact can change others. Measure it on your own questions before you rely on it.\n"
+    rows = "\n".join(
+        f"| {_cell(str(r.metric_name))} | {r.metric_value:.3f} | {_cell(str(r.dataset_config))} |" for r in results
+    )
+    return f"""## What it does to the model
+
+| measured | value | how |
+| --- | --- | --- |
+{rows}
+
+Fractions of 1, on `{results[0].dataset_name}`. Locality is what stays as it was: editing a fact can change others.
 """
 
 

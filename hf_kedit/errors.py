@@ -116,6 +116,14 @@ class BaseModelMismatchError(ArtifactError):
     """A saved edit was made on other base weights than the ones it is loaded onto."""
 
 
+class HubError(ArtifactError):
+    """A repository of the Hub is missing, closed to the user, or cannot be written as asked."""
+
+
+class HubUnreachableError(HubError):
+    """The Hub does not answer (or offline mode is on), and the cache does not have what is needed."""
+
+
 class MissingExtraError(KeditError, ImportError):
     """An optional dependency is needed for this call."""
 

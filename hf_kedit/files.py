@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from .repository import download
+
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: Collection[str] = ()) -> None:
     """Write files so that a reader sees the old set or the new set, never a mixture where that can be helped.
@@ -26,13 +28,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, data in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             with (temporary / name).open("wb") as handle:
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
         os.chmod(temporary, 0o755)
         existing = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-        if existing <= {*files, *owned}:
+        if existing <= {name.partition("/")[0] for name in (*files, *owned)}:
             old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
             if folder.exists():
                 os.rename(folder, old)
@@ -40,9 +43,48 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
             shutil.rmtree(old, ignore_errors=True)
         else:
             for name in sorted(files, key=lambda n: n == last):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class FileSource:
+    """Files of a folder, or of a Hub repository: then all of the commit that the first one came from.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit of a repository.
+        repo_type: ``"model"`` or ``"dataset"``.
+        hub: for `download`: ``token``, ``cache_dir``, ``local_files_only``.
+    """
+
+    def __init__(self, name: str, *, revision: str | None = None, repo_type: str = "model", **hub: Any):
+        self.name, self.revision, self.repo_type, self.hub = name, revision, repo_type, hub
+        self.commit: str | None = None
+
+    def path(self, name: str) -> Path | None:
+        """Where a file is on this machine; ``None`` if it is missing.
+
+        Raises:
+            HubError: if the repository cannot be read.
+        """
+        folder = Path(self.name)
+        if folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
+        found = download(self.name, name, revision=self.commit or self.revision, repo_type=self.repo_type, **self.hub)
+        if found is not None and self.commit is None:
+            self.commit = found.parents[name.count("/")].name
+        return found
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file; ``None`` if it is missing.
+
+        Raises:
+            HubError: if the repository cannot be read.
+        """
+        found = self.path(name)
+        return found.read_bytes() if found is not None else None
 
 
 def read_file(source: str, name: str, *, revision: str | None = None, token: Any = None) -> bytes | None:
@@ -53,20 +95,8 @@ def read_file(source: str, name: str, *, revision: str | None = None, token: Any
         name: of the file.
         revision: of the repository.
         token: for the Hub.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        path = folder / name
-        return path.read_bytes() if path.is_file() else None
-    from transformers.utils import cached_file
 
-    found = cached_file(
-        source,
-        name,
-        revision=revision,
-        token=token,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return Path(found).read_bytes() if found else None
+    Raises:
+        HubError: if the repository cannot be read.
+    """
+    return FileSource(source, revision=revision, token=token).read(name)

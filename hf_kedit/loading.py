@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import embedded
@@ -35,8 +36,7 @@ def load_base(
     local = embedded.resolve(name)
     source = str(local) if local is not None else name
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    hub = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only") if k in kwargs}
-    config = AutoConfig.from_pretrained(source, **shared, **hub)
+    config = AutoConfig.from_pretrained(source, **shared, **hub_options(kwargs))
     if getattr(config, "is_encoder_decoder", False):
         loader: Any = AutoModelForSeq2SeqLM
     elif type(config) in AutoModelForImageTextToText._model_mapping:
@@ -55,9 +55,9 @@ def load_base(
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, token: Any = None
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **hub: Any
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model by the same name."""
+    """Load the tokenizer of a model by the same name; ``hub`` as in `hub_options`."""
     from transformers import AutoTokenizer
 
     local = embedded.resolve(name)
@@ -65,6 +65,11 @@ def load_tokenizer(
         str(local) if local is not None else name,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        token=token,
+        **hub,
     )
     return tokenizer
+
+
+def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of ``from_pretrained`` that concern every file of a repository."""
+    return {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}

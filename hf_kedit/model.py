@@ -30,13 +30,17 @@ from .engine.statistics import Corpus, StatisticsStore, model_fingerprint, resol
 from .engine.weights import tensor_digest, uninterrupted
 from .errors import ConfigError, EditFailedError, KeditError, RequestError
 from .journal import Edit, Journal, new_id, now
-from .loading import load_base, load_tokenizer
+from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger, progress, warn_once
 from .methods.base import Capabilities, Method, Workbench, method_class
+from .repository import cached_commit
 from .requests import EditRequest, RequestSource, load_requests
+from .sharing import Sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .card import HasModelIndex
 
 logger = get_logger(__name__)
 
@@ -61,7 +65,7 @@ class EditResult:
         return [e.id for e in self.edits]
 
 
-class EditableModel(nn.Module):
+class EditableModel(Sharing, nn.Module):
     """A transformers model together with the edits that it carries.
 
     Args:
@@ -161,7 +165,7 @@ class EditableModel(nn.Module):
         name = str(model_or_edits)
         artifact = None
         if embedded.resolve(name) is None:
-            artifact = find_artifact(name, revision=revision, token=model_kwargs.get("token"))
+            artifact = find_artifact(name, revision=revision, **hub_options(model_kwargs))
         if artifact is not None:
             return load_artifact(
                 artifact,
@@ -176,9 +180,12 @@ class EditableModel(nn.Module):
             )
         loaded = base_model or load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
         tokenizer = tokenizer or load_tokenizer(
-            name, revision=revision, trust_remote_code=trust_remote_code, token=model_kwargs.get("token")
+            name, revision=revision, trust_remote_code=trust_remote_code, **hub_options(model_kwargs)
         )
-        return cls(loaded, config, tokenizer, anatomy=anatomy, base_model_id=name)
+        commit = None
+        if base_model is None and embedded.resolve(name) is None:
+            commit = cached_commit(name, "config.json", revision=revision, cache_dir=model_kwargs.get("cache_dir"))
+        return cls(loaded, config, tokenizer, anatomy=anatomy, base_model_id=name, base_model_revision=commit)
 
     def set_method(self, config: EditConfig | str) -> EditableModel:
         """Choose the method of the next edits; earlier edits stay.
@@ -419,15 +426,19 @@ class EditableModel(nn.Module):
             self.rollback("all")
         return self.base_model
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, report: HasModelIndex | None = None) -> None:
         """Save the edits (not the base model) to a folder that `from_pretrained` loads.
+
+        Args:
+            save_directory: the folder; made if needed.
+            report: an evaluation of the edits; its means go into the model card.
 
         Raises:
             ArtifactError: if the folder holds something that must not share a root with edits.
         """
         from .saving import save_artifact
 
-        save_artifact(self, Path(save_directory))
+        save_artifact(self, Path(save_directory), report=report)
 
     def method_state(self) -> dict[str, torch.Tensor]:
         """What the current method has learnt from earlier edits, beyond what the journal's edits hold."""

@@ -15,9 +15,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +25,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
-from .card import model_card
+from .card import CARD, EVAL_RESULTS, HasModelIndex, card_files
 from .config import CONFIG_NAME, AutoEditConfig, EditConfig
 from .engine.books import Saved, all_disabled
 from .engine.weights import uninterrupted
-from .errors import ArtifactError, ConfigError, KeditError
-from .files import read_file, write_folder
+from .errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
+from .files import FileSource, write_folder
 from .journal import Journal
-from .loading import load_base, load_tokenizer
+from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger
+from .repository import cached_commit
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 FORMAT_VERSION = 1
-CONFIG, WEIGHTS, JOURNAL, CARD = CONFIG_NAME, "edit_model.safetensors", "edits.jsonl", "README.md"
+CONFIG, WEIGHTS, JOURNAL = CONFIG_NAME, "edit_model.safetensors", "edits.jsonl"
 STATE = "state."
-_OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, ".gitattributes"}
+OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, EVAL_RESULTS, ".gitattributes"}
+"""Files that saved edits may consist of."""
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -70,25 +71,39 @@ class Artifact:
 # ---------------------------------------------------------------------- writing
 
 
-def save_artifact(model: EditableModel, folder: Path) -> None:
+def save_artifact(model: EditableModel, folder: Path, *, report: HasModelIndex | None = None) -> None:
     """Write the edits of a model to a folder.
 
     Raises:
         ArtifactError: if the folder is a file, or holds a model or another adapter.
     """
     check_destination(folder)
+    write_folder(folder, artifact_files(model, report=report), last=CONFIG, owned=OURS)
+
+
+def artifact_files(
+    model: EditableModel, *, repo_id: str | None = None, report: HasModelIndex | None = None
+) -> dict[str, bytes]:
+    """Everything that is saved of a model's edits: file name → content. The same edits give the same bytes.
+
+    Args:
+        model: with the edits.
+        repo_id: where they will be, for the card.
+        report: an evaluation of them, for the card.
+    """
     tensors = {STATE + name: value.cpu().contiguous() for name, value in model.method_state().items()}
     for book in model.books.values():
         tensors |= book.tensors()
     files = {
-        WEIGHTS: dump_tensors(tensors, metadata={"format": "pt", "kedit_format": str(FORMAT_VERSION)}),
+        # One entry of metadata only: safetensors writes several in an order that changes from run to run.
+        WEIGHTS: dump_tensors(tensors, metadata={"format": "pt"}),
         JOURNAL: model.journal.to_jsonl().encode("utf-8"),
     }
     config = _describe(model)
     config["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files[CARD] = model_card(config, model.edits).encode("utf-8")
+    files |= card_files(config, model.edits, repo_id=repo_id, report=report)
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode("utf-8")
-    write_folder(folder, files, last=CONFIG, owned=_OURS)
+    return files
 
 
 def check_destination(folder: Path) -> None:
@@ -136,32 +151,40 @@ def _describe(model: EditableModel) -> dict[str, Any]:
 # ---------------------------------------------------------------------- reading
 
 
-def find_artifact(name: str, *, revision: str | None = None, token: Any = None) -> Artifact | None:
+def find_artifact(name: str, *, revision: str | None = None, **hub: Any) -> Artifact | None:
     """Return the saved edits at a folder or Hub id, or ``None`` if it is a base model.
+
+    Args:
+        name: folder or Hub id.
+        revision: of a repository; all files are read from the commit that it names.
+        hub: ``token``, ``cache_dir``, ``local_files_only``.
 
     Raises:
         ArtifactError: if it is a saved edit but damaged, or an existing folder without model or edits.
+        HubError: if the repository is missing, closed, or neither cached nor reachable.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / CONFIG).is_file():
-            if not (folder / "config.json").is_file():
-                raise ArtifactError(f"{name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)")
-            return None
-        return read_artifact(name, partial(read_file, name))
-    if folder.is_file():
+    if Path(name).is_file():
         raise ArtifactError(f"{name!r} is a file; give the folder of a model or of saved edits")
-    fetch = partial(read_file, name, revision=revision, token=token)
-    if fetch(CONFIG) is None:
-        return None
-    return read_artifact(name, fetch)
+    source = FileSource(name, revision=revision, **hub)
+    try:
+        config = source.read(CONFIG)
+    except HubUnreachableError:
+        if cached_commit(name, "config.json", revision=revision, cache_dir=hub.get("cache_dir")):
+            return None  # a model that was downloaded without ever asking for edits
+        raise
+    if config is not None:
+        return read_artifact(name, config, source.read)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ArtifactError(f"{name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)")
+    return None
 
 
-def read_artifact(source: str, fetch: Any) -> Artifact:
+def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes | None]) -> Artifact:
     """Read and check the files of a saved edit.
 
     Args:
         source: for messages.
+        config_file: content of ``edit_config.json``.
         fetch: file name → bytes, or ``None`` if it is missing.
 
     Raises:
@@ -169,13 +192,13 @@ def read_artifact(source: str, fetch: Any) -> Artifact:
     """
 
     def get(name: str) -> bytes:
-        data: bytes | None = fetch(name)
+        data = fetch(name)
         if data is None:
             raise ArtifactError(f"{source}: {name} is missing; the saved edit is incomplete")
         return data
 
     try:
-        config = json.loads(get(CONFIG))
+        config = json.loads(config_file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{source}: {CONFIG} is not JSON: {error}") from error
     _check_schema(source, config)
@@ -246,7 +269,9 @@ def load_artifact(
         base_model = load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
     if tokenizer is None and name:
         try:
-            tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(
+                name, revision=revision, trust_remote_code=trust_remote_code, **hub_options(model_kwargs)
+            )
         except (OSError, ValueError, KeditError) as error:
             logger.warning("no tokenizer could be loaded from %r (%s); pass tokenizer= to edit further", name, error)
     chosen = config if config is not None else AutoEditConfig.for_method(described["method"])

@@ -20,14 +20,14 @@ MAX_LINES = 600
 # From the bottom up. A file imports from its own floor and from those below it.
 FLOORS: list[set[str]] = [
     {"testing"},  # a Hub for tests: knows nothing of the library
-    {"version", "errors", "logging", "requests", "hparams_files", "files", "config"},
+    {"version", "errors", "logging", "requests", "hparams_files", "files", "repository", "config"},
     {"data", "embedded"},
     {"anatomy"},
     {"tokens"},
     {"engine"},
     {"locate"},
     {"methods"},
-    {"model", "journal", "saving", "loading", "card"},
+    {"model", "journal", "saving", "loading", "card", "sharing"},
     {"evaluation", "training", "hub", "decoding", "tracing"},
     {"cli", "demo"},
     {"", "__main__"},  # the package itself: hf_kedit/__init__.py shows the public names of all floors
