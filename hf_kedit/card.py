@@ -11,6 +11,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from .journal import Edit
 
 CARD, EVAL_RESULTS = "README.md", ".eval_results/kedit.yaml"
+HERE = "path/or/id of this folder"
 _SHOWN = 50
 _TASK_ID = "knowledge-editing"
 
@@ -72,13 +73,12 @@ def model_card(
         results: the numbers.
     """
     base = config["base_model_name_or_path"]
-    is_hub = bool(base) and not base.startswith(("/", ".", "kedit/"))
     is_adapter = "adapter_config.json" in config["files"]
     data = ModelCardData(
         library_name="hf_kedit",
-        base_model=base if is_hub else None,
-        base_model_relation="adapter" if is_hub else None,
-        pipeline_tag="text-generation" if config["base_model_class"].endswith(("CausalLM", "LMHeadModel")) else None,
+        base_model=base if _is_hub_id(base) else None,
+        base_model_relation="adapter" if _is_hub_id(base) else None,
+        pipeline_tag=_pipeline_tag(config),
         tags=["knowledge-editing", config["method"], *(("peft", "lora") if is_adapter else ())],
         model_name=model_name,
         eval_results=list(results) or None,
@@ -89,7 +89,7 @@ def model_card(
     )
     shown_base = base or "a model that was in memory"
     first = edits[0].id if edits else "edit-id"
-    here = repo_id or "path/or/id of this folder"
+    here = repo_id or HERE
     load_base = "" if base else ", base_model=model"
     return f"""---
 {data.to_yaml()}
@@ -127,6 +127,56 @@ earlier version of a repository is loaded with `from_pretrained(…, revision="i
 {touched}
 
 {_numbers(results)}"""
+
+
+def merged_card(config: dict[str, Any], edits: Sequence[Edit]) -> str:
+    """Return the card of a whole model that edits were merged into.
+
+    Args:
+        config: content of ``edit_config.json``.
+        edits: the journal.
+    """
+    base = config["base_model_name_or_path"]
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=base if _is_hub_id(base) else None,
+        base_model_relation="finetune" if _is_hub_id(base) else None,
+        pipeline_tag=_pipeline_tag(config),
+        tags=["knowledge-editing", "hf_kedit", config["method"]],
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# {base or "A model"} with {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"}
+
+A whole model: it loads with transformers alone, and the edits are part of its weights.
+
+{_edit_table(edits)}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{HERE}")
+tokenizer = AutoTokenizer.from_pretrained("{HERE}")
+```
+
+## Undo
+
+These edits cannot be taken back: use the base model `{base or "that it was made from"}`, revision
+`{config["base_model_revision"] or "not recorded"}`, or the saved edits that this model was merged from.
+Editing a fact can change others. Measure it on your own questions before you rely on it.
+"""
+
+
+def _is_hub_id(base: str) -> bool:
+    return bool(base) and not base.startswith(("/", ".", "kedit/"))
+
+
+def _pipeline_tag(config: dict[str, Any]) -> str | None:
+    return "text-generation" if config["base_model_class"].endswith(("CausalLM", "LMHeadModel")) else None
 
 
 def _edit_table(edits: Sequence[Edit]) -> str:

@@ -130,12 +130,24 @@ def cached_commit(repo: str, name: str, *, revision: str | None = None, cache_di
     return Path(found).parents[name.count("/")].name if isinstance(found, str) else None
 
 
+def list_files(repo: str, *, revision: str | None = None, repo_type: str = "model", token: Any = None) -> list[str]:
+    """Paths of all files of a repository.
+
+    Raises:
+        HubError: see `hub_errors`.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(repo, revision):
+        return HfApi(token=token).list_repo_files(repo, revision=revision, repo_type=repo_type)
+
+
 # ---------------------------------------------------------------------- writing
 
 
 def push_files(
     repo: str,
-    files: Mapping[str, bytes],
+    files: Mapping[str, bytes | Path],
     *,
     message: str,
     owned: Collection[str] = (),
@@ -151,7 +163,7 @@ def push_files(
 
     Args:
         repo: ``org/name``; made if it does not exist.
-        files: path → content.
+        files: path → content, or a file with it.
         message: of the commit.
         owned: further paths that belong to such files: those that the repository has and ``files`` has not go.
         refuse: path → why nothing may be written to a repository that has it.

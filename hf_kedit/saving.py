@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
-from .card import CARD, EVAL_RESULTS, HasModelIndex, card_files
+from .card import CARD, EVAL_RESULTS, HasModelIndex, card_files, merged_card
 from .config import CONFIG_NAME, AutoEditConfig, EditConfig
 from .engine.books import Saved, all_disabled
 from .engine.weights import uninterrupted
@@ -45,9 +45,12 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, JOURNAL = CONFIG_NAME, "edit_model.safetensors", "edits.jsonl"
+EDITS, MERGED = "edits", "merged"
+"""What a folder may be, as its ``edit_config.json`` says under ``artifact``."""
 STATE = "state."
 OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, EVAL_RESULTS, ".gitattributes"}
 """Files that saved edits may consist of."""
+WHOLE_MODEL = "edits beside a whole model would be applied twice when it is loaded; choose another repository"
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -106,6 +109,20 @@ def artifact_files(
     return files
 
 
+def merged_files(model: EditableModel) -> dict[str, bytes]:
+    """What is written beside a whole model that the edits become part of: where it comes from, the journal, the card.
+
+    To be called before the edits are merged.
+    """
+    config = {**_describe(model), "artifact": MERGED}
+    config["files"] = {JOURNAL: hashlib.sha256(journal := model.journal.to_jsonl().encode("utf-8")).hexdigest()}
+    return {
+        JOURNAL: journal,
+        CARD: merged_card(config, model.edits).encode("utf-8"),
+        CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8"),
+    }
+
+
 def check_destination(folder: Path) -> None:
     """Raise if edits must not be written here.
 
@@ -130,7 +147,7 @@ def _describe(model: EditableModel) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "kedit_version": __version__,
-        "artifact": "edits",
+        "artifact": EDITS,
         "method": model.method_name,
         "hparams": model.edit_config.to_dict(),
         "base_model_name_or_path": model.base_model_id,
@@ -152,7 +169,7 @@ def _describe(model: EditableModel) -> dict[str, Any]:
 
 
 def find_artifact(name: str, *, revision: str | None = None, **hub: Any) -> Artifact | None:
-    """Return the saved edits at a folder or Hub id, or ``None`` if it is a base model.
+    """Return the saved edits at a folder or Hub id, or ``None`` if it is a model.
 
     Args:
         name: folder or Hub id.
@@ -163,20 +180,39 @@ def find_artifact(name: str, *, revision: str | None = None, **hub: Any) -> Arti
         ArtifactError: if it is a saved edit but damaged, or an existing folder without model or edits.
         HubError: if the repository is missing, closed, or neither cached nor reachable.
     """
-    if Path(name).is_file():
-        raise ArtifactError(f"{name!r} is a file; give the folder of a model or of saved edits")
     source = FileSource(name, revision=revision, **hub)
+    config = _edit_config(source)
+    return None if config is None else read_artifact(name, config, source.read)
+
+
+def holds_edits(name: str, *, revision: str | None = None, **hub: Any) -> bool:
+    """Whether `find_artifact` would find saved edits; reads nothing but their ``edit_config.json``."""
+    return _edit_config(FileSource(name, revision=revision, **hub)) is not None
+
+
+def _edit_config(source: FileSource) -> bytes | None:
+    """The ``edit_config.json`` of saved edits; ``None`` for a model, be it one that edits were merged into."""
+    folder = Path(source.name)
+    if folder.is_file():
+        raise ArtifactError(f"{source.name!r} is a file; give the folder of a model or of saved edits")
     try:
         config = source.read(CONFIG)
     except HubUnreachableError:
-        if cached_commit(name, "config.json", revision=revision, cache_dir=hub.get("cache_dir")):
+        cache = source.hub.get("cache_dir")
+        if cached_commit(source.name, "config.json", revision=source.revision, cache_dir=cache):
             return None  # a model that was downloaded without ever asking for edits
         raise
-    if config is not None:
-        return read_artifact(name, config, source.read)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ArtifactError(f"{name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)")
-    return None
+    if config is None and folder.is_dir() and not (folder / "config.json").is_file():
+        raise ArtifactError(f"{source.name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)")
+    return None if config is None or _is_merged(config) else config
+
+
+def _is_merged(config_file: bytes) -> bool:
+    """Whether an ``edit_config.json`` only tells which edits a whole model was merged with."""
+    try:
+        return bool(json.loads(config_file)["artifact"] == MERGED)
+    except (ValueError, KeyError, TypeError):
+        return False  # what is wrong with it is said when it is read
 
 
 def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes | None]) -> Artifact:
@@ -240,7 +276,7 @@ def _check_schema(source: str, config: Any) -> None:
             f"{source}: written in format {config['format_version']}, this version of hf_kedit reads up to"
             f" {FORMAT_VERSION}; upgrade hf_kedit"
         )
-    if config["artifact"] != "edits":
+    if config["artifact"] != EDITS:
         raise ArtifactError(f"{source}: holds a {config['artifact']!r}, not saved edits")
 
 

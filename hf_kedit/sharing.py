@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from .card import HasModelIndex
     from .model import EditableModel
 
-_WHOLE_MODEL = "edits beside it would be applied twice when it is loaded; choose another repository"
-
 
 class Sharing:
     """Methods of `EditableModel` for the Hub."""
@@ -49,7 +47,7 @@ class Sharing:
         Raises:
             HubError: if you may not write there, the repository holds a whole model, or the tag is taken.
         """
-        from .saving import OURS, artifact_files
+        from .saving import OURS, WHOLE_MODEL, artifact_files
 
         model: EditableModel = self  # type: ignore[assignment]
         if create_pr and tag is not None:
@@ -60,7 +58,7 @@ class Sharing:
             artifact_files(model, repo_id=repo_id, report=report),
             message=commit_message or f"{count} edit{'' if count == 1 else 's'} with {model.method_name}",
             owned=OURS - {".gitattributes"},
-            refuse={"config.json": _WHOLE_MODEL},
+            refuse={"config.json": WHOLE_MODEL},
             private=private,
             revision=revision,
             create_pr=create_pr,

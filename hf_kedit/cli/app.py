@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import artifacts, bench, demo, edit, evaluate, inspect, methods, metrics, stats, trace
+from . import artifacts, bench, demo, edit, evaluate, hub, inspect, methods, metrics, stats, trace
 
 app = typer.Typer(
     name="kedit",
@@ -42,6 +42,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("rollback")(artifacts.rollback)
 app.command("merge")(artifacts.merge)
+app.command("push")(hub.push)
 app.command("list-methods")(methods.list_methods)
 app.command("stats")(stats.stats)
 app.command("trace")(trace.trace)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ArtifactError
+from .hub import back_to
 from .models import DeviceOption, Dtype, DtypeOption, TrustOption, has_saved_edits, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console, percent
 
@@ -20,25 +21,35 @@ LOSSY = 0.05
 
 @command
 def rollback(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of saved edits.")],
+    source: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
     edit_ids: Annotated[list[str] | None, typer.Argument(metavar="[EDIT_ID]...", help="Edits to undo.")] = None,
     last: Annotated[int | None, typer.Option("--last", min=1, help="Undo the last so many edits.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Undo all edits.")] = False,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="TAG", help="Go back to this version (tag or commit) of a Hub repository."),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for what is left; default: DIR itself.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for what is left; default: DIR itself, or for --to a new commit."),
     ] = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
-    """Undo saved edits, and save what is left."""
-    if sum((bool(edit_ids), last is not None, all_)) != 1:
-        raise typer.BadParameter("say what to undo: edit ids, or --last N, or --all", param_hint="EDIT_ID")
-    model = _open_edits(str(folder), device, trust_remote_code)
+    """Undo saved edits, and save what is left; or go back to an earlier version of a Hub repository."""
+    if sum((bool(edit_ids), last is not None, all_, to is not None)) != 1:
+        raise typer.BadParameter("say what to undo: edit ids, --last N, --all, or --to TAG", param_hint="EDIT_ID")
+    if to is not None:
+        back_to(source, to, output, format)
+        return
+    if output is None and not Path(source).is_dir():
+        raise typer.BadParameter(f"{source} is no folder: say where what is left goes", param_hint="--output")
+    model = _open_edits(source, device, trust_remote_code)
     which: Any = "all" if all_ else last if last is not None else edit_ids
     gone = model.rollback(which)
-    target = output or folder
+    target = output or Path(source)
     model.save_pretrained(target)
     data = {
         "rolled_back": [e.id for e in gone],
@@ -70,7 +81,9 @@ def merge(
     """
     _check_model_folder(output)
     model = _open_edits(folder, device, trust_remote_code)
-    count, tokenizer = len(model.edits), model.tokenizer
+    from ..saving import merged_files
+
+    count, tokenizer, provenance = len(model.edits), model.tokenizer, merged_files(model)
     wanted = None if dtype in (None, Dtype.auto) else dtype
     losses = rounding_losses(model, wanted)
     deltas = _exact_values(model, wanted)
@@ -86,6 +99,8 @@ def merge(
     merged.save_pretrained(output)
     if tokenizer is not None:
         tokenizer.save_pretrained(output)
+    for name, content in provenance.items():
+        (output / name).write_bytes(content)
     worst = max(losses.values(), default=0.0)
     if worst > LOSSY:
         error_console().print(
@@ -140,11 +155,13 @@ def _open_edits(name: str, device: str | None, trust_remote_code: bool) -> Edita
 
 
 def _check_model_folder(folder: Path) -> None:
+    from ..saving import CONFIG, holds_edits
+
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{str(folder)!r} is a file; give a folder")
-    for name in ("edit_config.json", "adapter_config.json"):
-        if (folder / name).exists():
-            raise ArtifactError(
-                f"{str(folder)!r} holds {name}; a whole model in the same folder would carry the edits twice. Choose"
-                " another folder."
-            )
+    has_edits = (folder / CONFIG).exists() and holds_edits(str(folder))
+    if has_edits or (folder / "adapter_config.json").exists():
+        raise ArtifactError(
+            f"{str(folder)!r} holds {CONFIG if has_edits else 'adapter_config.json'}; a whole model in the same folder"
+            " would carry the edits twice. Choose another folder."
+        )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import logging as kedit_logging
-from ..config import CONFIG_NAME, EditConfig, config_class, read_mapping
+from ..config import EditConfig, config_class, read_mapping
 from ..errors import ArtifactError, ConfigError, KeditError
 
 if TYPE_CHECKING:
@@ -205,15 +205,12 @@ def open_model(
 def has_saved_edits(name: str, revision: str | None = None) -> bool:
     """Whether ``name`` is a folder or repository of saved edits (and not a model)."""
     from .. import embedded
+    from ..saving import holds_edits
 
     if embedded.resolve(name) is not None:
         return False
-    if Path(name).is_dir():
-        return (Path(name) / CONFIG_NAME).is_file()
-    from ..saving import find_artifact
-
     with loading(name):
-        return find_artifact(name, revision=revision) is not None
+        return holds_edits(name, revision=revision)
 
 
 def hush_transformers() -> None:

@@ -14,7 +14,7 @@ from hf_kedit.cli.models import parse_layers, parse_settings
 
 from .conftest import Run
 
-COMMANDS = tuple("demo edit eval inspect rollback merge list-methods stats trace bench metrics".split())
+COMMANDS = tuple("demo edit eval inspect rollback merge push list-methods stats trace bench metrics".split())
 
 
 def test_help_names_every_command(kedit: Run) -> None:
