@@ -13,6 +13,9 @@ _LAZY = {
     "Edit": "journal",
     "EditRequest": "requests",
     "EditResult": "model",
+    "EditTrainer": "training",
+    "EditTrainingArguments": "training",
+    "Editor": "methods.editor",
     "EditableModel": "model",
     "KeditError": "errors",
     "Probe": "requests",
@@ -26,10 +29,10 @@ _LAZY = {
     "load_requests": "requests",
     "suggest_layers": "locate",
 }
-_MODULES = ("data", "embedded", "errors", "evaluation", "locate", "logging", "methods")
+_MODULES = ("data", "embedded", "errors", "evaluation", "locate", "logging", "methods", "training")
 
 if TYPE_CHECKING:
-    from . import data, embedded, errors, evaluation, locate, logging, methods
+    from . import data, embedded, errors, evaluation, locate, logging, methods, training
     from .config import AutoEditConfig, EditConfig
     from .data import load_edit_dataset
     from .errors import KeditError
@@ -38,18 +41,21 @@ if TYPE_CHECKING:
     from .locate import causal_trace, suggest_layers
     from .methods.alphaedit import AlphaEditConfig
     from .methods.core import COREConfig
+    from .methods.editor import Editor
     from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
     from .methods.kn import KNConfig
     from .methods.lora import AdaLoRAConfig, LoRAConfig
     from .methods.memit import MEMITConfig
     from .methods.memit_fe import MEMITFEConfig
+    from .methods.mend import MENDConfig
     from .methods.pmet import PMETConfig
     from .methods.r_rome import RROMEConfig
     from .methods.rome import ROMEConfig
     from .methods.ultraedit import UltraEditConfig
     from .model import EditableModel, EditResult
     from .requests import EditRequest, Probe, load_requests
+    from .training import EditTrainer, EditTrainingArguments
 
 __all__ = [
     "AdaLoRAConfig",
@@ -62,7 +68,10 @@ __all__ = [
     "EditConfig",
     "EditRequest",
     "EditResult",
+    "EditTrainer",
+    "EditTrainingArguments",
     "EditableModel",
+    "Editor",
     "FTLConfig",
     "FTMConfig",
     "KNConfig",
@@ -70,6 +79,7 @@ __all__ = [
     "LoRAConfig",
     "MEMITConfig",
     "MEMITFEConfig",
+    "MENDConfig",
     "PMETConfig",
     "Probe",
     "ROMEConfig",
@@ -91,6 +101,7 @@ __all__ = [
     "logging",
     "methods",
     "suggest_layers",
+    "training",
 ]
 
 

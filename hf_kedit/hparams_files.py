@@ -1,7 +1,8 @@
 """Find the packaged hparams file of a method and a model.
 
 The files live in the top-level folder ``hparams/<METHOD>/<model>.yaml``; a wheel carries them as
-``hf_kedit/hparams``. Each names the models that it is for as patterns on the last part of the model's name.
+``hf_kedit/hparams``. Each names the models that it is for as patterns on the last part of the model's name. The
+folder ``TRAINING`` holds plans for training editors instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 
+TRAINING = "TRAINING"
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -54,6 +56,6 @@ def find_hparams(method: str, model_name: str) -> tuple[Path, dict[str, Any]] | 
 
 
 def list_hparams() -> list[Path]:
-    """Return every packaged hparams file."""
+    """Return every packaged hparams file of a method."""
     root = hparams_root()
-    return sorted(root.glob("*/*.yaml")) if root else []
+    return sorted(p for p in root.glob("*/*.yaml") if p.parent.name != TRAINING) if root else []

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import artifacts, bench, demo, edit, evaluate, hub, inspect, methods, metrics, stats, trace
+from . import artifacts, bench, demo, edit, evaluate, hub, inspect, methods, metrics, stats, trace, train
 
 app = typer.Typer(
     name="kedit",
@@ -47,6 +47,7 @@ app.command("list-methods")(methods.list_methods)
 app.command("stats")(stats.stats)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
+app.command("train")(train.train)
 app.command("metrics")(metrics.metrics)
 
 

@@ -56,3 +56,18 @@ def resolve(name: str) -> Path | None:
         DataError: the id starts with ``kedit/`` but there is no such model.
     """
     return path(name) if name.startswith(PREFIX) else None
+
+
+def editor(name: str) -> Path | None:
+    """Return the folder of a packaged editor such as ``"kedit/mend-world-gpt2"``, or None if the name is another.
+
+    Raises:
+        DataError: the name starts with ``kedit/`` but there is no such editor.
+    """
+    if not name.startswith(PREFIX):
+        return None
+    folder = _ROOT / "editors" / name.removeprefix(PREFIX)
+    if not (folder / "edit_config.json").is_file():
+        known = sorted(PREFIX + p.name for p in (_ROOT / "editors").glob("*"))
+        raise DataError(f"There is no packaged editor named {name!r}. Known: {', '.join(known) or 'none'}.")
+    return folder

@@ -31,7 +31,6 @@ from ..engine.examples import (
     target_probabilities,
     token_losses,
 )
-from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight, is_transposed
 from ..errors import EditFailedError
@@ -222,16 +221,13 @@ class _Substituted:
 
     def __init__(self, model: torch.nn.Module, theta: dict[str, torch.Tensor]):
         self.model = model
-        self.replaced: dict[str, torch.Tensor] = {}
+        self.replaced = {}
         for key, value in theta.items():
             path, _, name = key.rpartition(".")
-            module, whole = get_module(model, path), parameter_name(path, name)
+            module = get_module(model, path)
             stored = getattr(module, name)
             turned = value.t() if value.dim() == 2 and is_transposed(module) else value
-            turned = turned.to(device=stored.device, dtype=stored.dtype)
-            if isinstance(module, ExpertSlice):
-                turned = module.put_into(self.replaced.get(whole, getattr(module.bank, module.param)), turned)
-            self.replaced[whole] = turned
+            self.replaced[key] = turned.to(device=stored.device, dtype=stored.dtype)
 
     def get_base_model(self) -> torch.nn.Module:
         """The model, for questions about its signature."""

@@ -14,24 +14,23 @@ between turns and are saved with the edits. They are not reduced by a rollback.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..config import ModelProfile
-from ..engine.capture import Tap, as_rows, listen, rewritten
-from ..engine.examples import Example, encode_examples, row_means
-from ..engine.forward import device_of, logits_at, model_inputs
+from ..engine.examples import Example, encode_examples
+from ..engine.forward import device_of
+from ..engine.gradients import signals
 from ..engine.ledger import WeightDelta
+from ..engine.supervised import IGNORE, Scores, collate, score, to_device
 from ..engine.weights import get_module, weight_shape
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError
 from ..logging import progress
 from ..requests import EditRequest
-from ..tokens import pad_rows
 from .base import Capabilities, Method, Outcome, WeightConfig, register_method
 
 EPS = float(torch.finfo(torch.float32).eps)
@@ -315,34 +314,18 @@ class UltraEdit(Method):
             Module → ``([tokens, d_in], [tokens, d_out])`` fp32; the mean loss of each example; the example that
             each token belongs to. The gradient is that of the mean over all answer tokens of the micro-batch.
         """
-        model = self.bench.model
-        batch = pad_rows([e.ids for e in examples], self.bench.fill).to(device_of(model))
-        device, count = batch.input_ids.device, len(examples)
-        rows = torch.tensor([i for i, e in enumerate(examples) for _ in e.positions], device=device)
-        columns = torch.tensor([p for e in examples for p in e.positions], device=device)
-        targets = torch.tensor([t for e in examples for t in e.targets], device=device)
-        chosen = batch.attention_mask.bool()
-        if self.config.token == "ans":
-            chosen = torch.zeros_like(chosen)
-            chosen[rows, columns] = True
-        inputs: dict[str, torch.Tensor] = {}
-        probes: dict[str, torch.Tensor] = {}
-        with torch.enable_grad(), _probed(model, modules, inputs, probes):
-            kwargs = model_inputs(model, batch)
-            logits = logits_at(model, kwargs, rows, columns, tuple(batch.input_ids.shape)).float()
-            nll = -logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-            silent = [m for m in modules if m not in probes]
-            if silent:
-                raise EditFailedError(f"{silent[0]} took no part in the forward pass; choose other edit_modules")
-            gradients = torch.autograd.grad(nll.mean(), [probes[m] for m in modules], allow_unused=True)
-        found = {}
-        for module, gradient in zip(modules, gradients, strict=True):
-            k = as_rows(inputs[module], count)
-            g = torch.zeros_like(probes[module]) if gradient is None else gradient
-            mask = chosen.to(k.device)
-            found[module] = (k[mask].float(), as_rows(g, count)[mask].float())
-        per_example = row_means(nll.detach(), rows, count)
-        return found, per_example.tolist(), chosen.nonzero()[:, 0].tolist()
+        model, count = self.bench.model, len(examples)
+        batch = to_device(collate(examples, self.bench.fill), device_of(model))
+        chosen = batch["labels"] != IGNORE if self.config.token == "ans" else batch["attention_mask"].bool()
+        scores: list[Scores] = []
+
+        def loss() -> torch.Tensor:
+            scores.append(score(model, batch))
+            return scores[0].nll.mean()
+
+        heard = signals(model, modules, count, loss)
+        found = {module: signal.at(chosen) for module, signal in heard.items()}
+        return found, scores[0].per_row().tolist(), chosen.nonzero()[:, 0].tolist()
 
 
 def _inputs_and_outputs(model: torch.nn.Module, module: str) -> tuple[int, int]:
@@ -359,24 +342,3 @@ def ridge_inputs(keys: torch.Tensor) -> torch.Tensor:
         return torch.linalg.solve(inner, k).T.float()
     inner = k.T @ k + torch.eye(d, dtype=k.dtype, device=k.device)
     return torch.linalg.solve(inner, k.T).float()
-
-
-@contextlib.contextmanager
-def _probed(
-    model: torch.nn.Module, modules: Sequence[str], inputs: dict[str, torch.Tensor], probes: dict[str, torch.Tensor]
-) -> Iterator[None]:
-    """Record the modules' inputs and add a zero to their outputs; the zero's gradient is that of the output."""
-
-    def keep(tap: Tap, state: torch.Tensor) -> None:
-        inputs[tap.module] = state.detach()
-
-    def adding_zero(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        def add(output: torch.Tensor) -> torch.Tensor:
-            probes[path] = torch.zeros_like(output, requires_grad=True)
-            return output + probes[path]
-
-        return add
-
-    taps = [Tap(path, "input") for path in modules]
-    with listen(model, taps, keep), rewritten(model, {Tap(path): adding_zero(path) for path in modules}):
-        yield

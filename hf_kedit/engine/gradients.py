@@ -1,0 +1,129 @@
+"""What a loss tells linear modules (their inputs and the gradients at their outputs), and low-rank paths beside them.
+
+Only the probes at the module outputs get gradients: no parameter of the model requires or receives one, and nothing
+below the first module is differentiated. A low-rank path gives ``(W + Σ left_n right_nᵀ) x`` without forming the sum;
+it is differentiable in its factors, and rows of one batch can follow different paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..errors import EditFailedError
+from .capture import Tap, as_rows, listen, rewritten
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one module saw and what the loss wants of it.
+
+    Args:
+        inputs: ``[rows, width, d_in]``, in the model's dtype.
+        gradients: of the loss at the module's output, ``[rows, width, d_out]``.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+
+    def at(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs ``[n, d_in]`` and gradients ``[n, d_out]`` at the positions of a mask ``[rows, width]``, fp32."""
+        mask = mask.to(self.inputs.device)
+        return self.inputs[mask].float(), self.gradients[mask].float()
+
+    def speaking(self) -> torch.Tensor:
+        """Mask ``[rows, width]`` of the positions where both input and gradient hold something but zeros.
+
+        Padding, tokens behind the last scored one and, in the last block, everything that predicts no target token
+        drop out.
+        """
+        return (self.inputs != 0).any(-1) & (self.gradients != 0).any(-1)
+
+
+def signals(
+    model: torch.nn.Module, modules: Sequence[str], rows: int, loss: Callable[[], torch.Tensor]
+) -> dict[str, Signal]:
+    """Run a forward that ends in a loss and return what it tells the modules; everything is detached.
+
+    Args:
+        model: evaluation mode, parameters without gradients.
+        modules: names of linear modules.
+        rows: number of rows of the batch that ``loss`` runs.
+        loss: runs the model and returns a scalar.
+
+    Raises:
+        EditFailedError: if a module takes no part in the forward pass.
+    """
+    inputs: dict[str, torch.Tensor] = {}
+    probes: dict[str, torch.Tensor] = {}
+
+    def keep(tap: Tap, state: torch.Tensor) -> None:
+        inputs[tap.module] = state.detach()
+
+    def add_zero(module: str, output: torch.Tensor) -> torch.Tensor:
+        probes[module] = torch.zeros_like(output, requires_grad=True)  # its gradient is that of the output
+        return output + probes[module]
+
+    adding = {Tap(m): partial(add_zero, m) for m in modules}
+    with torch.enable_grad(), listen(model, [Tap(m, "input") for m in modules], keep), rewritten(model, adding):
+        value = loss()
+        silent = [m for m in modules if m not in probes]
+        if silent:
+            raise EditFailedError(f"{silent[0]} took no part in the forward pass; choose other modules to edit")
+        found = torch.autograd.grad(value, [probes[m] for m in modules], allow_unused=True)
+    gradients = [torch.zeros_like(probes[m]) if g is None else g for m, g in zip(modules, found, strict=True)]
+    return {m: Signal(as_rows(inputs[m], rows), as_rows(g, rows)) for m, g in zip(modules, gradients, strict=True)}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of one matrix as a sum of outer products, ``ΔW = left rightᵀ``.
+
+    Args:
+        left: ``[d_out, n]``.
+        right: ``[d_in, n]``.
+        owners: the row of the edit batch that each column came from, ``[n]`` int64.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    owners: torch.Tensor
+
+
+@contextlib.contextmanager
+def low_rank_paths(
+    model: torch.nn.Module,
+    changes: Mapping[str, LowRank],
+    groups: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Add changes beside the modules' weights inside the block.
+
+    Args:
+        model: any model.
+        changes: module name → change.
+        groups: the group of every owner, ``[owners]`` int64; ``None``: every row follows all columns.
+        rows: the group of every row of the batches inside the block; a row follows the columns of its own group only.
+            ``None``: the rows are the owners.
+    """
+    seen_by = groups if rows is None else rows
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(tap: Tap, state: torch.Tensor) -> None:
+        inputs[tap.module] = state
+
+    def add(module: str, output: torch.Tensor) -> torch.Tensor:
+        change = changes[module]
+        parts = inputs.pop(module).float() @ change.right  # [..., n]
+        if groups is not None and seen_by is not None:
+            mine = seen_by.unsqueeze(1) == groups[change.owners].unsqueeze(0)  # [rows, n]
+            parts = (as_rows(parts, len(seen_by)) * mine.unsqueeze(1)).view_as(parts)
+        return output + (parts @ change.left.T).to(output.dtype)
+
+    adding = {Tap(m): partial(add, m) for m in changes}
+    with listen(model, [Tap(m, "input") for m in changes], keep), rewritten(model, adding):
+        yield

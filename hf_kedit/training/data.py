@@ -1,0 +1,110 @@
+"""From facts to training batches: each fact with one other wording and one unrelated prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import RequestError
+from ..logging import get_logger, warn_once
+from ..methods.editor import Editor
+from ..requests import EditRequest, Probe, RequestSource, load_requests
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One training example.
+
+    Args:
+        edit: the fact.
+        rephrase: another prompt with the same new answer.
+        locality: an unrelated prompt with its answer, which must stay.
+    """
+
+    edit: EditRequest
+    rephrase: EditRequest
+    locality: EditRequest
+
+
+class EditFacts(torch.utils.data.Dataset[Triple]):
+    """Facts as `Triple`s. Where a fact has several wordings or unrelated prompts, each epoch draws one of each.
+
+    The draw is a function of seed, epoch and index, so that a resumed run goes on with the same examples.
+
+    Args:
+        facts: anything that `load_requests` reads.
+        seed: of the draws.
+        needs_locality: whether a fact without unrelated prompts is an error.
+
+    Raises:
+        RequestError: naming the row that has no unrelated prompt with an answer.
+    """
+
+    def __init__(self, facts: RequestSource, seed: int = 0, *, needs_locality: bool = True):
+        self.requests = load_requests(facts)
+        self.seed = seed
+        self.epoch = 0
+        for number, request in enumerate(self.requests):
+            if needs_locality and not _probes(request):
+                raise RequestError(
+                    "training needs an unrelated prompt with its answer (locality), or locality_weight=0",
+                    row=number,
+                    field="locality",
+                )
+        bare = sum(not r.rephrase_prompts for r in self.requests)
+        if bare:
+            warn_once(logger, f"{bare} of {len(self.requests)} facts have no other wording; their own prompt is used")
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, index: int) -> Triple:
+        request = self.requests[index]
+        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        prompt = rng.choice(request.rephrase_prompts or [request.filled_prompt])
+        rephrase = EditRequest(prompt=prompt, target_new=request.target_new)
+        probes = _probes(request)
+        if not probes:
+            return Triple(request, rephrase, rephrase)
+        probe = rng.choice(probes[rng.choice(sorted(probes))])
+        return Triple(request, rephrase, EditRequest(prompt=probe.prompt, target_new=probe.answers[0]))
+
+
+def _probes(request: EditRequest) -> dict[str, list[Probe]]:
+    """Unrelated prompts that have an answer, by axis."""
+    usable = {axis: [p for p in probes if p.answers] for axis, probes in request.locality.items()}
+    return {axis: probes for axis, probes in usable.items() if probes}
+
+
+@dataclass
+class EditCollator:
+    """Makes batches of `Triple`s for an editor.
+
+    Args:
+        editor: knows how it reads facts; with its base model attached.
+        tokenizer: of the base model.
+        edits_per_group: facts that are edited together.
+    """
+
+    editor: Editor
+    tokenizer: PreTrainedTokenizerBase
+    edits_per_group: int = 1
+
+    def __call__(self, triples: Sequence[Triple]) -> dict[str, Any]:
+        """Return the arguments of `Editor.forward`."""
+        editor, tokenizer = self.editor, self.tokenizer
+        return {
+            "edit": editor.edit_batch(editor.base, tokenizer, [t.edit for t in triples]),
+            "rephrase": editor.encode(editor.base, tokenizer, [t.rephrase for t in triples]),
+            "locality": editor.encode(editor.base, tokenizer, [t.locality for t in triples]),
+            "groups": torch.arange(len(triples)) // self.edits_per_group,
+        }
