@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -221,6 +221,44 @@ def _numbers(results: Sequence[EvalResult]) -> str:
 {rows}
 
 Fractions of 1, on `{results[0].dataset_name}`. Locality is what stays as it was: editing a fact can change others.
+"""
+
+
+def adapter_card(base: str, revision: str | None, edits: Sequence[Edit], losses: Mapping[str, float]) -> str:
+    """Return the card of an exported LoRA adapter.
+
+    Args:
+        base: id of the base model; empty for one that was in memory.
+        revision: its commit, if known.
+        edits: the journal.
+        losses: part of the change that a cut to a smaller rank left out, per weight.
+    """
+    is_hub = bool(base) and not base.startswith(("/", ".", "kedit/"))
+    data = ModelCardData(
+        library_name="peft",
+        base_model=base if is_hub else None,
+        base_model_relation="adapter" if is_hub else None,
+        tags=["knowledge-editing", "lora"],
+    )
+    lost = "".join(f"\n- `{key}`: {100 * loss:.1f} % of the change is left out" for key, loss in losses.items())
+    note = f"\nThe rank was cut, so that the adapter is close to the edits, not equal:{lost}\n" if lost else ""
+    shown_base = base or "a model that was in memory"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {shown_base}, as a LoRA adapter
+
+{_edit_table(edits)}
+{note}
+## Use
+
+{_without_library(base, "path/or/id of this folder")}
+Valid on the unedited base model only, revision `{revision or "not recorded"}`. Merging
+gives the edited weights. Two such adapters are added with
+`add_weighted_adapter(…, combination_type="cat")`; the other combinations mix the factors of different edits.
+
+Editing a fact can change others. Measure it on your own questions before you rely on it.
 """
 
 

@@ -112,6 +112,10 @@ class ArtifactError(KeditError, ValueError):
     """A saved edit is missing, damaged, of an unknown format, or would be written where it must not be."""
 
 
+class ExportError(KeditError, ValueError):
+    """The edits cannot be written in the form that was asked for."""
+
+
 class BaseModelMismatchError(ArtifactError):
     """A saved edit was made on other base weights than the ones it is loaded onto."""
 

@@ -22,7 +22,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
         folder: made if needed.
         files: name → content.
         last: the file that describes the others.
-        owned: further names that may be in the folder and go when it is replaced.
+        owned: further names that may be in the folder from an earlier write, and go.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -45,6 +45,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
             for name in sorted(files, key=lambda n: n == last):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)
+            for name in (existing & set(owned)) - set(files):
+                (folder / name).unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

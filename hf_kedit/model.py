@@ -32,6 +32,7 @@ from .errors import ConfigError, EditFailedError, KeditError, RequestError
 from .journal import Edit, Journal, new_id, now
 from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger, progress, warn_once
+from .lora.exchange import LoraExchange
 from .methods.base import Capabilities, Method, Workbench, method_class
 from .repository import cached_commit
 from .requests import EditRequest, RequestSource, load_requests
@@ -65,7 +66,7 @@ class EditResult:
         return [e.id for e in self.edits]
 
 
-class EditableModel(Sharing, nn.Module):
+class EditableModel(Sharing, LoraExchange, nn.Module):
     """A transformers model together with the edits that it carries.
 
     Args:
@@ -289,7 +290,7 @@ class EditableModel(Sharing, nn.Module):
         started = time.perf_counter()
         if (requests is None) == (not request):
             raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
-        todo = self._with_ids(load_requests(requests if requests is not None else request))
+        todo = self.with_ids(load_requests(requests if requests is not None else request))
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
@@ -359,7 +360,7 @@ class EditableModel(Sharing, nn.Module):
             self.journal.add(edits)
         return edits
 
-    def _with_ids(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+    def with_ids(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """Give every request an id that the journal does not know yet."""
         known = {e.id for e in self.journal}
         named = []

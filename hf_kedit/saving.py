@@ -5,6 +5,8 @@
                              what methods keep for later edits
     edits.jsonl              the journal, one edit a line
     README.md                the model card
+    adapter_config.json      where every change is low-rank: the same edits as a plain LoRA adapter, for PEFT,
+    adapter_model.safetensors    AutoModel and pipelines without this library; not read here
 
 Writing is atomic. Loading checks schema, hashes, shapes and the fingerprints of the touched base weights before
 anything is changed. Nothing is unpickled, and no name from a file is used as a path.
@@ -34,6 +36,7 @@ from .files import FileSource, write_folder
 from .journal import Journal
 from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger
+from .lora.build import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_files, build_adapter, is_low_rank
 from .repository import cached_commit
 from .version import __version__
 
@@ -48,7 +51,7 @@ CONFIG, WEIGHTS, JOURNAL = CONFIG_NAME, "edit_model.safetensors", "edits.jsonl"
 EDITS, MERGED = "edits", "merged"
 """What a folder may be, as its ``edit_config.json`` says under ``artifact``."""
 STATE = "state."
-OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, EVAL_RESULTS, ".gitattributes"}
+OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, EVAL_RESULTS, ".gitattributes"}
 """Files that saved edits may consist of."""
 WHOLE_MODEL = "edits beside a whole model would be applied twice when it is loaded; choose another repository"
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
@@ -102,6 +105,8 @@ def artifact_files(
         WEIGHTS: dump_tensors(tensors, metadata={"format": "pt"}),
         JOURNAL: model.journal.to_jsonl().encode("utf-8"),
     }
+    if is_low_rank(model):
+        files |= adapter_files(model, build_adapter(model))
     config = _describe(model)
     config["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files |= card_files(config, model.edits, repo_id=repo_id, report=report)
@@ -131,7 +136,10 @@ def check_destination(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{str(folder)!r} is a file; give a folder")
-    for name, meaning in (("config.json", "a complete model"), ("adapter_config.json", "an adapter")):
+    foreign = [("config.json", "a complete model")]
+    if not (folder / CONFIG).exists():  # beside it, an adapter is the one that was saved with the edits
+        foreign.append((ADAPTER_CONFIG, "an adapter"))
+    for name, meaning in foreign:
         if (folder / name).exists():
             raise ArtifactError(
                 f"{str(folder)!r} already holds {meaning} ({name}); edits in the same folder would be applied twice"

@@ -14,6 +14,7 @@ os.environ.update(LOOPBACK.environment(tempfile.mkdtemp(prefix="kedit-test-home-
 os.environ.setdefault("HF_KEDIT_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_KEDIT_CACHE", tempfile.mkdtemp(prefix="kedit-test-cache-"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start compute the same bits as this one
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"locate"},
     {"methods"},
-    {"model", "journal", "saving", "loading", "card", "sharing"},
+    {"model", "journal", "saving", "loading", "card", "sharing", "lora"},
     {"evaluation", "training", "hub", "decoding", "tracing"},
     {"cli", "demo"},
     {"", "__main__"},  # the package itself: hf_kedit/__init__.py shows the public names of all floors

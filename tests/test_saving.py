@@ -87,7 +87,8 @@ def test_a_loaded_model_continues_its_journal(saved: Path, tmp_path: Path) -> No
     assert torch.equal(logits(again), logits(model))
     assert again.edits[-1].request.filled_prompt == fact.filled_prompt
     assert again.edits[-1].diagnostics["loss"] == model.edits[-1].diagnostics["loss"]
-    assert {p.name for p in saved.iterdir()} == {CONFIG, WEIGHTS, JOURNAL, "README.md"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in saved.iterdir()} == {CONFIG, WEIGHTS, JOURNAL, "README.md"} | adapter
     assert not [p for p in saved.parent.iterdir() if p.name.startswith(".edits")]
 
 
@@ -208,11 +209,26 @@ def test_where_edits_cannot_be_saved(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "merged" / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match="twice"):
         model.save_pretrained(tmp_path / "merged")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="an adapter"):
+        model.save_pretrained(tmp_path / "lora")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep me")
     model.save_pretrained(tmp_path / "notes")
     assert (tmp_path / "notes" / "mine.txt").read_text() == "keep me"
     assert torch.equal(logits(EditableModel.from_pretrained(tmp_path / "notes")), logits(model))
+
+
+def test_an_adapter_lies_beside_low_rank_edits_only(saved: Path, tmp_path: Path) -> None:
+    adapter = ("adapter_config.json", "adapter_model.safetensors")
+    assert all((saved / name).is_file() for name in adapter)
+    model = EditableModel.from_pretrained(saved, FTMConfig(layers=[1], num_steps=1))
+    (saved / "notes.txt").write_text("keep me")  # now single files are replaced, not the folder
+    model.edit(facts(3)[2])
+    model.save_pretrained(saved)
+    assert not any((saved / name).exists() for name in adapter), "the old adapter would lack the new edit"
+    assert torch.equal(logits(EditableModel.from_pretrained(saved)), logits(model))
 
 
 def test_folders_that_are_neither(tmp_path: Path) -> None:

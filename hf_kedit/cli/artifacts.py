@@ -1,7 +1,8 @@
-"""``kedit rollback`` and ``kedit merge``: what is done with saved edits."""
+"""``kedit rollback``, ``kedit merge`` and ``kedit export-lora``: what is done with saved edits."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,6 +121,49 @@ def merge(
         )
         for key, loss in losses.items():
             console.print(f"  {key}: {percent(loss)} of the change lost by rounding", soft_wrap=True)
+
+    emit(format, data, human=show, quiet=[str(output)])
+
+
+class LoraTarget(StrEnum):
+    """Who is to load the adapter."""
+
+    peft = "peft"
+    vllm = "vllm"
+
+
+@command
+def export_lora(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.")],
+    target: Annotated[LoraTarget, typer.Option("--target", help="Who is to load it.")] = LoraTarget.peft,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Rank of the adapter; default: what the edits need.")
+    ] = None,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
+    format: FormatOption = Format.human,
+    debug: DebugOption = False,
+) -> None:
+    """Write saved edits as a plain LoRA adapter for PEFT, transformers or vLLM."""
+    model = _open_edits(folder, device, trust_remote_code)
+    report = model.export_lora(output, target=target.value, rank=rank)
+    data = {
+        "output": str(output),
+        "edits": len(model.edits),
+        "rank": report.rank,
+        "needed": report.needed,
+        "losses": report.losses,
+        "whole": list(report.whole),
+    }
+
+    def show(console: Any) -> None:
+        console.print(f"{counted(len(model.edits), 'edit')} written to {output}, rank {report.rank}", soft_wrap=True)
+        for key, needed in report.needed.items():
+            lost = f", {percent(report.losses[key])} of the change left out" if key in report.losses else ""
+            console.print(f"  {key}: rank {needed}{lost}", soft_wrap=True)
+        for module in report.whole:
+            console.print(f"  {module}: stored whole", soft_wrap=True)
 
     emit(format, data, human=show, quiet=[str(output)])
 

@@ -364,6 +364,20 @@ def test_merge_of_a_model(kedit: Run, tmp_path: Path) -> None:
     assert "no saved edits" in result.stderr
 
 
+# ---------------------------------------------------------------------- export-lora
+
+
+def test_export_lora(kedit: Run, tmp_path: Path) -> None:
+    edits, lora = tmp_path / "edits", tmp_path / "lora"
+    kedit("edit", *MODEL, "--method", "rome", *ONE, "--output", edits)
+    result = data(kedit("export-lora", edits, "--output", lora, "--target", "vllm", "-f", "json"))
+    assert result["rank"] == 1 and result["edits"] == 1 and result["losses"] == {} and result["whole"] == []
+    assert set(result["needed"].values()) == {1}
+    assert json.loads((lora / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert "rank 1" in kedit("export-lora", edits, "--output", lora).stdout
+    assert kedit("export-lora", edits, "--output", lora, "-f", "quiet").stdout.strip() == str(lora)
+
+
 # ---------------------------------------------------------------------- stats
 
 

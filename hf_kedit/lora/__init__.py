@@ -1,0 +1,1 @@
+"""Weight edits as plain PEFT adapters, and plain LoRA adapters as edits."""
