@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .methods.pmet import PMETConfig
     from .methods.r_rome import RROMEConfig
     from .methods.rome import ROMEConfig
+    from .methods.simie import SimIEConfig
     from .methods.ultraedit import UltraEditConfig
     from .model import EditableModel, EditResult
     from .requests import EditRequest, Probe, load_requests
@@ -84,6 +85,7 @@ __all__ = [
     "Probe",
     "ROMEConfig",
     "RROMEConfig",
+    "SimIEConfig",
     "UltraEditConfig",
     "__version__",
     "causal_trace",

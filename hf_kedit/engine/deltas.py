@@ -27,6 +27,7 @@ class WeightDelta:
             change belongs to all requests of the batch together and cannot be split.
         keys: keys that later edits of this weight must leave alone, ``[d_in, n]``, one column per owner. They are
             kept, saved and taken back together with the delta.
+        builds_on: the change corrects the earlier ones of this weight: they can only be taken back together with it.
     """
 
     module: str
@@ -36,6 +37,7 @@ class WeightDelta:
     dense: torch.Tensor | None = None
     owners: tuple[int, ...] | None = None
     keys: torch.Tensor | None = None
+    builds_on: bool = False
 
     def __post_init__(self) -> None:
         if (self.dense is None) == (self.left is None or self.right is None):
@@ -111,6 +113,19 @@ class Piece:
             owners=None,
         )
         return Piece(self.batch_id, delta, left, tuple(self.columns[i] for i in keep))
+
+
+def check_order(pieces: Sequence[Piece], edit_ids: set[str]) -> None:
+    """Raise `RollbackError` if a piece that would stay corrects one that would go."""
+    going: list[str] = []
+    for piece in pieces:
+        if going and piece.delta.builds_on and not set(piece.members) <= edit_ids:
+            raise RollbackError(
+                f"the edit {piece.members[0]} was computed as a correction of {', '.join(dict.fromkeys(going))}, which"
+                " can only be undone together with everything that came after: roll back the last edits up to it"
+                " (rollback(n)), then make the ones you want to keep again"
+            )
+        going.extend(m for m in piece.members if m in edit_ids)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import NonFiniteError, TiedWeightError, WeightError
 from .books import Saved, check_known
-from .deltas import Account, Piece, WeightDelta, fold
+from .deltas import Account, Piece, WeightDelta, check_order, fold
 from .ledger_files import describe_accounts, read_accounts, tensors_of
 from .weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names, uninterrupted
 
@@ -136,7 +136,7 @@ class Ledger:
         """Take edits back. Weights that no edit is left on get their original bits.
 
         Raises:
-            RollbackError: if an edit cannot be separated from others that were computed with it.
+            RollbackError: if an edit cannot be separated from others that were computed with it or on it.
             UnknownEditError: if an id owns nothing here.
         """
         if self._disabled:
@@ -146,6 +146,7 @@ class Ledger:
         accounts: dict[str, Account] = {}
         touched = []
         for key, account in self.accounts.items():
+            check_order(account.pieces, gone)
             kept = [p for p in (piece.without(gone) for piece in account.pieces) if p is not None]
             if len(kept) == len(account.pieces) and all(a is b for a, b in zip(kept, account.pieces, strict=True)):
                 accounts[key] = account

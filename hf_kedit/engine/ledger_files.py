@@ -64,6 +64,8 @@ def describe_accounts(model: nn.Module, accounts: Mapping[str, Account]) -> dict
                 entry |= {"storage": "dense", "tensor": _dense_name(key, number)}
             if delta.keys is not None:
                 entry["keys"] = _keys_name(key, number)
+            if delta.builds_on:
+                entry["builds_on"] = True
             pieces.append(entry)
         described[key] = {
             "module": account.module,
@@ -145,6 +147,7 @@ def _piece(saved: Saved, where: str, key: str, module: str, name: str, entry: An
                 raise ArtifactError(f"{where}: a delta of shape {delta.shape} does not fit")
         else:
             raise ArtifactError(f"{where}: unknown storage {entry['storage']!r}")
+        delta.builds_on = entry.get("builds_on") is True
         if entry.get("keys") is not None:
             delta.keys = saved.tensors[str(entry["keys"])].clone()
             if delta.keys.dim() != 2 or delta.keys.shape[0] != shape[-1]:

@@ -247,6 +247,7 @@ class Method(ABC):
                     name,
                     dense=keep_largest_relative(change, weight.to(change.device), keep),
                     keys=torch.cat(keys, dim=1) if keys else None,
+                    builds_on=any(p.builds_on for p in parts),
                 )
             )
         return Outcome(deltas, outcome.diagnostics)
