@@ -181,6 +181,8 @@ class Sites:
     def __init__(self, model: nn.Module):
         self.model = model
         self._functions: dict[str, dict[str, SiteFunction]] = {}
+        self._trial: dict[str, SiteFunction] = {}
+        self._muted: set[str | None] = set()
         self._handles: dict[str, Any] = {}
         self._model_handles: list[Any] = []
         self._disabled = 0
@@ -230,14 +232,14 @@ class Sites:
             functions: module name → site function.
             instead_of: an owner whose functions do nothing meanwhile.
         """
-        kept = self._functions.pop(instead_of, None) if instead_of is not None else None
+        before = self._trial, self._muted
         try:
-            self.attach("a trial", functions)
+            self._trial = {**self._trial, **functions}
+            self._muted = {*self._muted, instead_of}
+            self._sync()
             yield
         finally:
-            self._functions.pop("a trial", None)
-            if instead_of is not None and kept is not None:
-                self._functions[instead_of] = kept
+            self._trial, self._muted = before
             self._sync()
 
     @contextlib.contextmanager
@@ -255,7 +257,7 @@ class Sites:
 
     def _sync(self) -> None:
         """Bring the hooks in line with the functions."""
-        wanted = set(self.paths)
+        wanted = {*self.paths, *self._trial}
         if wanted == set(self._handles):
             return
         for path in set(self._handles) - wanted:
@@ -294,7 +296,8 @@ class Sites:
             frame = Frame.plain(given.shape[0], given.shape[1], given.device)
         before = states.reshape(*given.shape[:2], states.shape[-1])
         after = before
-        for functions in self._functions.values():
+        owners = [functions for owner, functions in self._functions.items() if owner not in self._muted]
+        for functions in (*owners, self._trial):
             if path in functions:
                 new = functions[path](SiteCall(path, module, given, after, frame))
                 after = after if new is None else new
