@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .methods.editor import Editor
     from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
+    from .methods.grace import GRACEConfig
     from .methods.kn import KNConfig
     from .methods.lora import AdaLoRAConfig, LoRAConfig
     from .methods.memit import MEMITConfig
@@ -75,6 +76,7 @@ __all__ = [
     "Editor",
     "FTLConfig",
     "FTMConfig",
+    "GRACEConfig",
     "KNConfig",
     "KeditError",
     "LoRAConfig",

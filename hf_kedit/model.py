@@ -311,6 +311,8 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
             beside = [self.sites] if method.capabilities.kind == "weights" else []
             with frozen_eval(self.base_model), all_disabled(beside):
                 method.check(todo)
+                if beside:
+                    self.sites.check_weight_edit(method.edited_modules())
                 method.prepare()
                 for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
                     try:

@@ -16,7 +16,15 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import nn
 
-from ..errors import ArtifactError, BaseModelMismatchError, KeditError, MergeError, NonFiniteError, WeightError
+from ..errors import (
+    ArtifactError,
+    BaseModelMismatchError,
+    ConfigError,
+    KeditError,
+    MergeError,
+    NonFiniteError,
+    WeightError,
+)
 from .books import Saved, check_known
 from .sites import SiteFunction, Sites
 from .statistics import model_fingerprint
@@ -208,6 +216,24 @@ class SiteBook:
     def _check_enabled(self) -> None:
         if self.sites.is_disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before changing them")
+
+    def check_weight_edit(self, modules: Sequence[str]) -> None:
+        """Raise if a change of these modules would move what the wrapped modules see.
+
+        Keys are computed with the weights below them; a codebook would no longer know its prompts.
+
+        Raises:
+            ConfigError: naming the wrapped module.
+        """
+        order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
+        for path in self.sites.paths:
+            below = next((m for m in modules if order.get(m, -1) <= order[path]), None)
+            if below is not None:
+                raise ConfigError(
+                    f"{below} lies below {path}, whose edits recognise prompts by what reaches them: changing it would"
+                    " make them miss. Edit a layer above, or roll those edits back, change the weights, and make them"
+                    " again"
+                )
 
     # ------------------------------------------------------------------ temporary states
 

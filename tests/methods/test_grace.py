@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from hf_kedit import EditableModel, EditRequest
+from hf_kedit import EditableModel, EditRequest, FTMConfig
 from hf_kedit.engine.codebook import Vectors, distances
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import (
@@ -334,3 +334,17 @@ def test_vectors_grow_without_being_copied() -> None:
     assert len(places) == 3  # 16, 32, 64 rows of room
     other = lists[20].with_row(torch.full((2,), -1.0))  # an earlier state goes on differently
     assert lists[21].tensor[20, 0] == 20 and other.tensor[20, 0] == -1
+
+
+def test_weight_edits_beside_a_codebook(model: EditableModel) -> None:
+    """Above a codebook they are welcome; below it they would move its keys."""
+    wanted = facts(2)
+    model.edit(wanted[0])
+    plain = prompt_logits(model, wanted[0].filled_prompt)
+    model.set_method("rome")  # layer 2 of this model, the codebook is at 3
+    with pytest.raises(ConfigError, match="lies below"):
+        model.edit(wanted[1])
+    model.set_method(FTMConfig(layers=[5], lr=1e-3, num_steps=3))
+    higher = model.edit(wanted[1]).ids
+    model.rollback(higher)
+    assert torch.equal(prompt_logits(model, wanted[0].filled_prompt), plain) and len(model.edits) == 1
