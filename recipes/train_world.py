@@ -15,8 +15,10 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -76,15 +78,18 @@ class Settings:
     bf16: bool = True
 
 
-def parse_settings() -> Settings:
+S = TypeVar("S", bound=Settings)
+
+
+def parse_settings(kind: type[S], description: str | None) -> S:
     """Read the settings from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in vars(Settings()).items():
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in vars(kind()).items():
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
         else:
             parser.add_argument(f"--{name}", type=type(default), default=default)
-    settings = Settings(**vars(parser.parse_args()))
+    settings = kind(**vars(parser.parse_args()))
     if settings.layout not in ("gpt2", "llama"):
         parser.error("--layout must be gpt2 or llama")
     return settings
@@ -93,8 +98,8 @@ def parse_settings() -> Settings:
 # ------------------------------------------------------------------------------------------------ tokenizer
 
 
-def train_tokenizer(settings: Settings, world: World) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on world text. The Llama layout's one puts a BOS in front of every text."""
+def train_tokenizer(settings: Settings, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer. The Llama layout's one puts a BOS in front of every text."""
     llama = settings.layout == "llama"
     special = ["<s>", "</s>", "<pad>"] if llama else ["<|endoftext|>", "<|pad|>"]
     tokenizer = Tokenizer(models.BPE())
@@ -107,7 +112,7 @@ def train_tokenizer(settings: Settings, world: World) -> PreTrainedTokenizerFast
         max_token_length=settings.token_length,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(world_text(20_000, seed=10_000 + settings.seed, world=world), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if llama:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
@@ -140,11 +145,13 @@ class Rows:
     name_end: np.ndarray
 
 
-def make_rows(settings: Settings, world: World, tokenizer: PreTrainedTokenizerFast) -> Rows:
+def make_rows(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, first: Iterator[Document], rest: Iterator[Document]
+) -> Rows:
     """Write, tokenize and pack all training text: whole documents one after another, each row a fresh start.
 
     Documents are joined by a newline, a space or (one time in ten) the end-of-text token; the last one of a row
-    is cut off.
+    is cut off. The rows of the curriculum are of ``first``, the others of ``rest``; both never end.
     """
     n_rows = settings.steps * settings.batch
     n_first = int(settings.curriculum * settings.steps) * settings.batch
@@ -170,9 +177,7 @@ def make_rows(settings: Settings, world: World, tokenizer: PreTrainedTokenizerFa
                 ends[i] = tokens[-1]
         return list(encoding.ids), weights, ends
 
-    first_people = world.people[: settings.curriculum_people]
-    few = documents(world, seed=1 + settings.seed, mixture=CURRICULUM, people=first_people)
-    streams = [(0, n_first, few), (n_first, n_rows, documents(world, seed=2 + settings.seed))]
+    streams = [(0, n_first, first), (n_first, n_rows, rest)]
     bar = tqdm(total=n_rows, desc="text", mininterval=5)
     for start, stop, stream in streams:
         for row in range(start, stop):
@@ -429,20 +434,8 @@ def test_cases(world: World, seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     return cases
 
 
-def main() -> None:
-    """Train, save, and print what the model knows."""
-    settings = parse_settings()
-    torch.set_flush_denormal(True)
-    world = get_world(settings.people, settings.world_seed)
-    tokenizer = train_tokenizer(settings, world)
-    model = make_model(settings, tokenizer)
-    tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
-    rows = make_rows(settings, world, tokenizer)
-    started = time.time()
-    train(settings, model, rows)
-    seconds = time.time() - started
-
-    output = Path(settings.output)
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Path, record: dict[str, Any]) -> None:
+    """Write a transformers folder, with ``record`` in training.json."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -451,9 +444,27 @@ def main() -> None:
     )
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    table = {name: round(accuracy(model, tokenizer, cases), 4) for name, cases in test_cases(world).items()}
-    record = {"settings": vars(settings) | {"output": output.name}, "accuracy": table}
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main() -> None:
+    """Train, save, and print what the model knows."""
+    settings = parse_settings(Settings, __doc__)
+    torch.set_flush_denormal(True)
+    world = get_world(settings.people, settings.world_seed)
+    tokenizer = train_tokenizer(settings, world_text(20_000, seed=10_000 + settings.seed, world=world))
+    model = make_model(settings, tokenizer)
+    tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
+    first_people = world.people[: settings.curriculum_people]
+    first = documents(world, seed=1 + settings.seed, mixture=CURRICULUM, people=first_people)
+    rows = make_rows(settings, tokenizer, first, documents(world, seed=2 + settings.seed))
+    started = time.time()
+    train(settings, model, rows)
+    seconds = time.time() - started
+
+    output = Path(settings.output)
+    table = {name: round(accuracy(model, tokenizer, cases), 4) for name, cases in test_cases(world).items()}
+    save(model, tokenizer, output, {"settings": vars(settings) | {"output": output.name}, "accuracy": table})
     tqdm.write(f"trained in {seconds:.0f} s, saved to {output}\n")
     tqdm.write("| accuracy (greedy, whole object; tiny model) | |\n| --- | --- |")
     for name, value in table.items():
