@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -102,3 +103,16 @@ def read_file(source: str, name: str, *, revision: str | None = None, token: Any
         HubError: if the repository cannot be read.
     """
     return FileSource(source, revision=revision, token=token).read(name)
+
+
+def json_ready(value: Any) -> Any:
+    """A copy for JSON: NaN and infinity, which JSON lacks, become ``None``; everything unknown becomes text."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return json_ready(value.tolist()) if hasattr(value, "tolist") else str(value)

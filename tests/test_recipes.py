@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_kedit.evaluation import BenchPlan
 from tests.evaluation.test_golden_scores import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,12 @@ FACTS = [
     ("Mol House", "{} can be found in", "Peru", "Norland Hall", "{} is located in"),
 ]
 SMALL = "--steps 10 --width 32 --heads 2 --vocabulary 320 --methods ft-m --edits 2".split()
+
+
+@pytest.mark.parametrize("name", ["method_table.yaml", "side_effects.yaml"])
+def test_sweeps_can_be_read(name):
+    plan = BenchPlan.from_file(ROOT / "recipes" / name)
+    assert len(plan.runs) == len({run.folder for run in plan.runs}) >= 16
 
 
 def rows():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..errors import EvaluationError
 from .models import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
     LayersOption,
     MethodOption,
-    ModelOption,
+    OptionalModelOption,
     RevisionOption,
     SeedOption,
     SetOption,
@@ -30,13 +29,6 @@ from .output import DebugOption, Format, FormatOption, command, emit
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
-    from ..journal import Edit
-    from ..model import EditableModel, EditResult
-    from ..requests import EditRequest
-
-
-SAVED = "saved"
-"""What stands for the setting when saved edits are measured as they are."""
 
 
 class Setting(StrEnum):
@@ -45,6 +37,13 @@ class Setting(StrEnum):
     single = "single"
     batch = "batch"
     sequential = "sequential"
+
+
+class OnError(StrEnum):
+    """What to do with an edit that cannot be made."""
+
+    error = "raise"
+    skip = "skip"
 
 
 class Moment(StrEnum):
@@ -56,7 +55,7 @@ class Moment(StrEnum):
 
 @command
 def evaluate(
-    model: ModelOption,
+    model: OptionalModelOption = None,
     method: MethodOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -84,12 +83,33 @@ def evaluate(
         list[Moment] | None,
         typer.Option("--when", help="Sequential: measure each edit at once, or all at the end; may be repeated."),
     ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="N,N", help="Sequential: after so many edits, measure all made so far; 10,100."),
+    ] = None,
+    on_error: Annotated[
+        OnError, typer.Option("--on-error", help="skip leaves out edits that fail, and lists them.")
+    ] = OnError.error,
     no_edit: Annotated[
         bool,
         typer.Option("--no-edit", help="Make no edits: measure those that the saved edits in --model contain."),
     ] = False,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", help="Folder for results as they come; the same command continues there."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option("--shard", help="2/4: the second of four parts (single, batch); auto: as torchrun says."),
+    ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Run nothing; put the parts in --output-dir together.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file for the whole report, case by case.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="HTML file for the report: charts, and every case with its texts.")
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -101,54 +121,81 @@ def evaluate(
     """Measure reliability, generalization, locality and portability.
 
     With a method, every row of the dataset is edited, measured and undone. With --no-edit, the saved edits are
-    measured against their base model, by default on their own requests.
+    measured against their base model, by default on their own requests. With --output-dir, an interrupted command is
+    continued by repeating it; with --shard, several processes share the folder and --collect puts the parts together.
     """
-    if dataset is None and not no_edit:
+    if collect:
+        if output_dir is None:
+            raise typer.BadParameter("name the folder of the parts", param_hint="--output-dir")
+    elif model is None:
+        raise typer.BadParameter("name a model", param_hint="--model")
+    elif dataset is None and not no_edit:
         raise typer.BadParameter("name a dataset or a file", param_hint="--dataset")
     if no_edit and (method or config or set_ or layers or seed is not None):
         raise typer.BadParameter("with --no-edit no method is used; leave its options out", param_hint="--no-edit")
-    if no_edit and (batch_size or setting is not Setting.single or when):
+    if no_edit and (batch_size or setting is not Setting.single or when or at or shard):
         raise typer.BadParameter("with --no-edit the edits are measured as they are", param_hint="--no-edit")
-    if output is not None and output.is_dir():
-        raise typer.BadParameter(f"{output} is a folder; name a file", param_hint="--output")
+    for option, file in (("--output", output), ("--html", html)):
+        if file is not None and file.is_dir():
+            raise typer.BadParameter(f"{file} is a folder; name a file", param_hint=option)
+    counts = _counts(at)
     from ..data import load_edit_dataset
-    from ..evaluation import evaluate_edits
+    from ..evaluation import collect_report, evaluate_edits
 
-    rows = load_edit_dataset(dataset, split=split, limit=limit) if dataset is not None else None
-    editable = open_model(
-        model,
-        method,
-        config,
-        set_,
-        flags={"layers": parse_layers(layers), "seed": seed},
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        needs_method=not no_edit,
-    )
-    protocols = list(dict.fromkeys(protocol or ["teacher_forced"]))
-    if no_edit:
-        report = _evaluate_saved(editable, rows, protocols, limit)
+    if collect or model is None:
+        assert output_dir is not None
+        report = collect_report(output_dir)
     else:
+        rows = load_edit_dataset(dataset, split=split, limit=limit) if dataset is not None else None
+        editable = open_model(
+            model,
+            method,
+            config,
+            set_,
+            flags={"layers": parse_layers(layers), "seed": seed},
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            needs_method=not no_edit,
+        )
+        if no_edit and rows is None and not editable.edits:
+            raise EvaluationError(f"{model!r} carries no saved edits, so there are no requests; give --dataset")
         report = evaluate_edits(
             editable,
             rows,
-            setting=setting.value,
-            batch_size=batch_size,
-            protocol=protocols,
-            when=[m.value for m in when or [Moment.final]],
+            "saved" if no_edit else setting.value,
+            batch_size,
+            list(dict.fromkeys(protocol or ["teacher_forced"])),
+            [m.value for m in when or [Moment.final]],
+            limit,
+            at=counts,
+            on_error=on_error.value,
+            output_dir=output_dir,
+            shard=shard,
         )
+    files = [file for file in (output, html) if file is not None]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         report.to_json(output)
+    if html is not None:
+        report.to_html(html)
     data = _result(report, dataset, split, output)
     emit(
         format,
         data,
-        human=lambda console: _show(console, report, output),
+        human=lambda console: _show(console, report, files),
         quiet=[f"{name}={value}" for name, value in data["post"].items() if isinstance(value, float)],
     )
+
+
+def _counts(text: str | None) -> list[int]:
+    """Turn ``10,100`` into a list."""
+    try:
+        return [int(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: write numbers of edits as 10,100", param_hint="--at") from error
 
 
 def _result(report: EvaluationReport, dataset: str | None, split: str | None, output: Path | None) -> dict[str, Any]:
@@ -170,74 +217,9 @@ def _result(report: EvaluationReport, dataset: str | None, split: str | None, ou
     }
 
 
-def _show(console: Console, report: EvaluationReport, output: Path | None) -> None:
+def _show(console: Console, report: EvaluationReport, files: Sequence[Path]) -> None:
     report.print_table(console)
-    if output is not None:
-        console.print(f"every case is in {output}", soft_wrap=True)
-
-
-# ---------------------------------------------------------------------- saved edits as they are
-
-
-def _evaluate_saved(
-    editable: EditableModel, rows: Any, protocols: Sequence[str], limit: int | None
-) -> EvaluationReport:
-    """Measure the edits that a model carries: before = switched off, after = as loaded."""
-    from ..errors import EvaluationError
-    from ..evaluation import evaluate_edits
-    from ..requests import load_requests
-
-    if rows is None and not editable.edits:
-        raise EvaluationError(
-            f"{editable.base_model_id!r} carries no saved edits, so there are no requests to measure; give --dataset"
-        )
-    todo = load_requests(rows) if rows is not None else [e.request for e in editable.edits][:limit]
-    with contextlib.ExitStack() as stack:
-        switch = _Switch(editable, stack)
-        # Ids do not matter here, and those of the journal's own requests are taken.
-        unnamed = [replace(request, id=None) for request in todo]
-        report = evaluate_edits(
-            switch,  # type: ignore[arg-type]
-            unnamed,
-            setting="sequential",
-            batch_size=len(todo),
-            protocol=list(protocols),
-        )
-    report.meta["setting"] = SAVED
-    for record in report.records:  # nothing was edited now, so there is no setting and no time
-        record.update(setting=SAVED, time=None, seconds_edit=None, peak_memory_bytes=None)
-    return report
-
-
-class _Switch:
-    """Stands in for a model in `evaluate_edits`; its "editing" switches the saved edits on.
-
-    Args:
-        model: carries the edits.
-        stack: holds the edits switched off until `edit`.
-    """
-
-    def __init__(self, model: EditableModel, stack: contextlib.ExitStack):
-        self._model, self._stack = model, stack
-        self.base_model, self.tokenizer, self.edit_config = model.base_model, model.tokenizer, model.edit_config
-        self.base_model_id = model.base_model_id
-        self.method_name = ", ".join(dict.fromkeys(e.method for e in model.edits)) or "no edits"
-        self.edits: list[Edit] = []
-        stack.enter_context(model.disable_edits())
-
-    def fingerprint(self) -> str:
-        """Of the weights as they are now."""
-        return self._model.fingerprint()
-
-    def edit(self, requests: Sequence[EditRequest], **_: Any) -> EditResult:
-        """Switch the saved edits on; one entry per request, because the caller counts them."""
-        from ..journal import Edit, new_id, now
-        from ..model import EditResult
-
-        self._stack.close()
-        self.edits = [Edit(new_id("saved"), request, self.method_name, "saved", now()) for request in requests]
-        return EditResult(list(self.edits))
-
-    def rollback(self, which: Any) -> None:
-        """Nothing to undo: the edits are the model's own."""
-        self.edits = []
+    for failed in report.meta.get("failed") or ():
+        console.print(f"left out: case {failed['case_id']}: {failed['reason']}", style="red", soft_wrap=True)
+    if files:
+        console.print(f"every case is in {' and '.join(map(str, files))}", soft_wrap=True)

@@ -30,14 +30,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Hub id or folder of a model, an embedded model (kedit/world-gpt2, kedit/world-llama), or saved edits.",
-    ),
-]
+_MODEL: Any = typer.Option(
+    "--model",
+    "-m",
+    help="Hub id or folder of a model, an embedded model (kedit/world-gpt2, kedit/world-llama), or saved edits.",
+)
+ModelOption = Annotated[str, _MODEL]
+OptionalModelOption = Annotated[str | None, _MODEL]
 MethodOption = Annotated[
     str | None, typer.Option("--method", "-M", help="Editing method; `kedit list-methods` shows them.")
 ]

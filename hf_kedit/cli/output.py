@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Annotated, Any, TextIO
 
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from .. import logging as kedit_logging
 from ..errors import KeditError
+from ..files import json_ready
 
 FAILURE, BELOW_MIN_SUCCESS, INTERRUPTED = 1, 3, 130
 
@@ -123,7 +123,7 @@ def emit(
         quiet: the essential values, one a line.
     """
     if output_format is Format.json:
-        text = json.dumps(plain(data), ensure_ascii=not _is_utf8(sys.stdout), indent=2, allow_nan=False)
+        text = json.dumps(json_ready(data), ensure_ascii=not _is_utf8(sys.stdout), indent=2, allow_nan=False)
         sys.stdout.write(text + "\n")
     elif output_format is Format.quiet:
         for line in quiet:
@@ -134,19 +134,6 @@ def emit(
 
 def _is_utf8(stream: TextIO) -> bool:
     return (stream.encoding or "").lower().replace("-", "") == "utf8"
-
-
-def plain(value: Any) -> Any:
-    """A JSON-ready copy: NaN and infinity, which JSON lacks, become ``null``; everything unknown becomes text."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    return str(value)
 
 
 def counted(number: int, noun: str) -> str:

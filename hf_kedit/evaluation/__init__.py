@@ -8,6 +8,8 @@ report.summary()["post"]
 from __future__ import annotations
 
 from . import functional, metrics, scenarios
+from .abilities import TASKS as ABILITIES
+from .abilities import Ability, AbilityTask, load_ability
 from .bench import BenchPlan, collect_bench, run_bench
 from .cache import PreEditCache
 from .comparison import Comparison
@@ -15,6 +17,7 @@ from .distributions import locality_divergence, perplexity
 from .drift import weight_drift
 from .fluency import Fluency
 from .generation import Continuation, Sampling, generate_answers
+from .harness import HarnessTask
 from .judges import CallableJudge, ExactMatchJudge, HFModelJudge, Judge, OpenAICompatibleJudge
 from .judging import Judged
 from .likelihood import Likelihood
@@ -26,6 +29,9 @@ from .runner import evaluate_edits
 from .scoring import PairScore, Unscored, score_pairs, try_score_pairs
 
 __all__ = [
+    "ABILITIES",
+    "Ability",
+    "AbilityTask",
     "BenchPlan",
     "CallableJudge",
     "Comparison",
@@ -35,6 +41,7 @@ __all__ = [
     "Fluency",
     "Generation",
     "HFModelJudge",
+    "HarnessTask",
     "Judge",
     "Judged",
     "Likelihood",
@@ -52,6 +59,7 @@ __all__ = [
     "functional",
     "generate_answers",
     "list_metrics",
+    "load_ability",
     "load_metric",
     "locality_divergence",
     "metrics",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import RequestError
@@ -36,23 +36,40 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def make_batches(
-    items: list[H], length: Callable[[H], int], packer: Callable[[], Callable[[H], bool]], max_rows: int | None
+    items: Iterable[H],
+    width: Callable[[H], int],
+    token_budget: int,
+    *,
+    max_rows: int | None = None,
+    positions: Callable[[H], int] | None = None,
+    max_positions: int | None = None,
 ) -> Iterator[list[H]]:
     """Cut ``items``, longest first, into groups (a single item always makes one).
 
-    ``packer()`` begins a group and returns what admits items to it. The longest batch comes first, so that too
-    large a budget fails at once. Equal lengths keep the order of the input: the same items always give the same
-    batches.
+    The longest batch comes first, so that too large a budget fails at once. Equal lengths keep the order of the
+    input: the same items always give the same batches.
+
+    Args:
+        items: what is run.
+        width: padded tokens of a row, were it the longest of its group.
+        token_budget: largest number of rows × width of a group.
+        max_rows: largest number of rows.
+        positions: of an item, how many positions its logits are computed at.
+        max_positions: largest sum of them in a group.
     """
     group: list[H] = []
-    admits = packer()
-    for item in sorted(items, key=lambda i: -length(i)):
-        if group and ((max_rows is not None and len(group) >= max_rows) or not admits(item)):
+    computed = 0
+    for item in sorted(items, key=lambda i: -width(i)):
+        more = positions(item) if positions is not None else 0
+        if group and (
+            (len(group) + 1) * width(group[0]) > token_budget
+            or (max_rows is not None and len(group) >= max_rows)
+            or (max_positions is not None and computed + more > max_positions)
+        ):
             yield group
-            group, admits = [], packer()
-        if not group:
-            admits(item)
+            group, computed = [], 0
         group.append(item)
+        computed += more
     if group:
         yield group
 

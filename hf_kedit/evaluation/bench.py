@@ -10,17 +10,22 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import config_class, read_mapping
 from ..data import load_edit_dataset
-from ..errors import DataError, EvaluationError, KeditError, nearest
+from ..errors import DataError, EvaluationError, KeditError
 from ..logging import get_logger
 from ..model import EditableModel
+from .abilities import TASKS as ABILITIES
+from .abilities import Ability, load_ability
+from .cases import parse_shard
+from .choices import check_choice
 from .comparison import Comparison
+from .harness import HarnessTask
 from .judges import ExactMatchJudge, OpenAICompatibleJudge
 from .protocols import PROTOCOLS, Protocol
 from .report import EvaluationReport
@@ -28,10 +33,12 @@ from .runfolder import collect_report
 from .runner import evaluate_edits
 
 logger = get_logger(__name__)
-ABOUT, ERROR = "about.json", "error.txt"
-_KEYS = ("models", "methods", "datasets", "settings", "protocols", "output_dir", "on_error", "collapse_text")
+ERROR = "error.txt"
+"""File in the folder of a run that failed."""
+_KEYS = tuple("models methods datasets settings protocols output_dir on_error collapse_text abilities".split())
 _MODEL_KEYS = ("name", "label", "dtype", "device", "revision")
-_PROTOCOLS = ["teacher_forced", "generation"]
+_ABILITY_KEYS = ("task", "source", "split", "config", "limit", "max_new_tokens", "name")
+_HARNESS_KEYS = ("harness", "metric", "limit", "num_fewshot", "include_path", "batch_size")
 _SETTING_OPTIONS = ("batch_size", "when", "at", "limit")
 _SETTING_KEYS = ("name", "label", "setting", *_SETTING_OPTIONS)
 
@@ -81,7 +88,9 @@ class BenchPlan:
         protocols: asked in every run.
         output_dir: where the runs go; relative to the file that the plan was read from.
         on_error: ``skip`` leaves out edits that fail.
-        collapse_text: texts for the perplexity of sequential runs.
+        collapse_text: texts for the perplexity of runs in batches or sequences.
+        abilities: general tasks, measured in the same runs: arguments of `load_ability`, or of `HarnessTask` with the
+            task under ``harness``.
     """
 
     models: tuple[Part, ...]
@@ -92,6 +101,7 @@ class BenchPlan:
     output_dir: Path
     on_error: str = "skip"
     collapse_text: tuple[str, ...] | None = None
+    abilities: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def from_file(cls, path: str | Path) -> BenchPlan:
@@ -124,6 +134,7 @@ class BenchPlan:
             output_dir=Path(content.get("output_dir") or "bench-results"),
             on_error=str(content.get("on_error") or "skip"),
             collapse_text=tuple(_listed(content["collapse_text"])) if content.get("collapse_text") else None,
+            abilities=tuple(_ability_entry(entry) for entry in _listed(content.get("abilities") or [])),
         )
         for method in plan.methods:
             config_class(method.name)  # an unknown name is an error now, not after the first runs
@@ -159,6 +170,16 @@ class BenchResult:
     failed: list[tuple[dict[str, str], str]] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
 
+    def add(self, run: BenchRun, report: EvaluationReport | None, folder: Path) -> None:
+        """Take in a run: finished if it has a report, failed if its folder holds an error."""
+        if report is not None:
+            report.meta |= {"dataset": run.dataset.label, "label": run.about}
+            self.reports.append((run.about, report))
+        elif (folder / ERROR).exists():
+            self.failed.append((run.about, (folder / ERROR).read_text(encoding="utf-8").strip()))
+        else:
+            self.missing.append(run.about)
+
     def comparison(self) -> Comparison:
         """All finished runs side by side, labelled by what differs between them.
 
@@ -189,61 +210,68 @@ def run_bench(
     Raises:
         EvaluationError: for a bad ``shard``.
     """
-    from .cases import parse_shard
-
     root = Path(output_dir or plan.output_dir)
     number, count = parse_shard(shard, "single")
     mine = [run for index, run in enumerate(plan.runs) if index % count == number - 1]
+    result = BenchResult()
     model: EditableModel | None = None
     loaded: Part | None = None
+    datasets: dict[Part, Any] = {}
+    abilities: list[Ability] | None = None
     for index, run in enumerate(mine, start=1):
         folder = root / run.folder
-        if _finished(folder) is not None:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ABOUT).write_text(json.dumps(run.about, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / ERROR).unlink(missing_ok=True)
-        logger.info("run %d of %d: %s", index, len(mine), ", ".join(run.about.values()))
-        try:
-            if model is None or loaded != run.model:
-                model = None  # the old one goes before the new one comes
-                model, loaded = EditableModel.from_pretrained(run.model.name, **run.model.options), run.model
-            method = run.method
-            config = config_class(method.name).from_dict(method.options) if method.options else method.name
-            model.set_method(config)
-            evaluate_edits(
-                model,
-                load_edit_dataset(run.dataset.name, **run.dataset.options),
-                protocol=list(plan.protocols),
-                on_error=plan.on_error,  # type: ignore[arg-type]
-                collapse_text=list(plan.collapse_text) if plan.collapse_text else None,
-                output_dir=folder,
-                progress=progress,
-                **run.setting.options,
-            )
-        except KeditError as error:
-            logger.warning("%s failed: %s", ", ".join(run.about.values()), error)
-            (folder / ERROR).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
-    return _state(root, mine)
+        report = _finished(folder)
+        if report is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ERROR).unlink(missing_ok=True)
+            logger.info("run %d of %d: %s", index, len(mine), ", ".join(run.about.values()))
+            try:
+                if model is None or loaded != run.model:
+                    model = None  # the old one goes before the new one comes
+                    model, loaded = EditableModel.from_pretrained(run.model.name, **run.model.options), run.model
+                if run.dataset not in datasets:
+                    datasets[run.dataset] = load_edit_dataset(run.dataset.name, **run.dataset.options)
+                if abilities is None:
+                    abilities = [_ability(entry) for entry in plan.abilities]
+                report = _carry_out(plan, run, model, datasets[run.dataset], abilities, folder, progress)
+            except KeditError as error:
+                logger.warning("%s failed: %s", ", ".join(run.about.values()), error)
+                (folder / ERROR).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+        result.add(run, report, folder)
+    return result
+
+
+def _carry_out(
+    plan: BenchPlan,
+    run: BenchRun,
+    model: EditableModel,
+    dataset: Any,
+    abilities: Sequence[Ability],
+    folder: Path,
+    progress: bool,
+) -> EvaluationReport:
+    method = run.method
+    model.set_method(config_class(method.name).from_dict(method.options) if method.options else method.name)
+    piles_up = run.setting.name != "single"  # else there is nothing that could wear the model down
+    return evaluate_edits(
+        model,
+        dataset,
+        protocol=list(plan.protocols),
+        on_error=plan.on_error,  # type: ignore[arg-type]
+        output_dir=folder,
+        progress=progress,
+        collapse_text=plan.collapse_text if piles_up else None,
+        abilities=abilities if piles_up else (),
+        **run.setting.options,
+    )
 
 
 def collect_bench(plan: BenchPlan, output_dir: str | Path | None = None) -> BenchResult:
     """Read what the runs of a sweep have found, from the output folder, without running anything."""
-    return _state(Path(output_dir or plan.output_dir), plan.runs)
-
-
-def _state(root: Path, runs: Sequence[BenchRun]) -> BenchResult:
+    root = Path(output_dir or plan.output_dir)
     result = BenchResult()
-    for run in runs:
-        folder = root / run.folder
-        report = _finished(folder)
-        if report is not None:
-            report.meta |= {"dataset": run.dataset.label, "label": run.about}
-            result.reports.append((run.about, report))
-        elif (folder / ERROR).exists():
-            result.failed.append((run.about, (folder / ERROR).read_text(encoding="utf-8").strip()))
-        else:
-            result.missing.append(run.about)
+    for run in plan.runs:
+        result.add(run, _finished(root / run.folder), root / run.folder)
     return result
 
 
@@ -266,8 +294,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _known_keys(what: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in content:
-        if key not in known:
-            raise EvaluationError(f"{what}: unknown key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}.")
+        check_choice(f"key in {what}", key, known)
 
 
 def _part(entry: Any, where: str, known: Sequence[str] | None) -> Part:
@@ -286,14 +313,26 @@ def _setting(entry: Any) -> Part:
         _known_keys("'settings'", entry, _SETTING_KEYS)
         name = str(entry.get("setting") or entry.get("name"))
         options = {str(k): v for k, v in entry.items() if k in _SETTING_OPTIONS}
-        extra = "".join(f", {k} {v}" for k, v in _short(options))
-        return Part(name, str(entry.get("label") or name + extra), {"setting": name, **options})
+        batches = f", batches of {options['batch_size']}" if "batch_size" in options else ""
+        return Part(name, str(entry.get("label") or name + batches), {"setting": name, **options})
     return Part(str(entry), str(entry), {"setting": str(entry)})
 
 
-def _short(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    if "batch_size" in options:
-        yield "batches of", options["batch_size"]
+def _ability_entry(entry: Any) -> dict[str, Any]:
+    """Check what can be checked before data are loaded."""
+    options = {"task": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+    if "harness" in options:
+        _known_keys("a harness task", options, _HARNESS_KEYS)
+    else:
+        _known_keys("an ability", options, _ABILITY_KEYS)
+        check_choice("ability", options.get("task"), ABILITIES)
+    return options
+
+
+def _ability(options: Mapping[str, Any]) -> Ability:
+    if "harness" in options:
+        return HarnessTask(options["harness"], **{k: v for k, v in options.items() if k != "harness"})
+    return load_ability(**options)
 
 
 def _protocol(entry: Any) -> Protocol:
@@ -301,10 +340,8 @@ def _protocol(entry: Any) -> Protocol:
     if isinstance(entry, Mapping):
         options = dict(entry)
         name = options.pop("name", None)
-    if name not in PROTOCOLS:
-        raise EvaluationError(
-            f"unknown protocol {name!r}.{nearest(str(name), PROTOCOLS)} Known: {', '.join(PROTOCOLS)}."
-        )
+    check_choice("protocol", name, PROTOCOLS)
+    assert name is not None
     judge = options.pop("judge", None)
     if judge == "exact":
         options["scorer"] = ExactMatchJudge()

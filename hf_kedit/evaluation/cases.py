@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EvaluationError, nearest
+from ..errors import EvaluationError
 from ..requests import EditRequest, load_requests, read_rows
+from .choices import check_choice
 
 if TYPE_CHECKING:
     from ..model import EditableModel
 
-SETTINGS = ("single", "batch", "sequential")
+SEQUENTIAL, SAVED = "sequential", "saved"
+SETTINGS = ("single", "batch", SEQUENTIAL, SAVED)
 MOMENTS = ("immediate", "final")
 
 
@@ -59,7 +61,7 @@ def make_plan(units: Sequence[Sequence[Case]], setting: str, moments: Sequence[s
     for index, unit in enumerate(units):
         numbers = tuple(case.number for case in unit)
         made += numbers
-        if setting != "sequential":
+        if setting != SEQUENTIAL:
             steps.append(Step(len(steps), moments[-1], numbers, index, len(unit)))
             continue
         if "immediate" in moments:
@@ -68,7 +70,7 @@ def make_plan(units: Sequence[Sequence[Case]], setting: str, moments: Sequence[s
         waiting = waiting[len(reached) :]
         if reached and not (len(made) == total and "final" in moments):
             steps.append(Step(len(steps), f"at {len(made)}", tuple(made), index, len(made)))
-    if setting == "sequential" and "final" in moments:
+    if setting == SEQUENTIAL and "final" in moments:
         steps.append(Step(len(steps), "final", tuple(made), len(units) - 1, total))
     return steps
 
@@ -93,8 +95,10 @@ def parse_shard(shard: str | None, setting: str) -> tuple[int, int]:
         number, count = int(found[1]), int(found[2])
     if not 1 <= number <= count:
         raise EvaluationError(f"there is no shard {number} of {count}; they are numbered 1 to {count}")
-    if count > 1 and setting == "sequential":
+    if count > 1 and setting == SEQUENTIAL:
         raise EvaluationError("a sequential run cannot be cut into shards: each edit builds on the ones before")
+    if count > 1 and setting == SAVED:
+        raise EvaluationError("saved edits are measured together; there is nothing to cut into shards")
     return number, count
 
 
@@ -141,8 +145,7 @@ def make_units(cases: Sequence[Case], setting: str, batch_size: int | None) -> l
     groups: list[list[Case]] = []
     for _, members in itertools.groupby(cases, key=lambda c: c.request.metadata.get("group_id") or (c.number,)):
         groups.append(list(members))
-    size = 1 if setting != "batch" else len(cases)
-    size = batch_size or size
+    size = batch_size or (len(cases) if setting in ("batch", SAVED) else 1)
     units: list[list[Case]] = []
     for group in groups:
         if units and setting != "single" and len(units[-1]) + len(group) <= size:
@@ -150,12 +153,6 @@ def make_units(cases: Sequence[Case], setting: str, batch_size: int | None) -> l
         else:
             units.append(list(group))
     return units
-
-
-def check_choice(what: str, value: Any, known: Sequence[str]) -> None:
-    """Raise an `EvaluationError` that names the nearest choice if ``value`` is not a known one."""
-    if value not in known:
-        raise EvaluationError(f"unknown {what} {value!r}.{nearest(str(value), known)} Known: {', '.join(known)}.")
 
 
 def parse_moments(when: str | Sequence[str], setting: str) -> tuple[str, ...]:
@@ -170,7 +167,7 @@ def parse_moments(when: str | Sequence[str], setting: str) -> tuple[str, ...]:
     for moment in chosen:
         check_choice("moment in 'when'", moment, MOMENTS)
     ordered = tuple(m for m in MOMENTS if m in chosen)
-    return ordered if setting == "sequential" else ordered[-1:]
+    return ordered if setting == SEQUENTIAL else ordered[-1:]
 
 
 def parse_at(at: Sequence[int] | int | None, setting: str, total: int) -> list[int]:
@@ -180,7 +177,7 @@ def parse_at(at: Sequence[int] | int | None, setting: str, total: int) -> list[i
         EvaluationError: for a setting without a sequence, or a number that is never reached.
     """
     chosen = [] if at is None else [at] if isinstance(at, int) else list(at)
-    if chosen and setting != "sequential":
+    if chosen and setting != SEQUENTIAL:
         raise EvaluationError(f"at=… needs setting='sequential'; in '{setting}' edits do not pile up")
     for number in chosen:
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= total:

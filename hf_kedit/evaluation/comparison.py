@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, EvaluationError, require_extra
+from ..errors import DataError, EvaluationError
 from .report import EvaluationReport
-from .summaries import LABELS, extra_sections, percent, shown
+from .summaries import LABELS, data_frame, extra_sections, percent, shown
 
 SHORT = {
     "rewrite_acc": "reliability",
@@ -59,19 +58,27 @@ class Comparison:
         found = dict.fromkeys(w for r in self.reports.values() for w in r.moments if not w.startswith("at "))
         return [w for w in ("immediate", "final") if w in found]
 
+    def column(self, protocol: str, when: str) -> dict[str, dict[str, Any]]:
+        """Label → summary, of the reports that have records of this protocol at this moment."""
+        return {
+            label: report.summary(protocol, when)
+            for label, report in self.reports.items()
+            if report.has(protocol, when)
+        }
+
     def rows(self) -> list[dict[str, Any]]:
         """One flat row per report, protocol and moment, with the means before and after."""
         rows = []
         for label, report in self.reports.items():
             for protocol in report.protocols:
                 for when in report.moments:
-                    if not report.select(protocol, when):
+                    if not report.has(protocol, when):
                         continue
                     summary = report.summary(protocol, when)
                     row: dict[str, Any] = {"label": label}
                     row |= {k: report.meta.get(k) for k in ("model", "method", "dataset")}
                     row |= {k: summary[k] for k in ("protocol", "scorer", "setting", "when", "n", "n_failed")}
-                    for section, name, before, after in values(report, protocol, when):
+                    for section, name, before, after in values(summary):
                         key = f"{section}_{name}" if section else name
                         row |= {f"pre_{key}": before, f"post_{key}": after}
                     rows.append({**row, "seconds_edit": summary["seconds_edit"]})
@@ -83,11 +90,7 @@ class Comparison:
         Raises:
             MissingExtraError: if pandas is not installed.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise require_extra("pandas", "eval", "Comparison.to_pandas") from error
-        return pandas.DataFrame(self.rows())
+        return data_frame(self.rows())
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The `rows` as JSON text; also written to ``path`` if one is given."""
@@ -112,9 +115,8 @@ class Comparison:
         return _written(render(self, title, max_cases), path)
 
 
-def values(report: EvaluationReport, protocol: str, when: str) -> list[Value]:
-    """All means of a report, in order: the usual sections, then those that only some protocols have."""
-    summary = report.summary(protocol, when)
+def values(summary: Mapping[str, Any]) -> list[Value]:
+    """All means of a summary, in order: the usual sections, then those that only some protocols have."""
     pre, post = summary["pre"], summary["post"]
     # Under the likelihood protocol ES, PS and NS are these same numbers under the names that papers use.
     again = ("rewrite_acc", "rephrase_acc", "locality_accuracy") if "counterfact" in post else ()
@@ -124,6 +126,11 @@ def values(report: EvaluationReport, protocol: str, when: str) -> list[Value]:
     for section in extra_sections(post):
         found += [(section, key, pre.get(section, {}).get(key), value) for key, value in post[section].items()]
     return found
+
+
+def means_by_name(summary: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float | None, float | None]]:
+    """The `values` of a summary as (section, name) → (before, after)."""
+    return {(section, name): (before, after) for section, name, before, after in values(summary)}
 
 
 def label_of(section: str, name: str) -> str:
@@ -152,7 +159,7 @@ def model_index(
         for when in report.moments:
             summary = report.summary(protocol, when)
             about = {"protocol": protocol, "scorer": summary["scorer"], "setting": summary["setting"], "when": when}
-            for section, name, _, value in values(report, protocol, when):
+            for section, name, _, value in values(summary):
                 results.append(
                     EvalResult(
                         task_type="text-generation",
@@ -185,6 +192,7 @@ def _markdown(comparison: Comparison, max_cases: int) -> str:
     curves = [(label, report) for label, report in comparison.reports.items() if len(_curve_moments(report)) > 1]
     for label, report in curves:
         lines += _markdown_curve(label, report)
+    lines += _markdown_abilities(comparison)
     for label, report in comparison.reports.items():
         lines += _markdown_cases(label, report, max_cases)
     return "\n".join(lines).rstrip() + "\n"
@@ -204,26 +212,23 @@ def _cell(text: str) -> str:
 
 
 def _markdown_table(comparison: Comparison, protocol: str, when: str) -> list[str]:
-    columns: dict[tuple[str, str], None] = {}
-    rows = []
-    for label, report in comparison.reports.items():
-        if protocol in report.protocols and when in report.moments and report.select(protocol, when):
-            found = {(s, n): (before, after) for s, n, before, after in values(report, protocol, when)}
-            columns |= dict.fromkeys(found)
-            rows.append((label, report.summary(protocol, when), found))
-    if not rows:
+    summaries = comparison.column(protocol, when)
+    if not summaries:
         return []
+    means = {label: means_by_name(summary) for label, summary in summaries.items()}
+    columns = dict.fromkeys(key for found in means.values() for key in found)
     body = []
-    for label, summary, found in rows:
+    for label, summary in summaries.items():
         cells = [label, str(summary["n"])]
         for section, name in columns:
-            before, after = found.get((section, name), (None, None))
+            before, after = means[label].get((section, name), (None, None))
             text = shown(section, after)
             cells.append(text if before is None else f"{text} ({shown(section, before)})")
         seconds = summary["seconds_edit"]
         body.append([*cells, "–" if seconds is None else f"{seconds:.3g}"])
     head = ["", "edits", *(label_of(s, n) for s, n in columns), "s / edit"]
-    return [f"## {protocol} ({rows[0][1]['scorer']}), {when}", "", *_table(head, body)]
+    scorer = next(iter(summaries.values()))["scorer"]
+    return [f"## {protocol} ({scorer}), {when}", "", *_table(head, body)]
 
 
 def _markdown_curve(label: str, report: EvaluationReport) -> list[str]:
@@ -238,6 +243,18 @@ def _markdown_curve(label: str, report: EvaluationReport) -> list[str]:
         lines += [f"## {label}: along the number of edits ({protocol})", ""]
         lines += _table(["edits", *(SHORT[name] for name in curves)], body)
     return lines
+
+
+def _markdown_abilities(comparison: Comparison) -> list[str]:
+    names = list(dict.fromkeys(name for report in comparison.reports.values() for name in report.abilities))
+    if not names:
+        return []
+    body = []
+    for label, report in comparison.reports.items():
+        curves = {name: dict(report.curve(f"abilities/{name}")) for name in report.abilities}
+        for count in sorted({n for points in curves.values() for n in points}):
+            body.append([label, str(count), *(percent(curves.get(name, {}).get(count)) for name in names)])
+    return ["## General abilities", "", *_table(["", "edits", *names], body)]
 
 
 def _markdown_cases(label: str, report: EvaluationReport, max_cases: int) -> list[str]:

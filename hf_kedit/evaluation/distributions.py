@@ -5,7 +5,7 @@ Like `scoring`, this works on texts in batches and leaves model and tokenizer as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,21 +87,8 @@ def perplexity(
     sums, counts = [0.0] * len(texts), [0] * len(texts)
     vocabulary = vocabulary_size(model)
 
-    def packer() -> Callable[[_Window], bool]:
-        count = width = 0
-
-        def admits(window: _Window) -> bool:
-            nonlocal count, width
-            wider = max(width, len(window.ids))
-            if count and (count + 1) * wider > min(token_budget, LOGIT_BUDGET // vocabulary):
-                return False
-            count, width = count + 1, wider
-            return True
-
-        return admits
-
     with frozen_eval(model), torch.inference_mode():
-        for group in make_batches(windows, lambda w: len(w.ids), packer, None):
+        for group in make_batches(windows, lambda w: len(w.ids), min(token_budget, LOGIT_BUDGET // vocabulary)):
             batch = pad_rows([w.ids for w in group], pad_id(tokenizer)).to(device_of(model))
             rows = torch.tensor([i for i, w in enumerate(group) for _ in w.ids[w.first :]])
             columns = torch.tensor([c for w in group for c in range(w.first - 1, len(w.ids) - 1)])
@@ -182,24 +169,10 @@ def locality_divergence(
             rows[prompt, target] = encode_row(base, tokenizer, prompt, target, separator)
         except RequestError as error:
             raise EvaluationError(f"({prompt!r}, {target!r}): {error}") from error
-    vocabulary = vocabulary_size(base)
-
-    def packer() -> Callable[[tuple[str, str]], bool]:
-        count = width = 0
-
-        def admits(pair: tuple[str, str]) -> bool:
-            nonlocal count, width
-            wider = max(width, rows[pair].width)
-            if count and (count + 1) * wider > min(token_budget, LOGIT_BUDGET // (2 * vocabulary)):
-                return False
-            count, width = count + 1, wider
-            return True
-
-        return admits
-
+    budget = min(token_budget, LOGIT_BUDGET // (2 * vocabulary_size(base)))
     results: dict[tuple[str, str], float] = {}
     with frozen_eval(base), torch.inference_mode():
-        for group in make_batches(list(rows), lambda pair: rows[pair].width, packer, None):
+        for group in make_batches(rows, lambda pair: rows[pair].width, budget):
             members = [rows[pair] for pair in group]
             after = target_logits(base, tokenizer, members)
             with model.disable_edits():

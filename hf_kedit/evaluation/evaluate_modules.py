@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import datasets
 import evaluate
 
-from ..errors import EvaluationError, nearest
+from ..errors import EvaluationError
 from ..requests import load_requests
 from . import likelihoods, metrics, texts
 from .batching import TOKEN_BUDGET
 from .cases import Case
+from .choices import check_choice
 from .protocols import Protocol, resolve_protocols
 from .records import make_record, queries_of
 from .summaries import means_of
@@ -54,11 +55,7 @@ class KeditMetric(evaluate.Metric):
         """Name of the variant; ``evaluate`` calls the first one "default"."""
         if self.config_name == "default":
             return next(iter(self.variants))
-        if self.config_name not in self.variants:
-            raise EvaluationError(
-                f"{type(self).__name__} has no variant {self.config_name!r}.{nearest(self.config_name, self.variants)}"
-                f" It has: {', '.join(self.variants)}."
-            )
+        check_choice(f"variant of {type(self).__name__}", self.config_name, self.variants)
         return self.config_name
 
     def _info(self) -> Any:

@@ -97,9 +97,10 @@ class Fluency(Protocol):
         # The question's own prompt: what a method puts before it is not the model's text.
         return ngram_entropy(clean_for_fluency(question.prompt + outputs[0].text), self.tokenizer)
 
-    def details(self, question: Question, outputs: Sequence[Continuation]) -> dict[tuple[str, str], float]:
-        value = self.accuracy(question, outputs)
-        return {} if value is None else {("fluency", "ngram_entropy"): value}
+    def details(
+        self, question: Question, outputs: Sequence[Continuation], score: float
+    ) -> dict[tuple[str, str], float]:
+        return {("fluency", "ngram_entropy"): score}
 
     def agreement(self, before: Sequence[Continuation], after: Sequence[Continuation]) -> float:
         return float(before[0].text == after[0].text)

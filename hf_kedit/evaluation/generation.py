@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,22 +125,10 @@ def generate_answers(
         rows[prompt], cuts[prompt] = cut_left(tokenizer, ids, len(ids) + 1, room)
     config = _greedy_config(model, tokenizer, max_new_tokens)
     results: dict[str, Continuation] = {}
-
-    def packer() -> Callable[[str], bool]:
-        count = width = 0
-
-        def admits(prompt: str) -> bool:
-            nonlocal count, width
-            wider = max(width, len(rows[prompt]) + max_new_tokens)
-            if count and (count + 1) * wider > token_budget:
-                return False
-            count, width = count + 1, wider
-            return True
-
-        return admits
-
     with frozen_eval(model), torch.inference_mode(), _generation_config(model, config):
-        for group in make_batches(list(rows), lambda p: len(rows[p]), packer, max_batch_rows):
+        for group in make_batches(
+            rows, lambda p: len(rows[p]) + max_new_tokens, token_budget, max_rows=max_batch_rows
+        ):
             noise = None if sampling is None else _SeededTopK(sampling, group)
             continued = _generate_batch(
                 model, tokenizer, [rows[p] for p in group], config, cut_lines, stop_strings, noise

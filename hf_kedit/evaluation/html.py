@@ -68,6 +68,7 @@ def render(comparison: Comparison, title: str, max_cases: int) -> str:
     for protocol in comparison.protocols:
         parts.append(_curves(comparison, protocol))
     parts.append(_health(comparison))
+    parts.append(_abilities(comparison))
     parts.append(_runs(comparison))
     for number, (label, report) in enumerate(comparison.reports.items()):
         parts.append(_cases(number, label, report, max_cases))
@@ -97,18 +98,13 @@ def _subtitle(comparison: Comparison) -> str:
 
 def _means(comparison: Comparison, protocol: str, when: str) -> str:
     """Charts, one per mean with one bar per report, and the table with the same numbers."""
-    from .comparison import in_charts, label_of, values
+    from .comparison import in_charts, label_of, means_by_name
 
-    reports = {
-        label: report
-        for label, report in comparison.reports.items()
-        if protocol in report.protocols and when in report.moments and report.select(protocol, when)
-    }
-    if not reports:
+    summaries = comparison.column(protocol, when)
+    if not summaries:
         return ""
-    found = {label: {(s, n): (b, a) for s, n, b, a in values(r, protocol, when)} for label, r in reports.items()}
+    found = {label: means_by_name(summary) for label, summary in summaries.items()}
     columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    summaries = {label: report.summary(protocol, when) for label, report in reports.items()}
     scorer = next(iter(summaries.values()))["scorer"]
     places = {label: place for place, label in enumerate(comparison.reports)}
     panels = []
@@ -193,6 +189,39 @@ def _health(comparison: Comparison) -> str:
         " than 10 times a collapse).</p>"
         f'<div class="scroll"><table><tr><th></th>{head}<th>state</th></tr>{"".join(rows)}</table></div>'
     )
+
+
+def _abilities(comparison: Comparison) -> str:
+    """General abilities before and at every checkpoint: a line per run, and the table with the same numbers."""
+    names = list(dict.fromkeys(name for report in comparison.reports.values() for name in report.abilities))
+    if not names:
+        return ""
+    places = {label: place for place, label in enumerate(comparison.reports)}
+    panels, rows = [], []
+    for name in names:
+        lines = {label: report.curve(f"abilities/{name}") for label, report in comparison.reports.items()}
+        lines = {label: points for label, points in lines.items() if len(points) > 1}
+        if lines:
+            panels.append(f'<div class="panel"><strong>{escape(name)}</strong>{curves(lines, places)}</div>')
+    for label, report in comparison.reports.items():
+        for point in report.meta.get("checkpoints") or ():
+            cells = "".join(f'<td class="n">{_ability_cell(point, name)}</td>' for name in names)
+            if point.get("abilities"):
+                rows.append(f'<tr><td>{escape(label)}</td><td class="n">{point["n_edits"]}</td>{cells}</tr>')
+    head = "".join(f'<th class="n">{escape(name)}</th>' for name in names)
+    return (
+        "<h2>General abilities</h2><p class='note'>Percentages on tasks that have nothing to do with the edits; in"
+        " brackets: before them.</p>"
+        f'<div class="panels">{"".join(panels)}</div>'
+        f'<div class="scroll"><table><tr><th></th><th class="n">edits</th>{head}</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _ability_cell(point: Mapping[str, Any], name: str) -> str:
+    if name not in (point.get("abilities") or {}):
+        return "–"
+    after, before = point["abilities"][name]["score"], point["abilities_before"][name]["score"]
+    return f'{percent(after)} <span class="soft">({percent(before)})</span>'
 
 
 def _number(value: Any) -> str:

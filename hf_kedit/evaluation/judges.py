@@ -70,7 +70,6 @@ class Judge(ABC):
             raise EvaluationError(f"max_workers must be at least 1, not {max_workers}")
         self.cache_path = None if cache_path is None else Path(cache_path)
         self.max_workers = max_workers
-        self.asked = 0
         self._verdicts: dict[str, Verdict] = {}
         self._lock = threading.Lock()
         if self.cache_path is not None and self.cache_path.exists():
@@ -97,7 +96,6 @@ class Judge(ABC):
                 return self._verdicts[key]
         verdict = self.ask(question, references, prediction)
         with self._lock:
-            self.asked += 1
             self._verdicts[key] = verdict
             # An unreadable reply is not kept in the file: the next process may have more luck.
             if self.cache_path is not None and verdict is not None:

@@ -39,12 +39,7 @@ class Judged(Generation):
             if not isinstance(self.scorer, Callable):  # type: ignore[arg-type]
                 raise EvaluationError(f"a judge must be a Judge or a function, not {type(self.scorer).__name__}")
             object.__setattr__(self, "scorer", CallableJudge(self.scorer))
-        judge = self.scorer
-        object.__setattr__(self, "scorer", "contains")
-        try:
-            super().__post_init__()  # checks everything else
-        finally:
-            object.__setattr__(self, "scorer", judge)
+        super().__post_init__()
 
     @property
     def judge(self) -> Judge:

@@ -46,13 +46,12 @@ class Likelihood(PairProtocol):
     def accuracy(self, question: Question, outputs: Sequence[PairScore]) -> float | None:
         return _scores(question, outputs)[0]
 
-    def details(self, question: Question, outputs: Sequence[PairScore]) -> dict[tuple[str, str], float]:
+    def details(self, question: Question, outputs: Sequence[PairScore], score: float) -> dict[tuple[str, str], float]:
         kind = _KINDS[question.section]
         success, magnitude = COUNTERFACT_NAMES[kind]
-        values = _scores(question, outputs)
         return {
-            (SECTION, success): values[0],
-            (SECTION, magnitude): values[1],
+            (SECTION, success): score,
+            (SECTION, magnitude): _scores(question, outputs)[1],
             (SECTION, f"{kind}_exact"): float(outputs[0].exact),
         }
 

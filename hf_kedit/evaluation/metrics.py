@@ -10,8 +10,9 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..errors import EvaluationError, nearest
+from ..errors import EvaluationError
 from ..tokens import is_cjk
+from .choices import check_choice
 
 _ARTICLES = {"a", "an", "the"}
 
@@ -138,9 +139,7 @@ def answer_scorer(scorer: str | Callable[[str, str], float]) -> Callable[[str, s
     """
     if callable(scorer):
         return scorer
-    if scorer not in ANSWER_SCORERS:
-        known = sorted(ANSWER_SCORERS)
-        raise EvaluationError(f"unknown scorer {scorer!r}.{nearest(str(scorer), known)} Known: {', '.join(known)}.")
+    check_choice("scorer", scorer, ANSWER_SCORERS)
     return ANSWER_SCORERS[scorer]
 
 

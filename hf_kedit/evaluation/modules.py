@@ -10,7 +10,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, EvaluationError, nearest, require_extra
+from ..errors import DataError, require_extra
+from .choices import check_choice
 
 _CLASSES = {
     "kedit": "Kedit",
@@ -82,8 +83,7 @@ def write_space(name: str, folder: str | Path) -> Path:
 
 def _full_name(name: str) -> str:
     full = name if name in _CLASSES else f"kedit_{name}"
-    if full not in _CLASSES:
-        raise EvaluationError(f"unknown metric {name!r}.{nearest(name, _CLASSES)} Known: {', '.join(_CLASSES)}.")
+    check_choice("metric", full, _CLASSES)
     return full
 
 

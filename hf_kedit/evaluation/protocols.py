@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from ..errors import EvaluationError, nearest
+from ..errors import EvaluationError
 from . import metrics
 from .batching import TOKEN_BUDGET
+from .choices import check_choice
 from .generation import Continuation, PromptFormat, generate_answers
 from .scoring import PairScore, Unscored, try_score_pairs
 
@@ -112,8 +113,8 @@ class Protocol(ABC):
     def settings(self) -> dict[str, Any]:
         """Everything that decides the outputs, JSON-ready; part of the key under which outputs are cached."""
 
-    def details(self, question: Question, outputs: Sequence[Any]) -> dict[tuple[str, str], float]:
-        """Further numbers for a question, by (section of the record, key in it)."""
+    def details(self, question: Question, outputs: Sequence[Any], score: float) -> dict[tuple[str, str], float]:
+        """Further numbers for a question whose `accuracy` is ``score``, by (section of the record, key in it)."""
         return {}
 
     def why_unscored(self, question: Question) -> str:
@@ -308,12 +309,9 @@ def resolve_protocols(protocol: str | Protocol | Sequence[str | Protocol]) -> li
     for entry in entries:
         if isinstance(entry, Protocol):
             chosen.append(entry)
-        elif isinstance(entry, str) and entry in PROTOCOLS:
-            chosen.append(PROTOCOLS[entry]())
         else:
-            raise EvaluationError(
-                f"unknown protocol {entry!r}.{nearest(str(entry), PROTOCOLS)} Known: {', '.join(sorted(PROTOCOLS))}."
-            )
+            check_choice("protocol", entry, PROTOCOLS)
+            chosen.append(PROTOCOLS[entry]())
     names = [p.name for p in chosen]
     if not names:
         raise EvaluationError(f"no protocol was given; choose from {', '.join(sorted(PROTOCOLS))}")

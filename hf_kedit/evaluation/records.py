@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from ..errors import EvaluationError
 from ..requests import EditRequest
 from .cases import Case
@@ -76,9 +74,10 @@ def make_record(
             section = question.section if axis else f"{question.section}_acc"
             put(pre, section, axis, scores[0])
             put(post, section, axis, scores[1])
-        for half, outputs in ((pre, old), (post, new)):
-            for (section, key), value in protocol.details(question, outputs).items():
-                put(half, section, key, value)
+        for half, outputs, score in ((pre, old, scores[0]), (post, new, scores[1])):
+            if score is not None:
+                for (section, key), value in protocol.details(question, outputs, score).items():
+                    put(half, section, key, value)
         counts[question.section] = counts.get(question.section, 0) + 1
     for result in (pre, post):
         sections = [key.removesuffix("_acc") for key in result]
@@ -129,18 +128,3 @@ def put(result: dict[str, Any], section: str, axis: str | None, value: Any) -> N
         result.setdefault(section, []).append(value)
     else:
         result.setdefault(section, {}).setdefault(axis, []).append(value)
-
-
-def plain(value: Any) -> Any:
-    """A JSON-ready copy of an edit's diagnostics."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    return str(value)

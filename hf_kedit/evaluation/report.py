@@ -6,18 +6,18 @@ its protocol; means are formed within one protocol and one moment only. Nothing 
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, EvaluationError, nearest, require_extra
+from ..errors import DataError, EvaluationError, nearest
 from . import metrics
 from .drift import efficiency
 from .summaries import (
     LABELS,
+    data_frame,
     exists,
     extra_sections,
     flat_row,
@@ -66,6 +66,10 @@ class EvaluationReport:
     def cases(self) -> list[dict[str, Any]]:
         """The records of the first protocol at the last moment: one per edit."""
         return self.select()
+
+    def has(self, protocol: str, when: str) -> bool:
+        """Whether there is a record of this protocol at this moment."""
+        return any(r["protocol"] == protocol and r["when"] == when for r in self.records)
 
     def select(self, protocol: str | None = None, when: str | None = None) -> list[dict[str, Any]]:
         """Return the records of one protocol (default: the first) and one moment (default: the last).
@@ -148,12 +152,14 @@ class EvaluationReport:
 
         Args:
             name: key of ``summary()["post"]`` (``rewrite_acc``), or ``section/key`` (``counterfact/S``,
-                ``locality/Neighborhood``).
+                ``locality/Neighborhood``); ``abilities/NAME`` is the score of a general ability, from 0 edits on.
             protocol: default: the first of the report.
 
         Returns:
             (number of edits, mean over all edits made until then), in order. Moments without the mean are left out.
         """
+        if name.startswith("abilities/"):
+            return self._ability_curve(name.removeprefix("abilities/"))
         points = []
         for when in self.moments:
             if when == "immediate":
@@ -162,6 +168,19 @@ class EvaluationReport:
             if value is not None:
                 points.append((len(self.select(protocol, when)), value))
         return sorted(points)
+
+    @property
+    def abilities(self) -> list[str]:
+        """Names of the general abilities that were measured."""
+        return list(dict.fromkeys(name for p in self.meta.get("checkpoints") or () for name in p.get("abilities", ())))
+
+    def _ability_curve(self, name: str) -> list[tuple[int, float]]:
+        points: dict[int, float | None] = {}
+        for point in self.meta.get("checkpoints") or ():
+            if name in point.get("abilities", ()):
+                points[0] = point["abilities_before"][name]["score"]
+                points[point["n_edits"]] = point["abilities"][name]["score"]
+        return sorted((n, score) for n, score in points.items() if score is not None)
 
     def efficiency(self) -> dict[str, Any]:
         """What the edits cost: seconds, edits per second, memory; see `drift.efficiency`."""
@@ -228,11 +247,7 @@ class EvaluationReport:
         Raises:
             MissingExtraError: if pandas is not installed.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise require_extra("pandas", "eval", "EvaluationReport.to_pandas") from error
-        return pandas.DataFrame(self.rows(protocol, when))
+        return data_frame(self.rows(protocol, when))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The whole report as JSON text; also written to ``path`` if one is given (overwriting it)."""

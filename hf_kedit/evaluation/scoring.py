@@ -7,7 +7,7 @@ tokenizer, which is never changed. This module knows nothing of edits, cases or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,6 @@ def score_pairs(
     separator: str | None = None,
     token_budget: int = TOKEN_BUDGET,
     *,
-    include_eos: bool = False,
     max_batch_rows: int | None = None,
 ) -> list[PairScore]:
     """Score (prompt, target) pairs by teacher forcing.
@@ -115,7 +114,6 @@ def score_pairs(
         separator: text between them; ``None``: one space where it belongs (see `separator_between`). Without
             effect on encoder-decoder models, where the target goes to the decoder.
         token_budget: padded tokens per forward pass.
-        include_eos: encoder-decoder only: also score the end token.
         max_batch_rows: upper bound of the rows per forward pass.
 
     Returns:
@@ -130,7 +128,6 @@ def score_pairs(
         pairs,
         separator,
         token_budget,
-        include_eos=include_eos,
         max_batch_rows=max_batch_rows,
     )
     scores: list[PairScore] = []
@@ -148,7 +145,6 @@ def try_score_pairs(
     separator: str | None = None,
     token_budget: int = TOKEN_BUDGET,
     *,
-    include_eos: bool = False,
     max_batch_rows: int | None = None,
 ) -> list[PairScore | Unscored]:
     """Do what `score_pairs` does, with an `Unscored` in the place of each pair that cannot be scored."""
@@ -157,30 +153,26 @@ def try_score_pairs(
     rows: dict[tuple[str, str], TargetRow] = {}
     for prompt, target in dict.fromkeys((p, t) for p, t in pairs):
         try:
-            rows[prompt, target] = encode_row(model, tokenizer, prompt, target, separator, include_eos)
+            rows[prompt, target] = encode_row(model, tokenizer, prompt, target, separator)
         except RequestError as error:
             results[prompt, target] = Unscored(prompt, target, str(error))
     at_targets = accepts(model, "logits_to_keep")
-    vocabulary = vocabulary_size(model)
 
-    def packer() -> Callable[[tuple[str, str]], bool]:
-        count = width = computed = 0
+    def positions(pair: tuple[str, str]) -> int:
+        # Logits are computed at the targets only where the model can do that, else everywhere.
+        row = rows[pair]
+        return len(row.target) if at_targets else len(row.decoder or row.inputs)
 
-        def admits(pair: tuple[str, str]) -> bool:
-            nonlocal count, width, computed
-            row = rows[pair]
-            wider = max(width, row.width)
-            # Logits are computed at the targets only where the model can do that, else everywhere.
-            more = computed + (len(row.target) if at_targets else len(row.decoder or row.inputs))
-            if count and ((count + 1) * wider > token_budget or more * vocabulary > LOGIT_BUDGET):
-                return False
-            count, width, computed = count + 1, wider, more
-            return True
-
-        return admits
-
+    batches = make_batches(
+        rows,
+        lambda pair: rows[pair].width,
+        token_budget,
+        max_rows=max_batch_rows,
+        positions=positions,
+        max_positions=LOGIT_BUDGET // vocabulary_size(model),
+    )
     with frozen_eval(model), torch.inference_mode():
-        for group in make_batches(list(rows), lambda pair: rows[pair].width, packer, max_batch_rows):
+        for group in batches:
             for pair, score in zip(group, _score_batch(model, tokenizer, group, rows), strict=True):
                 results[pair] = score
     return [results[p, t] for p, t in pairs]
@@ -192,7 +184,6 @@ def encode_row(
     prompt: str,
     target: str,
     separator: str | None = None,
-    include_eos: bool = False,
 ) -> TargetRow:
     """Tokenise one pair and drop what must not or need not be fed.
 
@@ -206,7 +197,7 @@ def encode_row(
         source = [int(i) for i in tokenizer(prompt)["input_ids"]]
         source, cut = cut_left(tokenizer, source, len(source), limit)
         lead = _decoder_lead(tokenizer, target)
-        labels = [*lead, *encode_target(tokenizer, target, eos=include_eos)]
+        labels = [*lead, *encode_target(tokenizer, target)]
         decoder = (decoder_start(model), *labels[:-1])  # labels shifted right by one
         return TargetRow(tuple(source), decoder, len(lead), tuple(labels[len(lead) :]), cut)
     try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, require_extra
 from ..requests import EditRequest, Probe
 from . import metrics
 from .likelihoods import harmonic_score
@@ -174,6 +175,19 @@ def flat_row(record: Mapping[str, Any]) -> dict[str, Any]:
             pre = list(before.get(axis, ()))
             row["axes"].append({"section": name, "axis": axis, "pre": pre, "post": list(scores)})
     return row
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows as a ``pandas.DataFrame``.
+
+    Raises:
+        MissingExtraError: if pandas is not installed.
+    """
+    try:
+        pandas = importlib.import_module("pandas")
+    except ImportError as error:
+        raise require_extra("pandas", "eval", "to_pandas()") from error
+    return pandas.DataFrame(list(rows))
 
 
 def percent(value: float | None) -> str:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import DataError, EvaluationError, nearest, require_extra
+from ..errors import DataError, EvaluationError, require_extra
 from ..tokens import is_cjk
+from .choices import check_choice
 
 Words = Callable[[str], list[str]]
 
@@ -56,11 +57,7 @@ def word_tokenizer(tokenizer: str | Words) -> Words:
     """
     if callable(tokenizer):
         return tokenizer
-    if tokenizer not in WORD_TOKENIZERS:
-        raise EvaluationError(
-            f"unknown word tokenizer {tokenizer!r}.{nearest(str(tokenizer), WORD_TOKENIZERS)}"
-            f" Known: {', '.join(WORD_TOKENIZERS)}."
-        )
+    check_choice("word tokenizer", tokenizer, WORD_TOKENIZERS)
     return WORD_TOKENIZERS[tokenizer]
 
 

@@ -208,6 +208,32 @@ def test_eval_of_saved_edits_on_other_requests(kedit: Run, saved: Path) -> None:
     assert "portability" in result["post"]
 
 
+def test_eval_in_parts_and_put_together(kedit: Run, requests_file: Path, tmp_path: Path) -> None:
+    folder, page, whole = tmp_path / "run", tmp_path / "pages" / "report.html", tmp_path / "report.json"
+    words = ["eval", *MODEL, "-M", "ft-m", "-d", requests_file, "--output-dir", folder]
+    assert data(kedit(*words, "--shard", "1/2", "-f", "json"))["n"] == 1
+    assert kedit("eval", "--collect", "--output-dir", folder).exit_code == 1  # a part is missing
+    assert data(kedit(*words, "--shard", "2/2", "-f", "json"))["n"] == 1
+    both = ["eval", "--collect", "--output-dir", folder, "--html", page, "--output", whole, "-f", "json"]
+    result = data(kedit(*both))
+    assert result["n"] == 2 and result["model"] == "kedit/world-gpt2" and result["method"] == "ft-m"
+    assert page.read_text(encoding="utf-8").count('<details class="case">') == 2
+    assert len(json.loads(whole.read_text())["records"]) == 2
+
+
+def test_eval_along_a_sequence_and_past_failures(kedit: Run, requests_file: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in requests_file.read_text(encoding="utf-8").splitlines()]
+    bad = tmp_path / "bad.jsonl"
+    no_subject = {"prompt": "He was born in", "subject": "Nobody", "target_new": rows[0]["target_new"]}
+    bad.write_text("".join(json.dumps(row) + "\n" for row in [*rows, no_subject]), encoding="utf-8")
+    words = ["eval", *MODEL, "-M", "rome", "-d", bad, "--setting", "sequential", "--at", "1"]
+    assert kedit(*words).exit_code == 1
+    result = kedit(*words, "--on-error", "skip", "-f", "json")
+    assert [entry["when"] for entry in data(result)["results"]] == ["at 1", "final"]
+    assert [entry["n"] for entry in data(result)["results"]] == [1, 2]
+    assert data(result)["results"][-1]["n_failed"] == 1
+
+
 def test_eval_of_no_edits_needs_a_dataset(kedit: Run) -> None:
     result = kedit("eval", *MODEL, "--no-edit")
     assert result.exit_code == 1

@@ -84,7 +84,7 @@ def test_modules_combine(load):
 def test_unknown_names(load):
     with pytest.raises(EvaluationError, match="Did you mean 'kedit_fluency'"):
         load("kedit_fluent")
-    with pytest.raises(EvaluationError, match="no variant"):
+    with pytest.raises(EvaluationError, match="unknown variant of KeditAccuracy"):
         load("accuracy", "bleu")
 
 

@@ -143,7 +143,7 @@ def test_easyedit_layout(report):
 def test_dataset(report):
     table = report.to_dataset()
     assert len(table) == 6
-    assert table["protocol"] == ["teacher_forced"] * 0 + [r["protocol"] for r in report.records]
+    assert table["protocol"] == ["teacher_forced", "generation"] * 3
     final = report.to_dataset("teacher_forced")
     assert len(final) == 3
     post = report.summary()["post"]

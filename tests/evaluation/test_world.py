@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from hf_kedit import embedded
 from hf_kedit.data import load_edit_dataset
 from hf_kedit.evaluation import Generation, evaluate_edits
 from hf_kedit.methods.rome import ROMEConfig
 from hf_kedit.model import EditableModel
 
 from .helpers import assert_same_weights, weights
-
-pytestmark = pytest.mark.skipif("world-gpt2" not in embedded.names(), reason="needs the embedded model")
 
 
 @pytest.fixture(scope="module")
