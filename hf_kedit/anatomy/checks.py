@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import AnatomyError, UnsupportedModelError
 from ..logging import get_logger, warn_once
+from .experts import is_linear_memory, routing_of
 from .outputs import block_output, hooks, module_input, replace_block_output
 from .running import dense_weight, forward, sample_ids, tolerance_of, undisturbed, wide_copy
 from .structure import norm_candidates
@@ -50,6 +51,7 @@ class _Seen:
     tuples: dict[str, bool] = field(default_factory=dict)
     raw: dict[str, torch.Tensor] = field(default_factory=dict)  # as they are
     last_inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # of the last call
+    memories: set[str] = field(default_factory=set)  # banks of experts that are linear memories
 
     def raw_dtype(self) -> torch.dtype:
         """Dtype of the stream."""
@@ -96,13 +98,14 @@ class _Checker:
         self._check_hidden_states(seen, output)
         layers = tuple(self._correct(layer, seen) for layer in self.anatomy.layers)
         norm, lens = self._logit_lens(seen, output)
-        additive, scales = self._additivity(seen)
+        scales = self._scales(seen, {la.index: la.down.path for la in layers if la.down is not None})
+        layers = self._correct_experts(layers, seen)
         return replace(
             self.anatomy,
             layers=layers,
             final_norm=norm,
             logit_lens=lens,
-            additive=additive,
+            additive=tuple(scale == 1.0 for scale in scales),
             residual_scale=scales,
             block_returns_tuple=tuple(seen.tuples.get(layer.path, False) for layer in layers),
         )
@@ -139,10 +142,20 @@ class _Checker:
                     add(watch(layer.attention))
                     for projection in self._inside(layer, layer.attention):
                         add(watch(projection.path, keep=projection.out_features == self.anatomy.hidden_size))
+                if layer.experts is not None:
+                    add(self._watch_experts(layer.experts.path, seen))
             for path in self._norms():
                 add(watch(path))
             output = forward(self.model, self.anatomy, self.ids, hidden_states=True)
         return seen, output
+
+    def _watch_experts(self, path: str, seen: _Seen) -> RemovableHandle:
+        def hook(bank: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            tensor, routing = block_output(output), routing_of(args, kwargs)
+            if routing is not None and is_linear_memory(bank, routing, tensor, self.tolerance):
+                seen.memories.add(path)
+
+        return self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
 
     def _inside(self, layer: LayerAnatomy, path: str) -> list[Projection]:
         return [p for p in layer.projections if p.path.startswith(path + ".")]
@@ -297,19 +310,26 @@ class _Checker:
 
     # ------------------------------------------------------------------ second pass
 
-    def _additivity(self, seen: _Seen) -> tuple[tuple[bool, ...], tuple[float | None, ...]]:
-        """Add ε to the down projection of layer ``i`` in a row of its own and see what the block's output does."""
-        layers = [la for la in self.anatomy.layers if la.down is not None and la.path in seen.outputs]
+    def _scales(self, seen: _Seen, sites: dict[int, str]) -> tuple[float | None, ...]:
+        """Add ε to the output of a module of layer ``i`` in a row of its own and see what the block's output does.
+
+        Args:
+            seen: by the first pass.
+            sites: layer → module.
+
+        Returns:
+            Per layer the factor by which ε reaches the block's output; ``None`` if there is no such factor.
+        """
+        layers = [la for la in self.anatomy.layers if la.index in sites and la.path in seen.outputs]
         rows, width = len(layers) + 1, self.ids.shape[1]
         added: dict[str, torch.Tensor] = {}
         moved: dict[str, torch.Tensor] = {}
         with hooks() as add:
             for row, layer in enumerate(layers, start=1):
-                assert layer.down is not None
                 # As large as the stream itself: well above rounding, and enough to show a normalisation.
                 size = max(float(seen.outputs[layer.path].square().mean().sqrt()), 1e-6)
 
-                def at_down(
+                def at_site(
                     _: Any,
                     __: Any,
                     output: Any,
@@ -334,12 +354,11 @@ class _Checker:
                         tensor = block_output(output)
                         moved[path] = wide_copy(tensor[row]) - wide_copy(tensor[0])
 
-                add(self.model.get_submodule(layer.down.path).register_forward_hook(at_down))
+                add(self.model.get_submodule(sites[layer.index]).register_forward_hook(at_site))
                 add(self.model.get_submodule(layer.path).register_forward_hook(after))
             if layers:
                 forward(self.model, self.anatomy, self.ids[:1].expand(rows, width).contiguous())
         tolerance = _ADDITIVE_TOLERANCE.get(seen.raw_dtype(), 3e-2)
-        additive: list[bool] = []
         scales: list[float | None] = []
         for layer in self.anatomy.layers:
             s = _scalar(added.get(layer.path), moved.get(layer.path), tolerance)
@@ -350,10 +369,26 @@ class _Checker:
                     " pass: an edit of it acts every time",
                 )
                 s = None
-            exact = s is not None and abs(s - 1) <= tolerance
-            additive.append(exact)
-            scales.append(1.0 if exact else s)
-        return tuple(additive), tuple(scales)
+            scales.append(1.0 if s is not None and abs(s - 1) <= tolerance else s)
+        return tuple(scales)
+
+    def _correct_experts(self, layers: tuple[LayerAnatomy, ...], seen: _Seen) -> tuple[LayerAnatomy, ...]:
+        """Note of each bank of experts whether they are linear memories, and how its output enters the stream."""
+        sites = {la.index: la.experts.path for la in layers if la.experts and la.experts.path in seen.memories}
+        scales = self._scales(seen, sites) if sites else ()
+        return tuple(
+            layer
+            if layer.experts is None
+            else replace(
+                layer,
+                experts=replace(
+                    layer.experts,
+                    linear=layer.index in sites,
+                    residual_scale=scales[layer.index] if layer.index in sites else None,
+                ),
+            )
+            for layer in layers
+        )
 
 
 def _signs(shape: tuple[int, ...]) -> torch.Tensor:

@@ -7,7 +7,8 @@ Paths are in-memory module names, usable with ``model.get_submodule``; they may 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import LayerError, UnsupportedModelError
@@ -56,6 +57,9 @@ class ExpertBank:
             if ``transposed``.
         up_param: parameter of the first projection (gate and up together if there is only one).
         gate_param: separate gate parameter, if there is one.
+        linear: each expert's down projection is a linear memory that can be edited by itself (see `experts`); ``None``
+            until `check_anatomy` has seen the bank in action.
+        residual_scale: as that of `Anatomy`, for what is added to the bank's output.
         num_experts: ``E``.
         in_features: size ``I`` of the input of the down projection.
         out_features: size ``H`` of its output.
@@ -74,6 +78,15 @@ class ExpertBank:
     gated: bool
     interleaved: bool = False
     gate_param: str | None = None
+    linear: bool | None = None
+    residual_scale: float | None = None
+
+    def down(self, expert: int) -> Projection:
+        """The second projection of one expert; its path names the slice of the parameter."""
+        layout: Layout = "in_out" if self.transposed else "out_in"
+        return Projection(
+            f"{self.path}.{self.down_param}[{expert}]", layout, self.in_features, self.out_features, has_bias=False
+        )
 
     @property
     def concatenated(self) -> bool:
@@ -228,7 +241,8 @@ class Anatomy:
         if layer.experts is not None or routed:
             where = str(layer.experts) if layer.experts is not None else str(routed[0].down)
             why = (
-                f"is a mixture of experts without a dense or shared MLP ({where}): there is no single down projection"
+                f"is a mixture of experts without a dense or shared MLP ({where}): there is no single down projection."
+                " Methods that locate a fact can edit one expert: set expert_policy='top1'"
             )
         else:
             why = "has no MLP"
@@ -237,6 +251,36 @@ class Anatomy:
         raise UnsupportedModelError(
             f"layer {index} of {self.model_class} ({layer.path}) {why}.{hint} Matrices of this layer:\n"
             f"{layer.list_projections()}"
+        )
+
+    def with_experts(self, experts: Mapping[int, int]) -> Anatomy:
+        """Return an anatomy in which the down projection of some layers is that of one routed expert.
+
+        Args:
+            experts: layer → expert.
+
+        Raises:
+            UnsupportedModelError: if the experts of a layer cannot be edited one by one.
+        """
+        layers, scales = list(self.layers), list(self.residual_scale or [None] * self.num_layers)
+        for index, expert in experts.items():
+            bank = self.layer(index).experts
+            if bank is None or not bank.linear:
+                raise UnsupportedModelError(
+                    f"the experts of layer {index} of {self.model_class} cannot be edited one by one: "
+                    + (
+                        "they are modules of their own, which run on the tokens routed to them only"
+                        if bank is None
+                        else f"{bank.path} does not compute the sum of its experts' projections in a known way"
+                    )
+                )
+            layers[index] = replace(self.layers[index], down=bank.down(expert), ups=(), gate=None)
+            scales[index] = bank.residual_scale
+        return replace(
+            self,
+            layers=tuple(layers),
+            residual_scale=tuple(scales),
+            additive=tuple(scale == 1.0 for scale in scales),
         )
 
     def describe(self) -> str:

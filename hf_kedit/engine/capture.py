@@ -13,13 +13,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..anatomy.experts import routing_of
 from ..anatomy.outputs import block_output as first
 from ..anatomy.outputs import hooks, module_input, replace_module_input
 from ..anatomy.outputs import replace_block_output as with_first
+from .experts import ExpertSlice
 from .forward import model_inputs
 from .weights import get_module
 
-__all__ = ["Tap", "as_rows", "capture_at", "first", "listen", "rewritten", "stream_states", "with_first"]
+__all__ = [
+    "Tap",
+    "as_rows",
+    "capture_at",
+    "capture_routing",
+    "first",
+    "listen",
+    "rewritten",
+    "stream_states",
+    "with_first",
+]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,6 +146,42 @@ def capture_at(
 
     with torch.no_grad(), listen(model, taps, receive), contextlib.suppress(_Stop):
         model(**model_inputs(model, batch), **extra)
+    return found
+
+
+def capture_routing(
+    model: PreTrainedModel, batch: TokenBatch, columns: torch.Tensor, banks: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Run one forward without gradients and return the routing weights of banks of experts at one column per row.
+
+    Args:
+        model: in evaluation mode.
+        batch: padded rows.
+        columns: ``[rows]`` column in the padded batch.
+        banks: names of the banks.
+
+    Returns:
+        Bank → ``[rows, experts]`` fp32, 0 where a row's token is not routed.
+    """
+    found: dict[str, torch.Tensor] = {}
+    rows = torch.arange(columns.shape[0], device=columns.device)
+
+    def watching(path: str) -> Callable[..., None]:
+        def hook(bank: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routing = routing_of(args, kwargs)
+            assert routing is not None  # checked with the anatomy
+            device, count = routing.experts.device, getattr(bank, ExpertSlice.param).shape[0]
+            place = (rows.to(device), columns.to(device))
+            experts = routing.experts.view(*batch.input_ids.shape, -1)[place]
+            weights = routing.weights.view(*batch.input_ids.shape, -1)[place].float()
+            found[path] = weights.new_zeros(len(rows), count).scatter_add(1, experts, weights)
+
+        return hook
+
+    with torch.no_grad(), hooks() as add:
+        for path in banks:
+            add(get_module(model, path).register_forward_pre_hook(watching(path), with_kwargs=True))
+        model(**model_inputs(model, batch))
     return found
 
 

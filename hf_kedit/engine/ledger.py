@@ -17,6 +17,7 @@ import torch
 from ..errors import NonFiniteError, TiedWeightError, WeightError
 from .books import Saved, check_known
 from .deltas import Account, Piece, WeightDelta, check_order, fold
+from .experts import parameter_name
 from .ledger_files import describe_accounts, read_accounts, tensors_of
 from .weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names, uninterrupted
 
@@ -81,7 +82,7 @@ class Ledger:
                 f"{module}.{name} is quantised; an edit added to it would be rounded away."
                 " Load the base model without quantisation to edit its weights."
             )
-        others = self._tied.get(f"{module}.{name}")
+        others = self._tied.get(parameter_name(module, name))
         if others:
             raise TiedWeightError(
                 f"{module}.{name} is the same tensor as {', '.join(others)}: editing it would change both."

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import ArtifactError, BaseModelMismatchError, KeditError
 from .deltas import Account, Piece, WeightDelta, fold
+from .experts import ExpertSlice, parameter_name
 from .weights import get_module, get_weight, is_transposed, tensor_digest
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def describe_accounts(model: nn.Module, accounts: Mapping[str, Account]) -> dict
         described[key] = {
             "module": account.module,
             "param": account.name,
-            "type": "conv1d" if is_transposed(get_module(model, account.module)) else "linear",
+            "type": _type(get_module(model, account.module)),
             "shape": list(account.original.shape),
             "dtype": str(account.original.dtype).removeprefix("torch."),
             "rank": column,
@@ -78,6 +79,13 @@ def describe_accounts(model: nn.Module, accounts: Mapping[str, Account]) -> dict
             "pieces": pieces,
         }
     return described
+
+
+def _type(owner: nn.Module) -> str:
+    """How the owner keeps its weight; what is saved is in functional orientation in any case."""
+    if isinstance(owner, ExpertSlice):
+        return "expert"
+    return "conv1d" if is_transposed(owner) else "linear"
 
 
 def _dense_name(key: str, number: int) -> str:
@@ -105,7 +113,7 @@ def read_accounts(model: nn.Module, saved: Saved) -> dict[str, Account]:
         if not isinstance(entry, dict) or not isinstance(entry.get("pieces"), list):
             raise ArtifactError(f"{where}: no valid description")
         module, name = str(entry.get("module")), str(entry.get("param"))
-        if f"{module}.{name}" != key or key not in parameters:
+        if f"{module}.{name}" != key or parameter_name(module, name) not in parameters:
             raise BaseModelMismatchError(
                 f"{where}: {type(model).__name__} has no such parameter; the edits were made on {saved.made_on}"
             )

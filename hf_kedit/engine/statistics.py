@@ -25,6 +25,7 @@ from ..errors import DataError, StatisticsError
 from ..logging import get_logger, info_once, progress_bar, warn_once
 from ..tokens import context_length, encode_text, pad_id, pad_rows
 from .capture import Tap, stream_states
+from .experts import ExpertSlice
 from .forward import device_of, frozen_eval
 from .solve import MomentFactor, factor_moment
 from .templates import STARTERS, sample_texts
@@ -433,7 +434,7 @@ class StatisticsStore:
         return self._factors[module]
 
     def _compute(self, modules: list[str]) -> None:
-        width = max(_input_width(self.model, m) for m in modules)
+        width = max(_tokens_for_rank(self.model, m) for m in modules)
         corpus = self.corpus or self.own_corpus
         if corpus is None:
             corpus = self_corpus(self.model, self.tokenizer)
@@ -494,17 +495,18 @@ class StatisticsStore:
 
     def _check(self, module: str) -> None:
         moment = self._moments[module]
-        width = moment.total.shape[0]
-        if moment.count < width:
+        width, least = moment.total.shape[0], _tokens_for_rank(self.model, module)
+        if moment.count < least:
+            what = "" if least == width else " of which few are routed to it,"
             raise StatisticsError(
-                f"the second moment of {module} was taken over {moment.count} tokens, fewer than its {width}"
-                f" dimensions: it is singular. Use at least {QUICK_TOKENS_PER_WIDTH * width:,} tokens (stats_tokens)."
+                f"the second moment of {module} was taken over {moment.count} tokens,{what} fewer than its {width}"
+                f" dimensions: it is singular. Use at least {QUICK_TOKENS_PER_WIDTH * least:,} tokens (stats_tokens)."
             )
-        if moment.count < QUICK_TOKENS_PER_WIDTH * width:
+        if moment.count < QUICK_TOKENS_PER_WIDTH * least:
             warn_once(
                 logger,
                 f"the second moment of {module} rests on {moment.count:,} tokens;"
-                f" {QUICK_TOKENS_PER_WIDTH * width:,} or more keep old knowledge better",
+                f" {QUICK_TOKENS_PER_WIDTH * least:,} or more keep old knowledge better",
             )
 
 
@@ -528,6 +530,12 @@ def resolve_corpus(source: str | Path | Sequence[str] | None) -> Corpus | None:
 
 def _input_width(model: torch.nn.Module, module: str) -> int:
     return weight_shape(get_module(model, module))[1]
+
+
+def _tokens_for_rank(model: torch.nn.Module, module: str) -> int:
+    """Tokens that a second moment needs at least: its width; more for an expert, which most tokens pass by."""
+    owner = get_module(model, module)
+    return round(weight_shape(owner)[1] * (owner.sparsity if isinstance(owner, ExpertSlice) else 1))
 
 
 def _slug(text: str) -> str:

@@ -21,14 +21,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LayerError, WeightError, nearest
+from .experts import ExpertSlice, expert_slice
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
-    """Return the submodule of this name.
+    """Return the submodule of this name, or the `ExpertSlice` of a name such as ``….experts.down_proj[3]``.
 
     Raises:
         LayerError: naming the nearest existing module.
     """
+    expert = expert_slice(model, path)
+    if expert is not None:
+        return expert
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -38,11 +42,13 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its matrix as ``[d_in, d_out]``; decided by its type, never by its shape."""
-    return isinstance(module, Conv1D)
+    return module.transposed if isinstance(module, ExpertSlice) else isinstance(module, Conv1D)
 
 
 def is_quantised(module: nn.Module, name: str = "weight") -> bool:
     """Whether the parameter is stored in a form that cannot take an exact update."""
+    if isinstance(module, ExpertSlice):
+        return is_quantised(module.bank, module.param)
     value = getattr(module, name, None)
     if value is None:
         return hasattr(module, "qweight") or hasattr(module, "packed_weight")
@@ -96,6 +102,9 @@ def set_weight(module: nn.Module, value: torch.Tensor, name: str = "weight") -> 
         )
     if value.dim() == 2 and is_transposed(module):
         value = value.t()
+    if isinstance(module, ExpertSlice):
+        _write_slice(module, value)
+        return
     with torch.no_grad():
         offloaded = _offload_map(module)
         parameter = getattr(module, name, None)
@@ -114,12 +123,28 @@ def set_weight(module: nn.Module, value: torch.Tensor, name: str = "weight") -> 
             parameter.copy_(value.to(device=parameter.device, dtype=parameter.dtype))
 
 
+def _write_slice(module: ExpertSlice, value: torch.Tensor) -> None:
+    """Write one expert: in place where its bank is in memory, else by writing the whole parameter."""
+    whole = getattr(module.bank, module.param)
+    if tuple(whole.shape[1:]) != tuple(value.shape):
+        raise WeightError(f"cannot write {tuple(value.shape)} into an expert of shape {tuple(whole.shape[1:])}")
+    if whole.device.type != "meta" and not hasattr(whole, "device_mesh"):
+        with torch.no_grad():
+            module.weight.copy_(value.to(device=whole.device, dtype=whole.dtype))
+        return
+    changed = stored_weight(module.bank, module.param).clone()
+    changed[module.index] = value.to(changed)
+    set_weight(module.bank, changed, module.param)
+
+
 def stored_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """Return a parameter in the layout in which it is stored, where possible itself: to look at, never to change.
 
     Raises:
         WeightError: if there is no such parameter, or it has no values.
     """
+    if isinstance(module, ExpertSlice):
+        return stored_weight(module.bank, module.param)[module.index]
     parameter = getattr(module, name, None)
     if not isinstance(parameter, torch.Tensor):
         raise WeightError(f"{type(module).__name__} has no parameter {name!r}")

@@ -31,6 +31,7 @@ from ..engine.examples import (
     target_probabilities,
     token_losses,
 )
+from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight, is_transposed
 from ..errors import EditFailedError
@@ -221,13 +222,16 @@ class _Substituted:
 
     def __init__(self, model: torch.nn.Module, theta: dict[str, torch.Tensor]):
         self.model = model
-        self.replaced = {}
+        self.replaced: dict[str, torch.Tensor] = {}
         for key, value in theta.items():
             path, _, name = key.rpartition(".")
-            module = get_module(model, path)
+            module, whole = get_module(model, path), parameter_name(path, name)
             stored = getattr(module, name)
             turned = value.t() if value.dim() == 2 and is_transposed(module) else value
-            self.replaced[key] = turned.to(device=stored.device, dtype=stored.dtype)
+            turned = turned.to(device=stored.device, dtype=stored.dtype)
+            if isinstance(module, ExpertSlice):
+                turned = module.put_into(self.replaced.get(whole, getattr(module.bank, module.param)), turned)
+            self.replaced[whole] = turned
 
     def get_base_model(self) -> torch.nn.Module:
         """The model, for questions about its signature."""

@@ -5,24 +5,30 @@ The methods themselves read beside their papers in their own files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from ..config import ModelProfile
-from ..engine.capture import Tap
+from ..engine.capture import Tap, capture_routing
+from ..engine.experts import expert_index
+from ..engine.forward import device_of
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
 from ..engine.values import Site, Values, ValueSettings, optimise_values
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from ..tokens import FactToken
-from .base import Method, WeightConfig
+from ..tokens import FactToken, pad_rows
+from .base import Method, WeightConfig, Workbench
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
 CONVERGED = 0.5
+ROUTED_ROWS = 64
 
 
 @dataclass
@@ -45,6 +51,9 @@ class LocateConfig(WeightConfig):
         stats_tokens: tokens to collect; ``None``: 100 per input dimension (20 for generated text).
         stats_dir: folder of the statistics cache; ``None`` for the library's default.
         stats_ridge: ridge relative to the mean diagonal of the second moment.
+        expert_policy: what is edited in layers with routed experts. ``shared``: the shared expert; layers without one
+            are refused. ``top1``: for each fact the routed expert with the largest weight at the fact token of its
+            prompt, before the call; other wordings may be routed elsewhere.
     """
 
     fact_token: FactToken = "subject_last"
@@ -61,6 +70,7 @@ class LocateConfig(WeightConfig):
     stats_tokens: int | None = None
     stats_dir: str | None = None
     stats_ridge: float = 0.0
+    expert_policy: Literal["shared", "top1"] = "shared"
 
     def validate(self) -> None:
         """Check ranges and templates."""
@@ -114,6 +124,10 @@ class LocateMethod(Method):
     default_template_lengths: ClassVar[Sequence[tuple[int, int]]]
     _SITE_NAMES: ClassVar[dict[Site, str]] = {"block": "_block", "down": "_mlp", "attention_out": "_attn"}
 
+    def __init__(self, bench: Workbench, config: LocateConfig):
+        super().__init__(bench, config)
+        self._experts: dict[str | None, dict[int, int]] = {}  # of the present call: request → layer → expert
+
     @property
     def needs_moments(self) -> bool:
         """Whether the method uses second moments of keys."""
@@ -128,9 +142,46 @@ class LocateMethod(Method):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Build every row with the bare prompt, so that any unusable request is found before the first edit."""
+        groups = self._rows(requests, ["{}"])
+        check_lengths(self.bench.model, [row for group in groups for row in group], requests)
+        if self.config.expert_policy == "top1":
+            self._experts = self._choose_experts(requests, [group[0] for group in groups])
         super().check(requests)
-        rows = [row for group in self._rows(requests, ["{}"]) for row in group]
-        check_lengths(self.bench.model, rows, requests)
+
+    # ------------------------------------------------------------------ what is edited
+
+    def edited_modules(self) -> list[str]:
+        """Projections out of the MLPs; of routed experts, those that the facts of the present call are put into."""
+        if self.config.expert_policy == "shared":
+            return super().edited_modules()
+        anatomies = [self.bench.anatomy.with_experts(experts) for experts in self._experts.values()]
+        return list(dict.fromkeys(a.down(layer).path for layer in self.config.layers or [] for a in anatomies))
+
+    def anatomy_for(self, request: EditRequest) -> Anatomy:
+        """The model's anatomy; the down projection of a layer with routed experts is that of the request's expert."""
+        return self.bench.anatomy.with_experts(self._experts.get(request.id, {}))
+
+    def _choose_experts(
+        self, requests: Sequence[EditRequest], bare: Sequence[Row]
+    ) -> dict[str | None, dict[int, int]]:
+        """For each request and edited layer with routed experts, the one with the largest weight at its fact token."""
+        bench = self.bench
+        layers = [bench.anatomy.layer(i) for i in self.config.layers or []]
+        routed = [la for la in layers if la.experts is not None or any(u.role == "expert" for u in la.units)]
+        bench.anatomy.with_experts({layer.index: 0 for layer in routed})  # says why, where they cannot be edited
+        banks = {layer.index: layer.experts.path for layer in routed if layer.experts is not None}
+        chosen: dict[str | None, dict[int, int]] = {request.id: {} for request in requests}
+        for start in range(0, len(bare) if banks else 0, ROUTED_ROWS):
+            part = bare[start : start + ROUTED_ROWS]
+            batch = pad_rows([row.ids for row in part], bench.fill).to(device_of(bench.model))
+            columns = torch.tensor([row.fact for row in part], device=batch.input_ids.device)
+            weights = capture_routing(bench.model, batch, columns, list(banks.values()))
+            for k, row in enumerate(part):
+                best = {layer: int(weights[path][k].argmax()) for layer, path in banks.items()}
+                chosen[requests[row.owner].id] = best
+        return chosen
+
+    # ------------------------------------------------------------------ rows and values
 
     def templates(self) -> list[list[str]]:
         """Groups of context templates; the bare prompt is the first template of the first group."""
@@ -168,14 +219,19 @@ class LocateMethod(Method):
         return self.config.value_settings(keep_path=self.bench.trace is not None)
 
     def optimise(
-        self, rows: Sequence[Sequence[Row]], layer: int, sites: Site | Sequence[Site], taps: Sequence[Tap]
+        self,
+        rows: Sequence[Sequence[Row]],
+        layer: int,
+        sites: Site | Sequence[Site],
+        taps: Sequence[Tap],
+        anatomy: Anatomy | None = None,
     ) -> Values:
         """Optimise one value per request and site (see `optimise_values`), and leave a trace if one is wanted."""
         bench = self.bench
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         values = optimise_values(
             bench.model,
-            bench.anatomy,
+            anatomy or bench.anatomy,
             rows,
             layer,
             sites,
@@ -220,6 +276,42 @@ class LocateMethod(Method):
             "updates": values.updates[i],
             "route": values.route,
         }
+
+
+def routing_diagnostics(anatomy: Anatomy, keys: Mapping[int, torch.Tensor]) -> dict[str, Any]:
+    """Which experts hold an edit, and how often the fact token is routed to them; nothing for dense layers.
+
+    Warns once when what was written below has sent the prompt itself to another expert.
+
+    Args:
+        anatomy: of the request.
+        keys: layer → the keys of its context templates, the bare prompt first, ``[templates, d_in]``.
+    """
+    found: dict[str, Any] = {}
+    for layer, k in keys.items():
+        expert = expert_index(anatomy.down(layer).path)
+        if expert is not None:
+            routed = (k != 0).any(dim=1)
+            found.setdefault("experts", {})[str(layer)] = {"expert": expert, "routed": float(routed.float().mean())}
+            if not bool(routed[0]):
+                warn_once(
+                    logger,
+                    f"an edit of a lower layer changed the routing of a prompt in layer {layer}: the expert chosen for"
+                    " its fact is not asked any more. Edit a single layer, or smaller steps (clamp_norm_factor).",
+                )
+    return found
+
+
+def where_routed(keys: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """States of templates whose fact token is routed to another expert, replaced by those of the bare prompt.
+
+    A key of zeros says nothing about the fact, and would only make the averaged one shorter.
+
+    Args:
+        keys: ``[…, templates, d_in]``, the bare prompt first; all zeros where a token is not routed to the expert.
+        states: what is replaced: the keys or the outputs, ``[…, templates, d]``.
+    """
+    return torch.where((keys != 0).any(dim=-1, keepdim=True), states, states[..., :1, :])
 
 
 def mean_key(keys: torch.Tensor, groups: Sequence[Sequence[str]]) -> torch.Tensor:

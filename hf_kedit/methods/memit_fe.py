@@ -51,7 +51,7 @@ class MEMITFE(MEMIT):
         """The first edited layer."""
         return self.layers[0]
 
-    def targets(self, values: Values, bare: Sequence[Row]) -> list[Stop]:
+    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
         """Outputs of the edited blocks at the fact token once the first one has its value."""
         anatomy = self.bench.anatomy
         taps = {layer: Tap(site_path(anatomy, layer, "block")) for layer in self.layers}
@@ -62,10 +62,7 @@ class MEMITFE(MEMIT):
             sweep = Sweep(self.bench.model, anatomy, bare, fill=self.bench.fill)
             found = sweep.read(later, 0, offsets=offsets)
             states |= {t: s.to(values.value.device) for t, s in found.items()}
-        return [
-            Stop(layer, i, anatomy.down(layer).path, taps[layer], states[taps[layer]])
-            for i, layer in enumerate(self.layers)
-        ]
+        return [Stop(layer, i, downs[i], taps[layer], states[taps[layer]]) for i, layer in enumerate(self.layers)]
 
     def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
         """All of it: every layer has a target of its own."""

@@ -55,6 +55,11 @@ class PMETConfig(RidgeConfig):
         if not self.rewrite:
             raise ConfigError("PMETConfig.rewrite is empty; nothing would be written")
         self.rewrite = sorted(set(self.rewrite))
+        if self.expert_policy != "shared":
+            raise ConfigError(
+                "PMETConfig.expert_policy: PMET optimises at the projections of one layer for all facts together,"
+                " which single experts do not share; MEMIT and its other relatives can edit them"
+            )
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Published values of models of the same kind."""
@@ -100,7 +105,11 @@ class PMET(SpreadMethod):
         """Both projections, whatever is written."""
         return ("down", "attention_out")
 
-    def targets(self, values: Values, bare: Sequence[Row]) -> list[Stop]:
+    def first_keys(self, downs: Sequence[tuple[str, ...]]) -> list[Tap]:
+        """The inputs of what is written first: the attention's projection, if it is written at all."""
+        return [Tap(self.edited_modules()[0], "input")]
+
+    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
         """Each written projection towards the value of its own kind."""
         anatomy, top = self.bench.anatomy, self.value_layer()
         names = {"attention": ".attn", "mlp": ".mlp"} if len(self.config.rewrite) > 1 else {}
@@ -108,7 +117,7 @@ class PMET(SpreadMethod):
             Stop(
                 layer,
                 i,
-                site_path(anatomy, layer, SITES[kind]),
+                (site_path(anatomy, layer, SITES[kind]),) * len(bare),
                 Tap(site_path(anatomy, top, SITES[kind])),
                 values.value_at(SITES[kind]),
                 SITES[kind],

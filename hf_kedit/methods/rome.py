@@ -26,7 +26,7 @@ from ..errors import EditFailedError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from .base import Capabilities, Outcome, Workbench, register_method
-from .locate import LocateConfig, LocateMethod
+from .locate import LocateConfig, LocateMethod, routing_diagnostics, where_routed
 
 logger = get_logger(__name__)
 
@@ -85,15 +85,16 @@ class ROME(LocateMethod):
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Edit one fact, in the layers of the config from below."""
         (request,) = requests
-        bench, deltas, diagnostics = self.bench, [], {}
+        bench, anatomy, deltas, diagnostics = self.bench, self.anatomy_for(request), [], {}
         groups = self.templates()
         rows = self.rows([request], groups)
         with bench.ledger.provisional() as scope:
             for layer in self.config.layers or []:
-                module = bench.anatomy.down(layer).path
+                module = anatomy.down(layer).path
                 key_tap = Tap(module, "input")
-                values = self.optimise(rows, layer, "down", [key_tap])
-                k_star, k, output = self.association(values.taken[key_tap][0], values.taken[Tap(module)][0])
+                values = self.optimise(rows, layer, "down", [key_tap], anatomy)
+                keys, outputs = values.taken[key_tap][0], values.taken[Tap(module)][0]
+                k_star, k, output = self.association(where_routed(keys, keys), where_routed(keys, outputs))
 
                 factor = bench.statistics.factor(module) if self.config.mom2_adjustment else IDENTITY
                 u = factor.solve(k_star.double().cpu().unsqueeze(1)).squeeze(1).float()
@@ -114,6 +115,7 @@ class ROME(LocateMethod):
                 diagnostics = self.diagnose(values, 0) | {
                     "key_alignment": float(denominator.abs() / k.norm()),
                     "update_norm": float(right.norm()),
+                    **routing_diagnostics(anatomy, {layer: keys}),
                 }
                 self._warn_if_disabling(diagnostics, float(right.norm()), module)
         return Outcome(deltas, [diagnostics])

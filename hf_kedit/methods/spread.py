@@ -12,9 +12,9 @@ columns ``A`` (`columns`). Its own file reads beside its paper.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +27,10 @@ from ..engine.values import Site, Values, site_path
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from .base import Outcome
-from .locate import LocateConfig, LocateMethod, mean_key
+from .locate import LocateConfig, LocateMethod, mean_key, routing_diagnostics, where_routed
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
 
@@ -93,7 +96,7 @@ class Stop:
     Args:
         layer: its layer.
         index: place of the layer among the edited ones, from 0.
-        module: name of the projection that is written.
+        modules: name of the projection that is written, for every request.
         measured: where current states are compared with the targets.
         target: wanted states there, ``[requests, d]``.
         site: kind of the measured place.
@@ -102,7 +105,7 @@ class Stop:
 
     layer: int
     index: int
-    module: str
+    modules: tuple[str, ...]
     measured: Tap
     target: torch.Tensor
     site: Site = "block"
@@ -134,15 +137,16 @@ class SpreadMethod(LocateMethod):
         """Rows on which the values are optimised: those that the keys are taken from, unless a method has others."""
         return rows
 
-    def targets(self, values: Values, bare: Sequence[Row]) -> list[Stop]:
+    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
         """The matrices to write, in order, and what shall be true once they are.
 
         Args:
             values: the optimised values.
             bare: row of the bare prompt of every request.
+            downs: for each edited layer, the projection out of the MLP for every request.
         """
-        anatomy, top = self.bench.anatomy, Tap(site_path(self.bench.anatomy, self.layers[-1], "block"))
-        return [Stop(layer, i, anatomy.down(layer).path, top, values.value) for i, layer in enumerate(self.layers)]
+        top = Tap(site_path(self.bench.anatomy, self.layers[-1], "block"))
+        return [Stop(layer, i, downs[i], top, values.value) for i, layer in enumerate(self.layers)]
 
     def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
         """The part of ``residual`` ``[requests, d]`` that this matrix shall add: an equal share per layer left."""
@@ -172,10 +176,12 @@ class SpreadMethod(LocateMethod):
         rewriting = [[r for r in group if not r.is_drift] for group in rows]
         bare = [group[0] for group in rewriting]
         for_values = self.value_rows(requests, rows)
-        first_key = Tap(self.edited_modules()[0], "input")
-        values = self.optimise(for_values, self.value_layer(), self.value_sites(), [first_key])
-        stops = self.targets(values, bare)
+        anatomies = [self.anatomy_for(request) for request in requests]
+        downs = [tuple(a.down(layer).path for a in anatomies) for layer in self.layers]
+        values = self.optimise(for_values, self.value_layer(), self.value_sites(), self.first_keys(downs))
+        stops = self.targets(values, bare, downs)
         started: dict[Tap, torch.Tensor] = {}
+        seen: dict[int, torch.Tensor] = {}
         restart = values.route != "full"
         all_rows, bare_rows = (
             Sweep(bench.model, bench.anatomy, r, fill=bench.fill, restart=restart)
@@ -183,26 +189,29 @@ class SpreadMethod(LocateMethod):
         )
         with bench.ledger.provisional() as scope:
             for number, stop in enumerate(stops):
-                key_tap = Tap(stop.module, "input")
+                key_taps = [Tap(module, "input") for module in dict.fromkeys(stop.modules)]
                 if number == 0 and for_values is rows:  # the optimisation's first pass has already seen both
-                    keys = values.taken[key_tap]
+                    taken = values.taken
                 else:
-                    flat = all_rows.read([key_tap], stop.layer)[key_tap]
-                    keys = flat.view(len(requests), -1, flat.shape[-1])
+                    taken = all_rows.read(key_taps, stop.layer)
+                    taken = {tap: flat.view(len(requests), -1, flat.shape[-1]) for tap, flat in taken.items()}
+                keys = seen[stop.layer] = own_keys(taken, stop.modules)
                 current = self._current(stop, number, values, bare_rows)
-                k = mean_key(keys, groups).T  # [d_in, n]
+                k = mean_key(where_routed(keys, keys), groups).T  # [d_in, n]
                 residual = stop.target - current  # [n, H]
-                share = self._at_projection(self.share(residual, stop), stop).T  # [H, n]
-                columns = self.columns(stop.module, k.cpu())
-                delta = WeightDelta(
-                    stop.module,
-                    left=share,
-                    right=columns.float().to(share.device),
-                    owners=tuple(range(len(requests))),
-                    keys=k if self.keeps_keys else None,
-                )
-                scope.add(delta)
-                deltas.append(delta)
+                share = self._at_projection(self.share(residual, stop), stop, anatomies[0]).T  # [H, n]
+                columns = torch.empty_like(k)
+                for module, mine in members(stop.modules).items():
+                    columns[:, mine] = self.columns(module, k[:, mine].cpu()).to(columns)
+                    delta = WeightDelta(
+                        module,
+                        left=share[:, mine],
+                        right=columns[:, mine].to(share.device),
+                        owners=tuple(mine),
+                        keys=k[:, mine] if self.keeps_keys else None,
+                    )
+                    scope.add(delta)
+                    deltas.append(delta)
                 started.setdefault(stop.measured, residual.norm(dim=-1))
                 self._trace(stop, k, columns, share, current, residual)
             wanted = {stop.measured: stop.target for stop in stops}
@@ -210,7 +219,17 @@ class SpreadMethod(LocateMethod):
         missing = [(target - reached[tap].to(target.device)).norm(dim=-1) for tap, target in wanted.items()]
         before = torch.stack(list(started.values())).sum(dim=0).clamp_min(1e-12)
         ratio = (torch.stack(missing).sum(dim=0) / before).cpu().tolist()
-        return Outcome(deltas, [self.diagnose(values, j) | {"residual_ratio": ratio[j]} for j in range(len(requests))])
+        diagnostics = [
+            self.diagnose(values, j)
+            | {"residual_ratio": ratio[j]}
+            | routing_diagnostics(anatomies[j], {layer: keys[j] for layer, keys in seen.items()})
+            for j in range(len(requests))
+        ]
+        return Outcome(deltas, diagnostics)
+
+    def first_keys(self, downs: Sequence[tuple[str, ...]]) -> list[Tap]:
+        """Where the keys of the first written matrices are seen, in the first pass of the optimisation already."""
+        return [Tap(module, "input") for module in dict.fromkeys(downs[0])]
 
     def _current(self, stop: Stop, number: int, values: Values, bare: Sweep) -> torch.Tensor:
         """States at the measured place as they are now, ``[requests, d]``."""
@@ -241,13 +260,12 @@ class SpreadMethod(LocateMethod):
         ):
             self.bench.note(f"{kind}.{name}", value)
 
-    def _at_projection(self, share: torch.Tensor, stop: Stop) -> torch.Tensor:
+    def _at_projection(self, share: torch.Tensor, stop: Stop, anatomy: Anatomy) -> torch.Tensor:
         """Translate a wanted change of the block's output into one of the projection's output.
 
         Most blocks add the projection's output to the stream unchanged. Some scale it by a constant, which is
         divided out; behind a post-norm there is no exact translation, and the user is told.
         """
-        anatomy = self.bench.anatomy
         if stop.site != "block" or anatomy.additive is None or anatomy.additive[stop.layer]:
             return share
         scale = anatomy.residual_scale[stop.layer] if anatomy.residual_scale is not None else None
@@ -259,3 +277,23 @@ class SpreadMethod(LocateMethod):
             " approximate; check the result, or use a single layer",
         )
         return share
+
+
+def members(modules: Sequence[str]) -> dict[str, list[int]]:
+    """Which requests each module is written for: all of them in a dense model."""
+    found: dict[str, list[int]] = {}
+    for i, module in enumerate(modules):
+        found.setdefault(module, []).append(i)
+    return found
+
+
+def own_keys(taken: Mapping[Tap, torch.Tensor], modules: Sequence[str]) -> torch.Tensor:
+    """The keys of every request at its own module, ``[requests, templates, d_in]``.
+
+    Args:
+        taken: what the inputs of the modules were for all requests, ``[requests, templates, d_in]`` each.
+        modules: module of every request.
+    """
+    if len(set(modules)) == 1:
+        return taken[Tap(modules[0], "input")]
+    return torch.stack([taken[Tap(module, "input")][i] for i, module in enumerate(modules)])
