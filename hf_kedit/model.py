@@ -519,6 +519,7 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
                 ridge=settings[3],
                 own_corpus=_embedded_corpus(self.base_model_id, self.base_model),
                 fingerprint=self.base_fingerprint,
+                name=self.base_model_id,
             )
         return self._stores[settings]
 

@@ -34,8 +34,8 @@ def stats(
         typer.Option(
             "--dataset",
             "-d",
-            help="Text file, dataset id (org/name:config:split), or self: text that the model generates"
-            " (for an embedded model: the text of its world).",
+            help="Text file, dataset id (org/name:config:split), finished statistics on the Hub (org/name), or self:"
+            " text that the model generates (for an embedded model: the text of its world).",
         ),
     ] = "self",
     tokens: Annotated[
@@ -46,6 +46,10 @@ def stats(
         Path | None,
         typer.Option("--stats-dir", "--output", "-o", help="Folder of the cache; default: the library's own."),
     ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Share them as this data set on the Hub (org/name).")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Push to a private repository.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
@@ -97,6 +101,9 @@ def stats(
     }
     if not workers.is_main:
         return
+    if push is not None:
+        data["commit"] = store.push_to_hub(push, modules, private=True if private else None).oid
+        data["repository"] = push
     emit(format, data, human=lambda console: _show(console, data), quiet=[data["folder"]])
 
 
@@ -117,3 +124,5 @@ def _show(console: Console, data: dict[str, Any]) -> None:
         table.add_row(row["module"], f"{row['tokens']:,}", f"{row['width']:,}", row["corpus"])
     console.print(table)
     console.print(f"\nkept in {data['folder']}", soft_wrap=True)
+    if "repository" in data:
+        console.print(f"shared as {data['repository']}: --set stats_dataset={data['repository']}", soft_wrap=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,12 +27,14 @@ from ..tokens import context_length, encode_text, pad_id, pad_rows
 from .capture import Tap, stream_states
 from .experts import ExpertSlice
 from .forward import device_of, frozen_eval
+from .moments import SecondMoment, SharedMoments, find_shared, push_moments, slug
 from .solve import MomentFactor, factor_moment
 from .templates import STARTERS, sample_texts
 from .weights import get_module, parameters_of, weight_shape
 from .workers import ALONE, Workers
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
@@ -40,29 +42,6 @@ TOKENS_PER_WIDTH = 100
 QUICK_TOKENS_PER_WIDTH = 20
 CHUNK_TEXTS = 64
 SAVE_EVERY = 200_000
-
-
-@dataclass
-class SecondMoment:
-    """Sum of ``k kᵀ`` over tokens.
-
-    Args:
-        total: ``[d, d]`` float64.
-        count: number of tokens.
-        source: name of the corpus.
-    """
-
-    total: torch.Tensor
-    count: int
-    source: str = ""
-
-    def mean(self) -> torch.Tensor:
-        """``C = total / count``, ``[d, d]`` float64."""
-        return self.total / max(self.count, 1)
-
-    def merged(self, other: SecondMoment) -> SecondMoment:
-        """Moments over both sets of tokens."""
-        return SecondMoment(self.total + other.total, self.count + other.count, self.source)
 
 
 # ---------------------------------------------------------------------- corpora
@@ -75,10 +54,12 @@ class Corpus:
     Args:
         name: what it is, stable between runs.
         texts: returns a fresh iterator over the texts, always in the same order.
+        place: folder or repository that may hold finished statistics instead of texts.
     """
 
     name: str
     texts: Callable[[], Iterator[str]]
+    place: str | None = None
 
 
 def text_corpus(texts: Sequence[str]) -> Corpus:
@@ -120,7 +101,16 @@ def hub_corpus(name: str) -> Corpus:
             if isinstance(text, str) and text.strip():
                 yield text
 
-    return Corpus("hub-" + name.replace("/", "--").replace(":", "-"), texts)
+    return Corpus("hub-" + name.replace("/", "--").replace(":", "-"), texts, place=None if rest else identifier)
+
+
+def shared_corpus(folder: Path) -> Corpus:
+    """A folder of finished statistics in the place of a corpus."""
+
+    def texts() -> Iterator[str]:
+        raise StatisticsError(f"{str(folder)!r} holds statistics, not text")
+
+    return Corpus(f"shared-{folder.name}", texts, place=str(folder))
 
 
 def self_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Corpus:
@@ -363,6 +353,7 @@ class StatisticsStore:
         fingerprint: how to find the fingerprint of the unedited model; ``None``: hash the model as it is.
         show_progress: show a bar while collecting.
         workers: processes that share the collecting; all of them must then ask for the same moments.
+        name: of the model, for those with whom the statistics are shared.
     """
 
     def __init__(
@@ -378,8 +369,9 @@ class StatisticsStore:
         fingerprint: Callable[[], str] | None = None,
         show_progress: bool = True,
         workers: Workers = ALONE,
+        name: str = "",
     ):
-        self.workers = workers
+        self.workers, self.name = workers, name
         self.model, self.tokenizer, self.corpus, self.tokens = model, tokenizer, corpus, tokens
         self.own_corpus, self.ridge, self.show_progress = own_corpus, ridge, show_progress
         self.root = Path(cache_dir) if cache_dir is not None else default_cache_dir() / "stats"
@@ -387,6 +379,8 @@ class StatisticsStore:
         self._fingerprint: str | None = None
         self._moments: dict[str, SecondMoment] = {}
         self._factors: dict[str, MomentFactor] = {}
+        self._asked = False
+        self._found: SharedMoments | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -409,11 +403,12 @@ class StatisticsStore:
         """Return the second moments of modules; all missing ones are computed in one pass.
 
         Raises:
-            StatisticsError: if there are fewer tokens than input dimensions.
+            StatisticsError: if there are fewer tokens than input dimensions, or the named repository holds statistics
+                of other weights or modules.
         """
         missing = [m for m in dict.fromkeys(modules) if m not in self._moments]
         for module in list(missing):
-            cached = self._cached(module)
+            cached = self._cached(module) or self._shared(module)
             if cached is not None:
                 self._moments[module] = cached
                 missing.remove(module)
@@ -433,6 +428,55 @@ class StatisticsStore:
             )
         return self._factors[module]
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        modules: Sequence[str] | None = None,
+        *,
+        repo_type: str = "dataset",
+        private: bool | None = None,
+        tag: str | None = None,
+        token: Any = None,
+    ) -> CommitInfo:
+        """Share second moments through the Hub: others name the repository as their ``stats_dataset``.
+
+        Args:
+            repo_id: ``org/name``; made if it does not exist. What it holds of other modules stays.
+            modules: names; missing ones are collected. ``None``: those that were used so far.
+            repo_type: ``"dataset"`` or ``"model"``.
+            private: of a new repository; ``True`` also refuses an existing public one.
+            tag: name of this version.
+            token: for the Hub; default: your login.
+
+        Raises:
+            StatisticsError: if there is nothing to push, or the repository holds statistics of other weights.
+            HubError: if you may not write there, or the tag is taken.
+        """
+        chosen = dict(self._moments) if modules is None else self.moments(modules)
+        return push_moments(
+            repo_id,
+            chosen,
+            fingerprint=self.fingerprint,
+            model=Path(self.name).name if Path(self.name).is_dir() else self.name,
+            repo_type=repo_type,
+            private=private,
+            tag=tag,
+            token=token,
+        )
+
+    def _shared(self, module: str) -> SecondMoment | None:
+        """Read a module from the folder or repository that was named, if it holds statistics and not text."""
+        if self.corpus is None or self.corpus.place is None:
+            return None
+        if not self._asked:
+            self._found, self._asked = find_shared(self.corpus.place), True
+        if self._found is None:
+            return None
+        self._found.check(self.fingerprint)
+        moment = self._found.read(module)
+        info_once(logger, f"second moments over {moment.count:,} tokens of {moment.source} from {self.corpus.place}")
+        return moment
+
     def _compute(self, modules: list[str]) -> None:
         width = max(_tokens_for_rank(self.model, m) for m in modules)
         corpus = self.corpus or self.own_corpus
@@ -447,7 +491,7 @@ class StatisticsStore:
         generated = self.corpus is None and self.own_corpus is None
         tokens = self.tokens or width * (QUICK_TOKENS_PER_WIDTH if generated else TOKENS_PER_WIDTH)
         info_once(logger, f"collecting second moments over {tokens:,} tokens of {corpus.name}")
-        checkpoint = self.folder / f"{_slug(corpus.name)}-{tokens}" / "partial.safetensors"
+        checkpoint = self.folder / f"{slug(corpus.name)}-{tokens}" / "partial.safetensors"
         found = collect_moments(
             self.model,
             self.tokenizer,
@@ -460,7 +504,7 @@ class StatisticsStore:
         )
         self._moments.update(found)
         for module, moment in found.items() if self.workers.is_main else ():
-            path = self.folder / f"{_slug(corpus.name)}-{tokens}" / f"{_slug(module)}.safetensors"
+            path = self.folder / f"{slug(corpus.name)}-{tokens}" / f"{slug(module)}.safetensors"
             meta = {"count": str(moment.count), "corpus": corpus.name, "module": module, "model": self.fingerprint}
             try:
                 _write_tensors(path, {"moment2_sum": moment.total}, meta)
@@ -474,7 +518,7 @@ class StatisticsStore:
             return None
         wanted = self.corpus or self.own_corpus
         best: SecondMoment | None = None
-        for path in sorted(self.folder.glob(f"*/{_slug(module)}.safetensors")):
+        for path in sorted(self.folder.glob(f"*/{slug(module)}.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     meta = file.metadata() or {}
@@ -523,6 +567,8 @@ def resolve_corpus(source: str | Path | Sequence[str] | None) -> Corpus | None:
     path = Path(source)
     if path.is_file():
         return file_corpus(path)
+    if path.is_dir():
+        return shared_corpus(path)
     if path.suffix in (".txt", ".jsonl", ".json") or str(source).startswith((".", "/", "~")):
         raise DataError(f"there is no corpus file {str(source)!r}")
     return hub_corpus(str(source))
@@ -536,8 +582,3 @@ def _tokens_for_rank(model: torch.nn.Module, module: str) -> int:
     """Tokens that a second moment needs at least: its width; more for an expert, which most tokens pass by."""
     owner = get_module(model, module)
     return round(weight_shape(owner)[1] * (owner.sparsity if isinstance(owner, ExpertSlice) else 1))
-
-
-def _slug(text: str) -> str:
-    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in text)
-    return kept if len(kept) <= 80 else kept[:60] + "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
