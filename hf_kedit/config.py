@@ -212,6 +212,23 @@ class EditConfig:
         data.pop("match", None)
         return cls.from_dict(data)
 
+    @classmethod
+    def from_easyedit(cls: type[C], source: str | Path | Mapping[str, Any]) -> C:
+        """Read an EasyEdit hparams file (YAML or JSON) or its content; what does not carry over is logged, with why.
+
+        Raises:
+            UnknownMethodError: if its ``alg_name`` is no method of this library.
+            ConfigError: if it cannot be read, a value is unusable, or it is of another method than this class.
+        """
+        from .easyedit_hparams import convert_hparams
+
+        converted = convert_hparams(source)
+        if not isinstance(converted.config, cls):
+            raise ConfigError(f"these are hyperparameters of '{converted.config.edit_type}', not of '{cls.edit_type}'")
+        for key, reason in converted.ignored.items():
+            logger.warning("%s: ignored: %s", key, reason)
+        return converted.config
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``edit_config.json`` into a folder (made if needed)."""
         folder = Path(save_directory)

@@ -20,7 +20,7 @@ MAX_LINES = 600
 # From the bottom up. A file imports from its own floor and from those below it.
 FLOORS: list[set[str]] = [
     {"testing"},  # a Hub for tests: knows nothing of the library
-    {"version", "errors", "logging", "requests", "hparams_files", "files", "repository", "config"},
+    {"version", "errors", "logging", "requests", "hparams_files", "files", "repository", "config", "easyedit_hparams"},
     {"data", "embedded"},
     {"anatomy"},
     {"tokens"},
@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"locate"},
     {"methods"},
     {"model", "journal", "saving", "loading", "card", "sharing", "lora"},
-    {"evaluation", "training", "hub", "decoding", "tracing"},
+    {"evaluation", "compat", "training", "hub", "decoding", "tracing"},
     {"cli", "demo"},
     {"", "__main__"},  # the package itself: hf_kedit/__init__.py shows the public names of all floors
 ]

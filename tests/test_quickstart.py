@@ -47,7 +47,7 @@ def _commands(text: str) -> Iterator[tuple[int, list[str]]]:
                 yield first + offset, shlex.split(line, comments=True)[2:]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md", "docs/migrate.md"])
 def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page, in order, in one namespace."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -107,7 +107,7 @@ def test_readme_lists_the_methods_that_exist() -> None:
         assert table == _method_table(), "run KEDIT_UPDATE_README=1 pytest tests/test_quickstart.py -k readme_lists"
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/cli.md", "docs/lora.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/cli.md", "docs/lora.md", "docs/migrate.md"])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import artifacts, bench, demo, edit, evaluate, hub, inspect, methods, metrics, stats, trace, train
+from . import artifacts, bench, convert, demo, edit, evaluate, hub, inspect, methods, metrics, stats, trace, train
 
 app = typer.Typer(
     name="kedit",
@@ -44,6 +44,7 @@ app.command("rollback")(artifacts.rollback)
 app.command("merge")(artifacts.merge)
 app.command("push")(hub.push)
 app.command("export-lora")(artifacts.export_lora)
+app.command("convert-hparams")(convert.convert_hparams)
 app.command("list-methods")(methods.list_methods)
 app.command("stats")(stats.stats)
 app.command("trace")(trace.trace)

@@ -404,6 +404,20 @@ def test_export_lora(kedit: Run, tmp_path: Path) -> None:
     assert kedit("export-lora", edits, "--output", lora, "-f", "quiet").stdout.strip() == str(lora)
 
 
+# ---------------------------------------------------------------------- convert-hparams
+
+
+def test_convert_hparams(kedit: Run, tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text("alg_name: FT\nlayers: [3]\nlr: 5e-4\ndevice: 0\nmodel_name: gpt2\n")
+    mine = tmp_path / "mine.yaml"
+    result = data(kedit("convert-hparams", tmp_path / "theirs.yaml", "--output", mine, "-f", "json"))
+    assert result["edit_type"] == "ft-l" and result["model_name"] == "gpt2" and set(result["ignored"]) == {"device"}
+    assert result["hparams"] == {"layers": [3], "lr": 5e-4}
+    assert data(kedit("edit", *MODEL, "--config", mine, *ONE, "-f", "json"))["method"] == "ft-l"
+    shown = kedit("convert-hparams", tmp_path / "theirs.yaml")
+    assert "edit_type: ft-l" in shown.stdout and "not carried over: device" in shown.stderr
+
+
 # ---------------------------------------------------------------------- stats
 
 

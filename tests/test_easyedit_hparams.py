@@ -1,0 +1,128 @@
+"""EasyEdit's hyperparameter files: what carries over, what is reported, what is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_kedit import EditConfig, FTLConfig, FTMConfig, KNConfig, MEMITConfig, ROMEConfig
+from hf_kedit.config import config_class
+from hf_kedit.easyedit_hparams import convert_hparams
+from hf_kedit.errors import ConfigError, UnknownMethodError
+from hf_kedit.methods import registered_methods
+
+# As such a file is laid out: numbers with a bare exponent, templates, keys of the loader.
+ROME = """
+alg_name: "ROME"
+model_name: "./hugging_cache/gpt2-xl"
+stats_dir: "./data/stats"
+device: 0
+layers: [17]
+fact_token: "subject_last"
+v_num_grad_steps: 20
+v_lr: 5e-1
+v_loss_layer: 47
+v_weight_decay: 0.5
+clamp_norm_factor: 4
+kl_factor: 0.0625
+mom2_adjustment: false
+context_template_length_params: [[5, 10], [10, 10]]
+rewrite_module_tmp: "transformer.h.{}.mlp.c_proj"
+layer_module_tmp: "transformer.h.{}"
+mlp_module_tmp: "transformer.h.{}.mlp"
+attn_module_tmp: "transformer.h.{}.attn"
+ln_f_module: "transformer.ln_f"
+lm_head_module: "transformer.wte"
+mom2_dataset: "wikipedia"
+mom2_n_samples: 100000
+mom2_dtype: "float32"
+model_parallel: false
+fp16: false
+"""
+FT = {"alg_name": "FT", "model_name": "gpt2", "layers": [0], "lr": "5e-4", "num_steps": 25, "batch_size": 3}
+
+
+def test_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "gpt2-xl.yaml").write_text(ROME)
+    assert isinstance(yaml.safe_load(ROME)["v_lr"], str), "YAML reads such a number as text"
+    with caplog.at_level(logging.WARNING, logger="hf_kedit"):
+        config = EditConfig.from_easyedit(tmp_path / "gpt2-xl")  # they leave the suffix out
+    assert config == ROMEConfig(
+        layers=[17], v_num_grad_steps=20, v_lr=0.5, v_weight_decay=0.5, clamp_norm_factor=4.0,
+        mom2_adjustment=False, context_template_length_params=[(5, 10), (10, 10)],
+    )  # fmt: skip
+    said = [r.getMessage() for r in caplog.records]
+    ours = {"alg_name", "model_name", "layers", "fact_token", "v_num_grad_steps", "v_lr", "v_weight_decay"}
+    ours |= {"clamp_norm_factor", "kl_factor", "mom2_adjustment", "context_template_length_params"}
+    for key in set(yaml.safe_load(ROME)) - ours:
+        assert any(line.startswith(f"{key}: ignored") for line in said), key
+    assert not any(line.split(":")[0] in ours for line in said)
+    converted = convert_hparams(tmp_path / "gpt2-xl.yaml")
+    assert converted.model_name == "./hugging_cache/gpt2-xl" and converted.source["v_loss_layer"] == 47
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({**FT, "objective_optimization": "prompt_last"}, FTLConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3)),
+        ({**FT, "objective_optimization": "target_new"}, FTMConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3)),
+        ({**FT, "norm_constraint": False}, FTLConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3)),
+        (
+            {**FT, "norm_constraint": "5e-4"},
+            FTLConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3, norm_constraint=5e-4),
+        ),
+        (
+            {"alg_name": "MEMIT", "layers": [3, 4], "mom2_update_weight": 15000, "batch_size": 10},
+            MEMITConfig(layers=[3, 4], mom2_update_weight=15000.0),
+        ),
+        ({"alg_name": "KN", "batch_size": 20, "p": 0.5, "lr_scale": 1.0}, KNConfig(batch_size=20, p=0.5)),
+    ],
+)
+def test_methods_that_need_a_rule(values: dict[str, Any], expected: EditConfig) -> None:
+    assert convert_hparams(values).config == expected
+
+
+@pytest.mark.parametrize("alg", ["ROME", "R-ROME", "MEMIT", "MEMIT_FE", "PMET", "EMMET", "CORE", "AlphaEdit", "KN"])
+def test_names_of_methods(alg: str) -> None:
+    converted = convert_hparams({"alg_name": alg, "layers": [1], "surprise": 1})
+    assert converted.config.layers == [1] and "no such field" in converted.ignored["surprise"]
+
+
+def test_every_method_of_this_library_can_be_named() -> None:
+    config_class("rome")  # loads the methods
+    for name in registered_methods():
+        if name not in ("ft-l", "ft-m", "adalora"):
+            assert convert_hparams({"alg_name": name.upper()}).config.edit_type == name
+    assert convert_hparams({"alg_name": "LoRA", "lora_type": "adalora", "layers": []}).config.layers is None
+
+
+def test_parameters_in_brackets() -> None:
+    names = ["transformer.h[9].mlp.c_fc.weight", "transformer.h[10].mlp.c_fc.weight"]
+    config: Any = convert_hparams({"alg_name": "MEND", "inner_params": names}).config
+    assert config.modules == ["transformer.h.9.mlp.c_fc", "transformer.h.10.mlp.c_fc"]
+    assert "inner_params" in convert_hparams({"alg_name": "KN", "inner_params": names}).ignored
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({}, ConfigError, "alg_name"),
+        ({"alg_name": "ROMEO"}, UnknownMethodError, "rome"),
+        ({"alg_name": "FT", "objective_optimization": "target_neu"}, ConfigError, "target_new"),
+        ({"alg_name": "ROME", "v_lr": "fast"}, ConfigError, "v_lr"),
+    ],
+)
+def test_what_is_refused(values: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        convert_hparams(values)
+
+
+def test_a_file_of_another_method() -> None:
+    with pytest.raises(ConfigError, match="'memit'"):
+        ROMEConfig.from_easyedit({"alg_name": "MEMIT"})
+    with pytest.raises(ConfigError, match="cannot read"):
+        EditConfig.from_easyedit("/nowhere/gpt2")
