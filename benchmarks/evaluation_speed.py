@@ -1,6 +1,7 @@
 """How fast is evaluation? Batched teacher forcing against one prompt per forward; every answer is compared.
 
 python -m benchmarks.evaluation_speed --shape gpt2-tiny gpt2-small --cases 50
+python -m benchmarks.evaluation_speed --cases 1000 --pairs 1
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from hf_kedit.evaluation.scoring import score_pairs
 
 
 def questions(cases: int) -> list[tuple[str, str]]:
-    """Three prompts per case, each with its answer: the edited prompt, a paraphrase and a neighbour."""
+    """Three prompts per case, each with its answer: the edited prompt, a paraphrase and a neighbour; each text once.
+
+    Ours computes equal texts once, and without equal ones among them the ratio says nothing about that.
+    """
     made = []
     for request in requests(cases):
         made.append((request.filled_prompt, request.target_new))
         made += [(prompt, request.target_new) for prompt in request.rephrase_prompts[:1]]
         probes = [probe for probes in request.locality.values() for probe in probes]
         made += [(probe.prompt, probe.ground_truth[0][0]) for probe in probes[:1]]
-    return made
+    return list(dict.fromkeys(made))
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
 
 def requests(count: int) -> list[EditRequest]:
     """Edit requests with short prompts, subjects of a few tokens and targets of a few tokens."""
-    rows = load_edit_dataset("world", split="test", limit=min(count, 200))
+    rows = load_edit_dataset("world", split="test", limit=min(count, 1000))
     made = [EditRequest.from_dict(rows[i % len(rows)]) for i in range(count)]
     return [r.with_id(f"bench-{i}") for i, r in enumerate(made)]
 

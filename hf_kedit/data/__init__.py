@@ -38,6 +38,7 @@ from hf_kedit.data.loading import (
     register_dataset,
     register_records,
 )
+from hf_kedit.data.publishing import as_hub_parquet
 from hf_kedit.data.report import LoadReport, load_report
 from hf_kedit.data.sources import Source
 from hf_kedit.data.world import World, get_world
@@ -51,6 +52,7 @@ __all__ = [
     "LoadReport",
     "Source",
     "World",
+    "as_hub_parquet",
     "blank",
     "dataset_entry",
     "dataset_names",

@@ -14,6 +14,7 @@ import evaluate
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 import hf_kedit
@@ -171,6 +172,16 @@ def test_published_folders_load_offline_in_a_fresh_process(load, tmp_path):
     for name, numbers in found.items():
         metric = load(name)
         assert numbers == pytest.approx(metric.compute(**metric.example))
+
+
+@pytest.mark.hub
+def test_a_folder_is_a_space(hub, load, tmp_path):
+    folder = write_space("accuracy", tmp_path)
+    HfApi().create_repo("org/kedit_accuracy", repo_type="space", space_sdk="gradio")
+    HfApi().upload_folder(repo_id="org/kedit_accuracy", repo_type="space", folder_path=folder)
+    metric = evaluate.load("org/kedit_accuracy", "contains")
+    columns = {"predictions": ["It is Rome."], "references": [["Rome"]]}
+    assert metric.compute(**columns) == load("accuracy", "contains").compute(**columns)
 
 
 def test_the_command_lists_and_writes(tmp_path):

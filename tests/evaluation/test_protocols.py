@@ -6,9 +6,11 @@ import json
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from hf_kedit.data import load_edit_dataset
 from hf_kedit.errors import EvaluationError
 from hf_kedit.evaluation import (
     CallableJudge,
@@ -26,6 +28,9 @@ from hf_kedit.evaluation import (
     score_pairs,
 )
 from hf_kedit.evaluation.judges import INSTRUCTION, parse_verdict
+from hf_kedit.evaluation.metrics import text_agreement
+
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
 # ---------------------------------------------------------------------- likelihood
 
@@ -196,9 +201,9 @@ def test_a_judged_evaluation(editable, rows, cache):
     wrote = {t["prompt"]: t["post"] for t in judged["texts"]}
     assert judged["post"]["rewrite_acc"] == [0.5 if wrote["The capital of Norland is"] else 0.0]
     reasons = {s["prompt"]: s["reason"] for s in judged["skipped"]}
-    if wrote["What is the capital of Norland?"]:
-        assert "could not be read" in reasons["What is the capital of Norland?"]
-        assert len(judged["post"]["rephrase_acc"]) == 1
+    assert wrote["What is the capital of Norland?"] and wrote["Norland has the capital"]
+    assert "could not be read" in reasons["What is the capital of Norland?"]
+    assert len(judged["post"]["rephrase_acc"]) == 1
     assert judged["post"]["locality"] == generated["post"]["locality"]
     assert judged["texts"] == generated["texts"]
     assert ("The capital of Sudland is", ("Rome", "Roma"), wrote["The capital of Sudland is"]) in asked
@@ -391,3 +396,25 @@ def test_an_evaluation_with_an_endpoint(endpoint, editable, rows, cache):
     assert record["post"]["rewrite_acc"] == [1.0 if written["post"] else 0.0]
     assert report.summary()["scorer"] == "judge-model, prompt 1"
     assert report.cases[2]["post"]["rewrite_acc"] == [0.0]
+
+
+# ---------------------------------------------------------------------- probes without answers
+
+
+def test_probes_without_answers_are_compared_by_what_is_written(editable, cache):
+    """As HalluEditBench's locality questions: there is no answer to feed, but there is a before and an after."""
+    table = load_edit_dataset("halluedit/llama2", path=SAMPLES / "halluedit", limit=1)
+    (probe,) = table[0]["locality"]
+    assert probe["name"] == "locality_question" and probe["ground_truth"] == []
+    report = evaluate_edits(editable, table, protocol=["teacher_forced", Generation(max_new_tokens=6)], cache=cache)
+    written = report.select("generation")[0]
+    (agreement,) = written["post"]["locality"]["locality_question_acc"]
+    texts = next(t for t in written["texts"] if t["axis"] == "locality_question")
+    assert agreement == text_agreement(texts["pre"], texts["post"])
+    assert written["pre"]["locality"]["locality_question_output"] == [texts["pre"]]
+    assert "locality_accuracy" not in written["post"]  # nothing says what would be right
+    forced = report.select("teacher_forced")[0]
+    assert "locality" not in forced["post"]
+    (skipped,) = [s for s in forced["skipped"] if s["axis"] == "locality_question"]
+    assert "there is no answer" in skipped["reason"]
+    assert report.summary("generation")["n_per_entry"]["locality"] == 1
