@@ -6,6 +6,7 @@ triangular solves and an ``n × n`` system (Woodbury), not a ``d × d`` one.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 
 from ..errors import StatisticsError
 from ..logging import get_logger, warn_once
+from .forward import device_of
 
 logger = get_logger(__name__)
 FALLBACK_RIDGE = 1e-4
@@ -20,7 +22,7 @@ FALLBACK_RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class MomentFactor:
-    """A factored second moment, ready to solve ``C x = b``.
+    """A factored second moment, ready to solve ``C x = b`` on the device where the factor is.
 
     Args:
         kind: ``"identity"``, ``"cholesky"`` or ``"lu"``.
@@ -34,19 +36,32 @@ class MomentFactor:
     pivots: torch.Tensor | None = None
     ridge: float = 0.0
 
+    def take(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The vectors as they are solved with: float64, beside the factor (the CPU for the identity)."""
+        device = self.factor.device if self.factor is not None else torch.device("cpu")
+        return vectors.to(device).double()
+
     def solve(self, b: torch.Tensor) -> torch.Tensor:
-        """Return ``C⁻¹ b`` for ``b`` ``[d, n]`` float64."""
+        """Return ``C⁻¹ b`` for ``b`` ``[d, n]`` as `take` gives it."""
         if self.kind == "identity" or self.factor is None:
             return b
-        factor = self.factor.to(b.device)
         if self.kind == "cholesky":  # two triangular solves: cholesky_solve copies the factor, which costs more
-            half = torch.linalg.solve_triangular(factor, b, upper=False)
-            return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            half = torch.linalg.solve_triangular(self.factor, b, upper=False)
+            return torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
         assert self.pivots is not None
-        return torch.linalg.lu_solve(factor, self.pivots.to(b.device), b)
+        return torch.linalg.lu_solve(self.factor, self.pivots, b)
 
 
 IDENTITY = MomentFactor("identity")
+
+
+def factor_beside(model: torch.nn.Module, moment: torch.Tensor, *, ridge: float, name: str) -> MomentFactor:
+    """`factor_moment` on the model's accelerator, if it has one that knows float64 and has room, else on the CPU."""
+    device = device_of(model)
+    if device.type in ("cuda", "xpu"):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return factor_moment(moment.to(device), ridge=ridge, name=name)
+    return factor_moment(moment.cpu(), ridge=ridge, name=name)
 
 
 def factor_moment(moment: torch.Tensor, *, ridge: float = 0.0, name: str = "the second moment") -> MomentFactor:
@@ -92,7 +107,7 @@ def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> to
 
     ``A = X (λ I + Kᵀ X)⁻¹`` with ``X = C⁻¹ K``.
     """
-    k = keys.double()
+    k = factor.take(keys)
     x = factor.solve(k)
     inner = weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ x
     if factor.kind != "lu":  # symmetric and positive definite
@@ -113,7 +128,7 @@ def equality_columns(factor: MomentFactor, keys: torch.Tensor, weight: float, ri
         weight: λ.
         ridge: added to the diagonal of ``Kᵀ X``.
     """
-    k = keys.double()
+    k = factor.take(keys)
     x = factor.solve(k) / weight
     inner = k.T @ x + ridge * torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
     inner = (inner + inner.T) / 2

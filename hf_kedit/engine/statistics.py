@@ -28,7 +28,7 @@ from .capture import Tap, stream_states
 from .experts import ExpertSlice
 from .forward import device_of, frozen_eval
 from .moments import SecondMoment, SharedMoments, find_shared, push_moments, slug
-from .solve import MomentFactor, factor_moment
+from .solve import MomentFactor, factor_beside
 from .templates import STARTERS, sample_texts
 from .weights import get_module, parameters_of, weight_shape
 from .workers import ALONE, Workers
@@ -423,8 +423,8 @@ class StatisticsStore:
         """Return the factored second moment of a module."""
         if module not in self._factors:
             moment = self.moments([module])[module]
-            self._factors[module] = factor_moment(
-                moment.mean(), ridge=self.ridge, name=f"the second moment of {module}"
+            self._factors[module] = factor_beside(
+                self.model, moment.mean(), ridge=self.ridge, name=f"the second moment of {module}"
             )
         return self._factors[module]
 

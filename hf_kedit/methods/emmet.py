@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..config import ModelProfile
-from ..engine.solve import MomentFactor, equality_columns, factor_moment
+from ..engine.solve import MomentFactor, equality_columns, factor_beside
 from .base import Capabilities, Workbench, register_method
 from .rome import ROMEConfig
 from .spread import RidgeConfig, SpreadMethod
@@ -87,5 +87,6 @@ class EMMET(SpreadMethod):
             assert self.config.mom2_update_weight is not None
             moment = self.bench.statistics.moments([module])[module].mean() * self.config.mom2_update_weight
             moment = moment + self.config.update_norm_lambda * torch.eye(moment.shape[0], dtype=moment.dtype)
-            self._factors[module] = factor_moment(moment, ridge=self.config.stats_ridge, name=f"Ĉ of {module}")
+            ridge, name = self.config.stats_ridge, f"Ĉ of {module}"
+            self._factors[module] = factor_beside(self.bench.model, moment, ridge=ridge, name=name)
         return self._factors[module]

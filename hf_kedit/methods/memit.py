@@ -65,5 +65,5 @@ class MEMIT(SpreadMethod):
         earlier = self.bench.ledger.keys(module) if self.config.keep_edited_keys else None
         if earlier is None:
             return ridge_columns(factor, keys, self.config.mom2_update_weight)
-        everything = torch.cat([earlier, keys.float()], dim=1)
+        everything = torch.cat([earlier.to(keys), keys], dim=1)
         return ridge_columns(factor, everything, self.config.mom2_update_weight)[:, earlier.shape[1] :]

@@ -97,7 +97,7 @@ class ROME(LocateMethod):
                 k_star, k, output = self.association(where_routed(keys, keys), where_routed(keys, outputs))
 
                 factor = bench.statistics.factor(module) if self.config.mom2_adjustment else IDENTITY
-                u = factor.solve(k_star.double().cpu().unsqueeze(1)).squeeze(1).float()
+                u = factor.solve(factor.take(k_star.unsqueeze(1))).squeeze(1).float()
                 u = (u / u.norm()).to(k.device)
                 denominator = k @ u
                 right = (values.value[0] - output.to(values.value.device)) / denominator

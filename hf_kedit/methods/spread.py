@@ -158,7 +158,7 @@ class SpreadMethod(LocateMethod):
 
         Args:
             module: name of the projection.
-            keys: ``K`` ``[d_in, n]`` on the CPU, one column per request.
+            keys: ``K`` ``[d_in, n]`` fp32, one column per request.
         """
 
     # ------------------------------------------------------------------ the loop
@@ -202,7 +202,7 @@ class SpreadMethod(LocateMethod):
                 share = self._at_projection(self.share(residual, stop), stop, anatomies[0]).T  # [H, n]
                 columns = torch.empty_like(k)
                 for module, mine in members(stop.modules).items():
-                    columns[:, mine] = self.columns(module, k[:, mine].cpu()).to(columns)
+                    columns[:, mine] = self.columns(module, k[:, mine]).to(columns)
                     delta = WeightDelta(
                         module,
                         left=share[:, mine],

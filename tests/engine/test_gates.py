@@ -39,6 +39,10 @@ FLOPS: dict[str, dict[Site, int]] = {
     "llama": {"block": 12063744, "attention_out": 17003520},
 }
 OPERATIONS = {"gpt2": 275, "llama": 398}
+EDIT_FLOPS = {
+    "rome": 53284864,
+    "memit": 53064640,
+}  # of a whole edit of the golden Llama: first pass, steps, keys, solve
 SYNCS = 2  # the loss table; the mask of wanted positions
 
 
@@ -245,6 +249,12 @@ def test_full_depth_forwards_of_an_edit(method: str) -> None:
     fact = EditRequest(prompt="{} plays the sport of", subject="Mira Halvorsen", target_new="tennis")
     model.edit(fact, show_progress=False)
     model.rollback("all")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.edit(fact, show_progress=False)
+    model.rollback("all")
+    assert counter.get_total_flops() <= ALLOWED * EDIT_FLOPS[method], counter.get_total_flops()
+    assert counter.get_total_flops() >= EDIT_FLOPS[method] / ALLOWED, "cheaper than stored: lower the figure"
     depth = Depth(base, model.anatomy)
     model.edit(fact, show_progress=False)
     last = model.anatomy.num_layers - 1
