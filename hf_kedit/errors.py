@@ -120,6 +120,10 @@ class BaseModelMismatchError(ArtifactError):
     """A saved edit was made on other base weights than the ones it is loaded onto."""
 
 
+class PackError(ArtifactError):
+    """A set of edits cannot be loaded beside others, or switched, as asked."""
+
+
 class HubError(ArtifactError):
     """A repository of the Hub is missing, closed to the user, or cannot be written as asked."""
 

@@ -34,6 +34,7 @@ from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger, progress, warn_once
 from .lora.exchange import LoraExchange
 from .methods.base import Capabilities, Method, Workbench, method_class
+from .packs import Packs
 from .repository import cached_commit
 from .requests import EditRequest, RequestSource, load_requests
 from .sharing import Sharing
@@ -115,6 +116,7 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
         self.sites = SiteBook(base_model)
         self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites}
         self.journal = Journal()
+        self.packs = Packs(self)
         self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
         self._stores: dict[tuple[Any, ...], StatisticsStore] = {}
         self._templates: dict[str, list[list[str]]] = {}
@@ -417,6 +419,7 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
             for book in self.books.values():
                 book.forget()
             self.journal = Journal()
+            self.packs.forget()
             self._base_fingerprint = None
             self._stores, self._templates, self._states = {}, {}, {}
             self._method.load_state_dict({})

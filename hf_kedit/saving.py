@@ -331,7 +331,7 @@ def load_artifact(
         base_model_id=name,
         base_model_revision=revision,
     )
-    states = _read_books(artifact, model, ignore_fingerprint)
+    states = read_books(artifact, model, ignore_fingerprint)
     state = {name.removeprefix(STATE): value for name, value in artifact.tensors.items() if name.startswith(STATE)}
     if model.method_name == described["method"]:  # another method knows nothing of it
         try:
@@ -346,7 +346,7 @@ def load_artifact(
     return model
 
 
-def _read_books(artifact: Artifact, model: EditableModel, ignore_fingerprint: bool) -> dict[str, Any]:
+def read_books(artifact: Artifact, model: EditableModel, ignore_fingerprint: bool) -> dict[str, Any]:
     """Let every book check its part; the model is not touched."""
     described = {"weights": artifact.config["modules"], **artifact.config.get("books", {})}
     unknown = described.keys() - model.books.keys()

@@ -1,7 +1,9 @@
-"""Sharing edits through the Hub: the part of `EditableModel` that pushes."""
+"""Sharing edits: the part of `EditableModel` that pushes to the Hub and combines packs of edits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
@@ -12,10 +14,13 @@ if TYPE_CHECKING:
 
     from .card import HasModelIndex
     from .model import EditableModel
+    from .packs import OnConflict, Pack, Packs
 
 
 class Sharing:
-    """Methods of `EditableModel` for the Hub."""
+    """Methods of `EditableModel` for the Hub and for packs."""
+
+    packs: Packs
 
     def push_to_hub(
         self,
@@ -65,3 +70,66 @@ class Sharing:
             tag=tag,
             token=token,
         )
+
+    # ------------------------------------------------------------------ packs
+
+    def load_edits(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        activate: bool = True,
+        on_conflict: OnConflict = "warn",
+        ignore_fingerprint: bool = False,
+        token: Any = None,
+    ) -> Pack:
+        """Load saved edits beside those that the model carries, as a named pack that can be switched on and off.
+
+        Args:
+            source: folder or Hub id of saved edits that were made on the same base model.
+            name: of the pack; default: the last part of ``source``. Its edits get the ids ``<name>/<id>``.
+            revision: of the repository.
+            activate: switch it on, behind the packs that are on.
+            on_conflict: what to do if it edits what another active pack, or the model's own edits, edit too.
+            ignore_fingerprint: put it on a base with other weights than it was made on.
+            token: for the Hub; default: your login.
+
+        Returns:
+            The pack.
+
+        Raises:
+            PackError: if the name is taken, the edits are no weight edits, or there is a conflict that must not be.
+            BaseModelMismatchError: if it was made on another base model.
+        """
+        hub = {} if token is None else {"token": token}
+        return self.packs.load(
+            str(source),
+            name,
+            revision=revision,
+            activate=activate,
+            on_conflict=on_conflict,
+            ignore_fingerprint=ignore_fingerprint,
+            **hub,
+        )
+
+    def set_active(self, names: str | Sequence[str], *, on_conflict: OnConflict = "warn") -> None:
+        """Switch packs on and off. The weights become the sum of the model's own edits and the named packs, in order.
+
+        Args:
+            names: the packs that are to be on; an empty list switches all off.
+            on_conflict: ``"warn"``, ``"raise"`` or ``"ignore"`` if two of them edit the same.
+
+        Raises:
+            PackError: for an unknown pack, or a conflict with ``"raise"``; nothing is changed then.
+            RollbackError: if an edit that stays was computed as a correction of a pack that would go.
+        """
+        self.packs.set_active([names] if isinstance(names, str) else list(names), on_conflict=on_conflict)
+
+    def unload_edits(self, name: str) -> None:
+        """Switch a pack off, which restores the bits that the weights had without it, and forget it.
+
+        Raises:
+            PackError: if there is no such pack.
+        """
+        self.packs.unload(name)

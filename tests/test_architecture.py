@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"locate"},
     {"methods"},
-    {"model", "journal", "saving", "loading", "card", "sharing", "lora"},
+    {"model", "journal", "saving", "loading", "card", "sharing", "packs", "lora"},
     {"evaluation", "compat", "training", "hub", "decoding", "tracing"},
     {"cli", "demo"},
     {"", "__main__"},  # the package itself: hf_kedit/__init__.py shows the public names of all floors
