@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
     from .methods.grace import GRACEConfig
+    from .methods.ike import IKEConfig, PromptConfig
     from .methods.kn import KNConfig
     from .methods.lora import AdaLoRAConfig, LoRAConfig
     from .methods.memit import MEMITConfig
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .methods.pmet import PMETConfig
     from .methods.r_rome import RROMEConfig
     from .methods.rome import ROMEConfig
+    from .methods.serac import SERACConfig
     from .methods.simie import SimIEConfig
     from .methods.ultraedit import UltraEditConfig
     from .model import EditableModel, EditResult
@@ -77,6 +79,7 @@ __all__ = [
     "FTLConfig",
     "FTMConfig",
     "GRACEConfig",
+    "IKEConfig",
     "KNConfig",
     "KeditError",
     "LoRAConfig",
@@ -85,8 +88,10 @@ __all__ = [
     "MENDConfig",
     "PMETConfig",
     "Probe",
+    "PromptConfig",
     "ROMEConfig",
     "RROMEConfig",
+    "SERACConfig",
     "SimIEConfig",
     "UltraEditConfig",
     "__version__",

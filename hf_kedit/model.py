@@ -25,6 +25,7 @@ from .config import AutoEditConfig, EditConfig, ModelProfile
 from .engine.books import Book, all_disabled, remove_from, restore_all, snapshot_all
 from .engine.forward import frozen_eval
 from .engine.ledger import Ledger
+from .engine.promptbook import PromptBook
 from .engine.sitebook import SiteBook
 from .engine.statistics import Corpus, StatisticsStore, model_fingerprint, resolve_corpus
 from .engine.weights import tensor_digest, uninterrupted
@@ -114,7 +115,8 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
         self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
         self.ledger = Ledger(base_model)
         self.sites = SiteBook(base_model)
-        self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites}
+        self.prompts = PromptBook(base_model, lambda: self.tokenizer)
+        self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
         self.journal = Journal()
         self.packs = Packs(self)
         self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
@@ -310,7 +312,7 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
         state_before = method.state_dict()
         try:
             # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
-            beside = [self.sites] if method.capabilities.kind == "weights" else []
+            beside: list[Book] = [self.prompts, *([self.sites] if method.capabilities.kind == "weights" else [])]
             with frozen_eval(self.base_model), all_disabled(beside):
                 method.check(todo)
                 if beside:
@@ -466,6 +468,14 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
     def restore_templates(self, templates: Mapping[str, list[list[str]]]) -> None:
         """Take over the context templates of a saved edit, so that later edits use the same ones."""
         self._templates.update({key: [list(group) for group in groups] for key, groups in templates.items()})
+
+    def build_prompt(self, query: str) -> str:
+        """The text that answers a query under the edits that live in prompts, for a model that only takes text.
+
+        Returns:
+            The query behind the edit that it belongs to, or the query itself.
+        """
+        return self.prompts.build_prompt(query)
 
     # ------------------------------------------------------------------ being a model
 

@@ -157,6 +157,18 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
         yield
 
 
+def prompt_ends(model: nn.Module, mask: torch.Tensor, labels: Any = None) -> torch.Tensor:
+    """Column of the last prompt token of each row of a call outside ``generate``, ``[rows]`` int64.
+
+    Args:
+        model: the stock model that is called.
+        mask: ``[rows, width]`` bool, real tokens.
+        labels: of the call, if it has any.
+    """
+    prompts = next((p for p in reversed(_PROMPTS.get()) if p.model is model), None)
+    return _where_prompts_end(_last(mask), mask, prompts, labels)
+
+
 def _last(mask: torch.Tensor) -> torch.Tensor:
     """Column of the last True of each row, 0 where there is none."""
     columns = torch.arange(mask.shape[1], device=mask.device)

@@ -1,0 +1,178 @@
+"""Which stored texts belong to a query: similarities between prompts, by words or by sentence embeddings.
+
+The lexical retriever is built in and needs nothing. An embedding retriever takes any function from texts to vectors:
+sentence-transformers, or a trained scope encoder. A retriever is named in configs and saved edits by a string, and
+found again by it; retrievers of one's own are registered under a name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from ..errors import ConfigError, require_extra
+
+LEXICAL = "lexical"
+_WORD = re.compile(r"[^\W_]+", re.UNICODE)
+_REGISTERED: dict[str, Retriever] = {}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stored text.
+
+    Args:
+        text: the whole text.
+        subject: the entity that it is about, if known.
+    """
+
+    text: str
+    subject: str | None = None
+
+
+class Retriever(Protocol):
+    """Says how similar queries are to stored texts."""
+
+    name: str
+
+    def embed(self, texts: Sequence[str]) -> torch.Tensor | None:
+        """Vectors ``[n, d]`` fp32 of stored texts, to be kept beside them; ``None`` if the texts themselves serve."""
+
+    def similarity(
+        self, queries: Sequence[str], passages: Sequence[Passage], embedded: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[queries, passages]`` fp32, 1 for the same text, around 0 for unrelated ones.
+
+        Args:
+            queries: texts.
+            passages: stored texts.
+            embedded: what `embed` returned for them.
+        """
+
+
+class LexicalRetriever:
+    """Words in common, weighted by how rare they are among the stored texts; the subject has to occur.
+
+    Where a passage has a subject, the score is ``c · (1 + cos) / 2`` with ``c`` the share of the subject's words that
+    the query contains: a full mention gives at least 0.5, a shared first name with other words less. Without a subject
+    it is the cosine alone.
+    """
+
+    name = LEXICAL
+
+    def embed(self, texts: Sequence[str]) -> None:
+        """Nothing to keep."""
+        return None
+
+    def similarity(
+        self, queries: Sequence[str], passages: Sequence[Passage], embedded: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Retriever.similarity`."""
+        bags = [Counter(words(p.text)) for p in passages]
+        seen = Counter(word for bag in bags for word in bag)
+        rarity = {word: math.log(1 + len(bags) / count) for word, count in seen.items()}
+        unseen = math.log(2 + len(bags))
+
+        def weigh(bag: Counter[str]) -> dict[str, float]:
+            return {word: n * rarity.get(word, unseen) for word, n in bag.items()}
+
+        stored = [weigh(bag) for bag in bags]
+        scores = torch.zeros(len(queries), len(passages))
+        for i, query in enumerate(queries):
+            bag = Counter(words(query))
+            asked = weigh(bag)
+            for j, passage in enumerate(passages):
+                cosine = _cosine(asked, stored[j])
+                subject = words(passage.subject or "")
+                covered = sum(word in bag for word in subject) / len(subject) if subject else 0.0
+                scores[i, j] = covered * (1 + cosine) / 2 if subject else cosine
+        return scores
+
+
+class EmbeddingRetriever:
+    """Similarity of sentence embeddings.
+
+    Args:
+        encode: texts → ``[n, d]``.
+        name: how configs and saved edits call it.
+        kernel: ``"cosine"``, or ``"exp_square"``: ``exp(−‖a − b‖²)``, as published for SERAC.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], torch.Tensor],
+        name: str,
+        kernel: Literal["cosine", "exp_square"] = "cosine",
+    ):
+        self.encode, self.name, self.kernel = encode, name, kernel
+
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """Vectors of texts, on the CPU."""
+        with torch.no_grad():
+            return torch.as_tensor(self.encode(list(texts))).detach().float().cpu()
+
+    def similarity(
+        self, queries: Sequence[str], passages: Sequence[Passage], embedded: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Retriever.similarity`."""
+        stored = self.embed([p.text for p in passages]) if embedded is None else embedded
+        asked = self.embed(queries)
+        if self.kernel == "cosine":
+            return torch.nn.functional.normalize(asked, dim=-1) @ torch.nn.functional.normalize(stored, dim=-1).T
+        differences = asked[:, None] - stored[None]
+        return (-(differences**2).sum(dim=-1)).exp()
+
+
+def register_retriever(retriever: Retriever) -> None:
+    """Make a retriever known under its name, for configs and for loading saved edits that used it."""
+    if retriever.name == LEXICAL:
+        raise ConfigError(f"{LEXICAL!r} is the name of the built-in retriever; choose another")
+    _REGISTERED[retriever.name] = retriever
+
+
+def find_retriever(name: str) -> Retriever:
+    """Return a retriever: ``"lexical"``, a registered name, or a sentence-transformers model by its id.
+
+    Raises:
+        ConfigError: if there is none of this name.
+        MissingExtraError: if it needs sentence-transformers, which is not installed.
+    """
+    if name == LEXICAL:
+        return LexicalRetriever()
+    if name not in _REGISTERED:
+        if "/" not in name:
+            raise ConfigError(
+                f"unknown retriever {name!r}: use 'lexical', the id of a sentence-transformers model"
+                " ('sentence-transformers/all-MiniLM-L6-v2'), or register_retriever() your own"
+            )
+        _REGISTERED[name] = _sentence_transformer(name)
+    return _REGISTERED[name]
+
+
+def _sentence_transformer(name: str) -> EmbeddingRetriever:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise require_extra("sentence-transformers", "retrieval", f"the retriever {name!r}") from error
+    encoder = SentenceTransformer(name)
+    return EmbeddingRetriever(lambda texts: encoder.encode(list(texts), convert_to_tensor=True), name)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a text; every character of scripts without spaces is one."""
+    found: list[str] = []
+    for run in _WORD.findall(text.casefold()):
+        found.extend(run if any(ord(c) >= 0x2E80 for c in run) else [run])
+    return found
+
+
+def _cosine(a: dict[str, float], b: dict[str, float]) -> float:
+    product = sum(value * b[word] for word, value in a.items() if word in b)
+    norms = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+    return product / norms if norms else 0.0

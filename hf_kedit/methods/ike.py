@@ -1,0 +1,305 @@
+"""IKE, ICE and PROMPT: an edit is a text in front of the question.
+
+IKE (Zheng et al. 2023, "Can We Edit Factual Knowledge by In-Context Learning?", arXiv 2305.12740) shows the model a
+few edits of other facts before the new one, so that it learns from them where a new fact counts and where not:
+
+    copy     New Fact: {p} {t}    Prompt: {p} {t}                     the fact itself
+    update   New Fact: {p} {t}    Prompt: {a paraphrase of p} {t}     what follows from it
+    retain   New Fact: {p} {t}    Prompt: {another prompt} {its own answer}
+
+ICE (Cohen et al. 2023) is the same without demonstrations (``k=0``), PROMPT a fact in front of the question in words
+of one's own. Nothing in the model changes. Which prompts an edit is put in front of is looked up for every prompt; all
+others are answered as ever.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ..config import EditConfig
+from ..data import load_edit_dataset
+from ..engine.promptbook import PromptEntry
+from ..engine.retrieval import LEXICAL, Passage, Retriever, find_retriever
+from ..errors import ConfigError, DataError, UnsupportedModelError
+from ..requests import SLOT, EditRequest, load_requests
+from ..tokens import separator_between
+from .base import Capabilities, Method, Outcome, register_method
+
+COPY, UPDATE, RETAIN = "copy", "update", "retain"
+SHARES = {COPY: 4, UPDATE: 12, RETAIN: 16}
+"""How often each kind occurs among 32 demonstrations, as published."""
+FACT = "New Fact: {}\nPrompt: "
+
+
+@dataclass
+class PromptConfig(EditConfig):
+    """Hyperparameters of PROMPT.
+
+    Args:
+        template: what stands in front of a prompt, with ``{}`` for the new fact.
+        retriever: which prompts belong to an edit: ``"lexical"``, the id of a sentence-transformers model, or a name
+            given to `register_retriever`.
+        threshold: least similarity of a prompt that an edit is put in front of.
+    """
+
+    edit_type: ClassVar[str] = "prompt"
+
+    template: str = FACT
+    retriever: str = LEXICAL
+    threshold: float = 0.5
+
+    def validate(self) -> None:
+        """Check the template."""
+        super().validate()
+        if self.template.count(SLOT) != 1:
+            raise ConfigError(f"{type(self).__name__}.template needs one {{}} for the new fact: {self.template!r}")
+        if self.layers is not None:
+            raise ConfigError(f"{type(self).__name__}.layers: edits in prompts have no layers")
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
+@dataclass
+class IKEConfig(PromptConfig):
+    """Hyperparameters of IKE.
+
+    Args:
+        demonstrations: where demonstrations come from: the name of a data set (its train split), the path of a file
+            of requests, or a list of requests as dicts. Their texts are kept with the edits that use them.
+        k: how many of them stand in front of an edit; 0 is ICE.
+        order: ``"records"``: the k most similar records in the published shares of kinds, most similar last, then a
+            copy of the edit itself; ``"sentences"``: the k most similar demonstrations of any kind, the most similar
+            first.
+    """
+
+    edit_type: ClassVar[str] = "ike"
+
+    demonstrations: str | list[dict[str, Any]] | None = None
+    k: int = 32
+    order: Literal["records", "sentences"] = "records"
+
+    def validate(self) -> None:
+        """Check that there is something to choose from."""
+        super().validate()
+        self._require_positive("k", zero=True)
+
+
+class _InContext(Method):
+    """What IKE and PROMPT share: checks, and an entry in the prompt memory."""
+
+    config: PromptConfig
+
+    def edited_modules(self) -> list[str]:
+        """None: the model stays as it is."""
+        return []
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check that nothing else in the model depends on the tokens of a prompt."""
+        if self.bench.sites.edit_ids:
+            raise UnsupportedModelError(
+                f"the model carries edits at sites (codebooks, side memories), which look at prompts themselves;"
+                f" {self.capabilities.name} cannot put text in front of them. Roll them back first"
+            )
+        find_retriever(self.config.retriever)
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """One entry per request."""
+        entries = [self.entry(request) for request in requests]
+        return Outcome([], [{"demonstrations": len(entry.demonstrations)} for entry in entries], entries=entries)
+
+    def entry(self, request: EditRequest) -> PromptEntry:
+        """What the memory keeps of a request."""
+        config = self.config
+        return PromptEntry(
+            scope=request.filled_prompt,
+            subject=request.subject,
+            fact=config.template.replace(SLOT, fact_of(request, config.separator)),
+            demonstrations=(),
+            nearest_last=True,
+            retriever=config.retriever,
+            threshold=config.threshold,
+        )
+
+
+@register_method
+class Prompt(_InContext):
+    """PROMPT."""
+
+    config_class = PromptConfig
+    capabilities = Capabilities(
+        name="PROMPT",
+        kind="prompt",
+        batch=True,
+        sequential=True,
+        needs_subject=False,
+        low_rank=False,
+        paper="Cohen et al. 2023, arXiv 2307.12976",
+        summary="puts the new fact in front of the prompts that it belongs to; the model stays as it is",
+    )
+
+
+@register_method
+class IKE(_InContext):
+    """IKE."""
+
+    config_class = IKEConfig
+    capabilities = Capabilities(
+        name="IKE",
+        kind="prompt",
+        batch=True,
+        sequential=True,
+        needs_subject=False,
+        low_rank=False,
+        paper="Zheng et al. 2023, arXiv 2305.12740",
+        summary="PROMPT behind demonstrations of other edits: what to copy, what to update, what to retain",
+    )
+    config: IKEConfig
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check that there are demonstrations."""
+        super().check(requests)
+        if self.config.k and not self.pool():
+            raise ConfigError(
+                "IKEConfig.demonstrations: IKE needs examples to choose demonstrations from (a data set, a file, or a"
+                " list of requests); k=0 edits without"
+            )
+
+    def entry(self, request: EditRequest) -> PromptEntry:
+        """The edit behind its demonstrations."""
+        plain = super().entry(request)
+        if not self.config.k:
+            return plain
+        retriever = find_retriever(self.config.retriever)
+        pool = [r for r in self.pool() if r.filled_prompt != request.filled_prompt]
+        separator = self.config.separator
+        if self.config.order == "sentences":
+            chosen = nearest_sentences(request, pool, retriever, self.config.k, separator)
+            return _with_demonstrations(plain, chosen, nearest_last=False)
+        chosen = nearest_records(request, pool, retriever, self.config.k, self.config.seed, separator)
+        return _with_demonstrations(plain, chosen, nearest_last=True)
+
+    def pool(self) -> list[EditRequest]:
+        """The requests that demonstrations are made of."""
+        source = self.config.demonstrations
+        if source is None:
+            return []
+        if isinstance(source, str) and not Path(source).is_file():
+            try:
+                source = load_edit_dataset(source, split="train", limit=POOL)
+            except DataError as error:
+                raise ConfigError(f"IKEConfig.demonstrations: {source!r} is no file, and {error}") from error
+        return load_requests(source)
+
+
+POOL = 1000
+"""Rows of a data set that demonstrations are chosen from."""
+
+
+def _with_demonstrations(entry: PromptEntry, chosen: Sequence[str], *, nearest_last: bool) -> PromptEntry:
+    fields = {**entry.__dict__, "demonstrations": tuple(chosen), "nearest_last": nearest_last}
+    return PromptEntry(**fields)
+
+
+# ---------------------------------------------------------------------- texts
+
+
+def fact_of(request: EditRequest, separator: str | None = None) -> str:
+    """The new fact as a sentence: prompt and target."""
+    prompt = request.filled_prompt
+    joint = separator_between(prompt, request.target_new) if separator is None else separator
+    return prompt + joint + request.target_new
+
+
+def demonstration(request: EditRequest, prompt: str, answer: str, separator: str | None = None) -> str:
+    """One demonstration: the fact of a request, and how a prompt is answered after it."""
+    joint = separator_between(prompt, answer) if separator is None else separator
+    return f"{FACT.replace(SLOT, fact_of(request, separator))}{prompt}{joint}{answer}\n\n"
+
+
+def demonstrations_of(request: EditRequest, separator: str | None = None) -> dict[str, str]:
+    """The demonstrations that a request can give, by kind: copy, and update and retain where it has the prompts."""
+    found = {COPY: demonstration(request, request.filled_prompt, request.target_new, separator)}
+    if request.rephrase_prompts:
+        found[UPDATE] = demonstration(request, request.rephrase_prompts[0], request.target_new, separator)
+    for probe in (p for probes in request.locality.values() for p in probes):
+        if probe.answers:
+            found[RETAIN] = demonstration(request, probe.prompt, probe.answers[0], separator)
+            break
+    return found
+
+
+def nearest_sentences(
+    request: EditRequest, pool: Sequence[EditRequest], retriever: Retriever, k: int, separator: str | None = None
+) -> list[str]:
+    """The k demonstrations most similar to the edit, most similar first."""
+    sentences = [text for record in pool for text in demonstrations_of(record, separator).values()]
+    query = FACT.replace(SLOT, fact_of(request, separator)) + request.filled_prompt + "\n\n"
+    return [sentences[i] for i in _nearest(query, sentences, retriever, k)]
+
+
+def nearest_records(
+    request: EditRequest,
+    pool: Sequence[EditRequest],
+    retriever: Retriever,
+    k: int,
+    seed: int,
+    separator: str | None = None,
+) -> list[str]:
+    """One demonstration of each of the k most similar records, most similar last, then a copy of the edit itself.
+
+    The kinds are dealt out at random in the published shares; a record that lacks the prompt of its kind gives a copy.
+    """
+    query = FACT.replace(SLOT, fact_of(request, separator)) + request.filled_prompt
+    order = _nearest(query, [fact_of(record, separator) for record in pool], retriever, k)
+    return arrange([pool[i] for i in order], deal_kinds(len(order), seed), request, separator)
+
+
+def deal_kinds(count: int, seed: int) -> list[str]:
+    """Kinds of ``count`` demonstrations in the published shares, shuffled."""
+    whole = sum(SHARES.values())
+    cards = [kind for kind, share in SHARES.items() for _ in range(-(-share * count // whole))]
+    drawn = random.Random(seed)
+    drawn.shuffle(cards)
+    return cards[:count]
+
+
+def arrange(
+    records: Sequence[EditRequest], kinds: Sequence[str], request: EditRequest, separator: str | None = None
+) -> list[str]:
+    """Demonstrations of records, given most similar first, in the order of the prompt, and a copy of the edit."""
+    chosen = []
+    for record, kind in zip(records, kinds, strict=True):
+        texts = demonstrations_of(record, separator)
+        chosen.append(texts.get(kind, texts[COPY]))
+    return [*reversed(chosen), demonstrations_of(request, separator)[COPY]]
+
+
+def _nearest(query: str, texts: Sequence[str], retriever: Retriever, k: int) -> list[int]:
+    """Indices of the k texts most similar to a query, most similar first; of equal ones the earlier first."""
+    if not texts:
+        return []
+    scores = retriever.similarity([query], [Passage(text) for text in texts], None)[0]
+    return torch.sort(scores, descending=True, stable=True).indices[:k].tolist()
+
+
+def build_prompt(
+    request: EditRequest, query: str, demonstrations: Sequence[str] = (), separator: str | None = None
+) -> str:
+    """The text that a model (an API's, for instance) has to be asked to answer ``query`` under an edit.
+
+    Args:
+        request: the edit.
+        query: the question.
+        demonstrations: in order; `nearest_records` and `nearest_sentences` choose them.
+        separator: between prompt and target; ``None`` for the rule of `tokens.separator_between`.
+    """
+    return "".join(demonstrations) + FACT.replace(SLOT, fact_of(request, separator)) + query
