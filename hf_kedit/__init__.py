@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .locate import causal_trace, suggest_layers
     from .methods.alphaedit import AlphaEditConfig
     from .methods.core import COREConfig
+    from .methods.defer import DEFERConfig
     from .methods.editor import Editor
     from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .methods.ike import IKEConfig, PromptConfig
     from .methods.kn import KNConfig
     from .methods.lora import AdaLoRAConfig, LoRAConfig
+    from .methods.melo import MELOConfig
     from .methods.memit import MEMITConfig
     from .methods.memit_fe import MEMITFEConfig
     from .methods.mend import MENDConfig
@@ -67,6 +69,7 @@ __all__ = [
     "AutoEditConfig",
     "COREConfig",
     "Comparison",
+    "DEFERConfig",
     "EMMETConfig",
     "Edit",
     "EditConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "KNConfig",
     "KeditError",
     "LoRAConfig",
+    "MELOConfig",
     "MEMITConfig",
     "MEMITFEConfig",
     "MENDConfig",

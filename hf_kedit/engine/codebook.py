@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+SAME_PROMPT = 1e-4
+"""Queries closer than this times their norm are one prompt."""
 _FIRST_CAPACITY = 16
 
 

@@ -90,9 +90,10 @@ class SiteMethod(Method):
     # ------------------------------------------------------------------ measuring
 
     @contextlib.contextmanager
-    def prompts_of(self, examples: Sequence[Example]) -> Iterator[None]:
-        """Calls inside the block have the examples as rows: the key token is the one before the target."""
-        with prompt_lengths(self.bench.model, [prompt_length(e) for e in examples]):
+    def prompts_of(self, examples: Sequence[Example], whole: bool = False) -> Iterator[None]:
+        """Calls inside the block have the examples as rows: the key token is the one before the target, or with
+        ``whole`` the last one."""
+        with prompt_lengths(self.bench.model, [len(e.ids) if whole else prompt_length(e) for e in examples]):
             yield
 
     def at_key(self, examples: Sequence[Example], taps: Sequence[Tap]) -> dict[Tap, torch.Tensor]:
@@ -102,9 +103,9 @@ class SiteMethod(Method):
         columns = torch.tensor([len(p) - 1 for p in prompts])
         return capture_at(self.bench.model, batch, columns, taps)
 
-    def losses(self, examples: Sequence[Example]) -> torch.Tensor:
-        """Mean negative log-likelihood per target token of each example, ``[rows]`` fp32."""
-        with self.prompts_of(examples):
+    def losses(self, examples: Sequence[Example], whole: bool = False) -> torch.Tensor:
+        """Mean negative log-likelihood per target token of each example, ``[rows]`` fp32; see `prompts_of`."""
+        with self.prompts_of(examples, whole):
             losses, rows = token_losses(self.bench.model, examples, self.bench.fill)
         return row_means(losses, rows, len(examples))
 

@@ -28,7 +28,7 @@ from torch import nn
 from ..config import ModelProfile
 from ..engine.books import Saved
 from ..engine.capture import Tap
-from ..engine.codebook import Vectors, distances
+from ..engine.codebook import SAME_PROMPT, Vectors, distances
 from ..engine.examples import Example
 from ..engine.sitebook import SiteEntry, SiteMemory, check_finite, register_memory
 from ..engine.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
@@ -43,8 +43,6 @@ logger = get_logger(__name__)
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 Action = Literal["add", "split", "overwrite", "expand", "none"]
 SPLIT_GAP = 1e-5
-SAME_PROMPT = 1e-4
-"""Queries closer than this times their norm are one prompt."""
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hf_kedit import EditableModel, EditRequest, load_edit_dataset
+from hf_kedit.engine.capture import Tap, capture_at
 from hf_kedit.tokens import pad_rows
 
 
@@ -48,3 +49,10 @@ def without_trace(model: EditableModel) -> bool:
     hooks = [h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     ours = [h for h in hooks if type(getattr(h, "__self__", h)).__module__.startswith("hf_kedit")]
     return "generate" not in model.base_model.__dict__ and not ours
+
+
+def state_at_key(model: EditableModel, path: str, ids: torch.Tensor, kind: Literal["input", "output"]) -> torch.Tensor:
+    """What goes into or comes out of a module at the last token of one prompt."""
+    tap = Tap(path, kind)
+    found = capture_at(model.base_model, pad_rows(ids.tolist()), torch.tensor([ids.shape[1] - 1]), [tap])
+    return found[tap][0]

@@ -10,6 +10,7 @@ import torch
 from hf_kedit import EditableModel, EditRequest
 from hf_kedit.methods.grace import Codebook, GRACEConfig
 from tests.golden_cases import Case
+from tests.methods.at_sites import state_at_key
 
 pytestmark = pytest.mark.golden
 
@@ -46,7 +47,7 @@ def test_grace_matches_the_reference(name: str) -> None:
                 case.within(f"edit{number}/{what}", found[what])
     for number, query in enumerate(case.spec["queries"]):
         ids = torch.tensor([query["prompt_ids"]])
-        distance = torch.cdist(_query(editable, path, ids)[None], book.keys.tensor)[0]
+        distance = torch.cdist(state_at_key(editable, path, ids, "input")[None], book.keys.tensor)[0]
         case.within(f"query{number}/distances", distance)
         with torch.no_grad():
             for mode in ("replace_last", "replace_all", "replace_prompt"):
@@ -58,10 +59,3 @@ def test_grace_matches_the_reference(name: str) -> None:
         for cached in (True, False):
             out = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=cached, eos_token_id=None)
             assert out[0, ids.shape[1] :].tolist() == query["greedy_5_tokens"]
-
-
-def _query(editable: EditableModel, path: str, ids: torch.Tensor) -> torch.Tensor:
-    seen = []
-    with editable.sites.trying({path: lambda call: seen.append(call.at_key(call.inputs)[0])}), torch.no_grad():  # type: ignore[func-returns-value]
-        editable(input_ids=ids)
-    return seen[0]
