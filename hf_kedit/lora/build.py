@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import save as dump_tensors
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..engine.deltas import Account
+from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.lowrank import Factors, factorise, shorten
 from ..engine.weights import get_module, get_weight, is_transposed
 from ..errors import ExportError
@@ -45,7 +47,7 @@ class Adapter:
         biases: changes of biases of the same modules.
         experts: changes of fused experts: full parameter name → one pair of factors per expert.
         whole: edited modules that are stored whole: module → parameter → value, as the module stores it.
-        needed: rank that each changed weight needs (before padding); for experts, the largest over them.
+        needed: rank that each changed weight needs (before padding).
         losses: ‖Δ − BA‖ / ‖Δ‖ of every weight whose rank was cut.
     """
 
@@ -59,13 +61,9 @@ class Adapter:
 
 
 def is_low_rank(model: EditableModel) -> bool:
-    """Whether the model carries edits, and all are factors of a Linear's or Conv1D's weight."""
+    """Whether the model carries edits, and all are factors of a Linear, a Conv1D or a fused expert."""
     accounts = model.ledger.accounts.values()
-    return (
-        bool(accounts)
-        and not _beside(model)
-        and all(_is_matrix(model, a) and all(p.delta.left is not None for p in a.pieces) for a in accounts)
-    )
+    return bool(accounts) and not _beside(model) and all(_is_matrix(model, a) and _in_factors(a) for a in accounts)
 
 
 def build_adapter(
@@ -100,38 +98,52 @@ def build_adapter(
 
 def _add(adapter: Adapter, model: EditableModel, account: Account, rank: int | None) -> None:
     """Sort one parameter's change into the adapter."""
-    key = f"{account.module}.{account.name}"
-    total = account.total
+    module, total = get_module(model.base_model, account.module), account.total
     assert total is not None
-    if _is_matrix(model, account):
-        lefts, rights = [p.delta.left for p in account.pieces], [p.delta.right for p in account.pieces]
-        if all(left is not None for left in lefts):
-            stack = Factors(_side_by_side(lefts), _side_by_side(rights))
-            short = shorten(stack.left, stack.right, rank)
-            # The columns themselves where none can be spared: then merging gives the edited bits.
-            found = stack if short.rank == stack.rank else short
-        elif rank is None:
-            return _add_whole(adapter, model, account.module)
+    if account.name == "bias" and _is_linear(module):
+        adapter.biases[account.module] = total
+    elif not _is_matrix(model, account) or (not _in_factors(account) and rank is None and _is_linear(module)):
+        _add_whole(adapter, model, account.module)
+    else:
+        found = _stack(account, rank) if _in_factors(account) else factorise(total, rank)
+        if isinstance(module, ExpertSlice):
+            bank = adapter.experts.setdefault(parameter_name(account.module, "weight"), _no_change(module))
+            bank[module.index] = found
         else:
-            found = factorise(total, rank)
-        adapter.factors[account.module] = found
+            adapter.factors[account.module] = found
+        key = f"{account.module}.{account.name}"
         adapter.needed[key] = found.rank
         adapter.losses |= {key: found.loss} if found.loss else {}
-    elif account.name == "bias" and _is_linear(get_module(model.base_model, account.module)):
-        adapter.biases[account.module] = total
-    elif total.dim() == 3:
-        transposed = bool(getattr(get_module(model.base_model, account.module), "is_transposed", False))
-        slices = [factorise(change.T if transposed else change, rank) for change in total]
-        adapter.experts[key] = slices
-        adapter.needed[key] = max(1, *(s.rank for s in slices))
-        adapter.losses |= {key: max(s.loss for s in slices)} if any(s.loss for s in slices) else {}
-    else:
-        _add_whole(adapter, model, account.module)
+
+
+def _in_factors(account: Account) -> bool:
+    return all(piece.delta.left is not None for piece in account.pieces)
+
+
+def _stack(account: Account, rank: int | None) -> Factors:
+    """All pieces of a change side by side; shorter where columns can be spared, or a rank is asked for."""
+    left, right = (_side_by_side(getattr(p.delta, name) for p in account.pieces) for name in ("left", "right"))
+    short = shorten(left, right, rank)
+    # The columns themselves where none can be spared: then merging gives the edited bits.
+    return short if short.rank < left.shape[1] else Factors(left, right)
+
+
+def _no_change(expert: ExpertSlice) -> list[Factors]:
+    """Empty factors for every expert of a bank."""
+    count = getattr(expert.bank, expert.param).shape[0]
+    d_out, d_in = get_weight(expert).shape
+    return [Factors(torch.zeros(d_out, 0), torch.zeros(d_in, 0)) for _ in range(count)]
 
 
 def _add_whole(adapter: Adapter, model: EditableModel, path: str) -> None:
-    """Take over every parameter of a module as it is with its edits, in the orientation that it is stored in."""
+    """Take over every parameter of a module as it is with its edits, in the orientation that it is stored in.
+
+    Raises:
+        ExportError: if the module is a bank of experts, which an adapter cannot replace.
+    """
     module = get_module(model.base_model, path)
+    if any(p.dim() > 2 for p in module.parameters(recurse=False)):
+        raise ExportError(f"the change of {path} is no sum of changes of single experts; merge the edits instead")
     values = {}
     for name, _ in module.named_parameters(recurse=False):
         account = model.ledger.accounts.get(f"{path}.{name}")
@@ -228,7 +240,7 @@ def _config(model: EditableModel, adapter: Adapter) -> dict[str, Any]:
         "lora_bias": bool(adapter.biases),
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": any(is_transposed(get_module(base, path)) for path in adapter.factors),
+        "fan_in_fan_out": any(isinstance(get_module(base, path), Conv1D) for path in adapter.factors),
         "target_modules": sorted(adapter.factors),
         "target_parameters": sorted(adapter.experts) or None,
         "modules_to_save": sorted(adapter.whole) or None,
@@ -245,8 +257,9 @@ def _side_by_side(parts: Iterable[torch.Tensor | None]) -> torch.Tensor:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _is_matrix(model: EditableModel, account: Account) -> bool:
-    return account.name == "weight" and _is_linear(get_module(model.base_model, account.module))
+    module = get_module(model.base_model, account.module)
+    return account.name == "weight" and (_is_linear(module) or isinstance(module, ExpertSlice))

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from ..engine.deltas import WeightDelta
+from ..engine.experts import ExpertSlice
 from ..engine.ledger import Ledger
 from ..engine.weights import get_module, is_transposed, uninterrupted
 from ..errors import ArtifactError, BaseModelMismatchError, LayerError, RequestError
@@ -151,17 +152,22 @@ def _factors(
     """The change of one module's matrix (and bias)."""
     if not {"Aweight", "Bweight"} <= set(parts):
         raise ArtifactError(f"{source}: {module} has only one of its two factors")
-    owner = _module(source, module, ledger)
+    _module(source, module, ledger)
     a, b = parts["Aweight"], parts["Bweight"]
     scaling = _scaling(config, module)
     name = _bank_parameter(config, module)
     if name is not None:
-        shape = _original(source, module, name, ledger).shape
-        transposed = bool(getattr(owner, "is_transposed", False))
-        lora_a = a.reshape(shape[0], -1, a.shape[1])  # [E, r, d_in]
-        lora_b = b.reshape(b.shape[0], -1, shape[0])  # [d_out, r, E]
-        change = torch.einsum("ore,eri->eio" if transposed else "ore,eri->eoi", lora_b, lora_a)
-        return [_fitting(source, WeightDelta(module, name, dense=scaling * change), ledger)]
+        count = _original(source, module, name, ledger).shape[0]
+        if name != ExpertSlice.param or a.shape[0] % count:
+            raise ArtifactError(f"{source}: of fused experts only {ExpertSlice.param} can be edited, not {name}")
+        lora_a = a.reshape(count, -1, a.shape[1])  # [E, r, d_in]
+        lora_b = b.reshape(b.shape[0], -1, count)  # [d_out, r, E]
+        slices = (
+            WeightDelta(f"{module}.{name}[{e}]", left=scaling * lora_b[..., e], right=lora_a[e].T)
+            for e in range(count)
+            if lora_a[e].any() and lora_b[..., e].any()
+        )
+        return [_fitting(source, delta, ledger) for delta in slices]
     deltas = [WeightDelta(module, left=scaling * b, right=a.T)]
     if "Bbias" in parts:
         deltas.append(WeightDelta(module, "bias", dense=scaling * parts["Bbias"]))
