@@ -445,4 +445,7 @@ REMOTE_LAYOUTS: dict[str, dict[str, Any]] = {
 def stand_in(name: str, seed: int = 0, **config: Any) -> StandInModel:
     """A stand-in for a remote-code layout: a key of `REMOTE_LAYOUTS`."""
     kind = type(f"StandIn_{name}", (StandInModel,), {"layout": REMOTE_LAYOUTS[name]})
-    return randomised(kind(StandInConfig(**config)), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(StandInConfig(**config))
+    return randomised(model, seed)
