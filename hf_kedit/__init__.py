@@ -47,8 +47,10 @@ if TYPE_CHECKING:
     from .methods.ft import FTLConfig, FTMConfig
     from .methods.grace import GRACEConfig
     from .methods.ike import IKEConfig, PromptConfig
+    from .methods.ke import KEConfig
     from .methods.kn import KNConfig
     from .methods.lora import AdaLoRAConfig, LoRAConfig
+    from .methods.malmen import MALMENConfig
     from .methods.melo import MELOConfig
     from .methods.memit import MEMITConfig
     from .methods.memit_fe import MEMITFEConfig
@@ -83,12 +85,14 @@ __all__ = [
     "FTMConfig",
     "GRACEConfig",
     "IKEConfig",
+    "KEConfig",
     "KNConfig",
     "KeditError",
     "LoRAConfig",
     "MELOConfig",
     "MEMITConfig",
     "MEMITFEConfig",
+    "MALMENConfig",
     "MENDConfig",
     "PMETConfig",
     "Probe",

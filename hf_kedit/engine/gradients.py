@@ -11,11 +11,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ..errors import EditFailedError
 from .capture import Tap, as_rows, listen, rewritten
+from .supervised import IGNORE, Batch, score
+from .weights import get_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Reduction = Literal["batch_mean", "example_mean", "chunk_mean"]
+Tokens = Literal["speaking", "attended", "answer"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,91 @@ def signals(
         found = torch.autograd.grad(value, [probes[m] for m in modules], allow_unused=True)
     gradients = [torch.zeros_like(probes[m]) if g is None else g for m, g in zip(modules, found, strict=True)]
     return {m: Signal(as_rows(inputs[m], rows), as_rows(g, rows)) for m, g in zip(modules, gradients, strict=True)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some tokens of a batch at one module.
+
+    Args:
+        inputs: ``[n, d_in]`` fp32.
+        gradients: of the loss at the module's output, ``[n, d_out]`` fp32.
+        owners: the row of the batch that each token belongs to, ``[n]`` int64.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+    owners: torch.Tensor
+
+
+def collect_rows(
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    batch: Batch,
+    groups: torch.Tensor,
+    *,
+    reduction: Reduction,
+    at: Tokens,
+    size: int,
+) -> dict[str, Rows]:
+    """Inputs and output gradients of modules at the tokens of a batch, a few rows at a time.
+
+    Args:
+        model: frozen, in evaluation mode.
+        modules: names of linear modules.
+        batch: rows with labels.
+        groups: rows of the same number belong together, ``[rows]`` int64.
+        reduction: the loss whose gradient is taken: the mean over the labelled tokens of each group
+            (``batch_mean``), of each row (``example_mean``), or of each forward pass (``chunk_mean``).
+        at: which tokens count: those where neither input nor gradient is zero (``speaking``), those that are no
+            padding (``attended``), or those that predict a label (``answer``). In an encoder-decoder the last two are
+            the same: all tokens of the prompt in the encoder, all of the answer in the decoder.
+        size: rows per forward and backward pass.
+    """
+    shares = _token_shares(batch["labels"], groups, reduction)
+    found: dict[str, list[Rows]] = {module: [] for module in modules}
+    for start in range(0, len(groups), size):
+        part = {name: value[start : start + size] for name, value in batch.items()}
+        labelled = part["labels"] != IGNORE
+        weights = shares[start : start + size][labelled]
+        weights = weights / labelled.sum() if reduction == "chunk_mean" else weights
+        heard = signals(model, modules, len(labelled), partial(_weighted_loss, model, part, weights))
+        for module, signal in heard.items():
+            mask = signal.speaking() if at == "speaking" else _mask(model, module, part, at)
+            inputs, gradients = signal.at(mask)
+            found[module].append(Rows(inputs, gradients, mask.nonzero()[:, 0] + start))
+    return {
+        module: Rows(
+            torch.cat([p.inputs for p in parts]),
+            torch.cat([p.gradients for p in parts]),
+            torch.cat([p.owners for p in parts]),
+        )
+        for module, parts in found.items()
+    }
+
+
+def _token_shares(labels: torch.Tensor, groups: torch.Tensor, reduction: Reduction) -> torch.Tensor:
+    """What a labelled token of each row counts in the loss, ``[rows, width]``."""
+    labelled = (labels != IGNORE).float()
+    tokens = labelled.sum(1)
+    if reduction == "batch_mean":
+        tokens = ((groups.unsqueeze(0) == groups.unsqueeze(1)) * tokens).sum(1)  # of all rows of the row's group
+    elif reduction == "chunk_mean":
+        tokens = torch.ones_like(tokens)
+    return labelled / tokens.unsqueeze(1)
+
+
+def _weighted_loss(model: PreTrainedModel, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+    return (score(model, batch).nll * weights).sum()
+
+
+def _mask(model: PreTrainedModel, module: str, batch: Batch, at: Tokens) -> torch.Tensor:
+    """The tokens of a batch that count at a module, ``[rows, width]``."""
+    labelled, attended = batch["labels"] != IGNORE, batch["attention_mask"].bool()
+    if model.config.is_encoder_decoder:
+        wanted = get_module(model, module)
+        return attended if any(m is wanted for m in model.get_encoder().modules()) else labelled
+    return labelled if at == "answer" else attended
 
 
 @dataclass(frozen=True)

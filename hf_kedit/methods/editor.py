@@ -11,7 +11,6 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -20,18 +19,22 @@ from torch import nn
 
 from ..anatomy import resolve_anatomy
 from ..anatomy.projections import as_projection
+from ..config import CONFIG_NAME
 from ..engine.examples import encode_examples, row_means
 from ..engine.forward import frozen_eval
-from ..engine.gradients import LowRank, low_rank_paths, signals
+from ..engine.gradients import LowRank, Reduction, Rows, Tokens, collect_rows, low_rank_paths
 from ..engine.supervised import IGNORE, Batch, all_of_row, collate, logits_where, score, score_logits
 from ..engine.weights import get_module, get_weight, tensor_digest
 from ..errors import ConfigError, UnsupportedModelError
+from ..files import write_folder
+from ..repository import push_files
 from ..requests import EditRequest
 from ..tokens import pad_id
 from .base import WeightConfig
-from .editor_files import read_editor, write_editor
+from .editor_files import pack_editor, read_editor
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 E = TypeVar("E", bound="Editor")
@@ -101,21 +104,6 @@ class EditorOutput:
         """The same numbers without their graph."""
         losses = (self.loss.detach(), self.edit_loss.detach(), self.locality_loss.detach())
         return EditorOutput(*losses, self.facts, self.metrics)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The tokens of a batch of facts at one module.
-
-    Args:
-        inputs: ``[n, d_in]`` fp32.
-        gradients: of the loss at the module's output, ``[n, d_out]`` fp32.
-        owners: the fact that each token belongs to, ``[n]`` int64.
-    """
-
-    inputs: torch.Tensor
-    gradients: torch.Tensor
-    owners: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -257,56 +245,12 @@ class Editor(nn.Module):
         """
 
     def collect(
-        self,
-        model: PreTrainedModel,
-        edit: Batch,
-        groups: torch.Tensor,
-        reduction: Literal["batch_mean", "example_mean", "chunk_mean"],
-        at: Literal["speaking", "attended", "answer"] = "speaking",
+        self, model: PreTrainedModel, edit: Batch, groups: torch.Tensor, reduction: Reduction, at: Tokens = "speaking"
     ) -> dict[str, Rows]:
-        """Inputs and output gradients of the edited modules at the tokens of a batch of facts.
-
-        Args:
-            model: as in `propose`.
-            edit: as in `propose`.
-            groups: as in `propose`.
-            reduction: the loss whose gradient is taken: the mean over the target tokens of all facts that are edited
-                together, the sum over the facts of their own means, or the mean over each forward pass.
-            at: which tokens count: those where both are not zero, those that are no padding, or those that predict
-                an answer token. In an encoder-decoder the last two are the same: all tokens of the prompt in the
-                encoder, all of the answer in the decoder.
-        """
-        count = edit["labels"].shape[0]
-        shares = _token_shares(edit["labels"], groups, reduction)
-        found: dict[str, list[Rows]] = {module: [] for module in self.shapes}
-        for start in range(0, count, self.edit_config.micro_batch):
-            part = {name: value[start : start + self.edit_config.micro_batch] for name, value in edit.items()}
-            rows = part["labels"].shape[0]
-            labelled = part["labels"] != IGNORE
-            weights = shares[start : start + rows][labelled]
-            if reduction == "chunk_mean":
-                weights = weights / labelled.sum()
-            heard = signals(model, list(self.shapes), rows, partial(_weighted_loss, model, part, weights))
-            for module, signal in heard.items():
-                mask = signal.speaking() if at == "speaking" else self._tokens(model, module, part, at)
-                inputs, gradients = signal.at(mask)
-                found[module].append(Rows(inputs, gradients, mask.nonzero()[:, 0] + start))
-        return {
-            module: Rows(
-                torch.cat([p.inputs for p in parts]),
-                torch.cat([p.gradients for p in parts]),
-                torch.cat([p.owners for p in parts]),
-            )
-            for module, parts in found.items()
-        }
-
-    def _tokens(
-        self, model: PreTrainedModel, module: str, edit: Batch, at: Literal["attended", "answer"]
-    ) -> torch.Tensor:
-        """Mask of the tokens of a batch that count at a module, ``[rows, width]``."""
-        if self.encoder_decoder:
-            return edit["attention_mask"].bool() if _in_encoder(model, module) else edit["labels"] != IGNORE
-        return edit["labels"] != IGNORE if at == "answer" else edit["attention_mask"].bool()
+        """Inputs and output gradients of the edited modules at the tokens of the facts, see `collect_rows`."""
+        return collect_rows(
+            model, list(self.shapes), edit, groups, reduction=reduction, at=at, size=self.edit_config.micro_batch
+        )
 
     # ------------------------------------------------------------------ training
 
@@ -386,14 +330,41 @@ class Editor(nn.Module):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the editor to a folder: ``edit_config.json``, ``editor.safetensors`` and a card."""
-        write_editor(
-            Path(save_directory),
-            hparams=self.edit_config.to_dict(),
-            modules={module: list(shape) for module, shape in self.shapes.items()},
-            encoder_decoder=self.encoder_decoder,
-            origin=self.origin,
-            tensors=self.state_dict(),
+        write_folder(Path(save_directory), self._files(), last=CONFIG_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> CommitInfo:
+        """Push the editor to a repository of the Hub as one commit.
+
+        Args:
+            repo_id: ``org/name``; made if it does not exist.
+            private: of a new repository.
+            revision: branch.
+            commit_message: default: the editor's method.
+            token: for the Hub.
+
+        Raises:
+            HubError: if the repository cannot be written.
+        """
+        return push_files(
+            repo_id,
+            self._files(),
+            message=commit_message or f"{self.edit_config.edit_type} editor",
+            private=private,
+            revision=revision,
+            token=token,
         )
+
+    def _files(self) -> dict[str, bytes]:
+        modules = {module: list(shape) for module, shape in self.shapes.items()}
+        return pack_editor(self.edit_config.to_dict(), modules, self.encoder_decoder, self.origin, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, editor: str | Path, *, revision: str | None = None, token: str | None = None) -> Editor:
@@ -404,6 +375,7 @@ class Editor(nn.Module):
         Raises:
             ArtifactError: if there is no editor there, or it is damaged.
             ConfigError: if it is an editor of another method.
+            HubError: if a repository cannot be read.
         """
         saved = read_editor(str(editor), revision=revision, token=token)
         kind = editor_class(saved.method)
@@ -477,27 +449,7 @@ def weight_digest(model: PreTrainedModel, module: str) -> str:
     return tensor_digest([("", get_weight(get_module(model, module)))])
 
 
-def _in_encoder(model: PreTrainedModel, module: str) -> bool:
-    wanted = get_module(model, module)
-    return any(m is wanted for m in model.get_encoder().modules())
-
-
 # ---------------------------------------------------------------------- means
-
-
-def _weighted_loss(model: PreTrainedModel, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
-    return (score(model, batch).nll * weights).sum()
-
-
-def _token_shares(labels: torch.Tensor, groups: torch.Tensor, reduction: str) -> torch.Tensor:
-    """What a target token of each row counts in the loss, ``[rows, width]``."""
-    labelled = (labels != IGNORE).float()
-    tokens = labelled.sum(1)
-    if reduction == "batch_mean":
-        tokens = ((groups.unsqueeze(0) == groups.unsqueeze(1)) * tokens).sum(1)  # of all facts of the row's group
-    elif reduction == "chunk_mean":
-        tokens = torch.ones_like(tokens)
-    return labelled / tokens.unsqueeze(1)
 
 
 def merged(parts: Sequence[EditorOutput]) -> EditorOutput:

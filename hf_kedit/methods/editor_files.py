@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import nn
 from .. import embedded
 from ..config import CONFIG_NAME
 from ..errors import ArtifactError
-from ..files import read_file, write_folder
+from ..files import FileSource
 from ..version import __version__
 
 FORMAT_VERSION = 1
@@ -72,16 +71,14 @@ class SavedEditor:
             raise ArtifactError(f"{self.source}: {', '.join(bad)} hold NaN or infinity")
 
 
-def write_editor(
-    folder: Path,
-    *,
+def pack_editor(
     hparams: dict[str, Any],
     modules: dict[str, list[int]],
     encoder_decoder: bool,
     origin: dict[str, Any],
     tensors: dict[str, torch.Tensor],
-) -> None:
-    """Write an editor; see the head of this file for the layout."""
+) -> dict[str, bytes]:
+    """The files of an editor by name; arguments as in `SavedEditor`."""
     weights = dump_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
     config = {
         "format_version": FORMAT_VERSION,
@@ -95,8 +92,7 @@ def write_editor(
         "files": {WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    files = {WEIGHTS: weights, CARD: _card(config).encode("utf-8"), CONFIG_NAME: text.encode("utf-8")}
-    write_folder(folder, files, last=CONFIG_NAME)
+    return {WEIGHTS: weights, CARD: _card(config).encode("utf-8"), CONFIG_NAME: text.encode("utf-8")}
 
 
 def read_editor(source: str, *, revision: str | None = None, token: str | None = None) -> SavedEditor:
@@ -109,10 +105,11 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
 
     Raises:
         ArtifactError: if there is no editor, or it is damaged.
+        HubError: if the repository cannot be read.
     """
     packaged = embedded.editor(source)
-    where = str(packaged) if packaged is not None else source
-    raw = {name: read_file(where, name, revision=revision, token=token) for name in (CONFIG_NAME, WEIGHTS)}
+    files = FileSource(str(packaged or source), revision=revision, token=token)
+    raw = {name: files.read(name) for name in (CONFIG_NAME, WEIGHTS)}
     for name, data in raw.items():
         if data is None:
             raise ArtifactError(f"{source!r} is no trained editor: there is no {name}")

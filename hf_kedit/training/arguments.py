@@ -29,10 +29,14 @@ class EditTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of both learning rates."})
     max_grad_norm: float = field(default=100.0, metadata={"help": "Gradients are clipped to this norm."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Facts per device and step."})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Facts per device and evaluation step."})
+    per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Facts per device and evaluation step; default: as in training."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: facts are no model inputs."})
 
     def __post_init__(self) -> None:
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
         super().__post_init__()
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns would remove the facts; leave it off")

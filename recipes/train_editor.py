@@ -1,11 +1,11 @@
-"""Train a MEND editor for a model (Mitchell et al. 2022, arXiv 2110.11309).
+"""Train an editor for a model: MEND, MALMEN or KE, whichever the settings name.
 
-    python recipes/train_mend.py hparams/TRAINING/mend-world-gpt2.yaml
-    python recipes/train_mend.py hparams/TRAINING/mend-world-gpt2.yaml --output_dir out/mend --max_steps 100
-    torchrun --nproc_per_node 2 recipes/train_mend.py hparams/TRAINING/mend-world-gpt2.yaml
+    python recipes/train_editor.py hparams/TRAINING/mend-world-gpt2.yaml
+    python recipes/train_editor.py hparams/TRAINING/malmen-world-gpt2.yaml --output_dir out/malmen --max_steps 100
+    torchrun --nproc_per_node 2 recipes/train_editor.py hparams/TRAINING/mend-world-gpt2.yaml
 
-The YAML names base model, data, the editor's size and the training arguments; options after it change the latter.
-`kedit train` does the same for every method. A run that was interrupted goes on with --resume_from_checkpoint true.
+The YAML names base model, method, data, the editor's size and the training arguments; options after it change the
+latter. `kedit train` does the same. An interrupted run goes on with --resume_from_checkpoint true.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datasets import concatenate_datasets
 
 from hf_kedit import EditTrainer, EditTrainingArguments, load_edit_dataset
 from hf_kedit.loading import load_base, load_tokenizer
-from hf_kedit.methods.mend import MENDConfig, MENDEditor
+from hf_kedit.methods.editor import editor_class
 
 
 def main() -> None:
@@ -33,8 +33,9 @@ def main() -> None:
     base = load_base(settings["model"], dtype=settings.get("dtype", "float32"))
     tokenizer = load_tokenizer(settings["model"])
 
-    # The editor: two small networks, and a step size for each edited matrix.
-    editor = MENDEditor.for_model(base, MENDConfig(**settings["editor"]))
+    # The editor: a small network beside the model, which proposes changes of some of its matrices.
+    kind = editor_class(settings["method"])
+    editor = kind.for_model(base, kind.config_class(**settings["editor"]))
     editor.origin["base_model_name_or_path"] = settings["model"]
 
     # Facts with other wordings (for the edit loss) and unrelated prompts (for the locality loss).

@@ -1,0 +1,197 @@
+"""KE, KnowledgeEditor (De Cao et al. 2021, "Editing Factual Knowledge in Language Models", arXiv 2104.08164).
+
+A recurrent network reads what is to change, ``"old >> new || prompt"``, and its last state h decides, for every edited
+matrix, which entries of the gradient pass and what is added (section 3.2):
+
+    ΔW = max_scale · σ(e) · (A ⊙ ∇W + B),     A = softmax(r_a) c_aᵀ,     B = softmax(r_b) c_bᵀ
+
+with (c_a, r_a, c_b, r_b, e) from h by a small network per matrix. Both masks are rank one, so the change has the rank
+of the gradient plus one: with p = softmax(r_a) and q = softmax(r_b), token by token,
+
+    ΔW = max_scale · σ(e) · [ Σ_n (p ⊙ δ_n)(c_a ⊙ u_n)ᵀ + q c_bᵀ ]
+
+Rows and columns are those of the matrix as it is stored: for a ``Conv1D``, rows are inputs.
+
+Trained here with the objective of MEND's comparison, which the paper of MEND calls EFK; the original's constrained
+optimisation of the divergence is not implemented.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from ..engine.forward import device_of
+from ..engine.gradients import LowRank
+from ..engine.supervised import Batch
+from ..engine.weights import get_module, is_transposed
+from ..errors import ConfigError
+from ..requests import EditRequest
+from ..tokens import pad_id, pad_rows
+from .base import Capabilities, register_method
+from .editor import Editor, EditorConfig, register_editor
+from .hyper import HyperMethod
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class KEConfig(EditorConfig):
+    """Hyperparameters of KE.
+
+    Args:
+        lstm_size: of each direction of the recurrent network.
+        condition_size: of h.
+        hidden_size: of the network of each matrix.
+        max_scale: bound on the size of a change.
+        vocabulary: number and width of the base model's word embeddings; filled in when an editor is made.
+    """
+
+    edit_type: ClassVar[str] = "ke"
+
+    lstm_size: int = 128
+    condition_size: int = 1024
+    hidden_size: int = 128
+    max_scale: float = 1.0
+    vocabulary: tuple[int, int] | None = None
+
+    def validate(self) -> None:
+        """Check ranges."""
+        super().validate()
+        self._require_positive("lstm_size", "condition_size", "hidden_size", "max_scale")
+
+
+class Condition(nn.Module):
+    """Reads the text of a change; its word embeddings start as the base model's."""
+
+    def __init__(self, config: KEConfig):
+        super().__init__()
+        assert config.vocabulary is not None
+        self.embedding = nn.Embedding(*config.vocabulary)
+        self.lstm = nn.LSTM(config.vocabulary[1], config.lstm_size, bidirectional=True, batch_first=True)
+        self.linear = nn.Linear(2 * config.lstm_size, config.condition_size)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """h ``[facts, condition_size]`` of texts ``[facts, width]`` padded on the right."""
+        words = pack_padded_sequence(self.embedding(ids), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        _, (state, _) = self.lstm(words)
+        return torch.tanh(self.linear(torch.cat([state[0], state[1]], dim=1)))
+
+
+class MaskNet(nn.Module):
+    """From h to the masks of one matrix.
+
+    Args:
+        size: rows plus columns of the matrix.
+        config: of the editor.
+    """
+
+    def __init__(self, size: int, config: KEConfig):
+        super().__init__()
+        self.first = weight_norm(nn.Linear(config.condition_size, config.hidden_size))
+        self.second = weight_norm(nn.Linear(config.hidden_size, 2 * size + 1))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """z ``[facts, 2 (rows + columns) + 1]``."""
+        return self.second(torch.tanh(self.first(h)))
+
+
+@register_editor
+class KEEditor(Editor):
+    """The recurrent network of KE, and the networks of the edited matrices of one model."""
+
+    config_class = KEConfig
+    edit_config: KEConfig
+
+    def __init__(self, config: KEConfig, shapes: Mapping[str, tuple[int, int]], *, encoder_decoder: bool = False):
+        super().__init__(config, shapes, encoder_decoder=encoder_decoder)
+        if config.vocabulary is None:
+            raise ConfigError("a KE editor needs the model's vocabulary: make it with KEEditor.for_model(model)")
+        self.condition = Condition(config)
+        self.masks = nn.ModuleDict({m.replace(".", "/"): MaskNet(sum(s), config) for m, s in self.shapes.items()})
+
+    @classmethod
+    def fitted(cls, config: EditorConfig, model: PreTrainedModel) -> EditorConfig:
+        """The config with the size of the model's vocabulary."""
+        return dataclasses.replace(config, vocabulary=tuple(_embeddings(model).shape))  # type: ignore[call-arg]
+
+    def start_from(self, model: PreTrainedModel) -> None:
+        """Begin with the model's own word embeddings."""
+        with torch.no_grad():
+            self.condition.embedding.weight.copy_(_embeddings(model))
+
+    def edit_batch(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> Batch:
+        """The facts, and the texts that say what changes."""
+        batch = super().edit_batch(model, tokenizer, requests)
+        texts = []
+        for request in requests:
+            old = request.ground_truth[0] if request.ground_truth else present_answer(model, tokenizer, request)
+            texts.append(f"{old} >> {request.target_new} || {request.filled_prompt}")
+        rows = pad_rows([tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts], pad_id(tokenizer))
+        return {**batch, "condition_ids": rows.input_ids, "condition_mask": rows.attention_mask}
+
+    def propose(self, model: PreTrainedModel, edit: Batch, groups: torch.Tensor) -> dict[str, LowRank]:
+        """One change per fact, in the low-rank form of the equation above."""
+        rows = self.collect(model, edit, groups, "example_mean")
+        with torch.autocast(groups.device.type, enabled=False):
+            h = self.condition(edit["condition_ids"], edit["condition_mask"])
+            facts = torch.arange(len(h), device=h.device)
+            changes = {}
+            for module, (d_in, d_out) in self.shapes.items():
+                inputs, gradients, owners = rows[module].inputs, rows[module].gradients, rows[module].owners
+                stored = is_transposed(get_module(model, module))
+                n_rows, n_columns = (d_in, d_out) if stored else (d_out, d_in)
+                z = self.masks[module.replace(".", "/")](h)
+                c_a, r_a, c_b, r_b, e = z.split([n_columns, n_rows, n_columns, n_rows, 1], dim=1)
+                p, q = r_a.softmax(1), r_b.softmax(1)
+                on_rows, on_columns = (inputs, gradients) if stored else (gradients, inputs)
+                scale = self.edit_config.max_scale * torch.sigmoid(e)
+                owner = torch.cat([owners, facts])
+                of_rows = torch.cat([p[owners] * on_rows, q]) * scale[owner]
+                of_columns = torch.cat([c_a[owners] * on_columns, c_b])
+                left, right = (of_columns, of_rows) if stored else (of_rows, of_columns)
+                changes[module] = LowRank(left.T, right.T, owner)
+        return changes
+
+
+def present_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> str:
+    """What the model says now, as many tokens as the new answer has."""
+    encoded = tokenizer(request.filled_prompt, return_tensors="pt").to(device_of(model))
+    length = len(tokenizer(request.target_new, add_special_tokens=False)["input_ids"])
+    said = model.generate(**encoded, max_new_tokens=length, do_sample=False, pad_token_id=pad_id(tokenizer))  # type: ignore[operator]
+    start = 0 if model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+    return str(tokenizer.decode(said[0, start:], skip_special_tokens=True)).strip()
+
+
+def _embeddings(model: PreTrainedModel) -> torch.Tensor:
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
+    return weight.detach().float()
+
+
+@register_method
+class KE(HyperMethod):
+    """Edits with a trained `KEEditor`."""
+
+    config_class = KEConfig
+    editor_class = KEEditor
+    capabilities = Capabilities(
+        name="KE",
+        kind="weights",
+        batch=False,
+        sequential=True,
+        needs_subject=False,
+        needs_training=True,
+        encoder_decoder=True,
+        paper="De Cao et al. 2021, arXiv 2104.08164",
+        summary="a recurrent network reads the change and masks the gradient of one fact",
+    )
