@@ -103,6 +103,14 @@ class Journal:
         ids = [e.id for e in self._edits]
         raise UnknownEditError(f"there is no edit {edit_id!r} in the model.{nearest(edit_id, ids)}")
 
+    def batches_of(self, method: str) -> list[list[Edit]]:
+        """The edits of a method, grouped by the batches in which they were made, in order."""
+        batches: dict[str, list[Edit]] = {}
+        for edit in self._edits:
+            if edit.method == method:
+                batches.setdefault(edit.batch_id, []).append(edit)
+        return list(batches.values())
+
     def select(self, which: str | int | Sequence[str]) -> list[str]:
         """Resolve what a user may ask to roll back: an id, a list of ids, the last n, or ``"all"``.
 

@@ -29,7 +29,7 @@ from .engine.promptbook import PromptBook
 from .engine.sitebook import SiteBook
 from .engine.statistics import Corpus, StatisticsStore, model_fingerprint, resolve_corpus
 from .engine.weights import tensor_digest, uninterrupted
-from .errors import ConfigError, EditFailedError, KeditError, RequestError
+from .errors import ConfigError, EditFailedError, KeditError, RequestError, RollbackError
 from .journal import Edit, Journal, new_id, now
 from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger, progress, warn_once
@@ -308,31 +308,37 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
         size = (batch_size or len(todo)) if method.capabilities.batch else 1
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
         result = EditResult([])
-        books_before, journal_before = snapshot_all(self.books.values()), self.journal.as_list()
-        state_before = method.state_dict()
-        try:
-            # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
-            beside: list[Book] = [self.prompts, *([self.sites] if method.capabilities.kind == "weights" else [])]
-            with frozen_eval(self.base_model), all_disabled(beside):
-                method.check(todo)
-                if beside:
-                    self.sites.check_weight_edit(method.edited_modules())
-                method.prepare()
-                for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
-                    try:
-                        result.edits.extend(self._edit_batch(batch))
-                    except EditFailedError as error:
-                        if on_error == "raise":
-                            raise
-                        result.failed.extend((r, error) for r in batch)
-        except BaseException:
-            with uninterrupted():
-                restore_all(books_before)
-                method.load_state_dict(state_before)
-                self.journal = Journal(journal_before)
-            raise
+        # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
+        on_weights = method.capabilities.kind == "weights"
+        beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
+        with self._all_or_nothing(), frozen_eval(self.base_model), all_disabled(beside):
+            method.check(todo)
+            if on_weights:
+                self.sites.check_weight_edit(method.edited_modules())
+            method.prepare()
+            for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
+                try:
+                    result.edits.extend(self._edit_batch(batch))
+                except EditFailedError as error:
+                    if on_error == "raise":
+                        raise
+                    result.failed.extend((r, error) for r in batch)
         result.seconds = time.perf_counter() - started
         return result
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Put books, journal and the method's state back if the block fails or is interrupted."""
+        method = self._method
+        books, journal, state = snapshot_all(self.books.values()), self.journal.as_list(), method.state_dict()
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                restore_all(books)
+                method.load_state_dict(state)
+                self.journal = Journal(journal)
+            raise
 
     def _edit_batch(self, batch: Sequence[EditRequest]) -> list[Edit]:
         """Compute one batch and put it on the weights and into the journal."""
@@ -400,6 +406,38 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
             remove_from(self.books.values(), ids)
             self.journal.drop(ids)
         return gone
+
+    def rebuild_without(self, edit_id: str, *, show_progress: bool = True) -> list[Edit]:
+        """Get rid of an edit that cannot be undone alone: undo all edits of its method and make the others again.
+
+        They are made in their old order and batches, under their old ids, with the present settings. Edits of other
+        methods stay. As with `edit`, nothing has changed if it fails.
+
+        Args:
+            edit_id: the edit to get rid of.
+            show_progress: show progress bars.
+
+        Returns:
+            The edits that were made again.
+
+        Raises:
+            UnknownEditError: if the model carries no such edit.
+            RollbackError: if it was made with another method than the present one.
+        """
+        method = self.journal.get(edit_id).method
+        if method != self.method_name:
+            raise RollbackError(
+                f"the edit {edit_id!r} was made with {method!r}, the present method is {self.method_name!r}; choose"
+                " the settings with which the others shall be made again with set_method(...)"
+            )
+        batches = self.journal.batches_of(method)
+        again: list[Edit] = []
+        with self._all_or_nothing():
+            self.rollback([e.id for batch in batches for e in batch])
+            for batch in batches:
+                requests = [e.request.with_id(e.id) for e in batch if e.id != edit_id]
+                again += self.edit(requests, show_progress=show_progress).edits if requests else []
+        return again
 
     @contextlib.contextmanager
     def disable_edits(self) -> Iterator[EditableModel]:
