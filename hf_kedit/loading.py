@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import embedded
+from .engine.statistics import Corpus
 from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -73,3 +75,16 @@ def load_tokenizer(
 def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments of ``from_pretrained`` that concern every file of a repository."""
     return {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+
+
+def embedded_corpus(name: str, model: PreTrainedModel) -> Corpus | None:
+    """The text of the fact world for the embedded models; ``None`` for every other model."""
+    own = embedded.is_embedded(name)
+    if not own:
+        path = Path(str(getattr(model.config, "name_or_path", "")))
+        own = any(path == embedded.path(n) for n in embedded.names())
+    if not own:
+        return None
+    from .data.world_text import world_text
+
+    return Corpus("world-text-0", lambda: world_text(seed=0))

@@ -31,7 +31,7 @@ from .engine.statistics import Corpus, StatisticsStore, model_fingerprint, resol
 from .engine.weights import tensor_digest, uninterrupted
 from .errors import ConfigError, EditFailedError, KeditError, RequestError, RollbackError
 from .journal import Edit, Journal, new_id, now
-from .loading import hub_options, load_base, load_tokenizer
+from .loading import embedded_corpus, hub_options, load_base, load_tokenizer
 from .logging import get_logger, progress, warn_once
 from .lora.exchange import LoraExchange
 from .methods.base import Capabilities, Method, Workbench, method_class
@@ -568,7 +568,7 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
                 tokens=settings[1],
                 cache_dir=settings[2],
                 ridge=settings[3],
-                own_corpus=_embedded_corpus(self.base_model_id, self.base_model),
+                own_corpus=embedded_corpus(self.base_model_id, self.base_model),
                 fingerprint=self.base_fingerprint,
                 name=self.base_model_id,
             )
@@ -587,19 +587,6 @@ def _named_after(base: Any) -> type[EditableModel]:
         return self.base_model(*args, **kwargs)
 
     return type(base.__name__, (EditableModel,), {"forward": forward, "__module__": EditableModel.__module__})
-
-
-def _embedded_corpus(name: str, model: PreTrainedModel) -> Corpus | None:
-    """The text of the fact world for the embedded models; ``None`` for every other model."""
-    own = embedded.is_embedded(name)
-    if not own:
-        path = Path(str(getattr(model.config, "name_or_path", "")))
-        own = any(path == embedded.path(n) for n in embedded.names())
-    if not own:
-        return None
-    from .data.world_text import world_text
-
-    return Corpus("world-text-0", lambda: world_text(seed=0))
 
 
 def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -104,7 +104,7 @@ class EditRequest:
         portability: axis name → probes whose answer follows from the edit.
         image: path of an image relative to an image root.
         id: a name for the edit, unique within a model; made up when missing.
-        metadata: anything else; never read by a method.
+        metadata: anything else. No method reads it, except that WISE takes an irrelevant text from ``loc_prompt``.
 
     Raises:
         RequestError: if a field is missing, empty or of a wrong type.
@@ -327,6 +327,7 @@ _DESCRIPTIVE = (
     "group_index",
     "group_size",
     "target_neg",
+    "loc_prompt",
     "image_rephrase",
     "extra",
 )

@@ -477,6 +477,10 @@ class StatisticsStore:
         info_once(logger, f"second moments over {moment.count:,} tokens of {moment.source} from {self.corpus.place}")
         return moment
 
+    def corpus_texts(self) -> Iterator[str]:
+        """The texts of the corpus: the user's, the embedded model's, or what the model makes up itself."""
+        return (self.corpus or self.own_corpus or self_corpus(self.model, self.tokenizer)).texts()
+
     def _compute(self, modules: list[str]) -> None:
         width = max(_tokens_for_rank(self.model, m) for m in modules)
         corpus = self.corpus or self.own_corpus

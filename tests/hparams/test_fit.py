@@ -44,6 +44,7 @@ def llama(layers: int, width: int, inner: int, heads: int, kv: int, kind: str = 
 
 # file name → model type and sizes of the public configuration, or the layout of a stand-in and its depth
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": gpt2(12, 768, 12),
     "gpt2-medium": gpt2(24, 1024, 16),
     "gpt2-large": gpt2(36, 1280, 20),
     "gpt2-xl": gpt2(48, 1600, 25),
