@@ -30,7 +30,7 @@ from .engine.sitebook import SiteBook
 from .engine.statistics import Corpus, StatisticsStore, model_fingerprint, resolve_corpus
 from .engine.weights import tensor_digest, uninterrupted
 from .errors import ConfigError, EditFailedError, KeditError, RequestError, RollbackError
-from .journal import Edit, Journal, new_id, now
+from .journal import Edit, Journal, new_id, now, peak_memory
 from .loading import embedded_corpus, hub_options, load_base, load_tokenizer
 from .logging import get_logger, progress, warn_once
 from .lora.exchange import LoraExchange
@@ -361,7 +361,7 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
                 diagnostics={
                     **numbers,
                     "seconds": seconds / len(batch),
-                    "peak_memory_bytes": _peak_memory(),
+                    "peak_memory_bytes": peak_memory(),
                     "batch_size": len(batch),
                 },
             )
@@ -594,14 +594,3 @@ def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:
     for book in books:
         yield json.dumps(book.describe(), sort_keys=True), torch.tensor(0)
         yield from sorted(book.tensors().items(), key=lambda item: item[0])
-
-
-def _peak_memory() -> int:
-    """Peak bytes: of the accelerator during this edit where there is one, else of the process so far."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
