@@ -7,10 +7,10 @@ of each, and the new one's added (section 5.1 of the paper):
 
     W_i ← W_i − λ₁ ‖W_i‖ e_old/‖e_old‖ + λ₂ ‖W_i‖ e_new/‖e_new‖,   λ₁ = 1, λ₂ = 8
 
-``W_i`` is column i of the projection out of the MLP; a neuron is an input of that projection. Where its activation
-is negative (common in gated MLPs, which the paper did not have), the change is negated, so that it always acts in
-the direction of the new answer. The change of a layer is ``e sᵀ``, ``s`` zero off the chosen neurons: rank one, so
-that it can be taken back and exported.
+``W_i`` is column i of the projection out of the MLP, its norm that of the unedited model; a neuron is an input of that
+projection. Where its activation is negative (common in gated MLPs, which the paper did not have), the change is
+negated, so that it always acts in the direction of the new answer. The change of a layer is ``e sᵀ``, ``s`` zero off
+the chosen neurons: rank one, so that it can be taken back and exported.
 
 ``mode="compat"`` follows the rules of EasyEdit's implementation instead, for comparisons with published numbers:
 neurons before the activation, both ends of the path in the mean, greedy tokens for the old answer, and
@@ -206,7 +206,8 @@ class KN(Method):
             module = bench.anatomy.down(layer).path
             size = mask.float()
             if config.mode == "paper":
-                norms = get_weight(get_module(bench.model, module)).float().norm(dim=0).to(mask.device)
+                # of the unedited values: those of edited ones would grow eightfold with every edit of a neuron
+                norms = bench.ledger.original(module).float().norm(dim=0).to(mask.device)
                 size = size * norms * activation.sign()
             left = vector.to(mask.device).unsqueeze(1)
             deltas.append(WeightDelta(module, left=left, right=size.unsqueeze(1), owners=(0,)))

@@ -116,6 +116,17 @@ def test_the_new_answer_becomes_likelier(name: str) -> None:
     assert sum(n["target_probability_after"] > 0.5 for n in numbers) >= 2
 
 
+def test_changes_do_not_grow_from_edit_to_edit(world_gpt2: EditableModel) -> None:
+    world_gpt2.set_method(KNConfig(steps=2, integration="trapezoid"))
+    sizes = []
+    for number in range(3):
+        world_gpt2.edit(world_request().with_id(f"again {number}"))
+        sizes.append(
+            max(float(a.pieces[-1].delta.matrix().norm(dim=0).max()) for a in world_gpt2.ledger.accounts.values())
+        )
+    assert max(sizes) < 2 * sizes[0]
+
+
 def test_refining_keeps_neurons_that_wordings_share(world_gpt2: EditableModel) -> None:
     def neurons(**values: Any) -> torch.Tensor:
         world_gpt2.set_method(KNConfig(**values))
