@@ -8,6 +8,9 @@ from html import escape
 # Okabe and Ito's colours, which people with colour blindness can tell apart, without black and yellow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _BAR_WIDTH, _ROW = 190, 24
+LONG_LABEL = 30
+"""Letters from which on a label needs a wide chart."""
+_LONGEST_LABEL = 64
 
 
 def colour(index: int) -> str:
@@ -26,12 +29,14 @@ def bars(
     Args:
         rows: label, value before (or ``None``), value after (``None`` draws no bar).
         bits: the values are entropies, not fractions of 1.
-        places: label → index of its colour, so that a run has the same one in all charts; default: the row.
+        places: label → index of its colour, so that a run has the same one in all charts; default: the row. With
+            more runs than colours, all bars have the same.
     """
+    alike = len(places if places is not None else rows) > len(COLOURS)
     known = [abs(v) for _, before, after in rows for v in (before, after) if v is not None]
     top = max([*known, 1e-9]) * 1.05 if bits or any(v > 1 for v in known) else 1.0
     height = _ROW * len(rows) + 4
-    letters = min(30, max(17, *(len(label) for label, _, _ in rows)))
+    letters = min(_LONGEST_LABEL, max(17, *(len(label) for label, _, _ in rows)))
     margin = 7 * letters
     width = margin + _BAR_WIDTH + 60
     parts = []
@@ -46,9 +51,10 @@ def bars(
             length = max(0.0, min(1.0, after / top)) * _BAR_WIDTH
             shown = f"{after:.2f}" if bits else f"{100 * after:.1f}"
             old = "" if before is None else f"; before {before:.2f}" if bits else f"; before {100 * before:.1f}"
+            ink = colour(0 if alike else _place(places, label, index))
             parts.append(
                 f'<rect x="{margin}" y="{y + 1}" width="{length:.1f}" height="{_ROW - 8}" rx="2"'
-                f' fill="{colour(_place(places, label, index))}"><title>{escape(label)}: {shown}{old}</title></rect>'
+                f' fill="{ink}"><title>{escape(label)}: {shown}{old}</title></rect>'
             )
             parts.append(f'<text x="{margin + _BAR_WIDTH + 8}" y="{y + 13}">{shown}</text>')
         if before is not None:

@@ -45,6 +45,8 @@ class Comparison:
                 self.reports[label] = report
         if not self.reports or not any(r.records for r in self.reports.values()):
             raise EvaluationError("there is nothing to compare: no report has a record")
+        self.empty = {label: report for label, report in self.reports.items() if not report.records}
+        """Reports without a record, because no edit could be made."""
         self.reports = {label: report for label, report in self.reports.items() if report.records}
 
     @property

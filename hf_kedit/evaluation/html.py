@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from . import metrics
-from .charts import bars, curves
+from .charts import LONG_LABEL, bars, curves
 from .report import EvaluationReport
 from .summaries import LABELS, extra_sections, percent, shown
 
@@ -35,6 +35,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } p.note, .soft { color: var(--soft
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px }
+.panels.wide { grid-template-columns: repeat(auto-fill, minmax(540px, 1fr)) }
 .panel { background: var(--panel); border-radius: 8px; padding: 10px 12px } .panel svg { width: 100%; height: auto }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif } svg .soft { fill: var(--soft) }
 svg .grid { stroke: var(--line); stroke-width: 1 } svg .before { stroke: var(--ink); stroke-width: 2 }
@@ -85,12 +86,20 @@ def _subtitle(comparison: Comparison) -> str:
     models = dict.fromkeys(str(r.meta.get("model") or "a model in memory") for r in comparison.reports.values())
     count = len(comparison.reports)
     runs = "1 run" if count == 1 else f"{count} runs"
+    empty = "".join(
+        f'<p class="warning">{escape(label)}: no edit could be made ({escape(_first_reason(report))})</p>'
+        for label, report in comparison.empty.items()
+    )
     return (
-        f'<p class="soft">{runs} on {escape(", ".join(models))}</p>'
+        f'<p class="soft">{runs} on {escape(", ".join(models))}</p>{empty}'
         '<p class="note">Reliability: does the edited prompt give the new answer? Generalization: do other wordings?'
         " Locality: does everything else stay as the unedited model had it (agreement; whether it was right plays no"
         " role)? Portability: do facts that follow hold? Numbers of different protocols are not comparable.</p>"
     )
+
+
+def _first_reason(report: EvaluationReport) -> str:
+    return next((str(failed["reason"]) for failed in report.meta.get("failed") or ()), "nothing was measured")
 
 
 # ---------------------------------------------------------------------- means
@@ -114,6 +123,7 @@ def _means(comparison: Comparison, protocol: str, when: str) -> str:
         rows = [(label, *row.get(key, (None, None))) for label, row in found.items()]
         chart = bars(rows, bits=key[0] == "fluency", places=places)
         panels.append(f'<div class="panel"><strong>{escape(label_of(*key))}</strong>{chart}</div>')
+    wide = " wide" if any(len(label) > LONG_LABEL for label in found) else ""
     unit = "Bits." if all(section == "fluency" for section, _ in columns) else "Percentages."
     head = "".join(f'<th class="n">{escape(label_of(*key))}</th>' for key in columns)
     body = []
@@ -126,7 +136,7 @@ def _means(comparison: Comparison, protocol: str, when: str) -> str:
         body.append(f'<tr><td>{escape(label)}</td><td class="n">{summary["n"]}{failed}</td>{cells}</tr>')
     return (
         f"<h2>{escape(protocol)} <span class='soft'>({escape(str(scorer))}), {escape(when)}</span></h2>"
-        f'<div class="panels">{"".join(panels)}</div>'
+        f'<div class="panels{wide}">{"".join(panels)}</div>'
         f'<p class="note">{unit} The stroke across a bar, and the number in brackets: before the edits.</p>'
         f'<div class="scroll"><table><tr><th></th><th class="n">edits</th>{head}<th class="n">s / edit</th></tr>'
         f"{''.join(body)}</table></div>"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -79,6 +84,44 @@ def test_shards_share_one_folder(sweep, counted):
     run_bench(plan, shard="2/2", progress=False)
     assert len(counted) == 4 and len(set(counted)) == 4
     assert len(collect_bench(plan).reports) == 4
+
+
+def without_times(value):
+    """A copy without what differs from run to run: seconds."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if "seconds" not in k and k != "time"}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_same_report(sweep, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(sweep))
+    environment = {**os.environ, "PYTHONPATH": str(Path(bench_module.__file__).parents[2])}
+    command = [sys.executable, "-m", "hf_kedit.cli", "bench", str(file), "--format", "quiet"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        written = Path(sweep["output_dir"]).glob
+        while not any(f.stat().st_size for f in written("*/results.jsonl")):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.01)
+        process.kill()  # SIGKILL: nothing is cleaned up
+        process.wait()
+    plan = BenchPlan.from_file(file)
+    half = next(f for f in written("*/results.jsonl") if f.stat().st_size)
+    assert collect_bench(plan).missing
+    with half.open("a") as cut:
+        cut.write('{"step": 2, "rec')  # as if killed in the middle of a line
+    resumed = run_bench(plan, progress=False)
+    whole = run_bench(plan, tmp_path / "undisturbed", progress=False)
+    assert len(resumed.reports) == len(whole.reports) == 4
+    assert without_times(resumed.comparison().rows()) == without_times(whole.comparison().rows())
+    for (_, again), (_, once) in zip(resumed.reports, whole.reports, strict=True):
+        assert _facts(again) == _facts(once)
+
+
+def _facts(report):
+    """All records but for ids that are drawn, and seconds."""
+    records = without_times(report.records)
+    return [{**record, "edit": record["edit"]["method"]} for record in records]
 
 
 def test_a_run_that_fails_does_not_stop_the_others(sweep, monkeypatch):

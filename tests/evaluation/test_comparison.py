@@ -176,6 +176,25 @@ def test_what_cannot_be_compared(comparison):
         Comparison([EvaluationReport([], {})])
 
 
+def test_a_run_in_which_every_edit_failed_is_named(comparison):
+    failed = {"failed": [{"case_id": 0, "id": None, "reason": "EditFailedError: one <fact> at a time"}]}
+    both = Comparison({**comparison.reports, "broken": EvaluationReport([], failed)})
+    assert list(both.empty) == ["broken"] and "broken" not in both.reports
+    page = both.to_html(max_cases=0)
+    Page(page)
+    assert "broken: no edit could be made (EditFailedError: one &lt;fact&gt; at a time)" in page
+
+
+def test_many_runs_and_long_labels_stay_legible(comparison):
+    report = comparison.reports["weak"]
+    label = "a method with hyperparameters · a model of some organisation"
+    few = Comparison({label: report, "short": report}).to_html(max_cases=0)
+    assert "panels wide" in few and f">{label}</text>" in few
+    assert "panels wide" not in comparison.to_html(max_cases=0)
+    many = bars([(str(i), None, 0.5) for i in range(len(COLOURS) + 1)])
+    assert COLOURS[0] in many and COLOURS[1] not in many
+
+
 def test_charts_bear_what_is_missing_or_out_of_range():
     Page(bars([("a", None, None), ("b" * 50, -0.5, 1.5), ("<c>", 0.1, 0.2)]))
     assert 'width="95.0"' in bars([("a", None, 0.5)])  # half of the width of a full bar
