@@ -73,24 +73,27 @@ def model_card(
         results: the numbers.
     """
     base = config["base_model_name_or_path"]
-    is_adapter = "adapter_config.json" in config["files"]
+    at_sites = bool(config.get("tensors_in_adapter"))
+    is_adapter = "adapter_config.json" in config["files"] and not at_sites
     data = ModelCardData(
         library_name="hf_kedit",
         base_model=base if _is_hub_id(base) else None,
         base_model_relation="adapter" if _is_hub_id(base) else None,
         pipeline_tag=_pipeline_tag(config),
-        tags=["knowledge-editing", config["method"], *(("peft", "lora") if is_adapter else ())],
+        tags=["knowledge-editing", config["method"], *(("peft", "lora") if is_adapter else ())] + ["peft"] * at_sites,
         model_name=model_name,
         eval_results=list(results) or None,
     )
     touched = "\n".join(
         f"- `{key}` {tuple(m['shape'])}, {'rank ' + str(m['rank']) if m['rank'] else 'dense'}"
         for key, m in config["modules"].items()
-    )
+    ) or "\n".join(f"- none; edits act at run time at `{path}`" for path in _sites(config))
     shown_base = base or "a model that was in memory"
     first = edits[0].id if edits else "edit-id"
     here = repo_id or HERE
     load_base = "" if base else ", base_model=model"
+    elsewhere = _without_library(base, here) if is_adapter else _ONLY_WITH_LIBRARY.format(here=here)
+    elsewhere = _with_peft(here) if at_sites else elsewhere
     return f"""---
 {data.to_yaml()}
 ---
@@ -113,7 +116,7 @@ with model.disable_edits():      # the original model, for comparison
     ...
 ```
 
-{_without_library(base, here) if is_adapter else _ONLY_WITH_LIBRARY.format(here=here)}
+{elsewhere}
 ## Undo
 
 `model.rollback("all")` restores the bits of the base model, `model.rollback("{first}")` takes one edit back. An
@@ -127,6 +130,28 @@ earlier version of a repository is loaded with `from_pretrained(…, revision="i
 {touched}
 
 {_numbers(results)}"""
+
+
+def _with_peft(here: str) -> str:
+    """How edits at sites are used through PEFT."""
+    return f"""With `hf_kedit` imported, the folder is also an adapter for PEFT and transformers; outputs are the same:
+
+```python
+import hf_kedit
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "{here}")      # or base.load_adapter("{here}")
+```
+
+Without `import hf_kedit` PEFT does not know the type of this adapter.
+
+"""
+
+
+def _sites(config: Mapping[str, Any]) -> list[str]:
+    """Names of the modules at which edits act at run time."""
+    memories = config.get("books", {}).get("adapter", {}).get("memories", [])
+    return [path for memory in memories for path in memory["modules"]]
 
 
 def merged_card(config: dict[str, Any], edits: Sequence[Edit]) -> str:

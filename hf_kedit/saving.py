@@ -6,7 +6,8 @@
     edits.jsonl              the journal, one edit a line
     README.md                the model card
     adapter_config.json      where every change is low-rank: the same edits as a plain LoRA adapter, for PEFT,
-    adapter_model.safetensors    AutoModel and pipelines without this library; not read here
+    adapter_model.safetensors    AutoModel and pipelines without this library; not read here. Where all edits are one
+                             memory at sites: its tensors, as an adapter for PEFT with this library
 
 Writing is atomic. Loading checks schema, hashes, shapes and the fingerprints of the touched base weights before
 anything is changed. Nothing is unpickled, and no name from a file is used as a path.
@@ -38,6 +39,7 @@ from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger
 from .lora.build import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_files, build_adapter, is_low_rank
 from .repository import cached_commit
+from .site_files import adapter_config_of, as_adapter_tensors, config_bytes, from_adapter_tensors
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -98,8 +100,9 @@ def artifact_files(
         report: an evaluation of them, for the card.
     """
     tensors = {STATE + name: value.cpu().contiguous() for name, value in model.method_state().items()}
-    for book in model.books.values():
-        tensors |= book.tensors()
+    adapter = adapter_config_of(model)
+    for kind, book in model.books.items():
+        tensors |= {} if adapter and kind == "adapter" else book.tensors()
     files = {
         # One entry of metadata only: safetensors writes several in an order that changes from run to run.
         WEIGHTS: dump_tensors(tensors, metadata={"format": "pt"}),
@@ -107,7 +110,10 @@ def artifact_files(
     }
     if is_low_rank(model):
         files |= adapter_files(model, build_adapter(model))
-    config = _describe(model)
+    if adapter is not None:
+        files[ADAPTER_CONFIG] = config_bytes(adapter)
+        files[ADAPTER_WEIGHTS] = dump_tensors(as_adapter_tensors(model.sites.tensors()), metadata={"format": "pt"})
+    config = _describe(model) | {"tensors_in_adapter": adapter is not None}
     config["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files |= card_files(config, model.edits, repo_id=repo_id, report=report)
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode("utf-8")
@@ -246,7 +252,8 @@ def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes 
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{source}: {CONFIG} is not JSON: {error}") from error
     _check_schema(source, config)
-    raw = {name: get(name) for name in (WEIGHTS, JOURNAL)}
+    beside = (ADAPTER_WEIGHTS,) if config.get("tensors_in_adapter") is True else ()
+    raw = {name: get(name) for name in (WEIGHTS, JOURNAL, *beside)}
     for name, digest in config["files"].items():
         if name in raw and hashlib.sha256(raw[name]).hexdigest() != digest:
             raise ArtifactError(
@@ -254,6 +261,8 @@ def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes 
             )
     try:
         tensors = load_tensors(raw[WEIGHTS])
+        for name in beside:
+            tensors |= from_adapter_tensors(load_tensors(raw[name]))
         journal = Journal.from_jsonl(raw[JOURNAL].decode("utf-8"))
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{source}: damaged file: {error}") from error

@@ -27,7 +27,8 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"locate"},
     {"methods"},
-    {"model", "journal", "saving", "loading", "card", "sharing", "packs", "lora"},
+    {"model", "journal", "saving", "loading", "card", "sharing", "packs", "lora"}
+    | {"site_files", "site_adapters", "peft_types"},
     {"evaluation", "compat", "training", "hub", "decoding", "tracing"},
     {"cli", "demo"},
     {"", "__main__"},  # the package itself: hf_kedit/__init__.py shows the public names of all floors

@@ -109,6 +109,11 @@ def register_memory(cls: type[T]) -> type[T]:
     return cls
 
 
+def memory_kind(name: str) -> type[SiteMemory]:
+    """The memory of a kind."""
+    return _KINDS[name]
+
+
 @dataclass(frozen=True)
 class SiteEntry:
     """A change of a memory, as a method returns it.
@@ -131,7 +136,7 @@ class SiteBook:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.sites = Sites(model)
+        self.sites = Sites.of(model)
         self.memories: dict[str, SiteMemory] = {}
         self._attached: dict[str, SiteMemory] = {}
 

@@ -200,6 +200,12 @@ class Sites:
         self._disabled = 0
         self._held: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Sites:
+        """The sites that a model has already, or new ones."""
+        owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, cls)), None) or cls(model)
+
     @property
     def paths(self) -> dict[str, str]:
         """Wrapped modules and the owner of each."""

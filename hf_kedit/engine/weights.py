@@ -42,6 +42,8 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its matrix as ``[d_in, d_out]``; decided by its type, never by its shape."""
+    inner = getattr(module, "get_base_layer", None)  # of a layer that PEFT has put around it
+    module = inner() if callable(inner) else module
     return module.transposed if isinstance(module, ExpertSlice) else isinstance(module, Conv1D)
 
 
