@@ -1,0 +1,211 @@
+"""CaliNet (Dong et al. 2022, "Calibrating Factual Knowledge in Pretrained Language Models", arXiv 2210.03329).
+
+A second, small feed-forward layer runs beside the one of chosen layers and is trained on a batch of facts, everything
+else frozen:
+
+    FFN'(x) = FFN(x) + act(x K) V
+
+The paper calibrates T5; here the layers are those of decoder-only models. Where the model's own feed-forward layers
+are gated, so is the new one: ``act(x K) ⊙ (x G)``. ``V`` starts at 0, so that an untrained layer changes nothing.
+Every batch brings ``slots`` neurons of its own and leaves those of earlier batches frozen, so that batches follow one
+another and each can be taken back exactly. Trained with Adam (the paper: Adafactor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+
+from ..config import EditConfig, ModelProfile
+from ..engine.activations import hidden_activation
+from ..engine.examples import row_means
+from ..engine.neurons import NeuronGroup
+from ..engine.replay import Replay, ReplayRow
+from ..engine.rows import Row, check_lengths, rewrite_row
+from ..engine.sitebook import SiteEntry
+from ..errors import EditFailedError
+from ..logging import progress_bar
+from ..requests import EditRequest
+from .base import Capabilities, Method, Outcome, register_method
+from .side_neurons import Calibration, mlp_path
+
+
+@dataclass
+class CaliNetConfig(EditConfig):
+    """Hyperparameters of CaliNet. ``batch_size`` rows share a forward pass (64 by default).
+
+    Args:
+        slots: neurons per batch of edits and layer; the paper takes 64 for 100 facts.
+        lr: Adam's learning rate.
+        num_steps: largest number of passes over the batch.
+        stop_loss: training ends when the mean loss of a pass falls below.
+        gated: gate the new neurons; ``None``: where the model's own layer is gated.
+        context_templates: texts with ``{}`` to put edits in; ``None``: the bare prompt and short generated contexts.
+        context_lengths: (tokens, number) of generated contexts.
+    """
+
+    edit_type: ClassVar[str] = "calinet"
+
+    slots: int = 64
+    lr: float = 1e-3
+    num_steps: int = 200
+    stop_loss: float = 1e-2
+    gated: bool | None = None
+    context_templates: list[str] | None = None
+    context_lengths: list[tuple[int, int]] = field(default_factory=lambda: [(5, 2)])
+
+    def validate(self) -> None:
+        """Check ranges."""
+        super().validate()
+        self._require_positive("slots", "lr", "num_steps")
+        self._require_positive("stop_loss", zero=True)
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """The last layer, as published for T5-base."""
+        return {"layers": [profile.num_layers - 1]}
+
+
+@register_method
+class CaliNet(Method):
+    """CaliNet."""
+
+    config: CaliNetConfig
+    config_class = CaliNetConfig
+    capabilities = Capabilities(
+        name="CaliNet",
+        kind="adapter",
+        batch=True,
+        sequential=True,
+        needs_subject=False,
+        low_rank=False,
+        paper="Dong et al. 2022, arXiv 2210.03329",
+        summary="a small feed-forward layer beside the last one, trained on a batch of facts",
+    )
+
+    @cached_property
+    def paths(self) -> dict[str, int]:
+        """Feed-forward module → index of its layer, from the bottom up."""
+        return {mlp_path(self.bench.anatomy, layer, "CaliNet"): layer for layer in sorted(self.config.layers or [])}
+
+    def edited_modules(self) -> list[str]:
+        """The feed-forward modules."""
+        return list(self.paths)
+
+    def site(self) -> Calibration:
+        """The side layers in the model, or none yet."""
+        new = Calibration(list(self.paths), {}, hidden_activation(self.bench.model.config))
+        found = self.bench.sites.find(new.key)
+        return found if isinstance(found, Calibration) and found.paths == new.paths else new
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check the layers and every request."""
+        self.site()
+        rows = [rewrite_row(self.bench.tokenizer, r, "{}", owner=i, fact_token="last") for i, r in enumerate(requests)]
+        check_lengths(self.bench.model, rows, requests)
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Train new neurons on a batch."""
+        bench, config, site = self.bench, self.config, self.site()
+        rows = self._rows(requests)
+        size = config.batch_size or 64
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        replays = [self._replay(chunk) for chunk in chunks]
+        neurons = self._start(len(site.edit_ids))
+        parameters = [t for g in neurons.values() for t in (g.keys, g.values, g.gates) if t is not None]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        before = [_row_losses(r.base_logits, c) for r, c in zip(replays, chunks, strict=True)]
+        optimiser = torch.optim.Adam(parameters, lr=config.lr)
+        losses: list[float] = []
+        with (
+            bench.sites.trying(site.functions_with(lambda path: neurons[path]), instead_of=site),
+            progress_bar(config.num_steps, "calibrating", show=bench.show_progress) as bar,
+        ):
+            for _ in range(config.num_steps):
+                total = 0.0
+                for replay, chunk in zip(replays, chunks, strict=True):
+                    per_row = _row_losses(replay.logits({}), chunk)
+                    if not bool(torch.isfinite(per_row).all()):
+                        raise EditFailedError("CaliNet: the loss became NaN or infinite; lower lr")
+                    optimiser.zero_grad()
+                    per_row.mean().backward()
+                    optimiser.step()
+                    total += float(per_row.detach().sum())
+                losses.append(total / len(rows))
+                bar.update(1)
+                if losses[-1] < config.stop_loss:
+                    break
+            with torch.no_grad():
+                after = [_row_losses(r.logits({}), c) for r, c in zip(replays, chunks, strict=True)]
+        found = {path: group.detached() for path, group in neurons.items()}
+        probabilities = [_bare(torch.cat(losses_), rows, len(requests)) for losses_ in (before, after)]
+        diagnostics = [
+            {
+                "loss": [round(x, 6) for x in losses],
+                "target_probability_before": first,
+                "target_probability_after": last,
+                "steps": len(losses),
+            }
+            for first, last in zip(*probabilities, strict=True)
+        ]
+        return Outcome([], diagnostics, [SiteEntry(site, found)])
+
+    def _replay(self, rows: Sequence[Row]) -> Replay:
+        """The model from the lowest calibrated layer on, earlier batches in effect."""
+        replayed = [ReplayRow(r.ids, 0, r.positions) for r in rows]
+        bench = self.bench
+        return Replay(bench.model, bench.anatomy, replayed, min(self.paths.values()), (), fill=bench.fill)
+
+    def _rows(self, requests: Sequence[EditRequest]) -> list[Row]:
+        """Every request in every context; the bare prompt first, unless the user left it out."""
+        groups = self.bench.context_templates(
+            self.config.context_templates, self.config.context_lengths, self.config.seed
+        )
+        templates = [t for group in groups for t in group]
+        return [
+            rewrite_row(
+                self.bench.tokenizer,
+                request,
+                template,
+                owner=i,
+                template_index=j,
+                fact_token="last",
+                separator=self.config.separator,
+            )
+            for i, request in enumerate(requests)
+            for j, template in enumerate(templates)
+        ]
+
+    def _start(self, number: int) -> dict[str, NeuronGroup]:
+        """New neurons at every layer; ``number`` edits came before them."""
+        bench, config = self.bench, self.config
+        generator = torch.Generator().manual_seed(config.seed + number)
+        width = bench.anatomy.hidden_size
+        found = {}
+        for path, layer in self.paths.items():
+            device = next(bench.model.get_submodule(path).parameters()).device
+            gated = bench.anatomy.layer(layer).gated if config.gated is None else config.gated
+            keys, gates = (torch.randn(config.slots, width, generator=generator) * width**-0.5 for _ in range(2))
+            values = torch.zeros(config.slots, width, device=device)
+            found[path] = NeuronGroup((), keys.to(device), values, gates=gates.to(device) if gated else None)
+        return found
+
+
+def _row_losses(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Mean negative log-likelihood of each row's target, ``[rows]``."""
+    targets = torch.tensor([t for r in rows for t in r.targets], device=logits.device)
+    owners = torch.tensor([i for i, r in enumerate(rows) for _ in r.targets], device=logits.device)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return row_means(losses, owners, len(rows))
+
+
+def _bare(losses: torch.Tensor, rows: Sequence[Row], count: int) -> list[float]:
+    """Probability of each request's target in its first context."""
+    found = dict[int, float]()
+    for loss, row in zip(losses.tolist(), rows, strict=True):
+        found.setdefault(row.owner, float(torch.tensor(-loss).exp()))
+    return [found[i] for i in range(count)]
