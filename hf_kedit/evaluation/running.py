@@ -52,8 +52,11 @@ class Work:
 
 @contextlib.contextmanager
 def restored(model: EditableModel, keep: bool = False) -> Iterator[None]:
-    """Roll back the edits that are made inside, whatever happens; with ``keep`` only if something fails."""
-    before = {edit.id for edit in model.edits}
+    """Roll back the edits that are made inside, whatever happens; with ``keep`` only if something fails.
+
+    What the method has learnt from them (UltraEdit's running statistics) is taken back too.
+    """
+    before, state = {edit.id for edit in model.edits}, model.method_state()
     done = False
     try:
         yield
@@ -62,6 +65,7 @@ def restored(model: EditableModel, keep: bool = False) -> Iterator[None]:
         new = [edit.id for edit in model.edits if edit.id not in before]
         if new and not (keep and done):
             model.rollback(new)
+            model.restore_method_state(state)
 
 
 @dataclass

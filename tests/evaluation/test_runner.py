@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from hf_kedit.data import FEATURES, row_from_request
+from hf_kedit.data import FEATURES, load_edit_dataset, row_from_request
 from hf_kedit.errors import DataError, EvaluationError, RequestError
 from hf_kedit.evaluation import Generation, TeacherForced, evaluate_edits, metrics
 from hf_kedit.requests import load_requests
@@ -287,3 +287,15 @@ def test_bad_scorers():
         TeacherForced(scorer="contains")
     with pytest.raises(EvaluationError, match="Did you mean 'contains'"):
         Generation(scorer="contain")
+
+
+def test_what_a_method_learns_is_taken_back_too(world_gpt2, cache):
+    """Otherwise a run would depend on the runs before it."""
+    world_gpt2.set_method("ultraedit")
+    facts = load_edit_dataset("world", limit=2)
+    reports = [evaluate_edits(world_gpt2, facts, setting=s, cache=cache, progress=False) for s in ("batch", "single")]
+    assert world_gpt2.method_state() == {}
+    again = evaluate_edits(world_gpt2, facts, setting="batch", cache=cache, progress=False)
+    assert again.summary()["post"] == reports[0].summary()["post"]
+    evaluate_edits(world_gpt2, facts, setting="sequential", keep_edits=True, cache=cache, progress=False)
+    assert world_gpt2.method_state() and len(world_gpt2.edits) == 2
