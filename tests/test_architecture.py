@@ -39,6 +39,7 @@ LATE_IMPORTS = {
     ("hf_kedit.config", "hf_kedit.methods"),  # looking a method up by its name loads the methods that register
 }
 
+CONVERTER = PACKAGE / "methods" / "editor_convert.py"  # reads others' archives with weights_only=True
 WEIGHT_FILE = PACKAGE / "engine" / "weights.py"
 PICKLE_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -107,9 +108,13 @@ def _upward(module: str, tree: ast.AST, is_package: bool, known: frozenset[str])
     return wrong
 
 
-def _forbidden(tree: ast.AST, *, may_touch_weights: bool = False) -> list[str]:
+def _forbidden(tree: ast.AST, *, may_touch_weights: bool = False, may_convert: bool = False) -> list[str]:
     """Return what a library file must not do: print, unpickle, and reach into a weight."""
     found = []
+    calls = [n for n in ast.walk(tree) if may_convert and isinstance(n, ast.Call)]
+    tensors_only = {
+        id(c.func) for c in calls if any(k.arg == "weights_only" and _is_true(k.value) for k in c.keywords)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id == "print":
@@ -119,14 +124,15 @@ def _forbidden(tree: ast.AST, *, may_touch_weights: bool = False) -> list[str]:
                     found.append(f"line {node.lineno}: allow_pickle; safetensors only")
         elif isinstance(node, ast.Attribute):
             owner = node.value
-            if node.attr in ("load", "save") and isinstance(owner, ast.Name) and owner.id == "torch":
+            on_torch = isinstance(owner, ast.Name) and owner.id == "torch"
+            if node.attr in ("load", "save") and on_torch and id(node) not in tensors_only:
                 found.append(f"line {node.lineno}: torch.{node.attr}; safetensors only")
             is_weight = isinstance(owner, ast.Attribute) and owner.attr in ("weight", "bias")
             if node.attr == "data" and is_weight and not may_touch_weights:
                 found.append(f"line {node.lineno}: .{owner.attr}.data; read and write weights with engine/weights.py")
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.split(".")[0] in PICKLE_MODULES:
+                if alias.name.split(".")[0] in PICKLE_MODULES and not (may_convert and alias.name == "pickle"):
                     found.append(f"line {node.lineno}: import {alias.name}; nothing is unpickled")
         elif isinstance(node, ast.ImportFrom) and not node.level:
             if (node.module or "").split(".")[0] in PICKLE_MODULES:
@@ -134,6 +140,10 @@ def _forbidden(tree: ast.AST, *, may_touch_weights: bool = False) -> list[str]:
             if node.module == "torch" and {a.name for a in node.names} & {"load", "save"}:
                 found.append(f"line {node.lineno}: torch.load/save; safetensors only")
     return found
+
+
+def _is_true(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
 
 
 def _is_false(node: ast.expr) -> bool:
@@ -207,7 +217,7 @@ def _circle(graph: dict[str, set[str]]) -> list[str]:
 @pytest.mark.parametrize("name", sorted(_modules()))
 def test_nothing_forbidden(name: str) -> None:
     path = _modules()[name]
-    assert not _forbidden(_tree(path), may_touch_weights=path == WEIGHT_FILE)
+    assert not _forbidden(_tree(path), may_touch_weights=path == WEIGHT_FILE, may_convert=path == CONVERTER)
 
 
 def test_files_stay_readable() -> None:
@@ -291,3 +301,10 @@ def test_something_harmless_is_not_forbidden() -> None:
     source = "import torch\nlogger.info('print(x)')\nself.data.load()\nnp.load(f, allow_pickle=False)\nrow.data['x']"
     assert not _forbidden(ast.parse(source))
     assert not _forbidden(ast.parse("module.weight.data = x"), may_touch_weights=True)
+
+
+def test_the_converter_reads_tensors_only() -> None:
+    assert not _forbidden(ast.parse("torch.load(p, weights_only=True)"), may_convert=True)
+    assert _forbidden(ast.parse("torch.load(p, weights_only=True)"))
+    assert _forbidden(ast.parse("torch.load(p)"), may_convert=True)
+    assert _forbidden(ast.parse("torch.load(p, weights_only=False)"), may_convert=True)

@@ -7,7 +7,22 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import artifacts, bench, convert, demo, edit, evaluate, hub, inspect, methods, metrics, stats, trace, train
+from . import (
+    artifacts,
+    bench,
+    convert,
+    convert_editor,
+    demo,
+    edit,
+    evaluate,
+    hub,
+    inspect,
+    methods,
+    metrics,
+    stats,
+    trace,
+    train,
+)
 
 app = typer.Typer(
     name="kedit",
@@ -50,6 +65,7 @@ app.command("stats")(stats.stats)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
+app.command("convert-editor")(convert_editor.convert_editor)
 app.command("metrics")(metrics.metrics)
 
 

@@ -11,6 +11,7 @@ from hf_kedit import EditableModel
 from hf_kedit.engine.gradients import low_rank_paths
 from hf_kedit.engine.supervised import IGNORE, Batch, logits_where, score
 from hf_kedit.engine.weights import get_module, is_transposed
+from hf_kedit.methods.editor_convert import convert_mend, renamed
 from hf_kedit.methods.mend import MENDConfig, MENDEditor
 from tests.golden_cases import Case
 
@@ -32,46 +33,12 @@ def batch_of(case: Case, kind: str, model: Any) -> Batch:
 
 
 def editor_of(case: Case, model: Any) -> MENDEditor:
-    """The recorded network; the reference adds its updates, so its step sizes change their sign here."""
-    hp = case.spec["hyperparameters"]
-    modules = [name.removesuffix(".weight") for name in case.spec["inner_params"]]
-    config = MENDConfig(
-        modules=modules, rank=hp["rank"], shared=hp["shared"], combine=hp["combine"], dead_std=0.0, edit_weight=0.1
-    )
-    editor = MENDEditor.for_model(model, config)
-    state = {}
-    for name, value in recorded(case, "hypernet.").items():
-        state[name] = value if name in editor.state_dict() else None
-    editor.load_state_dict({k: v for k, v in state.items() if v is not None})
-    return editor
+    """The recorded network; the reference adds its updates, so its step sizes change their sign on the way."""
+    return convert_mend(recorded(case, "hypernet."), model, case.spec["inner_params"])
 
 
-def recorded(case: Case, prefix: str, buffers: bool = True) -> dict[str, torch.Tensor]:
-    """Tensors of the reference network under a prefix, by the names that they have in ours."""
-    found: dict[str, torch.Tensor] = {}
-    moments: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in case.expected.items():
-        if not name.startswith(prefix):
-            continue
-        rest = name.removeprefix(prefix)
-        if rest == "edit_lrs":
-            found["edit_lrs"] = -value
-            continue
-        key, _, leaf = rest.partition(".")
-        key = key.removesuffix("#weight").replace("#", "/").strip("()").replace(", ", "x")
-        if leaf in ("u_mean", "v_mean", "u_s", "v_s", "k"):
-            moments.setdefault(key, {})[leaf] = value
-        elif leaf not in ("u_std", "v_std"):
-            net, _, part = leaf.partition(".layers.")
-            number = {"mlp": 0, "mlp1": 0, "mlp2": 1}[net]
-            layer, _, tensor = part.partition(".")
-            tensor = {"mode_scale.weight": "scale", "mode_shift.weight": "shift"}.get(tensor, tensor)
-            found[f"nets.{key}.nets.{number}.{layer}.{tensor}"] = value
-    for key, m in moments.items():
-        found[f"nets.{key}.norm.mean"] = torch.cat([m["u_mean"], m["v_mean"]])
-        found[f"nets.{key}.norm.spread"] = torch.cat([m["u_s"], m["v_s"]])
-        found[f"nets.{key}.norm.count"] = m["k"].double().squeeze()
-    return found
+def recorded(case: Case, prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in case.expected.items() if k.startswith(prefix)}
 
 
 def close(case: Case, expected: torch.Tensor, actual: torch.Tensor, label: str, kind: str = "tensor") -> None:
@@ -126,14 +93,15 @@ def test_training_step(name: str) -> None:
     output.loss.backward()
     close(case, case.expected["train.l_edit"], output.edit_loss, "l_edit", "loss")
     close(case, case.expected["train.l_loc"], output.locality_loss, "l_loc", "loss")
-    expected = recorded(case, "train.grad.")
+    expected, _, _ = renamed(recorded(case, "train.grad."))
     found = {n: p.grad for n, p in editor.named_parameters()}
     assert expected.keys() == found.keys()
     for label, value in expected.items():
         assert found[label] is not None, label
         close(case, value, found[label], f"gradient {label}")
     buffers = dict(editor.named_buffers())
-    for label, value in recorded(case, "train.buffers_after.").items():
+    after, _, _ = renamed(recorded(case, "train.buffers_after."))
+    for label, value in after.items():
         close(case, value, buffers[label], label)
     assert all(p.grad is None for p in model.parameters())
 

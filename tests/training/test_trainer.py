@@ -137,7 +137,7 @@ def test_two_processes_are_one_with_a_doubled_batch(tmp_path: Path) -> None:
         "trainer.train(); trainer.save_model()\n",
         encoding="utf-8",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*command, str(script), str(tmp_path / "two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one = make_trainer(tmp_path / "one", max_steps=4, per_device_train_batch_size=4)
