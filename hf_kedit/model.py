@@ -402,9 +402,11 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
         """
         ids = self.journal.select(which)
         gone = [e for e in self.journal if e.id in set(ids)]
+        weights = self.ledger.modules_of(ids)
         with uninterrupted():
             remove_from(self.books.values(), ids)
             self.journal.drop(ids)
+        self.sites.warn_of_weight_rollback(weights)
         return gone
 
     def rebuild_without(self, edit_id: str, *, show_progress: bool = True) -> list[Edit]:

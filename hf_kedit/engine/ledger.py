@@ -68,6 +68,12 @@ class Ledger:
         found = [p.delta.keys for p in account.pieces if p.delta.keys is not None] if account else []
         return torch.cat([k.to("cpu") for k in found], dim=1) if found else None
 
+    def modules_of(self, edit_ids: Sequence[str]) -> list[str]:
+        """Modules whose weights these edits have changed."""
+        wanted = set(edit_ids)
+        accounts = self.accounts.values()
+        return [a.module for a in accounts if any(not wanted.isdisjoint(p.members) for p in a.pieces)]
+
     def check_editable(self, module: str, name: str = "weight") -> None:
         """Raise if the parameter must not be written.
 

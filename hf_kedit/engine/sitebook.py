@@ -8,7 +8,7 @@ writes it to files, and takes it off the model without a trace when its last edi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
@@ -25,11 +25,13 @@ from ..errors import (
     NonFiniteError,
     WeightError,
 )
+from ..logging import get_logger
 from .books import Saved, check_known
 from .sites import SiteFunction, Sites
 from .statistics import model_fingerprint
 from .weights import get_module, get_weight, tensor_digest, uninterrupted
 
+logger = get_logger(__name__)
 T = TypeVar("T", bound="SiteMemory")
 _KINDS: dict[str, type[SiteMemory]] = {}
 
@@ -230,15 +232,28 @@ class SiteBook:
         Raises:
             ConfigError: naming the wrapped module.
         """
+        for module, path in self._beneath(modules):
+            raise ConfigError(
+                f"{module} lies below {path}, whose edits recognise prompts by what reaches them: changing it would"
+                " make them miss. Edit a layer above, or roll those edits back, change the weights, and make them"
+                " again"
+            )
+
+    def warn_of_weight_rollback(self, modules: Sequence[str]) -> None:
+        """Tell the user if edits at wrapped modules were made with weight edits in place that are gone now."""
+        for module, path in self._beneath(modules):
+            logger.warning(
+                "%s is back to what it was, and the edits at %s were made when it was not: they recognise prompts by"
+                " what reaches them and may miss. Roll them back and make them again",
+                module,
+                path,
+            )
+
+    def _beneath(self, modules: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Pairs of one of ``modules`` and a wrapped module that comes after it."""
         order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
         for path in self.sites.paths:
-            below = next((m for m in modules if order.get(m, -1) <= order[path]), None)
-            if below is not None:
-                raise ConfigError(
-                    f"{below} lies below {path}, whose edits recognise prompts by what reaches them: changing it would"
-                    " make them miss. Edit a layer above, or roll those edits back, change the weights, and make them"
-                    " again"
-                )
+            yield from ((m, path) for m in modules if order.get(m, -1) <= order[path])
 
     # ------------------------------------------------------------------ temporary states
 

@@ -348,3 +348,17 @@ def test_weight_edits_beside_a_codebook(model: EditableModel) -> None:
     higher = model.edit(wanted[1]).ids
     model.rollback(higher)
     assert torch.equal(prompt_logits(model, wanted[0].filled_prompt), plain) and len(model.edits) == 1
+
+
+def test_weight_edits_beneath_a_codebook_that_are_taken_back(model: EditableModel, caplog: Any) -> None:
+    wanted = facts(2)
+    below = model.set_method(FTMConfig(layers=[1], lr=1e-3, num_steps=2)).edit(wanted[1]).ids
+    model.set_method(GRACEConfig(num_steps=12)).edit(wanted[0])
+    assert learnt(model, [wanted[0]]) == [True]
+    with caplog.at_level("WARNING", logger="hf_kedit"):
+        model.rollback(below)
+    assert "may miss" in caplog.text and "transformer.h.1.mlp.c_proj" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="hf_kedit"):
+        model.rollback("all")
+    assert not caplog.records
