@@ -34,7 +34,7 @@ from .journal import Edit, Journal, new_id, now, peak_memory
 from .loading import embedded_corpus, hub_options, load_base, load_tokenizer
 from .logging import get_logger, progress, warn_once
 from .lora.exchange import LoraExchange
-from .methods.base import Capabilities, Method, Workbench, method_class
+from .methods.base import Capabilities, Method, Workbench, check_composition, method_class
 from .packs import Packs
 from .repository import cached_commit
 from .requests import EditRequest, RequestSource, load_requests
@@ -312,6 +312,7 @@ class EditableModel(Sharing, LoraExchange, nn.Module):
         on_weights = method.capabilities.kind == "weights"
         beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
         with self._all_or_nothing(), frozen_eval(self.base_model), all_disabled(beside):
+            check_composition(method.capabilities.kind, self.books)
             method.check(todo)
             if on_weights:
                 self.sites.check_weight_edit(method.edited_modules())

@@ -253,6 +253,22 @@ class Method(ABC):
         return Outcome(deltas, outcome.diagnostics)
 
 
+def check_composition(kind: str, books: Mapping[str, Book]) -> None:
+    """Raise if edits of a kind cannot stand beside those that a model carries already.
+
+    Sites look at the tokens of a prompt themselves, and edits in prompts put text in front of them: one or the other.
+
+    Raises:
+        UnsupportedModelError: saying which edits are in the way.
+    """
+    apart = {"adapter": "prompt", "prompt": "adapter"}.get(kind)
+    if apart is not None and books[apart].edit_ids:
+        raise UnsupportedModelError(
+            "edits at sites (codebooks, side memories) look at prompts themselves, and edits in prompts put text in"
+            f" front of them; one model cannot carry both. Roll back {', '.join(books[apart].edit_ids[:3])} … first"
+        )
+
+
 def register_method(cls: type[M]) -> type[M]:
     """Class decorator: make method and config known under the config's ``edit_type``."""
     register_config(cls.config_class)

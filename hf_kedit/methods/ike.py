@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from ..config import EditConfig
 from ..data import load_edit_dataset
 from ..engine.promptbook import PromptEntry
 from ..engine.retrieval import LEXICAL, Passage, Retriever, find_retriever
-from ..errors import ConfigError, DataError, UnsupportedModelError
+from ..errors import ConfigError, DataError
 from ..requests import SLOT, EditRequest, load_requests
 from ..tokens import separator_between
 from .base import Capabilities, Method, Outcome, register_method
@@ -103,12 +104,7 @@ class _InContext(Method):
         return []
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check that nothing else in the model depends on the tokens of a prompt."""
-        if self.bench.sites.edit_ids:
-            raise UnsupportedModelError(
-                f"the model carries edits at sites (codebooks, side memories), which look at prompts themselves;"
-                f" {self.capabilities.name} cannot put text in front of them. Roll them back first"
-            )
+        """Check that the retriever is there."""
         find_retriever(self.config.retriever)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
@@ -167,7 +163,7 @@ class IKE(_InContext):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that there are demonstrations."""
         super().check(requests)
-        if self.config.k and not self.pool():
+        if self.config.k and not self.pool:
             raise ConfigError(
                 "IKEConfig.demonstrations: IKE needs examples to choose demonstrations from (a data set, a file, or a"
                 " list of requests); k=0 edits without"
@@ -179,7 +175,7 @@ class IKE(_InContext):
         if not self.config.k:
             return plain
         retriever = find_retriever(self.config.retriever)
-        pool = [r for r in self.pool() if r.filled_prompt != request.filled_prompt]
+        pool = [r for r in self.pool if r.filled_prompt != request.filled_prompt]
         separator = self.config.separator
         if self.config.order == "sentences":
             chosen = nearest_sentences(request, pool, retriever, self.config.k, separator)
@@ -187,6 +183,7 @@ class IKE(_InContext):
         chosen = nearest_records(request, pool, retriever, self.config.k, self.config.seed, separator)
         return _with_demonstrations(plain, chosen, nearest_last=True)
 
+    @cached_property
     def pool(self) -> list[EditRequest]:
         """The requests that demonstrations are made of."""
         source = self.config.demonstrations

@@ -20,7 +20,7 @@ from ..config import EditConfig
 from ..engine.counterfactuals import BASE, find_counterfactual
 from ..engine.promptbook import PromptEntry
 from ..engine.retrieval import LEXICAL, find_retriever
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..requests import SLOT, EditRequest
 from .base import Capabilities, Method, Outcome, register_method
 from .ike import fact_of
@@ -88,11 +88,6 @@ class SERAC(Method):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check both models."""
-        if self.bench.sites.edit_ids:
-            raise UnsupportedModelError(
-                "the model carries edits at sites (codebooks, side memories), which look at prompts themselves; roll"
-                " them back before editing with SERAC"
-            )
         find_retriever(self.config.scope)
         if self.config.counterfactual != BASE:
             find_counterfactual(self.config.counterfactual, self.bench.model)

@@ -343,3 +343,24 @@ def test_what_cannot_work_is_said() -> None:
     for wrong in ({"template": "none"}, {"layers": [1]}, {"template": "{} {}"}):
         with pytest.raises(ConfigError):
             PromptConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_weight_edits_may_lie_beneath_and_are_measured_without_the_prompts() -> None:
+    """A weight edit is the same with and without a prompt memory in the model; both count afterwards."""
+    request, other = facts(2)
+    model = EditableModel.from_pretrained("kedit/world-gpt2", PromptConfig())
+    model.edit(request)
+    model.set_method("rome")
+    model.edit(request.with_id("again"))
+    alone = EditableModel.from_pretrained("kedit/world-gpt2", "rome")
+    alone.edit(request)
+    assert model_digest(model.base_model) == model_digest(alone.base_model)
+    assert model.build_prompt(request.filled_prompt) != request.filled_prompt
+    model.set_method("grace")
+    with pytest.raises(UnsupportedModelError, match="cannot carry both"):
+        model.edit(other)
+    model.rollback("all")
+    model.edit(other)
+    model.set_method("prompt")
+    with pytest.raises(UnsupportedModelError, match="cannot carry both"):
+        model.edit(request)
