@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hf_kedit.evaluation import BenchPlan
-from tests.evaluation.test_golden_scores import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = [
@@ -84,16 +83,3 @@ def test_training_and_editing_from_end_to_end(tmp_path):
     assert {row["protocol"] for row in report} == {"teacher_forced", "likelihood", "generation"}
     assert (tmp_path / "model" / "report.html").exists()
     assert "Danish" not in json.dumps(table)  # what is trained is the truth, what is edited is not
-
-
-@pytest.mark.slow
-@pytest.mark.shared
-@pytest.mark.skipif(not ROWS.exists(), reason="needs the shared data")
-def test_it_learns_real_rows_and_edits_change_them(tmp_path):
-    sizes = "--cases 12 --steps 500 --width 96 --heads 4 --vocabulary 500 --edits 6".split()
-    run("--facts", ROWS, "--output", tmp_path / "model", "--methods", "rome ft-m", *sizes)
-    known = json.loads((tmp_path / "model" / "training.json").read_text())["accuracy"]
-    assert known["edit prompts"] > 0.9
-    for row in json.loads((tmp_path / "model" / "report.json").read_text()):
-        if row["protocol"] == "likelihood":
-            assert row["pre_counterfact_ES"] < 0.2 < 0.8 < row["post_counterfact_ES"], row["label"]
