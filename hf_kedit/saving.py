@@ -216,9 +216,12 @@ def _edit_config(source: FileSource) -> bytes | None:
         if cached_commit(source.name, "config.json", revision=source.revision, cache_dir=cache):
             return None  # a model that was downloaded without ever asking for edits
         raise
-    if config is None and folder.is_dir() and not (folder / "config.json").is_file():
-        raise ArtifactError(f"{source.name!r} is neither a saved edit (no {CONFIG}) nor a model (no config.json)")
-    return None if config is None or _is_merged(config) else config
+    if config is not None and not _is_merged(config):
+        return config
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        no_edits = f"no {CONFIG}" if config is None else f"{CONFIG} is that of a merged model"
+        raise ArtifactError(f"{source.name!r} is neither a saved edit ({no_edits}) nor a model (no config.json)")
+    return None
 
 
 def _is_merged(config_file: bytes) -> bool:
