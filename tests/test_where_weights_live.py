@@ -1,0 +1,146 @@
+"""Editing where weights are not plain tensors in memory: offloaded, sharded, compiled, quantised."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_kedit import EditableModel, EditRequest, FTMConfig, load_edit_dataset
+from hf_kedit.engine.ledger import Ledger
+from hf_kedit.engine.weights import model_digest
+from hf_kedit.errors import WeightError
+from tests.models import tiny_model
+
+PROBE = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+def fact() -> EditRequest:
+    return EditRequest.from_dict(load_edit_dataset("world", split="test", limit=1)[0])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=PROBE).logits
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_edit_of_offloaded_weights(where: str, tmp_path: Path) -> None:
+    """The same edit as in memory, in the weights map that accelerate reads at every forward; and back."""
+    from accelerate import cpu_offload, disk_offload
+
+    plain = EditableModel.from_pretrained("kedit/world-llama", "rome")
+    plain.base_model.save_pretrained(tmp_path / "base")
+    plain.edit(fact())
+    model: Any = EditableModel.from_pretrained("kedit/world-llama", "rome").base_model
+    if where == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    edited = EditableModel(model, "rome", plain.tokenizer, base_model_id="kedit/world-llama")
+    before, digest = logits(model), model_digest(model)
+    edited.edit(fact())
+    assert next(model.parameters()).device.type == "meta", "it is still offloaded"
+    assert torch.allclose(logits(edited), logits(plain), atol=1e-4)
+    assert not torch.allclose(logits(edited), before, atol=1e-2)
+    edited.save_pretrained(tmp_path / "edits")
+    loaded = EditableModel.from_pretrained(tmp_path / "edits")
+    assert torch.allclose(logits(loaded), logits(edited), atol=1e-5)
+    edited.rollback("all")
+    assert torch.equal(logits(edited), before) and model_digest(model) == digest
+
+
+def test_an_edit_of_a_compiled_model() -> None:
+    """Weights are written in place, so that a graph that was compiled before sees edits and rollbacks."""
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "rome")
+    compiled: Any = torch.compile(model.base_model, backend="eager")
+    before = logits(compiled)
+    assert torch.equal(before, logits(model))
+    model.edit(fact())
+    assert torch.equal(logits(compiled), logits(model)) and not torch.allclose(logits(compiled), before, atol=1e-2)
+    with model.disable_edits():
+        assert torch.equal(logits(compiled), before)
+    model.rollback("all")
+    assert torch.equal(logits(compiled), before)
+
+
+def quantised(library: str) -> Any:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    if library == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return model
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for layer in model.model.layers:
+        old = layer.mlp.down_proj
+        new = bitsandbytes.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
+        new.load_state_dict(old.state_dict())
+        layer.mlp.down_proj = new.to("cpu")
+        new.weight = bitsandbytes.nn.Int8Params(old.weight.detach(), requires_grad=False).to("cpu")
+    return model
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_a_quantised_weight_is_refused_and_left_alone(library: str) -> None:
+    """An edit added to it would be rounded away, silently with bitsandbytes."""
+    base = quantised(library)
+    before = logits(base)
+    ledger = Ledger(base)
+    with pytest.raises(WeightError, match="quantised"):
+        ledger.check_editable("model.layers.1.mlp.down_proj")
+    tokenizer = EditableModel.from_pretrained("kedit/world-llama").tokenizer
+    model = EditableModel(base, FTMConfig(layers=[1], lr=1e-3, num_steps=1), tokenizer)
+    with pytest.raises(WeightError, match="Load the base model without quantisation"):
+        model.edit(prompt="a", target_new="b")
+    assert torch.equal(logits(base), before) and not model.edits
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from hf_kedit.engine.deltas import WeightDelta
+from hf_kedit.engine.ledger import Ledger
+from hf_kedit.engine.weights import get_module, get_weight, model_digest
+from tests.models import tiny_model
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+path, probe = "model.layers.1.mlp.down_proj", torch.tensor([[5, 6, 7, 8, 9, 10]])
+generator = torch.Generator().manual_seed(0)
+delta = WeightDelta(path, left=torch.randn(32, 2, generator=generator), right=torch.randn(80, 2, generator=generator))
+whole = tiny_model("llama")
+with torch.no_grad():
+    before = whole(input_ids=probe).logits
+    expected = Ledger(whole)
+    expected.apply("batch", [delta], ["edit"])
+    after = whole(input_ids=probe).logits
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert get_module(model, path).weight.to_local().shape[0] == 16, "each process holds one half"
+    ledger = Ledger(model)
+    ledger.apply("batch", [delta], ["edit"])
+    assert torch.equal(get_weight(get_module(model, path)), get_weight(get_module(whole, path)))
+    assert torch.allclose(model(input_ids=probe).logits, after, atol=1e-5)
+    with ledger.disabled():
+        assert torch.allclose(model(input_ids=probe).logits, before, atol=1e-5)
+    ledger.remove(["edit"])
+    assert model_digest(model) == model_digest(tiny_model("llama"))
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_weights(tmp_path: Path) -> None:
+    """FSDP2 over two processes: each writes its own shard, together the edited weight, and back to the bits."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(tmp_path / "sharded.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
