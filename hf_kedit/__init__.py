@@ -29,6 +29,7 @@ _LAZY = {
     "causal_trace": "locate",
     "load_requests": "requests",
     "suggest_layers": "locate",
+    "untie_head": "engine.weights",
 }
 _MODULES = ("data", "embedded", "errors", "evaluation", "locate", "logging", "methods", "training")
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from . import data, embedded, errors, evaluation, locate, logging, methods, training
     from .config import AutoEditConfig, EditConfig
     from .data import load_edit_dataset
+    from .engine.weights import untie_head
     from .errors import KeditError
     from .evaluation import Comparison, collect_report, evaluate_edits, list_metrics, load_metric
     from .journal import Edit
@@ -119,6 +121,7 @@ __all__ = [
     "logging",
     "methods",
     "suggest_layers",
+    "untie_head",
     "training",
 ]
 

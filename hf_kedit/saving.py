@@ -31,7 +31,7 @@ from safetensors.torch import save as dump_tensors
 from .card import CARD, EVAL_RESULTS, HasModelIndex, card_files, merged_card
 from .config import CONFIG_NAME, AutoEditConfig, EditConfig
 from .engine.books import Saved, all_disabled
-from .engine.weights import uninterrupted
+from .engine.weights import uninterrupted, untie_head
 from .errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
 from .files import FileSource, write_folder
 from .journal import Journal
@@ -169,6 +169,7 @@ def _describe(model: EditableModel) -> dict[str, Any]:
         "base_model_class": type(base).__name__,
         "base_model_type": model.anatomy.model_type,
         "base_dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "head_tied": model.anatomy.head_tied,
         "anatomy": model.anatomy_overrides,
         "num_edits": len(model.journal),
         "compute_dtype": "float32",
@@ -334,6 +335,8 @@ def load_artifact(
     if config is None:
         saved = {k: v for k, v in described["hparams"].items() if k != "edit_type"}
         chosen = type(chosen).from_dict(saved) if isinstance(chosen, EditConfig) else chosen
+    if described.get("head_tied") is False:
+        untie_head(base_model)
     overrides = anatomy if anatomy is not None else described.get("anatomy") or None
     model = EditableModel(
         base_model,

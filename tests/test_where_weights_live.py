@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import EditableModel, EditRequest, FTMConfig, load_edit_dataset
+from hf_kedit import EditableModel, EditRequest, FTMConfig, load_edit_dataset, untie_head
 from hf_kedit.engine.ledger import Ledger
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import WeightError
@@ -66,6 +66,34 @@ def test_an_edit_of_a_compiled_model() -> None:
         assert torch.equal(logits(compiled), before)
     model.rollback("all")
     assert torch.equal(logits(compiled), before)
+
+
+def test_a_tied_head_with_a_weight_of_its_own(tmp_path: Path) -> None:
+    """Untying changes nothing by itself; then the head is edited, and the input embeddings are not."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tied = EditableModel.from_pretrained("kedit/world-gpt2")
+    tied.base_model.save_pretrained(tmp_path / "base")
+    tied.tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = logits(base)
+    assert untie_head(base) and not untie_head(base)
+    assert torch.equal(logits(base), before)
+    model = EditableModel(base, FTMConfig(layers=[0], lr=1e-3, num_steps=3, modules=["lm_head"]), tied.tokenizer)
+    words = base.get_input_embeddings().weight.detach().clone()
+    model.edit(fact())
+    after = logits(model)
+    assert not torch.allclose(after, before, atol=1e-3) and torch.equal(base.get_input_embeddings().weight, words)
+    model.save_pretrained(tmp_path / "edits")
+    assert torch.equal(logits(EditableModel.from_pretrained(tmp_path / "edits")), after)
+    model.export_lora(tmp_path / "lora")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.allclose(logits(PeftModel.from_pretrained(plain, tmp_path / "lora")), after, atol=1e-5)
+    model.base_model.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), after)
+    model.rollback("all")
+    assert torch.equal(logits(model), before)
 
 
 def quantised(library: str) -> Any:

@@ -92,8 +92,8 @@ class Ledger:
         if others:
             raise TiedWeightError(
                 f"{module}.{name} is the same tensor as {', '.join(others)}: editing it would change both."
-                " Choose another module, or untie them first"
-                " (config.tie_word_embeddings=False and a copied parameter)."
+                " Choose another module, or give the head a weight of its own before the model is wrapped:"
+                " hf_kedit.untie_head(model)."
             )
         if not bool(torch.isfinite(stored_weight(owner, name)).all()):
             raise NonFiniteError(

@@ -191,6 +191,26 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: [n for n in names if n != name] for names in groups.values() if len(names) > 1 for name in names}
 
 
+def untie_head(model: Any) -> bool:
+    """Give a head that shares its weight with the input embeddings a copy of its own, so that it can be edited alone.
+
+    Call it on the transformers model before it becomes an `EditableModel`. The model's outputs do not change; it is
+    saved with both weights, and its saved edits are put on an untied base when they are loaded.
+
+    Returns:
+        Whether there was something to untie.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or getattr(head, "weight", None) is not embeddings.weight:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+        config.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return True
+
+
 def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors; equal on every machine."""
     digest = hashlib.sha256()
