@@ -92,8 +92,10 @@ def model_card(
     first = edits[0].id if edits else "edit-id"
     here = repo_id or HERE
     load_base = "" if base else ", base_model=model"
-    elsewhere = _without_library(base, here) if is_adapter else _ONLY_WITH_LIBRARY.format(here=here)
-    elsewhere = _with_peft(here) if at_sites else elsewhere
+    if at_sites:
+        elsewhere = _with_peft(here)
+    else:
+        elsewhere = _without_library(base, here) if is_adapter else _only_with_library(config, here)
     return f"""---
 {data.to_yaml()}
 ---
@@ -228,7 +230,13 @@ model = PeftModel.from_pretrained(base, "{here}")
 """
 
 
-_ONLY_WITH_LIBRARY = """Without `hf_kedit` this folder cannot be loaded. `kedit merge "{here}" --output DIR` writes the
+def _only_with_library(config: Mapping[str, Any], here: str) -> str:
+    """What can be done without the library with edits that are no LoRA adapter."""
+    if config.get("books"):  # codebooks and prompts: computed while the model runs
+        return (
+            "Without `hf_kedit` this folder cannot be loaded: part of these edits is computed while the model runs.\n"
+        )
+    return f"""Without `hf_kedit` this folder cannot be loaded. `kedit merge "{here}" --output DIR` writes the
 base model with the edits as a plain transformers model.
 """
 
