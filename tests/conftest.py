@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from hf_kedit.testing.hub import LoopbackHub
 
@@ -14,6 +15,10 @@ os.environ.update(LOOPBACK.environment(tempfile.mkdtemp(prefix="kedit-test-home-
 os.environ.setdefault("HF_KEDIT_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_KEDIT_CACHE", tempfile.mkdtemp(prefix="kedit-test-cache-"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Processes that tests start find the package of the tests, wherever they run.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start compute the same bits as this one
 
 import pytest

@@ -93,17 +93,37 @@ def logits_at(
 
 @contextlib.contextmanager
 def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without weight gradients; every flag is put back afterwards."""
+    """Evaluation mode without weight gradients; every flag is put back afterwards.
+
+    If the block fails, so are the hooks: Ctrl-C may land between the moment a hook is added and the one in which whoever
+    removes it takes note.
+    """
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
+    hooks = {id(held): set(held) for held in _hooks(model)}
     try:
         for module in training:
             module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
+    except BaseException:
+        for held in _hooks(model):
+            for key in set(held) - hooks.get(id(held), set()):
+                del held[key]
+        raise
     finally:
         for module in training:
             module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _hooks(model: torch.nn.Module) -> Iterator[dict[int, Any]]:
+    """The dictionaries in which the modules keep their hooks, and what these are called with."""
+    for module in model.modules():
+        yield module._forward_hooks
+        yield module._forward_hooks_with_kwargs
+        yield module._forward_hooks_always_called
+        yield module._forward_pre_hooks
+        yield module._forward_pre_hooks_with_kwargs

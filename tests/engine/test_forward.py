@@ -1,0 +1,36 @@
+"""What `frozen_eval` puts back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hf_kedit.engine.forward import frozen_eval
+from tests.models import tiny_model
+
+
+def _none(*_: Any) -> None:
+    return None
+
+
+def test_an_interrupted_block_leaves_no_hook_behind() -> None:
+    model = tiny_model("llama").train()
+    layer = model.model.layers[0]
+    kept = [layer.register_forward_hook(_none), model.register_forward_pre_hook(_none, with_kwargs=True)]
+    with pytest.raises(KeyboardInterrupt), frozen_eval(model):
+        layer.mlp.register_forward_hook(_none, with_kwargs=True, always_call=True)
+        layer.register_forward_pre_hook(_none)
+        raise KeyboardInterrupt
+    assert list(layer._forward_hooks) == [kept[0].id] and list(model._forward_pre_hooks) == [kept[1].id]
+    assert list(model._forward_pre_hooks_with_kwargs) == [kept[1].id]
+    left = [layer._forward_pre_hooks, layer.mlp._forward_hooks, layer.mlp._forward_hooks_with_kwargs]
+    assert not any([*left, layer.mlp._forward_hooks_always_called])
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_block_that_ends_well_keeps_what_it_added() -> None:
+    model = tiny_model("llama")
+    with frozen_eval(model):
+        handle = model.model.layers[0].register_forward_hook(_none)
+    assert handle.id in model.model.layers[0]._forward_hooks
