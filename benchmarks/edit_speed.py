@@ -21,8 +21,9 @@ from benchmarks import reference
 from benchmarks.shapes import SHAPES, build, requests, texts, tokenizer
 from benchmarks.timing import Table, alternate, begin, difference, environment, parser
 from hf_kedit import AlphaEditConfig, EditableModel, EMMETConfig, MEMITConfig, PMETConfig, ROMEConfig
+from hf_kedit.engine.collecting import collect_moments
+from hf_kedit.engine.corpora import text_corpus
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.engine.statistics import collect_moments, text_corpus
 from hf_kedit.engine.weights import get_module, get_weight
 
 WORDS = ("Some", "The", "An", "My", "Her")

@@ -13,7 +13,7 @@ _LAZY = {
     "EditConfig": "config",
     "Edit": "journal",
     "EditRequest": "requests",
-    "EditResult": "model",
+    "EditResult": "editing",
     "EditTrainer": "training",
     "EditTrainingArguments": "training",
     "Editor": "methods.editor",
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from . import data, embedded, errors, evaluation, locate, logging, methods, training
     from .config import AutoEditConfig, EditConfig
     from .data import load_edit_dataset
+    from .editing import EditResult
     from .engine.weights import untie_head
     from .errors import KeditError
     from .evaluation import Comparison, collect_report, evaluate_edits, list_metrics, load_metric
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from .methods.serac import SERACConfig
     from .methods.simie import SimIEConfig
     from .methods.ultraedit import UltraEditConfig
-    from .model import EditableModel, EditResult
+    from .model import EditableModel
     from .requests import EditRequest, Probe, load_requests
     from .training import EditTrainer, EditTrainingArguments
 

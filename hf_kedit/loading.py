@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import embedded
-from .engine.statistics import Corpus
+from .engine.corpora import Corpus
 from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:

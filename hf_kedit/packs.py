@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .data.conflicts import normalised
 from .engine.books import all_disabled
-from .engine.deltas import Account, Piece, check_order, fold
+from .engine.deltas import Account, Piece
 from .engine.weights import uninterrupted
 from .errors import PackError, nearest
 from .journal import Edit, Journal
@@ -277,23 +277,11 @@ def _without(accounts: dict[str, Account], edit_ids: set[str]) -> dict[str, Acco
     Raises:
         RollbackError: if what stays was computed together with these edits, or as their correction.
     """
-    result = {}
-    for key, account in accounts.items():
-        check_order(account.pieces, edit_ids)
-        kept = [p for p in (piece.without(edit_ids) for piece in account.pieces) if p is not None]
-        same = [id(piece) for piece in kept] == [id(piece) for piece in account.pieces]
-        result[key] = account if same else replace(account, pieces=kept, total=fold(kept))
-    return {key: account for key, account in result.items() if account.pieces}
+    left = {key: account.without(edit_ids) for key, account in accounts.items()}
+    return {key: account for key, account in left.items() if account.pieces}
 
 
 def _with(accounts: dict[str, Account], more: dict[str, Account]) -> dict[str, Account]:
     """Accounts with further pieces behind what is there."""
-    result = dict(accounts)
-    for key, account in more.items():
-        before = result.get(key)
-        if before is None:
-            result[key] = account
-        else:
-            pieces = [*before.pieces, *account.pieces]
-            result[key] = replace(before, pieces=pieces, total=fold(account.pieces, before.total))
-    return result
+    added = {key: accounts[key].adding(new.pieces) if key in accounts else new for key, new in more.items()}
+    return {**accounts, **added}

@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"locate"},
     {"methods"},
-    {"model", "journal", "saving", "loading", "card", "sharing", "packs", "lora"}
+    {"model", "editing", "journal", "saving", "loading", "card", "sharing", "packs", "lora"}
     | {"site_files", "site_adapters", "peft_types"},
     {"evaluation", "compat", "training", "hub", "decoding", "tracing"},
     {"cli", "demo"},

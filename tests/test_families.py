@@ -9,8 +9,8 @@ import torch
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig, MEMITConfig, ROMEConfig
 from hf_kedit.engine.capture import Tap, capture_at
+from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.rows import rewrite_row
-from hf_kedit.engine.statistics import SecondMoment
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import UnsupportedModelError
 from hf_kedit.tokens import pad_rows

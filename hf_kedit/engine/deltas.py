@@ -144,6 +144,22 @@ class Account:
             return self.original
         return (self.original.float() + total.to(self.original.device)).to(self.original.dtype)
 
+    def adding(self, pieces: Sequence[Piece]) -> Account:
+        """The account with further pieces behind those that it has."""
+        return replace(self, pieces=[*self.pieces, *pieces], total=fold(pieces, self.total))
+
+    def without(self, edit_ids: set[str]) -> Account:
+        """The account without the pieces of some edits; itself if it has none of them.
+
+        Raises:
+            RollbackError: if what stays was computed together with these edits, or on them.
+        """
+        check_order(self.pieces, edit_ids)
+        kept = [p for p in (piece.without(edit_ids) for piece in self.pieces) if p is not None]
+        if len(kept) == len(self.pieces) and all(a is b for a, b in zip(kept, self.pieces, strict=True)):
+            return self
+        return replace(self, pieces=kept, total=fold(kept))
+
 
 def fold(pieces: Sequence[Piece], start: torch.Tensor | None = None) -> torch.Tensor | None:
     """Sum the pieces in order, in fp32 on the CPU; ``None`` for no piece."""

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import NonFiniteError, TiedWeightError, WeightError
 from .books import Saved, check_known
-from .deltas import Account, Piece, WeightDelta, check_order, fold
+from .deltas import Account, Piece, WeightDelta, fold
 from .experts import parameter_name
 from .ledger_files import describe_accounts, read_accounts, tensors_of
 from .weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names, uninterrupted
@@ -136,7 +136,7 @@ class Ledger:
                         f"the update of {key} has shape {piece.delta.shape},"
                         f" the weight {tuple(account.original.shape)}"
                     )
-            accounts[key] = replace(account, pieces=[*account.pieces, *new], total=fold(new, account.total))
+            accounts[key] = account.adding(new)
         self._commit(accounts, list(pieces))
 
     def remove(self, edit_ids: Sequence[str]) -> None:
@@ -150,16 +150,8 @@ class Ledger:
             raise WeightError("edits are switched off (disable_edits); leave that block before rolling back")
         gone = set(edit_ids)
         check_known("the ledger", self.edit_ids, gone)
-        accounts: dict[str, Account] = {}
-        touched = []
-        for key, account in self.accounts.items():
-            check_order(account.pieces, gone)
-            kept = [p for p in (piece.without(gone) for piece in account.pieces) if p is not None]
-            if len(kept) == len(account.pieces) and all(a is b for a, b in zip(kept, account.pieces, strict=True)):
-                accounts[key] = account
-                continue
-            touched.append(key)
-            accounts[key] = replace(account, pieces=kept, total=fold(kept))
+        accounts = {key: account.without(gone) for key, account in self.accounts.items()}
+        touched = [key for key, account in self.accounts.items() if accounts[key] is not account]
         self._commit(accounts, touched)
 
     def _commit(self, accounts: dict[str, Account], touched: Sequence[str]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..model import EditableModel, EditResult
+    from ..editing import EditResult
+    from ..model import EditableModel
     from ..requests import RequestSource
     from .build import Target
     from .export import LoraExport

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
+from ..editing import EditResult
 from ..engine.deltas import WeightDelta
 from ..engine.experts import ExpertSlice
 from ..engine.ledger import Ledger
@@ -23,7 +24,7 @@ from ..engine.weights import get_module, is_transposed, uninterrupted
 from ..errors import ArtifactError, BaseModelMismatchError, LayerError, RequestError
 from ..files import read_file
 from ..journal import Edit, Journal, new_id, now
-from ..model import EditableModel, EditResult
+from ..model import EditableModel
 from ..requests import EditRequest, RequestSource, load_requests
 from .build import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -39,20 +39,15 @@ FACT = "New Fact: {}\nPrompt: "
 
 
 @dataclass
-class PromptConfig(EditConfig):
-    """Hyperparameters of PROMPT.
+class InContextConfig(EditConfig):
+    """Fields shared by the methods that put a text in front of prompts.
 
     Args:
         template: what stands in front of a prompt, with ``{}`` for the new fact.
-        retriever: which prompts belong to an edit: ``"lexical"``, the id of a sentence-transformers model, or a name
-            given to `register_retriever`.
         threshold: least similarity of a prompt that an edit is put in front of.
     """
 
-    edit_type: ClassVar[str] = "prompt"
-
     template: str = FACT
-    retriever: str = LEXICAL
     threshold: float = 0.5
 
     def validate(self) -> None:
@@ -67,6 +62,20 @@ class PromptConfig(EditConfig):
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """None."""
         return ()
+
+
+@dataclass
+class PromptConfig(InContextConfig):
+    """Hyperparameters of PROMPT; see `InContextConfig` for the others.
+
+    Args:
+        retriever: which prompts belong to an edit: ``"lexical"``, the id of a sentence-transformers model, or a name
+            given to `register_retriever`.
+    """
+
+    edit_type: ClassVar[str] = "prompt"
+
+    retriever: str = LEXICAL
 
 
 @dataclass
@@ -94,14 +103,24 @@ class IKEConfig(PromptConfig):
         self._require_positive("k", zero=True)
 
 
-class _InContext(Method):
+class InContext(Method):
+    """A method that leaves the model as it is, and keeps texts in the prompt memory."""
+
+    config: InContextConfig
+
+    def edited_modules(self) -> list[str]:
+        """None."""
+        return []
+
+    def text(self, request: EditRequest) -> str:
+        """What is put in front of the prompts that belong to a request."""
+        return self.config.template.replace(SLOT, fact_of(request, self.config.separator))
+
+
+class _Prompting(InContext):
     """What IKE and PROMPT share: checks, and an entry in the prompt memory."""
 
     config: PromptConfig
-
-    def edited_modules(self) -> list[str]:
-        """None: the model stays as it is."""
-        return []
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the retriever is there."""
@@ -118,7 +137,7 @@ class _InContext(Method):
         return PromptEntry(
             scope=request.filled_prompt,
             subject=request.subject,
-            fact=config.template.replace(SLOT, fact_of(request, config.separator)),
+            fact=self.text(request),
             demonstrations=(),
             nearest_last=True,
             retriever=config.retriever,
@@ -127,7 +146,7 @@ class _InContext(Method):
 
 
 @register_method
-class Prompt(_InContext):
+class Prompt(_Prompting):
     """PROMPT."""
 
     config_class = PromptConfig
@@ -144,7 +163,7 @@ class Prompt(_InContext):
 
 
 @register_method
-class IKE(_InContext):
+class IKE(_Prompting):
     """IKE."""
 
     config_class = IKEConfig
@@ -179,9 +198,9 @@ class IKE(_InContext):
         separator = self.config.separator
         if self.config.order == "sentences":
             chosen = nearest_sentences(request, pool, retriever, self.config.k, separator)
-            return _with_demonstrations(plain, chosen, nearest_last=False)
+            return replace(plain, demonstrations=tuple(chosen), nearest_last=False)
         chosen = nearest_records(request, pool, retriever, self.config.k, self.config.seed, separator)
-        return _with_demonstrations(plain, chosen, nearest_last=True)
+        return replace(plain, demonstrations=tuple(chosen))
 
     @cached_property
     def pool(self) -> list[EditRequest]:
@@ -201,25 +220,27 @@ POOL = 1000
 """Rows of a data set that demonstrations are chosen from."""
 
 
-def _with_demonstrations(entry: PromptEntry, chosen: Sequence[str], *, nearest_last: bool) -> PromptEntry:
-    fields = {**entry.__dict__, "demonstrations": tuple(chosen), "nearest_last": nearest_last}
-    return PromptEntry(**fields)
-
-
 # ---------------------------------------------------------------------- texts
+
+
+def answered(prompt: str, answer: str, separator: str | None = None) -> str:
+    """A prompt with its answer; ``separator`` between them, ``None`` for the rule of `tokens.separator_between`."""
+    return prompt + (separator_between(prompt, answer) if separator is None else separator) + answer
 
 
 def fact_of(request: EditRequest, separator: str | None = None) -> str:
     """The new fact as a sentence: prompt and target."""
-    prompt = request.filled_prompt
-    joint = separator_between(prompt, request.target_new) if separator is None else separator
-    return prompt + joint + request.target_new
+    return answered(request.filled_prompt, request.target_new, separator)
+
+
+def new_fact(request: EditRequest, separator: str | None = None) -> str:
+    """The new fact in the published frame, up to where the prompt follows."""
+    return FACT.replace(SLOT, fact_of(request, separator))
 
 
 def demonstration(request: EditRequest, prompt: str, answer: str, separator: str | None = None) -> str:
     """One demonstration: the fact of a request, and how a prompt is answered after it."""
-    joint = separator_between(prompt, answer) if separator is None else separator
-    return f"{FACT.replace(SLOT, fact_of(request, separator))}{prompt}{joint}{answer}\n\n"
+    return f"{new_fact(request, separator)}{answered(prompt, answer, separator)}\n\n"
 
 
 def demonstrations_of(request: EditRequest, separator: str | None = None) -> dict[str, str]:
@@ -239,7 +260,7 @@ def nearest_sentences(
 ) -> list[str]:
     """The k demonstrations most similar to the edit, most similar first."""
     sentences = [text for record in pool for text in demonstrations_of(record, separator).values()]
-    query = FACT.replace(SLOT, fact_of(request, separator)) + request.filled_prompt + "\n\n"
+    query = new_fact(request, separator) + request.filled_prompt + "\n\n"
     return [sentences[i] for i in _nearest(query, sentences, retriever, k)]
 
 
@@ -255,7 +276,7 @@ def nearest_records(
 
     The kinds are dealt out at random in the published shares; a record that lacks the prompt of its kind gives a copy.
     """
-    query = FACT.replace(SLOT, fact_of(request, separator)) + request.filled_prompt
+    query = new_fact(request, separator) + request.filled_prompt
     order = _nearest(query, [fact_of(record, separator) for record in pool], retriever, k)
     return arrange([pool[i] for i in order], deal_kinds(len(order), seed), request, separator)
 
@@ -299,4 +320,4 @@ def build_prompt(
         demonstrations: in order; `nearest_records` and `nearest_sentences` choose them.
         separator: between prompt and target; ``None`` for the rule of `tokens.separator_between`.
     """
-    return "".join(demonstrations) + FACT.replace(SLOT, fact_of(request, separator)) + query
+    return "".join(demonstrations) + new_fact(request, separator) + query

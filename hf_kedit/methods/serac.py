@@ -16,27 +16,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config import EditConfig
 from ..engine.counterfactuals import BASE, find_counterfactual
 from ..engine.promptbook import PromptEntry
 from ..engine.retrieval import LEXICAL, find_retriever
 from ..errors import ConfigError
-from ..requests import SLOT, EditRequest
-from .base import Capabilities, Method, Outcome, register_method
-from .ike import fact_of
+from ..requests import EditRequest
+from .base import Capabilities, Outcome, register_method
+from .ike import InContext, InContextConfig
 
 
 @dataclass
-class SERACConfig(EditConfig):
-    """Hyperparameters of SERAC.
+class SERACConfig(InContextConfig):
+    """Hyperparameters of SERAC; ``template`` is what the counterfactual model reads in front of a prompt.
 
     Args:
         scope: the scope classifier: ``"lexical"``, the id of a sentence-transformers model, or a name given to
             `register_retriever`.
         counterfactual: the model that answers in scope: ``"base"`` for the edited model itself, the id or folder of a
             causal language model, or a name given to `register_counterfactual`.
-        threshold: least similarity of a prompt in scope.
-        template: what the counterfactual model reads in front of a prompt, with ``{}`` for the edit.
         soft: mix both models' answers by the similarity, ``log((1 − s) p_base + s p_cf)``, instead of taking one.
             Every prompt is then changed a little, and nothing can be generated.
     """
@@ -45,28 +42,18 @@ class SERACConfig(EditConfig):
 
     scope: str = LEXICAL
     counterfactual: str = BASE
-    threshold: float = 0.5
     soft: bool = False
     template: str = "{} "
 
     def validate(self) -> None:
         """Check the threshold."""
         super().validate()
-        if self.layers is not None:
-            raise ConfigError("SERACConfig.layers: edits in prompts have no layers")
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"SERACConfig.threshold must be above 0 and at most 1, not {self.threshold}")
-        if self.template.count(SLOT) != 1:
-            raise ConfigError(f"SERACConfig.template needs one {{}} for the edit: {self.template!r}")
-
-    @classmethod
-    def model_dependent_fields(cls) -> tuple[str, ...]:
-        """None."""
-        return ()
 
 
 @register_method
-class SERAC(Method):
+class SERAC(InContext):
     """SERAC."""
 
     config_class = SERACConfig
@@ -82,10 +69,6 @@ class SERAC(Method):
     )
     config: SERACConfig
 
-    def edited_modules(self) -> list[str]:
-        """None: the model stays as it is."""
-        return []
-
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check both models."""
         find_retriever(self.config.scope)
@@ -99,7 +82,7 @@ class SERAC(Method):
             PromptEntry(
                 scope=request.filled_prompt,
                 subject=request.subject,
-                fact=config.template.replace(SLOT, fact_of(request, config.separator)),
+                fact=self.text(request),
                 demonstrations=(),
                 nearest_last=True,
                 retriever=config.scope,

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..config import EditConfig, ModelProfile
+from ..config import ModelProfile
 from ..engine.activations import Activation, activation_distance, hidden_activation
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
@@ -28,10 +28,11 @@ from ..engine.merging import MergeAlgorithm
 from ..engine.rows import fill
 from ..engine.sitebook import SiteEntry
 from ..engine.weights import get_module, get_weight
-from ..errors import ConfigError, RequestError, TargetTooLongError, UnsupportedModelError
+from ..errors import ConfigError, RequestError, TargetTooLongError
 from ..requests import EditRequest, in_row
 from ..tokens import context_length, encode_pair, encode_text, pad_rows
-from .base import Capabilities, Method, Outcome, register_method
+from .at_site import SiteConfig, SiteMethod
+from .base import Capabilities, Outcome, register_method
 from .wise_memory import Member, Policy, WiseMemories
 from .wise_site import TrainedEdit, WiseSite
 from .wise_training import (
@@ -54,11 +55,10 @@ LOC_PROMPT = "loc_prompt"
 
 
 @dataclass
-class WISEConfig(EditConfig):
+class WISEConfig(SiteConfig):
     """Hyperparameters of WISE. ``layers`` names one layer.
 
     Args:
-        module: the linear layer; ``{}`` stands for the layer's number. ``None``: the projection out of the MLP.
         lr: step of gradient descent on the side memory.
         n_iter: largest number of steps per edit.
         weight_decay: of the side memory.
@@ -88,7 +88,6 @@ class WISEConfig(EditConfig):
 
     edit_type: ClassVar[str] = "wise"
 
-    module: str | None = None
     lr: float = 1.0
     n_iter: int = 70
     weight_decay: float = 1e-5
@@ -116,8 +115,6 @@ class WISEConfig(EditConfig):
         self._require_positive("lr", "n_iter", "save_freq", "merge_freq", "irrelevant_per_edit", "act_ratio")
         self._require_positive("weight_decay", zero=True)
         self._require_positive("norm_constraint", optional=True)
-        if self.layers is not None and len(self.layers) != 1:
-            raise ConfigError(f"WISEConfig.layers: WISE edits one layer, not {self.layers}")
         if len(self.act_margin) != 3 or any(m <= 0 for m in self.act_margin):
             raise ConfigError(f"WISEConfig.act_margin is three positive numbers α, β, γ, not {self.act_margin}")
         if self.merge_freq % self.save_freq:
@@ -143,7 +140,7 @@ class WISEConfig(EditConfig):
 
 
 @register_method
-class WISE(Method):
+class WISE(SiteMethod):
     """WISE."""
 
     config: WISEConfig
@@ -160,14 +157,6 @@ class WISE(Method):
     )
 
     # ------------------------------------------------------------------ the layer
-
-    @cached_property
-    def path(self) -> str:
-        """Name of the edited layer."""
-        (layer,) = self.config.layers or []
-        if self.config.module is None:
-            return self.bench.anatomy.down(layer).path
-        return self.config.module.replace("{}", str(layer))
 
     def edited_modules(self) -> list[str]:
         """The edited layer."""
@@ -202,9 +191,7 @@ class WISE(Method):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check the layer, the settings, and every row."""
-        weight = getattr(get_module(self.bench.model, self.path), "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-            raise UnsupportedModelError(f"{self.path} has no matrix: WISE edits a linear layer")
+        self.sizes(self.path)
         self.site()
         for request in requests:
             in_row(lambda r: self._row("{}", r.filled_prompt, r.target_new), request)

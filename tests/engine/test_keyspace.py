@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_kedit.engine import nullspace
+from hf_kedit.engine.collecting import add_upper
 from hf_kedit.engine.nullspace import KeySpace, NullSpace, null_space
-from hf_kedit.engine.statistics import add_upper
 
 WIDTH, RIDGE = 60, 3.0
 

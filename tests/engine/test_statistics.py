@@ -11,17 +11,11 @@ import torch
 
 from hf_kedit import EditableModel, ROMEConfig
 from hf_kedit.engine import statistics as module
+from hf_kedit.engine.collecting import collect_moments
+from hf_kedit.engine.corpora import Corpus, file_corpus, resolve_corpus, self_corpus, text_corpus
+from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.solve import factor_moment, ridge_columns
-from hf_kedit.engine.statistics import (
-    Corpus,
-    SecondMoment,
-    StatisticsStore,
-    collect_moments,
-    file_corpus,
-    resolve_corpus,
-    self_corpus,
-    text_corpus,
-)
+from hf_kedit.engine.statistics import StatisticsStore
 from hf_kedit.errors import DataError, StatisticsError
 from tests.golden_cases import corpus, load_model
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
-from hf_kedit.engine.statistics import Corpus, collect_moments, text_corpus
+from hf_kedit.engine.collecting import collect_moments
+from hf_kedit.engine.corpora import Corpus, text_corpus
 from hf_kedit.engine.workers import ALONE, Workers, join
 from tests.golden_cases import corpus, load_model
 
@@ -24,7 +25,8 @@ SCRIPT = """
 import sys
 import torch
 from safetensors.torch import save_file
-from hf_kedit.engine.statistics import collect_moments, text_corpus
+from hf_kedit.engine.collecting import collect_moments
+from hf_kedit.engine.corpora import text_corpus
 from hf_kedit.engine.workers import join
 from tests.engine.test_workers import BUDGET, TOKENS, inputs
 from tests.golden_cases import corpus
@@ -76,7 +78,7 @@ def test_the_shares_of_the_processes_add_up_to_the_whole(count: int) -> None:
 
 
 def test_a_killed_process_goes_on_with_its_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_kedit.engine.statistics.SAVE_EVERY", 300)
+    monkeypatch.setattr("hf_kedit.engine.collecting.SAVE_EVERY", 300)
     model, tokenizer, paths = inputs()
     texts, file = corpus()[:192], tmp_path / "partial.safetensors"
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest
-from hf_kedit.engine.statistics import SecondMoment, collect_moments, text_corpus
+from hf_kedit.engine.collecting import collect_moments
+from hf_kedit.engine.corpora import text_corpus
+from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.methods.alphaedit import AlphaEditConfig
 from hf_kedit.methods.core import COREConfig
 from hf_kedit.methods.emmet import EMMETConfig

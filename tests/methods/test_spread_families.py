@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_kedit import AlphaEditConfig, COREConfig, EMMETConfig, MEMITFEConfig, PMETConfig, RROMEConfig
-from hf_kedit.engine.statistics import SecondMoment
+from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import UnsupportedModelError
 from tests.test_families import DECODERS, FACTS, build
