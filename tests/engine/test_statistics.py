@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, ROMEConfig
+from hf_kedit.engine import collecting
 from hf_kedit.engine import statistics as module
 from hf_kedit.engine.collecting import collect_moments
 from hf_kedit.engine.corpora import Corpus, file_corpus, resolve_corpus, self_corpus, text_corpus
@@ -66,7 +67,7 @@ def test_collecting_stops_at_enough_tokens_and_merges(llama: Any) -> None:
 
 def test_a_killed_run_goes_on_where_it_was(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = llama
-    monkeypatch.setattr(module, "SAVE_EVERY", 500)
+    monkeypatch.setattr(collecting, "SAVE_EVERY", 500)
     texts, read = corpus()[:256], []
 
     def counted(limit: int | None) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_tokens_and_logits_behind_a_prefix_match(name: str) -> None:
         if k:
             demonstrations = tuple(case.spec["retrieval"]["4"]["icl_examples"][:1])
             (entry,) = editable.prompts.entries
-            editable.prompts.restore((ike._with_demonstrations(entry, demonstrations, nearest_last=False),))
+            editable.prompts.restore((replace(entry, demonstrations=demonstrations, nearest_last=False),))
         (prefix,) = editable.prompts.route([request.filled_prompt])
         row, own = editable.prompts.prompter._with_prefix(pair.ids, prefix, model, 0)
         assert row == case.spec["scoring"][f"{name}/k{k}"]["full_text_ids"]
