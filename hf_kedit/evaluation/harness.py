@@ -77,4 +77,5 @@ class HarnessTask(Ability):
         return {"score": numbers[metric], "metric": metric, "n": found["n-samples"][self.task]["effective"]}
 
     def settings(self) -> dict[str, Any]:
-        return {"harness": self.task, "metric": self.metric, "limit": self.limit, "num_fewshot": self.num_fewshot}
+        fields = {name: getattr(self, name) for name in ("metric", "limit", "num_fewshot")}
+        return {"harness": self.task, **fields, "include_path": self.include_path and str(self.include_path)}

@@ -189,7 +189,7 @@ class Run:
             for protocol in self.protocols:
                 for group in groups:
                     self._measure_pre_group(protocol, group)
-            self.wear.measure_before()
+            self.wear.measure_before(self.cache, self._state())
 
     def _measure_pre_group(self, protocol: Protocol, group: Sequence[Case]) -> None:
         queries = queries_of(protocol, group)
@@ -210,14 +210,20 @@ class Run:
             return None
         return hashlib.sha256(json.dumps([self.token_budget, queries]).encode()).hexdigest()
 
-    def _cache_keys(self, protocol: Protocol, queries: Sequence[Query]) -> dict[Query, tuple[Any, ...]]:
+    def _state(self) -> tuple[Any, ...]:
+        """What decides the outputs of the model as it was handed in."""
         tokenizer = self.tokenizer
-        common = (
+        return (
             self.fingerprint,
             tuple(self.edits_before),
             self.dtype,
             str(device_of(self.base)),
             (type(tokenizer).__name__, getattr(tokenizer, "name_or_path", ""), len(tokenizer)),
+        )
+
+    def _cache_keys(self, protocol: Protocol, queries: Sequence[Query]) -> dict[Query, tuple[Any, ...]]:
+        common = (
+            *self._state(),
             protocol.name,
             json.dumps(protocol.settings(), sort_keys=True, default=str),
             self.separator,

@@ -22,6 +22,14 @@ LABELS: dict[str, str] = {
     "locality_accuracy": "locality (accuracy)",
     "portability": "portability",
 }
+SHORT = {
+    "rewrite_acc": "reliability",
+    "rephrase_acc": "generalization",
+    "locality": "locality",
+    "locality_accuracy": "locality accuracy",
+    "portability": "portability",
+}
+"""Short names of the means for charts and wide tables."""
 
 
 def easyedit_request(request: EditRequest) -> dict[str, Any]:

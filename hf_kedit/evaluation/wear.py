@@ -5,6 +5,8 @@ Measured once before the first edit and at every checkpoint of a run. Says when 
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from ..logging import get_logger
 from . import drift
 from .abilities import Ability
 from .batching import stock_model
+from .cache import PreEditCache
 from .distributions import perplexity
 
 if TYPE_CHECKING:
@@ -55,10 +58,22 @@ class Wear:
         """Whether there is anything to measure besides the weights."""
         return self.texts is not None or bool(self.abilities)
 
-    def measure_before(self) -> None:
-        """Measure the model as it was handed in."""
-        self.perplexity_before = self._perplexity()
-        self.abilities_before = self._abilities()
+    def measure_before(self, cache: PreEditCache, state: tuple[Any, ...]) -> None:
+        """Measure the model as it was handed in, unless it was measured before in this state.
+
+        Args:
+            cache: where the results are kept; another method on the same model finds them there.
+            state: tells apart models, dtypes, devices and tokenizers.
+        """
+        texts = None if self.texts is None else tuple(self.texts)
+        self.perplexity_before = cache.get_or_make((*state, "perplexity", texts), self._perplexity)
+        self.abilities_before = {
+            ability.name: cache.get_or_make(
+                (*state, "ability", ability.name, json.dumps(ability.settings(), sort_keys=True, default=str)),
+                functools.partial(self._ability, ability),
+            )
+            for ability in self.abilities
+        }
 
     def checkpoint(self, when: str, n_edits: int) -> dict[str, Any]:
         """Measure the model as it is now; warns when it is collapsing.
@@ -101,6 +116,9 @@ class Wear:
         return perplexity(base, tokenizer, self.texts, token_budget=self.token_budget).pooled
 
     def _abilities(self) -> dict[str, dict[str, Any]]:
+        return {ability.name: self._ability(ability) for ability in self.abilities}
+
+    def _ability(self, ability: Ability) -> dict[str, Any]:
         base, tokenizer = stock_model(self.model), self.model.tokenizer
         assert tokenizer is not None
-        return {ability.name: ability.measure(base, tokenizer, self.token_budget) for ability in self.abilities}
+        return ability.measure(base, tokenizer, self.token_budget)

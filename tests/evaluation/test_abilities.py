@@ -187,7 +187,7 @@ def test_a_sweep_with_and_without_rect(tmp_path, rows, gpt2, tokenizer):
         a["method"]: r.meta["checkpoints"][-1]["drift"]["changed"] for a, r in result.reports if len(r.moments) > 1
     }
     assert drifts["FT-M with RECT"] < drifts["FT-M"]
-    assert "General abilities" in result.comparison().to_html()
+    assert "sequential: general abilities" in result.comparison().to_html()
     with pytest.raises(EvaluationError, match="unknown key in an ability 'taks'"):
         BenchPlan.from_dict({**_dict_of(plan), "abilities": [{"taks": "nli"}]})
     with pytest.raises(EvaluationError, match="unknown ability 'nil'"):
