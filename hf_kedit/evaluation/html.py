@@ -242,14 +242,15 @@ def _health(comparison: Comparison) -> str:
         return ""
     head = ["edits", "relative weight drift", "spectral norm", "changed weights"]
     if any("perplexity" in p for r in comparison.reports.values() for p in r.meta.get("checkpoints") or ()):
-        head += ["perplexity", "before", "state"]
+        head += ["activations", "perplexity", "before", "state"]
     more = ""
     if len(all_points) > len(ends):
         more = f'<details class="more"><summary>At every checkpoint</summary>{_table(head, all_points)}</details>'
     return (
-        "<h2>Wear of the model</h2><p class='note'>Largest change of a weight matrix relative to its own norm, and"
-        " perplexity on a fixed text where one was given (more than 2 times the unedited model's is a warning, more"
-        " than 10 times a collapse). Methods that leave the weights alone have no drift.</p>"
+        "<h2>Wear of the model</h2><p class='note'>Largest change of a weight matrix relative to its own norm. Where a"
+        " fixed text was given: the norm of what the edited layers put out on it, relative to the unedited model, and"
+        " its perplexity (more than 2 times that before is a warning, more than 10 times a collapse). Methods that"
+        " leave the weights alone have no drift.</p>"
         f"{_table(head, ends)}{more}"
     )
 
@@ -259,7 +260,7 @@ def _wear_cells(point: Mapping[str, Any]) -> str:
     numbers = [point.get("n_edits"), *(drift.get(name) for name in ("relative", "spectral", "changed"))]
     if "perplexity" not in point:
         return "".join(f'<td class="n">{_number(value)}</td>' for value in numbers)
-    numbers += [point["perplexity"], point["perplexity_before"]]
+    numbers += [point.get("activation_norm_ratio"), point["perplexity"], point["perplexity_before"]]
     css = "n" if state == "ok" else "n warning"
     return (
         "".join(f'<td class="n">{_number(value)}</td>' for value in numbers)

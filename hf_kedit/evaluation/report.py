@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, EvaluationError, nearest
 from . import metrics
-from .drift import efficiency
+from .cost import efficiency
 from .summaries import (
     LABELS,
     data_frame,
@@ -183,7 +183,7 @@ class EvaluationReport:
         return sorted((n, score) for n, score in points.items() if score is not None)
 
     def efficiency(self) -> dict[str, Any]:
-        """What the edits cost: seconds, edits per second, memory; see `drift.efficiency`."""
+        """What the edits cost: seconds, edits per second, memory; see `cost.efficiency`."""
         return {**efficiency(self.cases), "seconds_setup": self.meta.get("seconds_setup")}
 
     # ------------------------------------------------------------------ other forms
@@ -236,6 +236,7 @@ class EvaluationReport:
         rows = self.rows(protocol, when)
         features |= {key: number for row in rows for key in row if key not in features and is_extra(key)}
         features |= {"seconds_edit": number, "seconds_eval": number, "peak_memory_bytes": datasets.Value("int64")}
+        features["extra_memory_bytes"] = datasets.Value("int64")
         features["n_skipped_probes"] = datasets.Value("int64")
         features["axes"] = [{"section": text, "axis": text, "pre": [number], "post": [number]}]
         rows = [{key: row.get(key) for key in features} for row in rows]

@@ -18,7 +18,7 @@ from . import drift
 from .abilities import Ability
 from .batching import stock_model
 from .cache import PreEditCache
-from .distributions import perplexity
+from .distributions import activation_shift, perplexity
 
 if TYPE_CHECKING:
     from ..model import EditableModel
@@ -84,8 +84,8 @@ class Wear:
 
         Returns:
             ``when``, ``n_edits``, ``drift`` (`drift.drift_summary`); with texts ``perplexity``,
-            ``perplexity_before`` and ``state``; with abilities ``abilities`` and ``abilities_before``
-            (name → ``score``, ``metric``, ``n`` …). JSON-ready.
+            ``perplexity_before``, ``state`` and what `activation_shift` gives; with abilities ``abilities`` and
+            ``abilities_before`` (name → ``score``, ``metric``, ``n`` …). JSON-ready.
         """
         found: dict[str, Any] = {
             "when": when,
@@ -96,6 +96,7 @@ class Wear:
             value = self._perplexity()
             state = drift.collapse_state(value, self.perplexity_before)
             found |= {"perplexity": value, "perplexity_before": self.perplexity_before, "state": state}
+            found |= activation_shift(self.model, self.texts, token_budget=self.token_budget)
             if state != "ok":
                 logger.warning(
                     "after %d edits the perplexity is %s (%.4g before): %s",
