@@ -13,6 +13,7 @@ from hf_kedit.errors import EvaluationError
 from hf_kedit.evaluation import functional as F
 from hf_kedit.evaluation import score_pairs
 
+from .helpers import make_editable, tiny_gpt2
 from .test_golden_scores import GOLDEN, MODELS, ROWS, load
 
 needs_shared = [
@@ -228,14 +229,17 @@ def test_divergence():
         F.divergence(before, after, torch.zeros(2, 3))
 
 
-def test_locality_divergence_is_zero_without_edits_and_positive_with_one(editable):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_locality_divergence_is_zero_without_edits_and_positive_with_one(tokenizer, dtype):
+    editable = make_editable(tiny_gpt2(tokenizer, dtype=dtype), tokenizer)
     probe = ("The capital of Sudland is", "Rome")
     pairs = [probe, ("Jan Mol works for the", "railway"), probe]
     assert F.locality_divergence(editable, pairs) == [0.0, 0.0, 0.0]
     editable.edit([{"prompt": "The capital of Norland is", "target_new": "Lima"}])
     values = F.locality_divergence(editable, pairs)
     assert all(v > 0 for v in values) and values[0] == values[2]
-    assert F.locality_divergence(editable, pairs, token_budget=1) == pytest.approx(values, abs=1e-5)
+    if dtype is torch.float32:  # in half precision the batch moves the last digits
+        assert F.locality_divergence(editable, pairs, token_budget=1) == pytest.approx(values, abs=1e-5)
 
 
 # ---------------------------------------------------------------------- drift and cost
