@@ -28,7 +28,8 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.2rem; margin: 2.2
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } p.note, .soft { color: var(--soft) } p.note { max-width: 75ch }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td.n { white-space: nowrap }
+th.n { max-width: 9em }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px }
 .panels.wide { grid-template-columns: repeat(auto-fill, minmax(540px, 1fr)) }
 .panel { background: var(--panel); border-radius: 8px; padding: 10px 12px } .panel svg { width: 100%; height: auto }
@@ -42,7 +43,7 @@ details.run > summary { font-weight: 600 } details.case .scroll { margin-bottom:
 details.case { border-bottom: 1px solid var(--line) } details.case > summary { padding: .35rem 0; cursor: pointer }
 details.case[open] { background: var(--panel); padding: 0 .8rem .8rem; border-radius: 8px }
 .up { color: var(--good) } .down { color: var(--bad) } .target { background: var(--mark); padding: 0 .25em;
-  border-radius: 3px } .text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 46ch }
+  border-radius: 3px } .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 16em; max-width: 46ch }
 input[type=search] { font: inherit; padding: .35rem .6rem; width: min(26rem, 100%); border: 1px solid var(--line);
   border-radius: 6px; background: var(--paper); color: inherit; margin: .3rem 0 .6rem }
 .warning { color: var(--bad); font-weight: 600 } code { font-size: .9em }
@@ -74,7 +75,8 @@ def render(comparison: Comparison, title: str, max_cases: int) -> str:
     parts.append(_health(comparison))
     parts += [_abilities(group, places) for group in groups]
     parts.append(_runs(comparison))
-    parts += [side_by_side(number, group, max_cases) for number, group in enumerate(groups)]
+    if max_cases:
+        parts += [side_by_side(number, group) for number, group in enumerate(groups)]
     closed = len(comparison.reports) > _MANY_RUNS
     if closed and max_cases:
         parts.append("<h2>Run by run <span class='soft'>(every probe and text)</span></h2>")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .comparison import Group
     from .report import EvaluationReport
 
+_SIDE_BY_SIDE = 100
+"""Edits that are shown under every method; their tables are small."""
 _SECTIONS = {
     "rewrite": "reliability",
     "rephrase": "generalization",
@@ -33,15 +35,14 @@ def search_field(list_id: str) -> str:
 # ---------------------------------------------------------------------- one edit under every method
 
 
-def side_by_side(number: int, group: Group, max_cases: int) -> str:
-    """Each edit with what every run of a group made of it; nothing for fewer than two runs.
+def side_by_side(number: int, group: Group) -> str:
+    """The first edits, each with what every run of a group made of it; nothing for fewer than two runs.
 
     Args:
         number: of the group, for its id.
         group: runs on the same edits.
-        max_cases: edits that are shown.
     """
-    if len(group.reports) < 2 or not max_cases:
+    if len(group.reports) < 2:
         return ""
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for label, report in group.reports.items():
@@ -52,7 +53,7 @@ def side_by_side(number: int, group: Group, max_cases: int) -> str:
     shared = [(edit, records) for edit, records in found.items() if len(records) > 1]
     if not shared:
         return ""
-    entries = [_compared(edit, records, written) for edit, records in shared[:max_cases]]
+    entries = [_compared(edit, records, written) for edit, records in shared[:_SIDE_BY_SIDE]]
     more = f", the first {len(entries)} of {len(shared)}" if len(entries) < len(shared) else ""
     title = f"{group.title}: edit by edit" if group.title else "Edit by edit"
     protocol = next(iter(group.reports.values())).protocols[0]

@@ -92,7 +92,7 @@ def test_the_page_stands_by_itself(comparison, tmp_path):
         Page(text := comparison.to_html(max_cases=limit))
         return text.count('<details class="case">')
 
-    assert cases(200) == 9 and cases(1) == 3 and cases(0) == 0  # each edit side by side, and in both runs
+    assert cases(200) == 3 + 6 and cases(1) == 3 + 2 and cases(0) == 0  # each edit side by side, and in both runs
 
 
 def test_the_numbers_of_the_page_are_those_of_the_summary(comparison):
