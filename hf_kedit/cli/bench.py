@@ -33,8 +33,8 @@ def bench(
         typer.Option(
             "--max-cases",
             min=0,
-            help="Cases per run that the HTML report shows with all probes and texts; default: 100, fewer in a sweep of"
-            " more than ten runs, so that the page stays small.",
+            help="Cases per run that the HTML report shows with all probes and texts; default: 100, fewer in a sweep"
+            " of more than ten runs, so that the page stays small.",
         ),
     ] = None,
     format: FormatOption = Format.human,
