@@ -21,6 +21,9 @@ PERPLEXITY_WARNING = 2.0
 PERPLEXITY_COLLAPSE = 10.0
 """Perplexity relative to the unedited model's from which on a model is flagged. Our own choice: no standard exists."""
 
+DRIFT_WARNING = 1.0
+"""Relative change of a weight matrix from which on a model is flagged: the edits outweigh what was there."""
+
 
 def matrix_drift(original: torch.Tensor, delta: torch.Tensor) -> dict[str, float]:
     """How far one weight matrix was moved.

@@ -40,6 +40,7 @@ from .metrics import (
     mean,
     normalise_answer,
     prefix_agreement,
+    prefix_share,
     text_agreement,
     token_accuracy,
 )
@@ -128,6 +129,7 @@ __all__ = [
     "personality_scores",
     "pooled_perplexity",
     "prefix_agreement",
+    "prefix_share",
     "ranked_agreement",
     "refusal_rate",
     "repetition_rate",

@@ -45,6 +45,7 @@ class Wear:
     abilities: Sequence[Ability]
     token_budget: int
     perplexity_before: float | None = None
+    drift_said: bool = False
     abilities_before: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,6 +93,15 @@ class Wear:
             "n_edits": n_edits,
             "drift": drift.drift_summary(drift.weight_drift(self.model)),
         }
+        relative = found["drift"].get("relative", 0.0)
+        if not self.drift_said and not relative <= drift.DRIFT_WARNING:  # NaN, too
+            self.drift_said = True  # once is enough: it only grows
+            logger.warning(
+                "after %d edits the change of a weight matrix is %.3g times as large as the matrix itself;"
+                " collapse_text and abilities show what the model can still do",
+                n_edits,
+                relative,
+            )
         if self.texts is not None:
             value = self._perplexity()
             state = drift.collapse_state(value, self.perplexity_before)

@@ -102,6 +102,7 @@ def test_collapse_is_said(tokenizer, cache, caplog):
     point = report.meta["checkpoints"][-1]
     assert point["perplexity_before"] < 10 and point["state"] == "collapsed"
     assert "after 2 edits the perplexity" in caplog.text
+    assert point["drift"]["relative"] > 1 and "times as large as the matrix itself" in caplog.text
 
 
 @pytest.mark.parametrize(
