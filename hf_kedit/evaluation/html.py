@@ -279,24 +279,17 @@ def _abilities(group: Group, places: Mapping[str, int]) -> str:
         name: {label: report.curve(f"abilities/{name}") for label, report in group.reports.items()} for name in names
     }
     rows = []
-    for label, report in group.reports.items():
-        for point in report.meta.get("checkpoints") or ():
-            cells = "".join(f'<td class="n">{_ability_cell(point, name)}</td>' for name in names)
-            if point.get("abilities"):
-                rows.append((label, f'<td class="n">{point["n_edits"]}</td>{cells}'))
+    for label in group.reports:
+        scores = {name: dict(found[name][label]) for name in names}
+        for count in sorted({n for points in scores.values() for n in points} - {0}):
+            cells = "".join(_mean_cell("abilities", scores[name].get(0), scores[name].get(count)) for name in names)
+            rows.append((label, f'<td class="n">{count}</td>{cells}'))
     title = f"{group.title}: general" if group.title else "General"
     return (
         f"<h2>{escape(title)} abilities</h2><p class='note'>Percentages on tasks that have nothing to do with the"
-        " edits; in brackets: before them.</p>"
+        " edits; in brackets: before them. After several batches of one size: their mean.</p>"
         f"{_line_panels(found, places)}{_table(['edits', *names], rows)}"
     )
-
-
-def _ability_cell(point: Mapping[str, Any], name: str) -> str:
-    if name not in (point.get("abilities") or {}):
-        return "–"
-    after, before = point["abilities"][name]["score"], point["abilities_before"][name]["score"]
-    return f'{percent(after)} <span class="soft">({percent(before)})</span>'
 
 
 def _number(value: Any) -> str:

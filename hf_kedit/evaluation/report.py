@@ -175,12 +175,15 @@ class EvaluationReport:
         return list(dict.fromkeys(name for p in self.meta.get("checkpoints") or () for name in p.get("abilities", ())))
 
     def _ability_curve(self, name: str) -> list[tuple[int, float]]:
-        points: dict[int, float | None] = {}
+        """Several batches of one size are one point: their mean."""
+        points: dict[int, list[float]] = {}
         for point in self.meta.get("checkpoints") or ():
             if name in point.get("abilities", ()):
-                points[0] = point["abilities_before"][name]["score"]
-                points[point["n_edits"]] = point["abilities"][name]["score"]
-        return sorted((n, score) for n, score in points.items() if score is not None)
+                before, after = point["abilities_before"][name]["score"], point["abilities"][name]["score"]
+                points[0] = [before] if before is not None else []
+                if after is not None:
+                    points.setdefault(point["n_edits"], []).append(after)
+        return sorted((n, sum(scores) / len(scores)) for n, scores in points.items() if scores)
 
     def efficiency(self) -> dict[str, Any]:
         """What the edits cost: seconds, edits per second, memory; see `cost.efficiency`."""
