@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_kedit.config import config_class
 from hf_kedit.evaluation import BenchPlan
+from hf_kedit.methods import registered_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = [
@@ -23,10 +25,21 @@ FACTS = [
 SMALL = "--steps 10 --width 32 --heads 2 --vocabulary 320 --methods ft-m --edits 2".split()
 
 
-@pytest.mark.parametrize("name", ["method_table.yaml", "side_effects.yaml"])
+@pytest.mark.parametrize("name", ["adapter_table.yaml", "all_methods.yaml", "method_table.yaml", "side_effects.yaml"])
 def test_sweeps_can_be_read(name):
-    plan = BenchPlan.from_file(ROOT / "recipes" / name)
+    file = ROOT / "recipes" / name
+    plan = BenchPlan.from_file(file)
     assert len(plan.runs) == len({run.folder for run in plan.runs}) >= 16
+    keys = [line.split(":")[0] for line in file.read_text().splitlines() if line[:1].isalpha()]
+    assert len(keys) == len(set(keys))  # YAML takes the last of two equal keys in silence
+
+
+def test_the_sweep_of_all_methods_leaves_none_out():
+    plan = BenchPlan.from_file(ROOT / "recipes" / "all_methods.yaml")
+    config_class("rome")  # looking one up loads them all
+    assert sorted(method.name for method in plan.methods) == sorted(registered_methods())
+    assert {setting.name for setting in plan.settings} == {"single", "sequential"}
+    assert all(setting.options["limit"] == 100 for setting in plan.settings)
 
 
 def rows():

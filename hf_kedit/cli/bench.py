@@ -13,6 +13,8 @@ from .output import FAILURE, DebugOption, Format, FormatOption, command, counted
 if TYPE_CHECKING:
     from ..evaluation.bench import BenchResult
 
+_CASES_IN_ALL = 1000
+
 
 @command
 def bench(
@@ -27,8 +29,14 @@ def bench(
         bool, typer.Option("--collect", help="Run nothing; write the report of the runs that are finished.")
     ] = False,
     max_cases: Annotated[
-        int, typer.Option("--max-cases", min=0, help="Cases per run that the HTML report shows one by one.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            "--max-cases",
+            min=0,
+            help="Cases per run that the HTML report shows with all probes and texts; default: 100, fewer in a sweep"
+            " of more than ten runs, so that the page stays small.",
+        ),
+    ] = None,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -51,6 +59,8 @@ def bench(
         comparison = result.comparison()
         rows = comparison.rows()
         files = {kind: str(folder / f"report.{kind}") for kind in ("html", "md", "json")}
+        if max_cases is None:
+            max_cases = max(10, min(100, _CASES_IN_ALL // len(result.reports)))
         comparison.to_html(files["html"], title=plan.stem, max_cases=max_cases)
         comparison.to_markdown(files["md"])
         comparison.to_json(files["json"])

@@ -24,6 +24,7 @@ from .models import (
     TrustOption,
     open_model,
     parse_layers,
+    parse_settings,
 )
 from .output import DebugOption, Format, FormatOption, command, emit
 
@@ -64,6 +65,18 @@ def evaluate(
     dataset: Annotated[
         str | None,
         typer.Option("--dataset", "--requests", "-d", help="Name of a dataset (world), or a JSON, JSONL or CSV file."),
+    ] = None,
+    dataset_path: Annotated[
+        str | None,
+        typer.Option("--dataset-path", help="File or folder of a named dataset that you downloaded."),
+    ] = None,
+    dataset_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dataset-option",
+            metavar="KEY=VALUE",
+            help="Argument of load_edit_dataset, such as drop_conflicts=first or target=answers; may be repeated.",
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Split of the dataset; default: the dataset's own.")
@@ -131,6 +144,8 @@ def evaluate(
         raise typer.BadParameter("name a model", param_hint="--model")
     elif dataset is None and not no_edit:
         raise typer.BadParameter("name a dataset or a file", param_hint="--dataset")
+    if dataset is None and (dataset_path or dataset_option):
+        raise typer.BadParameter("name the dataset whose file or options these are", param_hint="--dataset")
     if no_edit and (method or config or set_ or layers or seed is not None):
         raise typer.BadParameter("with --no-edit no method is used; leave its options out", param_hint="--no-edit")
     if no_edit and (batch_size or setting is not Setting.single or when or at or shard):
@@ -146,7 +161,10 @@ def evaluate(
         assert output_dir is not None
         report = collect_report(output_dir)
     else:
-        rows = load_edit_dataset(dataset, split=split, limit=limit) if dataset is not None else None
+        arguments = parse_settings(dataset_option, "--dataset-option")
+        rows = None
+        if dataset is not None:
+            rows = load_edit_dataset(dataset, **{"split": split, "limit": limit, "path": dataset_path, **arguments})
         editable = open_model(
             model,
             method,

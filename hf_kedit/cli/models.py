@@ -105,8 +105,8 @@ def build_config(
     return config_class(method).from_dict(values)
 
 
-def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
-    """Turn ``KEY=VALUE`` texts into a dict; values are read as YAML and coerced later, by the config.
+def parse_settings(settings: Sequence[str] | None, option: str = "--set") -> dict[str, Any]:
+    """Turn ``KEY=VALUE`` texts of an option into a dict; values are read as YAML and coerced later, by the config.
 
     Raises:
         typer.BadParameter: for a text without ``=`` or a value that is not YAML.
@@ -117,11 +117,11 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     for text in settings or ():
         key, sign, value = text.partition("=")
         if not sign or not key.strip():
-            raise typer.BadParameter(f"{text!r} is not of the form KEY=VALUE", param_hint="--set")
+            raise typer.BadParameter(f"{text!r} is not of the form KEY=VALUE", param_hint=option)
         try:
             values[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise typer.BadParameter(f"{text!r}: the value is not valid YAML", param_hint="--set") from error
+            raise typer.BadParameter(f"{text!r}: the value is not valid YAML", param_hint=option) from error
     return values
 
 

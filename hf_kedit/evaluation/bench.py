@@ -181,14 +181,21 @@ class BenchResult:
             self.missing.append(run.about)
 
     def comparison(self) -> Comparison:
-        """All finished runs side by side, labelled by what differs between them.
+        """All finished runs side by side, labelled by what differs between them; failed ones by name and reason.
 
         Raises:
             EvaluationError: if no run is finished.
         """
-        names = [k for k in ("method", "model", "dataset", "setting") if len({a[k] for a, _ in self.reports}) > 1]
-        names = names or ["method"]
-        return Comparison({" · ".join(about[k] for k in names): report for about, report in self.reports})
+        known = [about for about, _ in [*self.reports, *self.failed]]
+        names = [k for k in ("method", "model", "dataset", "setting") if len({a[k] for a in known}) > 1] or ["method"]
+
+        def label(about: dict[str, str]) -> str:
+            return " · ".join(about[k] for k in names)
+
+        return Comparison(
+            {label(about): report for about, report in self.reports},
+            {label(about): reason for about, reason in self.failed},
+        )
 
 
 def run_bench(

@@ -1,12 +1,10 @@
-"""Outputs of unedited models, kept in memory so that they are computed once."""
+"""What unedited models said and scored, kept in memory so that it is measured once."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .protocols import Output
+from collections.abc import Callable
+from typing import Any
 
 
 class PreEditCache:
@@ -23,9 +21,9 @@ class PreEditCache:
         self.max_entries = max_entries
         self.hits = 0
         self.misses = 0
-        self._entries: OrderedDict[tuple[Any, ...], Output] = OrderedDict()
+        self._entries: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
-    def get(self, key: tuple[Any, ...]) -> Output | None:
+    def get(self, key: tuple[Any, ...]) -> Any:
         """Return the output under this key, if it is there."""
         found = self._entries.get(key)
         if found is None:
@@ -35,12 +33,21 @@ class PreEditCache:
             self._entries.move_to_end(key)
         return found
 
-    def put(self, key: tuple[Any, ...], output: Output) -> None:
+    def put(self, key: tuple[Any, ...], output: Any) -> None:
         """Keep an output."""
         self._entries[key] = output
         self._entries.move_to_end(key)
         while len(self._entries) > self.max_entries:
             self._entries.popitem(last=False)
+
+    def get_or_make(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return the result under this key, or make and keep it."""
+        found = self.get(key)
+        if found is None:
+            found = make()
+            if found is not None:
+                self.put(key, found)
+        return found
 
     def clear(self) -> None:
         """Forget everything."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart, without black and yellow.
@@ -63,12 +63,15 @@ def bars(
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
 
 
-def curves(lines: Mapping[str, Sequence[tuple[int, float]]], places: Mapping[str, int] | None = None) -> str:
+def curves(
+    lines: Mapping[str, Sequence[tuple[int, float]]], places: Mapping[str, int] | None = None, key: bool = True
+) -> str:
     """One line per run over the number of edits; values are fractions of 1.
 
     Args:
         lines: label → (number of edits, value), each with at least two points.
         places: as in `bars`.
+        key: name the lines below the chart.
     """
     left, top, width, height = 34, 10, 300, 150
     last = max(n for points in lines.values() for n, _ in points)
@@ -91,7 +94,6 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], places: Mapping[str
             parts.append(f'<text class="soft" x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{n}</text>')
             drawn = x
     parts.append(f'<text class="soft" x="{left + width}" y="{top + height + 32}" text-anchor="end">edits</text>')
-    legend = []
     for index, (label, points) in enumerate(lines.items()):
         ink = colour(_place(places, label, index))
         spots = [place(n, value) for n, value in sorted(points)]
@@ -100,9 +102,17 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], places: Mapping[str
         for (x, y), (n, value) in zip(spots, sorted(points), strict=True):
             note = f"{escape(label)}, {n} edits: {100 * value:.1f}"
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{ink}"><title>{note}</title></circle>')
-        legend.append(f'<span style="color:{ink}">●</span> {escape(label)}')
     svg = f'<svg viewBox="0 0 {left + width + 16} {top + height + 40}" role="img">{"".join(parts)}</svg>'
-    return f'{svg}<div class="soft">{" &nbsp; ".join(legend)}</div>'
+    return svg + legend(lines, places) if key else svg
+
+
+def legend(labels: Iterable[str], places: Mapping[str, int] | None = None) -> str:
+    """The colours of the lines of `curves`."""
+    names = (
+        f'<span class="key"><span style="color:{colour(_place(places, label, index))}">●</span> {escape(label)}</span>'
+        for index, label in enumerate(labels)
+    )
+    return f'<div class="soft">{" ".join(names)}</div>'
 
 
 def _short(label: str, length: int) -> str:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, EvaluationError
 from .report import EvaluationReport
-from .summaries import LABELS, data_frame, extra_sections, percent, shown
+from .summaries import LABELS, SHORT, data_frame, extra_sections, percent, shown
 
-SHORT = {
-    "rewrite_acc": "reliability",
-    "rephrase_acc": "generalization",
-    "locality": "locality",
-    "locality_accuracy": "locality accuracy",
-    "portability": "portability",
-}
-"""Short names of the means for charts and wide tables."""
 Value = tuple[str, str, float | None, float | None]
 """Section of an extra number (else empty), name, before, after."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Reports that belong into one chart.
+
+    Args:
+        title: what they have in common and others have not; empty if there is one group.
+        reports: name inside the group → report.
+    """
+
+    title: str
+    reports: dict[str, EvaluationReport]
+
+    def column(self, protocol: str, when: str) -> dict[str, dict[str, Any]]:
+        """Name → summary, of the reports that have records of this protocol at this moment."""
+        return {n: r.summary(protocol, when) for n, r in self.reports.items() if r.has(protocol, when)}
 
 
 class Comparison:
@@ -28,12 +38,18 @@ class Comparison:
 
     Args:
         reports: label (such as the method's name) → report; or reports, labelled by method.
+        failed: label → why there is no report of this run.
 
     Raises:
         EvaluationError: if there is none, or two have the same label.
     """
 
-    def __init__(self, reports: Mapping[str, EvaluationReport] | Iterable[EvaluationReport]):
+    def __init__(
+        self,
+        reports: Mapping[str, EvaluationReport] | Iterable[EvaluationReport],
+        failed: Mapping[str, str] | None = None,
+    ):
+        self.failed = dict(failed or {})
         if isinstance(reports, Mapping):
             self.reports = dict(reports)
         else:
@@ -60,13 +76,24 @@ class Comparison:
         found = dict.fromkeys(w for r in self.reports.values() for w in r.moments if not w.startswith("at "))
         return [w for w in ("immediate", "final") if w in found]
 
-    def column(self, protocol: str, when: str) -> dict[str, dict[str, Any]]:
-        """Label → summary, of the reports that have records of this protocol at this moment."""
-        return {
-            label: report.summary(protocol, when)
-            for label, report in self.reports.items()
-            if report.has(protocol, when)
-        }
+    @property
+    def groups(self) -> list[Group]:
+        """The reports as they are shown together.
+
+        The runs of a sweep over several models, data sets or settings are grouped by these, so that a chart compares
+        methods under equal conditions; anything else is one group.
+        """
+        abouts = {label: report.meta.get("label") for label, report in self.reports.items()}
+        if not all(isinstance(about, Mapping) for about in abouts.values()):
+            return [Group("", dict(self.reports))]
+        differ = [k for k in ("model", "dataset", "setting") if len({about[k] for about in abouts.values()}) > 1]
+        if not differ or len({about["method"] for about in abouts.values()}) == 1:
+            return [Group("", dict(self.reports))]
+        found: dict[str, dict[str, EvaluationReport]] = {}
+        for label, report in self.reports.items():
+            about = abouts[label]
+            found.setdefault(" · ".join(about[k] for k in differ), {})[about["method"]] = report
+        return [Group(title, reports) for title, reports in found.items()]
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row per report, protocol and moment, with the means before and after."""
@@ -135,6 +162,18 @@ def means_by_name(summary: Mapping[str, Any]) -> dict[tuple[str, str], tuple[flo
     return {(section, name): (before, after) for section, name, before, after in values(summary)}
 
 
+def axis_means(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[tuple[str, str], float]]:
+    """Name of a run → (section, axis) → mean after the edits, of sections that have several axes in some run."""
+    found = {name: summary["post"].get("per_axis", {}) for name, summary in summaries.items()}
+    several = {
+        section for axes in found.values() for section, means in axes.items() if section in SHORT and len(means) > 1
+    } - {"locality_accuracy"}
+    return {
+        name: {(s, axis): mean for s, means in axes.items() if s in several for axis, mean in means.items()}
+        for name, axes in found.items()
+    }
+
+
 def label_of(section: str, name: str) -> str:
     """Name of a mean for people."""
     if section in ("counterfact", "fluency"):
@@ -183,9 +222,12 @@ def model_index(
 
 def _markdown(comparison: Comparison, max_cases: int) -> str:
     lines = ["# Knowledge editing report", ""]
-    for protocol in comparison.protocols:
-        for when in comparison.moments:
-            lines += _markdown_table(comparison, protocol, when)
+    for label, reason in comparison.failed.items():
+        lines += [f"**{_cell(label)}** failed: {_cell(reason)}", ""]
+    for group in comparison.groups:
+        for protocol in comparison.protocols:
+            for when in comparison.moments:
+                lines += _markdown_table(group, protocol, when)
     lines += [
         "Percentages; entropies in bits. In brackets: before the edits. Locality is agreement with the unedited model,"
         " so that there is no value before. Numbers of different protocols are not comparable.",
@@ -213,8 +255,8 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def _markdown_table(comparison: Comparison, protocol: str, when: str) -> list[str]:
-    summaries = comparison.column(protocol, when)
+def _markdown_table(group: Group, protocol: str, when: str) -> list[str]:
+    summaries = group.column(protocol, when)
     if not summaries:
         return []
     means = {label: means_by_name(summary) for label, summary in summaries.items()}
@@ -230,7 +272,14 @@ def _markdown_table(comparison: Comparison, protocol: str, when: str) -> list[st
         body.append([*cells, "–" if seconds is None else f"{seconds:.3g}"])
     head = ["", "edits", *(label_of(s, n) for s, n in columns), "s / edit"]
     scorer = next(iter(summaries.values()))["scorer"]
-    return [f"## {protocol} ({scorer}), {when}", "", *_table(head, body)]
+    title = f"{group.title}: {protocol}" if group.title else protocol
+    lines = [f"## {title} ({scorer}), {when}", "", *_table(head, body)]
+    axes = axis_means(summaries)
+    names = list(dict.fromkeys(key for row in axes.values() for key in row))
+    if names:
+        head = ["axis by axis", *(f"{SHORT[section]}: {axis}" for section, axis in names)]
+        lines += _table(head, [[label, *(percent(row.get(key)) for key in names)] for label, row in axes.items()])
+    return lines
 
 
 def _markdown_curve(label: str, report: EvaluationReport) -> list[str]:

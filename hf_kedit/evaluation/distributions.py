@@ -5,13 +5,15 @@ Like `scoring`, this works on texts in batches and leaves model and tokenizer as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..engine.forward import device_of, frozen_eval, gather_logits
+from ..engine.capture import Tap, as_rows, listen
+from ..engine.forward import device_of, frozen_eval, gather_logits, model_inputs
 from ..errors import EvaluationError, RequestError
 from ..tokens import context_length, encode_text, pad_id, pad_rows
 from . import likelihoods
@@ -123,6 +125,62 @@ def essence_score(
     ids = encode_text(tokenizer, " ".join(snippets)).ids[:max_tokens]
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return perplexity(model, tokenizer, [str(text)]).pooled
+
+
+def activation_shift(
+    model: EditableModel, texts: Sequence[str], *, token_budget: int = TOKEN_BUDGET
+) -> dict[str, float | None]:
+    """What the edited layers put out on fixed texts, compared with the unedited model.
+
+    Args:
+        model: with its edits; a causal language model.
+        texts: cut to the model's context.
+        token_budget: padded tokens per forward pass.
+
+    Returns:
+        ``activation_norm_ratio``: norm of an edited module's output over all tokens, edited divided by unedited; of
+        several modules the one farthest from 1; ``None`` if no weight is edited. ``nonfinite_logits``: share of
+        logits that are NaN or infinite.
+    """
+    base, tokenizer = stock_model(model), model.tokenizer
+    assert tokenizer is not None
+    names = list(dict.fromkeys(account.module for account in model.ledger.accounts.values()))
+    limit = context_length(base.config) or 1024
+    rows = [ids for text in texts if (ids := tuple(encode_text(tokenizer, text).ids[:limit]))]
+    after, nonfinite = _output_norms(base, tokenizer, names, rows, token_budget)
+    if not names:
+        return {"activation_norm_ratio": None, "nonfinite_logits": nonfinite}
+    with model.disable_edits():
+        before, _ = _output_norms(base, tokenizer, names, rows, token_budget)
+    ratios = [a / b if b else math.inf for a, b in zip(after, before, strict=True)]
+    far = max(ratios, key=lambda r: abs(math.log(r)) if 0 < r < math.inf else math.inf)
+    return {"activation_norm_ratio": far, "nonfinite_logits": nonfinite}
+
+
+def _output_norms(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    rows: Sequence[tuple[int, ...]],
+    token_budget: int,
+) -> tuple[list[float], float]:
+    """Norms of the outputs of some modules over the real tokens of all rows, and the share of non-finite logits."""
+    squares, bad, count = dict.fromkeys(names, 0.0), 0, 0
+    budget = min(token_budget, LOGIT_BUDGET // vocabulary_size(model))
+    with frozen_eval(model), torch.inference_mode():
+        for group in make_batches(rows, len, budget):
+            batch = pad_rows(group, pad_id(tokenizer)).to(device_of(model))
+            mask = batch.attention_mask.bool()
+
+            def add(tap: Tap, state: torch.Tensor, mask: torch.Tensor = mask) -> None:
+                real = as_rows(state, mask.shape[0])[mask.to(state.device)]
+                squares[tap.module] += float(real.double().square().sum())
+
+            with listen(model, [Tap(name) for name in names], add):
+                logits = model(**model_inputs(model, batch)).logits
+            real = logits[mask.to(logits.device)]
+            bad, count = bad + int((~real.isfinite()).sum()), count + real.numel()
+    return [math.sqrt(squares[name]) for name in names], bad / count if count else 0.0
 
 
 def _windows(text: int, ids: Sequence[int], length: int, step: int) -> Iterator[_Window]:

@@ -1,4 +1,4 @@
-"""How far editing has moved a model, and whether it is collapsing; what an edit costs.
+"""How far editing has moved a model, and whether it is collapsing.
 
 The functions on tensors and numbers are pure. `weight_drift` reads the deltas that an edited model keeps, so it
 needs no second model.
@@ -7,7 +7,7 @@ needs no second model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 PERPLEXITY_WARNING = 2.0
 PERPLEXITY_COLLAPSE = 10.0
 """Perplexity relative to the unedited model's from which on a model is flagged. Our own choice: no standard exists."""
+
+DRIFT_WARNING = 1.0
+"""Relative change of a weight matrix from which on a model is flagged: the edits outweigh what was there."""
 
 
 def matrix_drift(original: torch.Tensor, delta: torch.Tensor) -> dict[str, float]:
@@ -119,27 +122,3 @@ def collapse_state(
 def nonfinite_share(logits: torch.Tensor) -> float:
     """Share of logits that are NaN or infinite."""
     return 1.0 - float(logits.isfinite().float().mean()) if logits.numel() else 0.0
-
-
-def efficiency(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the edits behind some records of a report cost.
-
-    Returns:
-        ``seconds_edit`` (mean computation per edit), ``seconds_total`` (mean share of the whole call),
-        ``edits_per_second``, ``seconds_eval``, ``peak_memory_bytes`` (largest; ``None`` without an accelerator).
-        What was not measured is ``None``.
-    """
-
-    def mean(name: str) -> float | None:
-        values = [float(r[name]) for r in records if r.get(name) is not None]
-        return sum(values) / len(values) if values else None
-
-    seconds = mean("seconds_edit")
-    peaks = [int(r["peak_memory_bytes"]) for r in records if r.get("peak_memory_bytes") is not None]
-    return {
-        "seconds_edit": seconds,
-        "seconds_total": mean("time"),
-        "edits_per_second": 1 / seconds if seconds else None,
-        "seconds_eval": mean("seconds_eval"),
-        "peak_memory_bytes": max(peaks, default=None),
-    }

@@ -1,16 +1,17 @@
 """All metrics as pure functions, in one place. None of them needs the package `evaluate`, most not even a model.
 
-`metrics` (one probe, aggregation), `texts` (words and n-grams), `likelihoods` (log-probabilities), `drift` (weights,
-cost) and `scenarios` (opinions, concepts, safety, forgetting, lifelong, multi-hop) hold the code.
+`metrics` (one probe, aggregation), `texts` (words and n-grams), `likelihoods` (log-probabilities), `distributions`
+(perplexity, divergence, activations), `drift` (weights), `cost` (time, memory, bytes) and `scenarios` (opinions,
+concepts, safety, forgetting, lifelong, multi-hop) hold the code.
 """
 
 from __future__ import annotations
 
-from .distributions import Perplexity, essence_score, locality_divergence, perplexity
+from .cost import changed_parameters, edit_cost, efficiency, saved_bytes
+from .distributions import Perplexity, activation_shift, essence_score, locality_divergence, perplexity
 from .drift import (
     collapse_state,
     drift_summary,
-    efficiency,
     matrix_drift,
     nonfinite_share,
     weight_drift,
@@ -39,6 +40,7 @@ from .metrics import (
     mean,
     normalise_answer,
     prefix_agreement,
+    prefix_share,
     text_agreement,
     token_accuracy,
 )
@@ -77,6 +79,7 @@ from .texts import (
 
 __all__ = [
     "Perplexity",
+    "activation_shift",
     "agreement",
     "answer_score",
     "axis_means",
@@ -84,6 +87,7 @@ __all__ = [
     "bleu",
     "case_mean",
     "ccks_score",
+    "changed_parameters",
     "clean_for_fluency",
     "closer_definition",
     "collapse_state",
@@ -96,6 +100,7 @@ __all__ = [
     "divergence",
     "drawdown",
     "drift_summary",
+    "edit_cost",
     "edit_success",
     "efficiency",
     "embedding_similarity",
@@ -124,12 +129,14 @@ __all__ = [
     "personality_scores",
     "pooled_perplexity",
     "prefix_agreement",
+    "prefix_share",
     "ranked_agreement",
     "refusal_rate",
     "repetition_rate",
     "rouge",
     "safety_prompts",
     "safety_scores",
+    "saved_bytes",
     "surprise_rate",
     "text_agreement",
     "token_accuracy",

@@ -63,6 +63,8 @@ class Continuation:
         ids: new token ids without padding and without the end token.
         finished: whether the model ended by itself (end token), or the rest was cut at a newline or stop string.
         truncated: number of prompt tokens that were cut off at the left to fit the model's context.
+        target: the answer that it is compared with token by token, where a protocol does that.
+        target_ids: tokens of this answer behind the prompt.
     """
 
     prompt: str
@@ -70,6 +72,8 @@ class Continuation:
     ids: tuple[int, ...]
     finished: bool
     truncated: int = 0
+    target: str | None = None
+    target_ids: tuple[int, ...] = ()
 
 
 def generate_answers(

@@ -5,6 +5,7 @@ Needs the optional package ``lm_eval``. The harness sees the edited model itself
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +56,16 @@ class HarnessTask(Ability):
         try:
             harness: Any = importlib.import_module("lm_eval")
             models: Any = importlib.import_module("lm_eval.models.huggingface")
-            tasks: Any = importlib.import_module("lm_eval.tasks")
+            importlib.import_module("lm_eval.tasks")
         except ImportError as error:
             raise require_extra("lm_eval", "harness", "a task of the evaluation harness") from error
-        include = None if self.include_path is None else str(self.include_path)
         try:
             found = harness.simple_evaluate(
                 model=models.HFLM(pretrained=stock_model(model), tokenizer=tokenizer, batch_size=self.batch_size),
                 tasks=[self.task],
                 num_fewshot=self.num_fewshot,
                 limit=self.limit,
-                task_manager=tasks.TaskManager(include_path=include),
+                task_manager=_task_manager(None if self.include_path is None else str(self.include_path)),
                 bootstrap_iters=0,
             )
         except Exception as error:  # whatever the harness, the Hub client or a task raises
@@ -77,4 +77,12 @@ class HarnessTask(Ability):
         return {"score": numbers[metric], "metric": metric, "n": found["n-samples"][self.task]["effective"]}
 
     def settings(self) -> dict[str, Any]:
-        return {"harness": self.task, "metric": self.metric, "limit": self.limit, "num_fewshot": self.num_fewshot}
+        fields = {name: getattr(self, name) for name in ("metric", "limit", "num_fewshot")}
+        return {"harness": self.task, **fields, "include_path": self.include_path and str(self.include_path)}
+
+
+@functools.lru_cache(maxsize=8)
+def _task_manager(include_path: str | None) -> Any:
+    """The list of all tasks: the harness reads thousands of files for it, so once for all checkpoints of all runs."""
+    tasks: Any = importlib.import_module("lm_eval.tasks")
+    return tasks.TaskManager(include_path=include_path)

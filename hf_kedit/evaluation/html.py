@@ -6,21 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from . import metrics
-from .charts import LONG_LABEL, bars, curves
+from .charts import COLOURS, LONG_LABEL, bars, curves, legend
+from .html_cases import run_cases, side_by_side
 from .report import EvaluationReport
-from .summaries import LABELS, extra_sections, percent, shown
+from .summaries import LABELS, SHORT, percent, shown
 
 if TYPE_CHECKING:
-    from .comparison import Comparison
+    from .comparison import Comparison, Group
 
-_SECTIONS = {
-    "rewrite": "reliability",
-    "rephrase": "generalization",
-    "locality": "locality",
-    "portability": "portability",
-    "fluency": "fluency",
-}
+_MANY_RUNS = 4
+"""Runs from which on their cases are behind a line that opens them."""
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #d9dee6; --paper: #ffffff;
   --panel: #f5f7fa; --good: #0b7a4b; --bad: #b3261e; --mark: #fff3c4; }
@@ -33,17 +28,22 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.2rem; margin: 2.2
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem } p.note, .soft { color: var(--soft) } p.note { max-width: 75ch }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td.n { white-space: nowrap }
+th.n { max-width: 9em }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px }
 .panels.wide { grid-template-columns: repeat(auto-fill, minmax(540px, 1fr)) }
 .panel { background: var(--panel); border-radius: 8px; padding: 10px 12px } .panel svg { width: 100%; height: auto }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif } svg .soft { fill: var(--soft) }
 svg .grid { stroke: var(--line); stroke-width: 1 } svg .before { stroke: var(--ink); stroke-width: 2 }
-details.case .scroll { margin-bottom: .9rem }
+.panels.small { grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
+.key { white-space: nowrap; margin-right: .8em }
+details.more { margin: .6rem 0 } details.more > summary, details.run > summary { cursor: pointer; padding: .3rem 0 }
+details.run { border-bottom: 1px solid var(--line) } details.run[open] { padding-bottom: 1rem }
+details.run > summary { font-weight: 600 } details.case .scroll { margin-bottom: .9rem }
 details.case { border-bottom: 1px solid var(--line) } details.case > summary { padding: .35rem 0; cursor: pointer }
 details.case[open] { background: var(--panel); padding: 0 .8rem .8rem; border-radius: 8px }
 .up { color: var(--good) } .down { color: var(--bad) } .target { background: var(--mark); padding: 0 .25em;
-  border-radius: 3px } .text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 46ch }
+  border-radius: 3px } .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 16em; max-width: 46ch }
 input[type=search] { font: inherit; padding: .35rem .6rem; width: min(26rem, 100%); border: 1px solid var(--line);
   border-radius: 6px; background: var(--paper); color: inherit; margin: .3rem 0 .6rem }
 .warning { color: var(--bad); font-weight: 600 } code { font-size: .9em }
@@ -63,16 +63,25 @@ document.querySelectorAll('input[type=search]').forEach(function (field) {
 def render(comparison: Comparison, title: str, max_cases: int) -> str:
     """The page as text."""
     parts = [f"<h1>{escape(title)}</h1>", _subtitle(comparison)]
-    for protocol in comparison.protocols:
-        for when in comparison.moments:
-            parts.append(_means(comparison, protocol, when))
-    for protocol in comparison.protocols:
-        parts.append(_curves(comparison, protocol))
+    groups = comparison.groups
+    # A run keeps its colour in all charts, and a method in all groups.
+    places = {name: place for place, name in enumerate(dict.fromkeys(n for g in groups for n in g.reports))}
+    for group in groups:
+        for protocol in comparison.protocols:
+            for when in comparison.moments:
+                parts.append(_means(group, protocol, when, places))
+        for protocol in comparison.protocols:
+            parts.append(_curves(group, protocol, places))
     parts.append(_health(comparison))
-    parts.append(_abilities(comparison))
+    parts += [_abilities(group, places) for group in groups]
     parts.append(_runs(comparison))
+    if max_cases:
+        parts += [side_by_side(number, group) for number, group in enumerate(groups)]
+    closed = len(comparison.reports) > _MANY_RUNS
+    if closed and max_cases:
+        parts.append("<h2>Run by run <span class='soft'>(every probe and text)</span></h2>")
     for number, (label, report) in enumerate(comparison.reports.items()):
-        parts.append(_cases(number, label, report, max_cases))
+        parts.append(run_cases(number, label, report, max_cases, closed))
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -86,13 +95,12 @@ def _subtitle(comparison: Comparison) -> str:
     models = dict.fromkeys(str(r.meta.get("model") or "a model in memory") for r in comparison.reports.values())
     count = len(comparison.reports)
     runs = "1 run" if count == 1 else f"{count} runs"
-    empty = "".join(
-        f'<p class="warning">{escape(label)}: no edit could be made ({escape(_first_reason(report))})</p>'
-        for label, report in comparison.empty.items()
-    )
+    lost = [f"{label}: no edit could be made ({_first_reason(report)})" for label, report in comparison.empty.items()]
+    lost += [f"{label}: failed ({reason})" for label, reason in comparison.failed.items()]
     return (
-        f'<p class="soft">{runs} on {escape(", ".join(models))}</p>{empty}'
-        '<p class="note">Reliability: does the edited prompt give the new answer? Generalization: do other wordings?'
+        f'<p class="soft">{runs} on {escape(", ".join(models))}</p>'
+        + "".join(f'<p class="warning">{escape(line)}</p>' for line in lost)
+        + '<p class="note">Reliability: does the edited prompt give the new answer? Generalization: do other wordings?'
         " Locality: does everything else stay as the unedited model had it (agreement; whether it was right plays no"
         " role)? Portability: do facts that follow hold? Numbers of different protocols are not comparable.</p>"
     )
@@ -105,17 +113,15 @@ def _first_reason(report: EvaluationReport) -> str:
 # ---------------------------------------------------------------------- means
 
 
-def _means(comparison: Comparison, protocol: str, when: str) -> str:
-    """Charts, one per mean with one bar per report, and the table with the same numbers."""
+def _means(group: Group, protocol: str, when: str, places: Mapping[str, int]) -> str:
+    """Charts, one per mean with one bar per report, and the tables with the same numbers."""
     from .comparison import in_charts, label_of, means_by_name
 
-    summaries = comparison.column(protocol, when)
+    summaries = group.column(protocol, when)
     if not summaries:
         return ""
     found = {label: means_by_name(summary) for label, summary in summaries.items()}
     columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    scorer = next(iter(summaries.values()))["scorer"]
-    places = {label: place for place, label in enumerate(comparison.reports)}
     panels = []
     for key in columns:
         if not in_charts(*key):
@@ -125,22 +131,54 @@ def _means(comparison: Comparison, protocol: str, when: str) -> str:
         panels.append(f'<div class="panel"><strong>{escape(label_of(*key))}</strong>{chart}</div>')
     wide = " wide" if any(len(label) > LONG_LABEL for label in found) else ""
     unit = "Bits." if all(section == "fluency" for section, _ in columns) else "Percentages."
-    head = "".join(f'<th class="n">{escape(label_of(*key))}</th>' for key in columns)
     body = []
     for label, row in found.items():
         summary = summaries[label]
-        cells = "".join(_mean_cell(key[0], *row.get(key, (None, None))) for key in columns)
-        seconds = summary["seconds_edit"]
-        cells += f'<td class="n">{"–" if seconds is None else format(seconds, ".3g")}</td>'
         failed = f' <span class="warning">{summary["n_failed"]} failed</span>' if summary["n_failed"] else ""
-        body.append(f'<tr><td>{escape(label)}</td><td class="n">{summary["n"]}{failed}</td>{cells}</tr>')
+        cells = [f'<td class="n">{summary["n"]}{failed}</td>']
+        cells += [_mean_cell(key[0], *row.get(key, (None, None))) for key in columns]
+        cells.append(f'<td class="n">{_seconds(summary["seconds_edit"])}</td>')
+        body.append((label, "".join(cells)))
+    head = ["edits", *(label_of(*key) for key in columns), "s / edit"]
     return (
-        f"<h2>{escape(protocol)} <span class='soft'>({escape(str(scorer))}), {escape(when)}</span></h2>"
+        f"<h2>{_heading(group, protocol, next(iter(summaries.values()))['scorer'], when)}</h2>"
         f'<div class="panels{wide}">{"".join(panels)}</div>'
         f'<p class="note">{unit} The stroke across a bar, and the number in brackets: before the edits.</p>'
-        f'<div class="scroll"><table><tr><th></th><th class="n">edits</th>{head}<th class="n">s / edit</th></tr>'
-        f"{''.join(body)}</table></div>"
+        f"{_table(head, body)}{_axes(summaries)}"
     )
+
+
+def _heading(group: Group, protocol: str, scorer: object, when: str) -> str:
+    about = f"<span class='soft'>({escape(str(scorer))}), {escape(when)}</span>"
+    return (f"{escape(group.title)}: " if group.title else "") + f"{escape(protocol)} {about}"
+
+
+def _axes(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The means of the axes one by one."""
+    from .comparison import axis_means
+
+    found = axis_means(summaries)
+    names = list(dict.fromkeys(key for row in found.values() for key in row))
+    if not names:
+        return ""
+    body = [
+        (label, "".join(f'<td class="n">{percent(row.get(key))}</td>' for key in names))
+        for label, row in found.items()
+    ]
+    head = [f"{SHORT[section]}: {axis.replace('_', ' ')}" for section, axis in names]
+    return f'<details class="more"><summary>Axis by axis</summary>{_table(head, body)}</details>'
+
+
+def _table(head: Sequence[str], rows: Iterable[tuple[str, str]]) -> str:
+    """A table of numbers with a name in front of each row.
+
+    Args:
+        head: names of the columns.
+        rows: name and cells, these as HTML.
+    """
+    names = "".join(f'<th class="n">{escape(name)}</th>' for name in head)
+    body = "".join(f"<tr><td>{escape(label)}</td>{cells}</tr>" for label, cells in rows)
+    return f'<div class="scroll"><table><tr><th></th>{names}</tr>{body}</table></div>'
 
 
 def _mean_cell(section: str, before: float | None, after: float | None) -> str:
@@ -148,90 +186,110 @@ def _mean_cell(section: str, before: float | None, after: float | None) -> str:
     return f'<td class="n">{shown(section, after)}{old}</td>'
 
 
-def _curves(comparison: Comparison, protocol: str) -> str:
-    """The means along the number of edits, one chart per mean with one line per report."""
-    from .comparison import SHORT
-
-    places = {label: place for place, label in enumerate(comparison.reports)}
-    panels = []
-    for name in LABELS:
-        lines = {
+def _curves(group: Group, protocol: str, places: Mapping[str, int]) -> str:
+    """The means along the number of edits."""
+    found = {
+        SHORT[name]: {
             label: report.curve(name, protocol)
-            for label, report in comparison.reports.items()
+            for label, report in group.reports.items()
             if protocol in report.protocols and any(w.startswith("at ") for w in report.moments)
         }
-        lines = {label: points for label, points in lines.items() if len(points) > 1}
-        if lines:
-            panels.append(f'<div class="panel"><strong>{escape(SHORT[name])}</strong>{curves(lines, places)}</div>')
-    if not panels:
-        return ""
+        for name in LABELS
+    }
+    panels = _line_panels(found, places)
+    title = f"{group.title}: along" if group.title else "Along"
     return (
-        f"<h2>Along the number of edits <span class='soft'>({escape(protocol)})</span></h2>"
-        f'<div class="panels">{"".join(panels)}</div>'
+        f"<h2>{escape(title)} the number of edits <span class='soft'>({escape(protocol)})</span></h2>{panels}"
+        if (panels)
+        else ""
     )
+
+
+def _line_panels(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], places: Mapping[str, int]) -> str:
+    """Charts of curves: one per number with a line per run, or, with many runs, one per run with a line per number.
+
+    Args:
+        found: number → run → points; runs with less than two points are left out.
+        places: run → index of its colour.
+    """
+    lines = {name: {run: p for run, p in runs.items() if len(p) > 1} for name, runs in found.items()}
+    lines = {name: runs for name, runs in lines.items() if runs}
+    runs = list(dict.fromkeys(run for by_run in lines.values() for run in by_run))
+    if not lines:
+        return ""
+    if len(runs) <= len(COLOURS):
+        panels = [(name, curves(by_run, places)) for name, by_run in lines.items()]
+        key = ""
+    else:
+        # Where nothing but right answers was kept, it runs under the line of the locality.
+        lines.pop(SHORT["locality_accuracy"], None)
+        colours = {name: place for place, name in enumerate(lines)}
+        key = legend(lines, colours)
+        panels = [
+            (run, curves({name: by_run[run] for name, by_run in lines.items() if run in by_run}, colours, key=False))
+            for run in runs
+        ]
+    boxes = "".join(f'<div class="panel"><strong>{escape(name)}</strong>{chart}</div>' for name, chart in panels)
+    return f'{key}<div class="panels{" small" if key else ""}">{boxes}</div>'
 
 
 def _health(comparison: Comparison) -> str:
-    """Weight drift and perplexity of sequential runs."""
-    rows = []
+    """Weight drift and perplexity where edits pile up: at the end, and at every checkpoint."""
+    ends, all_points = [], []
     for label, report in comparison.reports.items():
-        for point in report.meta.get("checkpoints") or ():
-            drift = point.get("drift") or {}
-            state = point.get("state")
-            cells = [
-                _number(point.get("n_edits")),
-                _number(drift.get("relative")),
-                _number(drift.get("spectral")),
-                _number(drift.get("changed")),
-                _number(point.get("perplexity")),
-                _number(point.get("perplexity_before")),
-            ]
-            css = "" if state in (None, "ok") else ' class="warning"'
-            tail = f"<td{css}>{escape(state or '–')}</td>"
-            rows.append(f"<tr><td>{escape(label)}</td>{''.join(f'<td class=n>{c}</td>' for c in cells)}{tail}</tr>")
-    if not rows:
+        points = [p for p in report.meta.get("checkpoints") or () if p.get("drift") or "perplexity" in p]
+        all_points += [(label, _wear_cells(point)) for point in points]
+        ends += [(label, _wear_cells(point)) for point in points[-1:]]
+    if not ends:
         return ""
-    names = ("edits", "relative weight drift", "spectral norm", "changed weights", "perplexity", "before")
-    head = "".join(f'<th class="n">{name}</th>' for name in names)
+    head = ["edits", "relative weight drift", "spectral norm", "changed weights"]
+    if any("perplexity" in p for r in comparison.reports.values() for p in r.meta.get("checkpoints") or ()):
+        head += ["activations", "perplexity", "before", "state"]
+    more = ""
+    if len(all_points) > len(ends):
+        more = f'<details class="more"><summary>At every checkpoint</summary>{_table(head, all_points)}</details>'
     return (
-        "<h2>Wear of the model</h2><p class='note'>Largest change of a weight matrix relative to its own norm, and"
-        " perplexity on a fixed text where one was given (more than 2 times the unedited model's is a warning, more"
-        " than 10 times a collapse).</p>"
-        f'<div class="scroll"><table><tr><th></th>{head}<th>state</th></tr>{"".join(rows)}</table></div>'
+        "<h2>Wear of the model</h2><p class='note'>Largest change of a weight matrix relative to its own norm. Where a"
+        " fixed text was given: the norm of what the edited layers put out on it, relative to the unedited model, and"
+        " its perplexity (more than 2 times that before is a warning, more than 10 times a collapse). Methods that"
+        " leave the weights alone have no drift.</p>"
+        f"{_table(head, ends)}{more}"
     )
 
 
-def _abilities(comparison: Comparison) -> str:
-    """General abilities before and at every checkpoint: a line per run, and the table with the same numbers."""
-    names = list(dict.fromkeys(name for report in comparison.reports.values() for name in report.abilities))
+def _wear_cells(point: Mapping[str, Any]) -> str:
+    drift, state = point.get("drift") or {}, point.get("state")
+    numbers = [point.get("n_edits"), *(drift.get(name) for name in ("relative", "spectral", "changed"))]
+    if "perplexity" not in point:
+        return "".join(f'<td class="n">{_number(value)}</td>' for value in numbers)
+    numbers += [point.get("activation_norm_ratio"), point["perplexity"], point["perplexity_before"]]
+    css = "n" if state == "ok" else "n warning"
+    return (
+        "".join(f'<td class="n">{_number(value)}</td>' for value in numbers)
+        + f'<td class="{css}">{escape(str(state))}</td>'
+    )
+
+
+def _abilities(group: Group, places: Mapping[str, int]) -> str:
+    """General abilities before and at every checkpoint: charts, and the table with the same numbers."""
+    names = list(dict.fromkeys(name for report in group.reports.values() for name in report.abilities))
     if not names:
         return ""
-    places = {label: place for place, label in enumerate(comparison.reports)}
-    panels, rows = [], []
-    for name in names:
-        lines = {label: report.curve(f"abilities/{name}") for label, report in comparison.reports.items()}
-        lines = {label: points for label, points in lines.items() if len(points) > 1}
-        if lines:
-            panels.append(f'<div class="panel"><strong>{escape(name)}</strong>{curves(lines, places)}</div>')
-    for label, report in comparison.reports.items():
-        for point in report.meta.get("checkpoints") or ():
-            cells = "".join(f'<td class="n">{_ability_cell(point, name)}</td>' for name in names)
-            if point.get("abilities"):
-                rows.append(f'<tr><td>{escape(label)}</td><td class="n">{point["n_edits"]}</td>{cells}</tr>')
-    head = "".join(f'<th class="n">{escape(name)}</th>' for name in names)
+    found = {
+        name: {label: report.curve(f"abilities/{name}") for label, report in group.reports.items()} for name in names
+    }
+    rows = []
+    for label in group.reports:
+        scores = {name: dict(found[name][label]) for name in names}
+        for count in sorted({n for points in scores.values() for n in points} - {0}):
+            cells = "".join(_mean_cell("abilities", scores[name].get(0), scores[name].get(count)) for name in names)
+            rows.append((label, f'<td class="n">{count}</td>{cells}'))
+    title = f"{group.title}: general" if group.title else "General"
     return (
-        "<h2>General abilities</h2><p class='note'>Percentages on tasks that have nothing to do with the edits; in"
-        " brackets: before them.</p>"
-        f'<div class="panels">{"".join(panels)}</div>'
-        f'<div class="scroll"><table><tr><th></th><th class="n">edits</th>{head}</tr>{"".join(rows)}</table></div>'
+        f"<h2>{escape(title)} abilities</h2><p class='note'>Percentages on tasks that have nothing to do with the"
+        " edits; in brackets: before them. After several batches of one size: their mean.</p>"
+        f"{_line_panels(found, places)}{_table(['edits', *names], rows)}"
     )
-
-
-def _ability_cell(point: Mapping[str, Any], name: str) -> str:
-    if name not in (point.get("abilities") or {}):
-        return "–"
-    after, before = point["abilities"][name]["score"], point["abilities_before"][name]["score"]
-    return f'{percent(after)} <span class="soft">({percent(before)})</span>'
 
 
 def _number(value: Any) -> str:
@@ -240,136 +298,38 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3g}"
+
+
 def _runs(comparison: Comparison) -> str:
-    """What was run, and what it cost."""
-    rows = []
+    """What was run, and what it cost; what is the same for all runs is said once."""
+    table: dict[str, dict[str, str]] = {}
     for label, report in comparison.reports.items():
-        meta, cost = report.meta, report.efficiency()
-        cells = [
-            label,
-            meta.get("model"),
-            meta.get("method"),
-            meta.get("dataset"),
-            f"{meta.get('setting')}, batches of {meta.get('batch_size') or 1}",
-            meta.get("dtype"),
-            meta.get("device"),
-            _number(cost["seconds_edit"]),
-            _number(cost["seconds_setup"]),
-            "–" if cost["peak_memory_bytes"] is None else f"{cost['peak_memory_bytes'] / 1e9:.2f} GB",
-        ]
-        rows.append("<tr>" + "".join(f"<td>{escape(str(c if c is not None else '–'))}</td>" for c in cells) + "</tr>")
-    names = "run,model,method,data set,setting,dtype,device,s / edit,s setup,peak memory".split(",")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<h2>Runs</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-# ---------------------------------------------------------------------- cases
-
-
-def _cases(number: int, label: str, report: EvaluationReport, max_cases: int) -> str:
-    if not max_cases:
-        return ""
-    moment = report.moments[-1]
-    by_case: dict[int, list[Mapping[str, Any]]] = {}
-    for record in report.records:
-        if record["when"] == moment:
-            by_case.setdefault(record["case_id"], []).append(record)
-    chosen = list(by_case.values())[:max_cases]
-    failed = report.meta.get("failed") or ()
-    entries = [_case(records) for records in chosen]
-    entries += [
-        f'<details class="case"><summary><span class="warning">failed</span> case {f["case_id"]}</summary>'
-        f"<p>{escape(str(f['reason']))}</p></details>"
-        for f in failed
-    ]
-    more = f", the first {len(chosen)} of {len(by_case)}" if len(chosen) < len(by_case) else ""
-    return (
-        f"<h2>{escape(label)}: cases <span class='soft'>({escape(moment)}{more})</span></h2>"
-        f'<input type="search" placeholder="Filter: subject, answer, text …" data-list="cases-{number}"'
-        ' aria-label="Filter the cases">'
-        f'<div id="cases-{number}">{"".join(entries)}</div>'
-    )
-
-
-def _case(records: Sequence[Mapping[str, Any]]) -> str:
-    """One case with the records of all protocols."""
-    first = records[0]
-    request = first["requested_rewrite"]
-    line = "".join(_badge(record) for record in records)
-    inside = []
-    for record in records:
-        rows = list(_score_rows(record))
-        if rows:
-            inside.append(
-                f"<h3>{escape(record['protocol'])}</h3><div class='scroll'><table><tr><th>asked</th><th>axis</th>"
-                f'<th class="n">before</th><th class="n">after</th></tr>{"".join(rows)}</table></div>'
-            )
-        inside.append(_text_table(record.get("texts") or ()))
-        inside.append(_skipped(record.get("skipped") or ()))
-    old = request.get("ground_truth")
-    was = f' <span class="soft">(was: {escape(str(old))})</span>' if old else ""
-    return (
-        f'<details class="case"><summary>{escape(str(request["prompt"]))} '
-        f'<span class="target">{escape(str(request["target_new"]))}</span>{was} {line}</summary>{"".join(inside)}'
-        "</details>"
-    )
-
-
-def _badge(record: Mapping[str, Any]) -> str:
-    before = metrics.case_mean(record["pre"].get("rewrite_acc"))
-    after = metrics.case_mean(record["post"].get("rewrite_acc"))
-    if after is None:
-        return ""
-    css = "up" if after >= 1 else "down" if after < 0.5 else ""
-    return (
-        f' <span class="soft">{escape(record["protocol"])}</span>'
-        f' <span class="{css}">{percent(before)} → {percent(after)}</span>'
-    )
-
-
-def _score_rows(record: Mapping[str, Any]) -> Iterable[str]:
-    pre, post = record["pre"], record["post"]
-    for name, label in LABELS.items():
-        after = post.get(name)
-        if isinstance(after, Mapping):
-            for axis, scores in after.items():
-                before = (pre.get(name) or {}).get(axis) if name != "locality" else None
-                yield _score_row(label, axis.removesuffix("_acc"), before, scores)
-        elif after:
-            yield _score_row(label, "", pre.get(name), after)
-    for section in extra_sections(post):
-        for key, scores in post[section].items():
-            yield _score_row(section, key, (pre.get(section) or {}).get(key), scores, section)
-
-
-def _score_row(
-    label: str, axis: str, before: Sequence[float] | None, after: Sequence[float], section: str = ""
-) -> str:
-    def text(scores: Sequence[float] | None) -> str:
-        return "–" if not scores else ", ".join(shown(section, s) for s in scores)
-
-    return (
-        f"<tr><td>{escape(label)}</td><td>{escape(axis)}</td>"
-        f'<td class="n">{text(before)}</td><td class="n">{text(after)}</td></tr>'
-    )
-
-
-def _text_table(texts: Sequence[Mapping[str, Any]]) -> str:
-    if not texts:
-        return ""
-    rows = "".join(
-        f"<tr><td>{escape(_SECTIONS.get(t['section'], t['section']))}"
-        f"{' · ' + escape(str(t['axis'])) if t.get('axis') else ''}</td>"
-        + "".join(f'<td class="text">{escape(str(t[key]))}</td>' for key in ("prompt", "pre", "post"))
-        + "</tr>"
-        for t in texts
-    )
-    head = "<tr><th></th><th>prompt</th><th>written before</th><th>written after</th></tr>"
-    return f'<div class="scroll"><table>{head}{rows}</table></div>'
-
-
-def _skipped(skipped: Sequence[Mapping[str, Any]]) -> str:
-    if not skipped:
-        return ""
-    items = "".join(f"<li>{escape(str(s['prompt']))}: {escape(str(s['reason']))}</li>" for s in skipped)
-    return f'<p class="soft">Not scored:</p><ul class="soft">{items}</ul>'
+        meta, cost, size = report.meta, report.efficiency(), report.meta.get("batch_size") or 1
+        together = "one by one" if size == 1 else f"batches of {size}"
+        memory = cost["peak_memory_bytes"]
+        table[label] = {
+            "model": str(meta.get("model") or "–"),
+            "method": str(meta.get("method") or "–"),
+            "data set": str(meta.get("dataset") or "–"),
+            "setting": f"{meta.get('setting')}, {together}",
+            "dtype": str(meta.get("dtype") or "–"),
+            "device": str(meta.get("device") or "–"),
+            "s / edit": _seconds(cost["seconds_edit"]),
+            "s setup": _seconds(cost["seconds_setup"]),
+            "s in all": _seconds(meta.get("seconds")),
+            "peak memory": "–" if memory is None else f"{memory / 1e9:.2f} GB",
+        }
+    names = list(next(iter(table.values())))
+    same = [n for n in names if len(table) > 1 and len({row[n] for row in table.values()}) == 1]
+    first = next(iter(table.values()))
+    common = ", ".join(f"{n} {first[n]}" for n in same if first[n] != "–")
+    shown_names = [n for n in names if n not in same]
+    body = [(label, "".join(f"<td>{escape(row[n])}</td>" for n in shown_names)) for label, row in table.items()]
+    head = "".join(f"<th>{escape(n)}</th>" for n in shown_names)
+    rows = "".join(f"<tr><td>{escape(label)}</td>{cells}</tr>" for label, cells in body)
+    note = f'<p class="note">All runs: {escape(common)}.</p>' if common else ""
+    return f'<h2>Runs</h2>{note}<div class="scroll"><table><tr><th>run</th>{head}</tr>{rows}</table></div>'

@@ -44,6 +44,11 @@ def text_agreement(before: str, after: str) -> float:
     return float(_words(before) == _words(after))
 
 
+def prefix_share(predicted: Sequence[int], target: Sequence[int]) -> float:
+    """Share of the target's tokens that a continuation has at the same place; one that ends early lacks the rest."""
+    return sum(p == t for p, t in zip(predicted, target, strict=False)) / len(target) if target else 0.0
+
+
 def prefix_agreement(before: Sequence[int], after: Sequence[int], count: int) -> float:
     """Share of the first ``count`` generated tokens that are the same; an answer that ended counts as it ended."""
     old, new = list(before[:count]), list(after[:count])

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, RequestError
 from . import metrics
 from .batching import TOKEN_BUDGET
 from .choices import check_choice
 from .generation import Continuation, PromptFormat, generate_answers
-from .scoring import PairScore, Unscored, try_score_pairs
+from .scoring import PairScore, Unscored, encode_row, try_score_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..requests import EditRequest
 
+PREFIX_TOKENS = "prefix_tokens"
+"""Scorer of `Generation` that compares tokens, not texts."""
 Output = PairScore | Continuation | Unscored
 Query = tuple[str, str | None]
 """A prompt and, where the protocol feeds one, an answer."""
@@ -221,7 +223,9 @@ class Generation(Protocol):
 
     Args:
         scorer: ``contains`` (the answer occurs as whole words; a model that goes on talking is not punished),
-            ``exact``, ``f1``, or a function ``(prediction, answer) -> float``.
+            ``exact``, ``f1``, or a function ``(prediction, answer) -> float``; ``prefix_tokens``: share of the
+            answer's tokens that the continuation has at the same place (what follows does not count), as GRACE is
+            scored in the literature.
         max_new_tokens: length limit of the continuation.
         prompt_format: ``raw``, ``qa`` or ``chat``.
         cut_at_newline: keep the first line only; ``None``: yes unless ``chat``.
@@ -239,7 +243,10 @@ class Generation(Protocol):
     agreement_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        metrics.answer_scorer(self.scorer)
+        if self.scorer != PREFIX_TOKENS:
+            metrics.answer_scorer(self.scorer)
+        elif self.prompt_format != "raw":
+            raise EvaluationError(f"scorer {PREFIX_TOKENS!r} needs prompt_format='raw', not {self.prompt_format!r}")
         if self.prompt_format not in ("raw", "qa", "chat"):
             raise EvaluationError(f"unknown prompt_format {self.prompt_format!r}: use 'raw', 'qa' or 'chat'")
         if self.max_new_tokens < 1:
@@ -248,6 +255,8 @@ class Generation(Protocol):
             raise EvaluationError(f"agreement_tokens must be at least 1, not {self.agreement_tokens}")
 
     def queries(self, question: Question) -> list[Query]:
+        if self.scorer == PREFIX_TOKENS and question.groups:
+            return [(question.prompt, answer) for group in question.groups for answer in group]
         return [(question.prompt, None)]
 
     def run(
@@ -258,22 +267,46 @@ class Generation(Protocol):
         separator: str | None,
         token_budget: int = TOKEN_BUDGET,
     ) -> list[Output]:
-        return list(
-            generate_answers(
-                model,
-                tokenizer,
-                [prompt for prompt, _ in queries],
-                self.max_new_tokens,
-                token_budget,
-                prompt_format=self.prompt_format,
-                cut_at_newline=self.cut_at_newline,
-                stop_strings=self.stop_strings,
-            )
+        answers = generate_answers(
+            model,
+            tokenizer,
+            [prompt for prompt, _ in queries],
+            self.max_new_tokens,
+            token_budget,
+            prompt_format=self.prompt_format,
+            cut_at_newline=self.cut_at_newline,
+            stop_strings=self.stop_strings,
         )
+        return [
+            answer if target is None else self._with_target(model, tokenizer, answer, target, separator)
+            for answer, (_, target) in zip(answers, queries, strict=True)
+        ]
+
+    def _with_target(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        answer: Continuation,
+        target: str,
+        separator: str | None,
+    ) -> Continuation | Unscored:
+        """The continuation with the tokens that the answer has behind its prompt (not those that it has alone)."""
+        try:
+            ids = encode_row(model, tokenizer, answer.prompt, target, separator).target
+        except RequestError as error:
+            return Unscored(answer.prompt, target, str(error))
+        if len(ids) > self.max_new_tokens:
+            reason = f"the answer has {len(ids)} tokens and max_new_tokens is {self.max_new_tokens}"
+            return Unscored(answer.prompt, target, reason)
+        return replace(answer, target=target, target_ids=ids)
 
     def accuracy(self, question: Question, outputs: Sequence[Continuation]) -> float | None:
         if not question.groups:
             return None
+        if self.scorer == PREFIX_TOKENS:
+            scores = {o.target: metrics.prefix_share(o.ids, o.target_ids) for o in outputs}
+            best = [max((scores[a] for a in group if a in scores), default=0.0) for group in question.groups]
+            return min(best) if question.match == "all" else max(best)
         return metrics.answer_score(outputs[0].text, question.groups, question.match, self.scorer)
 
     def agreement(self, before: Sequence[Continuation], after: Sequence[Continuation]) -> float:

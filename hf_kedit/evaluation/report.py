@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, EvaluationError, nearest
 from . import metrics
-from .drift import efficiency
+from .cost import efficiency
 from .summaries import (
     LABELS,
     data_frame,
@@ -175,15 +175,18 @@ class EvaluationReport:
         return list(dict.fromkeys(name for p in self.meta.get("checkpoints") or () for name in p.get("abilities", ())))
 
     def _ability_curve(self, name: str) -> list[tuple[int, float]]:
-        points: dict[int, float | None] = {}
+        """Several batches of one size are one point: their mean."""
+        points: dict[int, list[float]] = {}
         for point in self.meta.get("checkpoints") or ():
             if name in point.get("abilities", ()):
-                points[0] = point["abilities_before"][name]["score"]
-                points[point["n_edits"]] = point["abilities"][name]["score"]
-        return sorted((n, score) for n, score in points.items() if score is not None)
+                before, after = point["abilities_before"][name]["score"], point["abilities"][name]["score"]
+                points[0] = [before] if before is not None else []
+                if after is not None:
+                    points.setdefault(point["n_edits"], []).append(after)
+        return sorted((n, sum(scores) / len(scores)) for n, scores in points.items() if scores)
 
     def efficiency(self) -> dict[str, Any]:
-        """What the edits cost: seconds, edits per second, memory; see `drift.efficiency`."""
+        """What the edits cost: seconds, edits per second, memory; see `cost.efficiency`."""
         return {**efficiency(self.cases), "seconds_setup": self.meta.get("seconds_setup")}
 
     # ------------------------------------------------------------------ other forms
@@ -236,6 +239,7 @@ class EvaluationReport:
         rows = self.rows(protocol, when)
         features |= {key: number for row in rows for key in row if key not in features and is_extra(key)}
         features |= {"seconds_edit": number, "seconds_eval": number, "peak_memory_bytes": datasets.Value("int64")}
+        features["extra_memory_bytes"] = datasets.Value("int64")
         features["n_skipped_probes"] = datasets.Value("int64")
         features["axes"] = [{"section": text, "axis": text, "pre": [number], "post": [number]}]
         rows = [{key: row.get(key) for key in features} for row in rows]

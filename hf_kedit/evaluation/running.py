@@ -24,6 +24,7 @@ from ..version import __version__
 from .batching import stock_model
 from .cache import PreEditCache
 from .cases import SAVED, SEQUENTIAL, Case, Step
+from .cost import changed_parameters
 from .protocols import Output, Protocol, Query
 from .records import make_record, queries_of
 from .runfolder import RunFolder
@@ -47,6 +48,7 @@ class Work:
     seconds: float | None = None
     share_of_call: float | None = None
     peak_memory_bytes: int | None = None
+    extra_memory_bytes: int | None = None
     edit: dict[str, Any] | None = None
 
 
@@ -189,7 +191,7 @@ class Run:
             for protocol in self.protocols:
                 for group in groups:
                     self._measure_pre_group(protocol, group)
-            self.wear.measure_before()
+            self.wear.measure_before(self.cache, self._state())
 
     def _measure_pre_group(self, protocol: Protocol, group: Sequence[Case]) -> None:
         queries = queries_of(protocol, group)
@@ -210,14 +212,20 @@ class Run:
             return None
         return hashlib.sha256(json.dumps([self.token_budget, queries]).encode()).hexdigest()
 
-    def _cache_keys(self, protocol: Protocol, queries: Sequence[Query]) -> dict[Query, tuple[Any, ...]]:
+    def _state(self) -> tuple[Any, ...]:
+        """What decides the outputs of the model as it was handed in."""
         tokenizer = self.tokenizer
-        common = (
+        return (
             self.fingerprint,
             tuple(self.edits_before),
             self.dtype,
             str(device_of(self.base)),
             (type(tokenizer).__name__, getattr(tokenizer, "name_or_path", ""), len(tokenizer)),
+        )
+
+    def _cache_keys(self, protocol: Protocol, queries: Sequence[Query]) -> dict[Query, tuple[Any, ...]]:
+        common = (
+            *self._state(),
             protocol.name,
             json.dumps(protocol.settings(), sort_keys=True, default=str),
             self.separator,
@@ -254,6 +262,7 @@ class Run:
                     "seconds_edit": done.seconds,
                     "seconds_eval": seconds,
                     "peak_memory_bytes": done.peak_memory_bytes,
+                    "extra_memory_bytes": done.extra_memory_bytes,
                     "edit": done.edit,
                 }
             records += made
@@ -288,6 +297,7 @@ class Run:
         if on_gpu:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device) if on_gpu else 0
         began = time.perf_counter()
         try:
             result = self.model.edit([case.request for case in unit], batch_size=len(unit), show_progress=False)
@@ -303,14 +313,17 @@ class Run:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
         peak = int(torch.cuda.max_memory_allocated(device)) if on_gpu else None
+        extra = None if peak is None else peak - allocated
+        # In a sequence the checkpoints say it; here the model carries these edits only, besides what it came with.
+        changed = None if self.setting == SEQUENTIAL else changed_parameters(self.model)
         own = [edit.diagnostics.get("seconds") for edit in result.edits]
         computing = [float(s) if isinstance(s, (int, float)) else seconds / len(unit) for s in own]
         # What the edits themselves did not take: statistics, tokenising, checks, putting the weights in.
         self.seconds_setup += max(0.0, seconds - sum(computing))
         for case, edit, spent in zip(unit, result.edits, computing, strict=True):
             about = {"id": edit.id, "method": edit.method, "made_together": len(unit)}
-            about["diagnostics"] = json_ready(edit.diagnostics)
-            self.work[case.number] = Work(spent, seconds / len(unit), peak, about)
+            about |= {"n_params_changed": changed, "diagnostics": json_ready(edit.diagnostics)}
+            self.work[case.number] = Work(spent, seconds / len(unit), peak, extra, about)
 
     # -- describing
 

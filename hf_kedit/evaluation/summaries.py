@@ -22,6 +22,14 @@ LABELS: dict[str, str] = {
     "locality_accuracy": "locality (accuracy)",
     "portability": "portability",
 }
+SHORT = {
+    "rewrite_acc": "reliability",
+    "rephrase_acc": "generalization",
+    "locality": "locality",
+    "locality_accuracy": "locality accuracy",
+    "portability": "portability",
+}
+"""Short names of the means for charts and wide tables."""
 
 
 def easyedit_request(request: EditRequest) -> dict[str, Any]:
@@ -166,7 +174,8 @@ def flat_row(record: Mapping[str, Any]) -> dict[str, Any]:
         for section in extra_sections(half):
             for key, scores in half[section].items():
                 row[f"{moment}_{section}_{key}"] = metrics.case_mean(scores)
-    row |= {name: record.get(name) for name in ("seconds_edit", "seconds_eval", "peak_memory_bytes")}
+    costs = ("seconds_edit", "seconds_eval", "peak_memory_bytes", "extra_memory_bytes")
+    row |= {name: record.get(name) for name in costs}
     row["n_skipped_probes"] = len(record.get("skipped") or ())
     row["axes"] = []
     for name in AXES:

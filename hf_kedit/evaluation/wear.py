@@ -5,6 +5,8 @@ Measured once before the first edit and at every checkpoint of a run. Says when 
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,8 @@ from ..logging import get_logger
 from . import drift
 from .abilities import Ability
 from .batching import stock_model
-from .distributions import perplexity
+from .cache import PreEditCache
+from .distributions import activation_shift, perplexity
 
 if TYPE_CHECKING:
     from ..model import EditableModel
@@ -42,6 +45,7 @@ class Wear:
     abilities: Sequence[Ability]
     token_budget: int
     perplexity_before: float | None = None
+    drift_said: bool = False
     abilities_before: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,10 +59,22 @@ class Wear:
         """Whether there is anything to measure besides the weights."""
         return self.texts is not None or bool(self.abilities)
 
-    def measure_before(self) -> None:
-        """Measure the model as it was handed in."""
-        self.perplexity_before = self._perplexity()
-        self.abilities_before = self._abilities()
+    def measure_before(self, cache: PreEditCache, state: tuple[Any, ...]) -> None:
+        """Measure the model as it was handed in, unless it was measured before in this state.
+
+        Args:
+            cache: where the results are kept; another method on the same model finds them there.
+            state: tells apart models, dtypes, devices and tokenizers.
+        """
+        texts = None if self.texts is None else tuple(self.texts)
+        self.perplexity_before = cache.get_or_make((*state, "perplexity", texts), self._perplexity)
+        self.abilities_before = {
+            ability.name: cache.get_or_make(
+                (*state, "ability", ability.name, json.dumps(ability.settings(), sort_keys=True, default=str)),
+                functools.partial(self._ability, ability),
+            )
+            for ability in self.abilities
+        }
 
     def checkpoint(self, when: str, n_edits: int) -> dict[str, Any]:
         """Measure the model as it is now; warns when it is collapsing.
@@ -69,18 +85,28 @@ class Wear:
 
         Returns:
             ``when``, ``n_edits``, ``drift`` (`drift.drift_summary`); with texts ``perplexity``,
-            ``perplexity_before`` and ``state``; with abilities ``abilities`` and ``abilities_before``
-            (name → ``score``, ``metric``, ``n`` …). JSON-ready.
+            ``perplexity_before``, ``state`` and what `activation_shift` gives; with abilities ``abilities`` and
+            ``abilities_before`` (name → ``score``, ``metric``, ``n`` …). JSON-ready.
         """
         found: dict[str, Any] = {
             "when": when,
             "n_edits": n_edits,
             "drift": drift.drift_summary(drift.weight_drift(self.model)),
         }
+        relative = found["drift"].get("relative", 0.0)
+        if not self.drift_said and not relative <= drift.DRIFT_WARNING:  # NaN, too
+            self.drift_said = True  # once is enough: it only grows
+            logger.warning(
+                "after %d edits the change of a weight matrix is %.3g times as large as the matrix itself;"
+                " collapse_text and abilities show what the model can still do",
+                n_edits,
+                relative,
+            )
         if self.texts is not None:
             value = self._perplexity()
             state = drift.collapse_state(value, self.perplexity_before)
             found |= {"perplexity": value, "perplexity_before": self.perplexity_before, "state": state}
+            found |= activation_shift(self.model, self.texts, token_budget=self.token_budget)
             if state != "ok":
                 logger.warning(
                     "after %d edits the perplexity is %s (%.4g before): %s",
@@ -101,6 +127,9 @@ class Wear:
         return perplexity(base, tokenizer, self.texts, token_budget=self.token_budget).pooled
 
     def _abilities(self) -> dict[str, dict[str, Any]]:
+        return {ability.name: self._ability(ability) for ability in self.abilities}
+
+    def _ability(self, ability: Ability) -> dict[str, Any]:
         base, tokenizer = stock_model(self.model), self.model.tokenizer
         assert tokenizer is not None
-        return {ability.name: ability.measure(base, tokenizer, self.token_budget) for ability in self.abilities}
+        return ability.measure(base, tokenizer, self.token_budget)

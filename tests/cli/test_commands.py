@@ -172,6 +172,22 @@ def test_eval(kedit: Run, tmp_path: Path) -> None:
     assert result["report"] == str(file)
 
 
+def test_eval_of_a_dataset_that_was_downloaded(kedit: Run, tmp_path: Path) -> None:
+    row = {"subject": "Ada", "src": "Where did Ada die?", "pred": "Rome", "alt": "Oslo", "answers": ["Bergen"]}
+    (tmp_path / "zsre.json").write_text(json.dumps([row, {**row, "alt": "Lima"}]), encoding="utf-8")
+    where = ("--dataset", "zsre", "--dataset-path", tmp_path / "zsre.json")
+    command = ("eval", *MODEL, "-M", "ft-m", "--set", "num_steps=1", *where)
+    options = ("--dataset-option", "target=answers", "--dataset-option", "drop_conflicts=first")
+    result = data(kedit(*command, *options, "--output", tmp_path / "report.json", "-f", "json"))
+    assert result["n"] == 1  # the second asks the same
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["records"][0]["requested_rewrite"]["target_new"] == "Bergen"
+    wrong = kedit(*command, "--dataset-option", "targt=answers")
+    assert wrong.exit_code == 1 and "'target'" in wrong.stderr
+    assert kedit(*command, "--dataset-option", "target").exit_code == 2
+    assert kedit("eval", *MODEL, "--no-edit", "--dataset-path", "x.json").exit_code == 2
+
+
 def test_eval_in_a_sequence(kedit: Run, requests_file: Path) -> None:
     words = ["-d", requests_file, "--setting", "sequential", "--when", "immediate", "--when", "final", "-f", "json"]
     result = data(kedit("eval", *MODEL, "-M", "rome", *words))

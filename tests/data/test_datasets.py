@@ -58,9 +58,23 @@ def test_the_whole_catalogue_is_registered() -> None:
         "ripple_edits", "cknowedit", "conceptedit", "safeedit", "personalityedit", "mmedit", "qaedit", "wikibigedit",
         "ultraeditbench", "halluedit", "akew", "unke", "leme", "fever",
     }  # fmt: skip
-    assert {n for n in FILED if n.startswith("knowedit/")} == {
-        f"knowedit/{part}" for part in ("wiki_recent", "zsre", "wikibio", "wiki_counterfact", "convsent", "sanitation")
-    }
+    parts = {
+        "knowedit": ("wiki_recent", "zsre", "wikibio", "wiki_counterfact", "convsent", "sanitation"),
+        "counterfact_plus": ("one_hop", "subject_replace", "distracting_neighbor", "other_attribution"),
+        "zsre_plus": ("one_hop", "subject_replace", "inverse_relation"),
+        "mquake": ("cf", "cf_3k", "t"),
+        "ripple_edits": ("recent", "random", "popular"),
+        "mmedit": ("caption", "vqa"),
+        "halluedit": ("llama2", "llama3", "mistral"),
+        "akew": ("counterfact", "mquake_cf", "wikiupdate"),
+        "leme": ("counterfact", "zsre"),
+        "wikibigedit": WIKIBIGEDIT_STEPS,
+    }  # fmt: skip
+    for family, names in parts.items():
+        assert {n for n in FILED if n.startswith(f"{family}/")} == {f"{family}/{part}" for part in names}
+    assert len(WIKIBIGEDIT_STEPS) == 8 and dataset_entry("KnowEdit/ZsRE").name == "knowedit/zsre"
+    assert len([n for n in FILED if n.startswith("cknowedit/")]) == 11  # ten categories, three of them also in one
+    assert len([n for n in FILED if n.startswith("conceptedit/")]) == 8
 
 
 @pytest.mark.parametrize(("name", "split"), PARTS)

@@ -153,6 +153,11 @@ def test_abilities_after_batches(editable, rows, cache, abilities):
     report = evaluate_edits(editable, rows, "batch", 2, cache=cache, abilities=abilities)
     assert [point["n_edits"] for point in report.meta["checkpoints"]] == [2, 1]
     assert all(math.isfinite(point["drift"]["relative"]) for point in report.meta["checkpoints"])
+    single = evaluate_edits(editable, rows, "batch", 1, cache=cache, abilities=abilities)
+    scores = [point["abilities"]["norland"]["score"] for point in single.meta["checkpoints"]]
+    before = single.meta["checkpoints"][0]["abilities_before"]["norland"]["score"]
+    assert len(scores) == 3
+    assert single.curve("abilities/norland") == [(0, before), (1, pytest.approx(sum(scores) / 3))]
     assert evaluate_edits(editable, rows, "batch", cache=cache).meta["checkpoints"] == []
     with pytest.raises(EvaluationError, match="every single edit"):
         evaluate_edits(editable, rows, cache=cache, abilities=abilities)
@@ -187,7 +192,7 @@ def test_a_sweep_with_and_without_rect(tmp_path, rows, gpt2, tokenizer):
         a["method"]: r.meta["checkpoints"][-1]["drift"]["changed"] for a, r in result.reports if len(r.moments) > 1
     }
     assert drifts["FT-M with RECT"] < drifts["FT-M"]
-    assert "General abilities" in result.comparison().to_html()
+    assert "sequential: general abilities" in result.comparison().to_html()
     with pytest.raises(EvaluationError, match="unknown key in an ability 'taks'"):
         BenchPlan.from_dict({**_dict_of(plan), "abilities": [{"taks": "nli"}]})
     with pytest.raises(EvaluationError, match="unknown ability 'nil'"):

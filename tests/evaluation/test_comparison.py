@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -86,9 +87,12 @@ def test_the_page_stands_by_itself(comparison, tmp_path):
     record = comparison.reports["weak"].select("generation")[0]
     wrote = [text["post"] for text in record["texts"] if text["post"].strip()]
     assert wrote and all(" ".join(text.split()) in " ".join(shown.split()) for text in wrote)
-    assert page.tags.count("details") == 6
-    assert Page(comparison.to_html(max_cases=1)).tags.count("details") == 2
-    assert Page(comparison.to_html(max_cases=0)).tags.count("details") == 0
+
+    def cases(limit):
+        Page(text := comparison.to_html(max_cases=limit))
+        return text.count('<details class="case">')
+
+    assert cases(200) == 3 + 6 and cases(1) == 3 + 2 and cases(0) == 0  # each edit side by side, and in both runs
 
 
 def test_the_numbers_of_the_page_are_those_of_the_summary(comparison):
@@ -183,6 +187,68 @@ def test_a_run_in_which_every_edit_failed_is_named(comparison):
     page = both.to_html(max_cases=0)
     Page(page)
     assert "broken: no edit could be made (EditFailedError: one &lt;fact&gt; at a time)" in page
+
+
+def swept(report, method, setting):
+    """The report as a run of a sweep."""
+    about = {"model": "m", "method": method, "dataset": "d", "setting": setting}
+    return EvaluationReport(report.records, {**report.meta, "label": about})
+
+
+def test_a_sweep_is_grouped_by_what_is_not_the_method(comparison):
+    strong, weak = comparison.reports.values()
+    runs = {
+        "A · one": swept(strong, "A", "one"),
+        "B · one": swept(weak, "B", "one"),
+        "A · two": swept(strong, "A", "two"),
+    }
+    both = Comparison(runs, {"B · two": "ConfigError: no <editor>"})
+    assert [(g.title, list(g.reports)) for g in both.groups] == [("one", ["A", "B"]), ("two", ["A"])]
+    page = both.to_html()
+    Page(page)
+    assert "B · two: failed (ConfigError: no &lt;editor&gt;)" in page
+    assert "one: teacher_forced" in page and "two: teacher_forced" in page
+    assert "one: edit by edit" in page and "two: edit by edit" not in page  # one run has nothing beside it
+    text = both.to_markdown(max_cases=0)
+    assert "**B · two** failed: ConfigError: no &lt;editor>" in text and "## two: teacher_forced" in text
+    # What differs in nothing but the method, or in the model alone, is one group.
+    assert [g.title for g in Comparison({k: runs[k] for k in ("A · one", "B · one")}).groups] == [""]
+    assert [g.title for g in Comparison({k: runs[k] for k in ("A · one", "A · two")}).groups] == [""]
+
+
+def test_an_edit_under_every_method(comparison):
+    page = comparison.to_html(max_cases=1)
+    entry = re.search(r'id="edits-0"><details class="case">(.*?)</details>', page, re.S).group(1)
+    rows = dict(re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", entry, re.S))
+    assert list(rows) == ["strong &amp; fast", "weak"]
+    right = 0
+    for label, report in comparison.reports.items():
+        record = report.select("teacher_forced")[0]
+        numbers = re.findall(r'<td class="n">([\d.]+)', rows[label.replace("&", "&amp;")])
+        after = record["post"]["rewrite_acc"][0]
+        right += after == 1
+        assert numbers[0] == f"{100 * after:.1f}"
+        wrote = next(t["post"] for t in report.select("generation")[0]["texts"] if t["section"] == "rewrite")
+        assert wrote == unescape(re.search(r'<td class="text">(.*?)</td>', rows[label.replace("&", "&amp;")], re.S)[1])
+    assert f"right with</span> {right} of 2" in entry
+
+
+def test_axes_stand_one_by_one(comparison):
+    report = comparison.reports["weak"]
+    axes = report.summary("teacher_forced")["post"]["per_axis"]["locality"]
+    assert len(axes) > 1
+    page, text = comparison.to_html(max_cases=0), comparison.to_markdown(max_cases=0)
+    for axis, mean in axes.items():
+        assert f"locality: {axis.replace('_', ' ')}" in page and f"locality: {axis}" in text
+        assert f"{100 * mean:.1f}" in page
+
+
+def test_curves_of_many_runs_have_a_chart_each(comparison):
+    strong = next(iter(comparison.reports.values()))
+    few = Comparison({f"run {i}": strong for i in range(len(COLOURS))}).to_html(max_cases=0)
+    many = Comparison({f"run {i}": strong for i in range(len(COLOURS) + 1)}).to_html(max_cases=0)
+    assert "panels small" not in few.split("</style>")[1]
+    assert "<strong>run 8</strong><svg" in many and "<strong>run 8</strong><svg" not in few
 
 
 def test_many_runs_and_long_labels_stay_legible(comparison):

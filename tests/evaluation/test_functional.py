@@ -13,6 +13,7 @@ from hf_kedit.errors import EvaluationError
 from hf_kedit.evaluation import functional as F
 from hf_kedit.evaluation import score_pairs
 
+from .helpers import make_editable, tiny_gpt2
 from .test_golden_scores import GOLDEN, MODELS, ROWS, load
 
 needs_shared = [
@@ -228,14 +229,17 @@ def test_divergence():
         F.divergence(before, after, torch.zeros(2, 3))
 
 
-def test_locality_divergence_is_zero_without_edits_and_positive_with_one(editable):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_locality_divergence_is_zero_without_edits_and_positive_with_one(tokenizer, dtype):
+    editable = make_editable(tiny_gpt2(tokenizer, dtype=dtype), tokenizer)
     probe = ("The capital of Sudland is", "Rome")
     pairs = [probe, ("Jan Mol works for the", "railway"), probe]
     assert F.locality_divergence(editable, pairs) == [0.0, 0.0, 0.0]
     editable.edit([{"prompt": "The capital of Norland is", "target_new": "Lima"}])
     values = F.locality_divergence(editable, pairs)
     assert all(v > 0 for v in values) and values[0] == values[2]
-    assert F.locality_divergence(editable, pairs, token_budget=1) == pytest.approx(values, abs=1e-5)
+    if dtype is torch.float32:  # in half precision the batch moves the last digits
+        assert F.locality_divergence(editable, pairs, token_budget=1) == pytest.approx(values, abs=1e-5)
 
 
 # ---------------------------------------------------------------------- drift and cost
@@ -287,9 +291,52 @@ def test_collapse():
     assert F.nonfinite_share(torch.tensor([1.0, math.nan, math.inf, 0.0])) == 0.5
 
 
+def test_activations_of_an_edited_layer(editable, tokenizer):
+    texts = ["Oslo is a town.", "Jan Mol works for the railway."]
+    assert F.activation_shift(editable, texts) == {"activation_norm_ratio": None, "nonfinite_logits": 0.0}
+    editable.edit([{"prompt": "The capital of Norland is", "target_new": "Lima"}])
+    (name,) = {account.module for account in editable.ledger.accounts.values()}
+
+    def norm():
+        seen = []
+        hook = editable.base_model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(out))
+        with torch.no_grad():
+            for text in texts:  # unpadded, one by one
+                editable.base_model(**tokenizer(text, return_tensors="pt"))
+        hook.remove()
+        return math.sqrt(sum(float(out.double().square().sum()) for out in seen))
+
+    after = norm()
+    with editable.disable_edits():
+        before = norm()
+    found = F.activation_shift(editable, texts)
+    assert found["activation_norm_ratio"] == pytest.approx(after / before, rel=1e-5) != 1.0
+    assert F.activation_shift(editable, texts, token_budget=1) == pytest.approx(found)
+    with torch.no_grad():
+        editable.base_model.lm_head.weight[3].fill_(float("nan"))
+    assert F.activation_shift(editable, texts[:1])["nonfinite_logits"] > 0
+
+
+def test_what_edits_cost_from_now_on(editable, tmp_path):
+    with pytest.raises(EvaluationError, match="no edits"):
+        F.edit_cost(editable, "Oslo is")
+    editable.edit([{"prompt": "The capital of Norland is", "target_new": "Lima"}])
+    found = F.edit_cost(editable, "Oslo is", new_tokens=3, repetitions=1)
+    changed = F.weight_drift(editable)
+    assert found["n_params_changed"] == sum(d["changed"] for d in changed.values()) > 0
+    editable.save_pretrained(tmp_path)
+    assert found["bytes_on_disk"] == sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) > 0
+    both = found["seconds_per_token"], found["seconds_per_token_unedited"]
+    assert min(both) > 0 and found["added_seconds_per_token"] == pytest.approx(both[0] - both[1])
+    with pytest.raises(EvaluationError, match="at least 1"):
+        F.edit_cost(editable, "Oslo is", new_tokens=0)
+    editable.rollback("all")
+    assert F.changed_parameters(editable) == 0
+
+
 def test_efficiency():
     records = [
-        {"seconds_edit": 1.0, "time": 1.5, "peak_memory_bytes": 5, "seconds_eval": 0.5},
+        {"seconds_edit": 1.0, "time": 1.5, "peak_memory_bytes": 5, "extra_memory_bytes": 4, "seconds_eval": 0.5},
         {"seconds_edit": 3.0, "time": 3.5, "peak_memory_bytes": 9, "seconds_eval": 1.5},
     ]
     assert F.efficiency(records) == {
@@ -298,5 +345,6 @@ def test_efficiency():
         "edits_per_second": 0.5,
         "seconds_eval": 1.0,
         "peak_memory_bytes": 9,
+        "extra_memory_bytes": 4,
     }
     assert F.efficiency([{}])["edits_per_second"] is None

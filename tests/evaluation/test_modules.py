@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,12 @@ import hf_kedit
 from hf_kedit.cli import app
 from hf_kedit.errors import DataError, EvaluationError
 from hf_kedit.evaluation import evaluate_edits, evaluate_modules, functional, list_metrics, load_metric, write_space
+
+
+def _first_variant(name):
+    """Column → type, of the first variant of a module."""
+    (kind,) = [c for c in evaluate_modules.KeditMetric.__subclasses__() if c.__name__.lower() == name.replace("_", "")]
+    return next(iter(kind.variants.values()))
 
 
 @pytest.fixture
@@ -80,6 +87,41 @@ def test_modules_combine(load):
     mixed = evaluate.combine([load("perplexity"), load("sentiment")])
     found = mixed.compute(nll=[1.0], n_tokens=[3], wanted=[0.0], unwanted=[0.0], wanted_before=[0.0])
     assert found["perplexity_mean"] == pytest.approx(math.e) and found["edit_success"] == 0.5
+
+
+PAIRS = [
+    (a, b)
+    for a, b in itertools.combinations([n for n in list_metrics() if n != "kedit"], 2)
+    # ``evaluate`` hands equal columns to both modules: what differs in the type of one cannot be combined.
+    if all(
+        _first_variant(a)[column] == _first_variant(b)[column]
+        for column in _first_variant(a).keys() & _first_variant(b).keys()
+    )
+]
+
+
+def test_nearly_all_pairs_can_be_combined():
+    assert len(PAIRS) >= 20 and {name for pair in PAIRS for name in pair} == set(list_metrics()) - {"kedit"}
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_each_module_combines_with_every_other(load, a, b):
+    """Both get all columns, and give what they give alone."""
+    first, second = load(a), load(b)
+    columns = {**_rows(second.example, 2), **_rows(first.example, 2)}
+    alone = {a: load(a).compute(**_mine(first, columns)), b: load(b).compute(**_mine(second, columns))}
+    both = evaluate.combine({a: load(a), b: load(b)}, force_prefix=True)
+    both.add_batch(**columns)
+    found = both.compute()
+    assert found == {f"{name}_{key}": value for name, numbers in alone.items() for key, value in numbers.items()}
+
+
+def _rows(example, count):
+    return {name: [values[i % len(values)] for i in range(count)] for name, values in example.items()}
+
+
+def _mine(metric, columns):
+    return {name: values for name, values in columns.items() if name in metric.features}
 
 
 def test_unknown_names(load):

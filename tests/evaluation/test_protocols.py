@@ -401,6 +401,34 @@ def test_an_evaluation_with_an_endpoint(endpoint, editable, rows, cache):
 # ---------------------------------------------------------------------- probes without answers
 
 
+def test_the_first_tokens_of_a_continuation(editable, tokenizer, rows, cache):
+    protocol = Generation(scorer="prefix_tokens", max_new_tokens=12)
+    report = evaluate_edits(editable, rows, protocol=protocol, cache=cache)
+    editable.edit(rows[0])
+    for section, prompt, answers in (
+        ("rewrite_acc", "The capital of Norland is", [rows[0]["target_new"]]),
+        ("alias_acc", "The capital of the Norlands is", ["Lima"]),
+    ):
+        (said,) = generate_answers(editable, tokenizer, [prompt], 12, cut_at_newline=False)
+        wanted = [tokenizer(" " + answer)["input_ids"] for answer in answers]
+        best = max(sum(a == b for a, b in zip(said.ids, ids, strict=False)) / len(ids) for ids in wanted)
+        post = report.cases[0]["post"]
+        assert (post.get(section) or post["portability"][section])[0] == best
+    meta = report.cases[0]["post"]["metric_meta"]["rewrite"]
+    assert meta["comparable_group"] == "generation/prefix_tokens"
+    editable.rollback("all")
+    long = {**rows[0], "target_new": "Rome and a lot more than one token", "id": "long"}
+    short = evaluate_edits(
+        editable, [long], protocol=Generation(scorer="prefix_tokens", max_new_tokens=2), cache=cache
+    )
+    skipped = {s["prompt"]: s["reason"] for s in short.cases[0]["skipped"]}
+    assert "max_new_tokens is 2" in skipped["The capital of Norland is"]
+    with pytest.raises(EvaluationError, match="prompt_format='raw'"):
+        Generation(scorer="prefix_tokens", prompt_format="qa")
+    assert functional.prefix_share([1, 2, 3], [1, 9]) == 0.5 and functional.prefix_share([1], [1, 2]) == 0.5
+    assert functional.prefix_share([], [1]) == functional.prefix_share([1], []) == 0.0
+
+
 def test_probes_without_answers_are_compared_by_what_is_written(editable, cache):
     """As HalluEditBench's locality questions: there is no answer to feed, but there is a before and an after."""
     table = load_edit_dataset("halluedit/llama2", path=SAMPLES / "halluedit", limit=1)

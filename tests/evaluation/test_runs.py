@@ -102,6 +102,7 @@ def test_collapse_is_said(tokenizer, cache, caplog):
     point = report.meta["checkpoints"][-1]
     assert point["perplexity_before"] < 10 and point["state"] == "collapsed"
     assert "after 2 edits the perplexity" in caplog.text
+    assert point["drift"]["relative"] > 1 and "times as large as the matrix itself" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,36 @@ def test_shards_as_torchrun_says(monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     assert parse_shard("auto", "single") == (1, 1) == parse_shard(None, "sequential")
+
+
+def share_in_processes(folder):
+    """What each process of the next test does."""
+    tokenizer = tiny_tokenizer()
+    part = evaluate_edits(
+        make_editable(tiny_gpt2(tokenizer), tokenizer), many(5), output_dir=folder, shard="auto", progress=False
+    )
+    Path(folder, f"cases-{os.environ['RANK']}.json").write_text(json.dumps([c["case_id"] for c in part.cases]))
+
+
+@pytest.mark.slow  # two processes import torch
+def test_two_processes_share_a_run(tokenizer, tmp_path):
+    root = Path(__file__).parents[2]
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import sys\nfrom tests.evaluation.test_runs import share_in_processes\nshare_in_processes(sys.argv[1])\n"
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*launcher, str(script), str(folder)], env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    mine = [json.loads((folder / f"cases-{rank}.json").read_text()) for rank in (0, 1)]
+    assert mine == [[0, 2, 4], [1, 3]]
+    whole = evaluate_edits(make_editable(tiny_gpt2(tokenizer), tokenizer), many(5))
+    assert timeless(collect_report(folder)) == timeless(whole)
 
 
 def test_the_plan_of_a_run():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from hf_kedit.errors import EvaluationError
 from hf_kedit.evaluation import Unscored, generate_answers, score_pairs, try_score_pairs
+from hf_kedit.tokens import separator_between
+from tests.test_tokens import tokenizer as tokenizer_of_kind
+
+from .helpers import tiny_gpt2
 
 PAIRS = [
     ("The capital of Norland is", "Oslo"),
@@ -76,6 +82,22 @@ def test_an_empty_prompt_is_predicted_from_the_end_token(gpt2, tokenizer):
         logits = gpt2(torch.tensor([[tokenizer.eos_token_id, *ids]])).logits[0, :-1]
     assert list(score.target_ids) == ids
     assert list(score.pred_ids) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["bpe-trim", "spm", "world-gpt2", "world-llama"])
+@pytest.mark.parametrize("prompt", ["The capital is", "The capital is ", "Q: where?\nA:", "A list:\n", "首都是", ""])
+def test_a_target_is_the_end_of_the_joint_text(kind, prompt):
+    """With BOS or without, behind white space, with the end-of-text token as target: the target is scored."""
+    tokenizer = tokenizer_of_kind(kind)
+    for target in ("Paris", tokenizer.eos_token):  # words that all of them know
+        model = tiny_gpt2(tokenizer)
+        (score,) = score_pairs(model, tokenizer, [(prompt, target)])
+        joint = separator_between(prompt, target)
+        ids = tokenizer(prompt + joint + target, add_special_tokens=False)["input_ids"]
+        assert tuple(ids[-len(score.target_ids) :]) == score.target_ids
+        said = tokenizer.decode(score.target_ids, skip_special_tokens=False)
+        assert said.strip() == target
+        assert len(score.pred_ids) == len(score.target_ids) > 0 and math.isfinite(score.nll)
 
 
 def test_separator_is_respected(gpt2, tokenizer):
