@@ -47,11 +47,13 @@ _EDITORS: dict[str, type[Editor]] = {}
 class EditorConfig(WeightConfig):
     """Hyperparameters of a trained editor.
 
-    To edit, only ``editor`` counts: everything else comes from the editor that is loaded. To train one, the other
-    fields describe it.
+    To edit, only ``editor`` and ``max_relative_size`` count: everything else comes from the editor that is loaded. To
+    train one, the other fields describe it.
 
     Args:
         editor: folder or Hub id of a trained editor; ``None``: the packaged one of an embedded model.
+        max_relative_size: an edit whose change of some matrix is more than this many times as large as those of
+            training were is refused; ``None``: it is made, with a warning.
         modules: names of the linear modules to edit, in order; ``None``: the matrices of the MLPs of ``layers``, or of
             the last three blocks (of both stacks, where there are two).
         edit_weight: of the loss of the new answers to rephrased prompts.
@@ -62,6 +64,7 @@ class EditorConfig(WeightConfig):
     """
 
     editor: str | None = None
+    max_relative_size: float | None = None
     modules: list[str] | None = None
     edit_weight: float = 0.1
     locality_weight: float = 1.0
@@ -73,6 +76,8 @@ class EditorConfig(WeightConfig):
         super().validate()
         self._require_positive("edit_weight", "locality_weight", zero=True)
         self._require_positive("micro_batch")
+        if self.max_relative_size is not None:
+            self._require_positive("max_relative_size")
         if self.modules is not None and not self.modules:
             raise ConfigError(f"{type(self).__name__}.modules is empty; leave it out to use the model's default")
 
@@ -387,8 +392,10 @@ class Editor(nn.Module):
         """
         return None
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Called by Trainer for ``activation_checkpointing=True``; see `base_ready`."""
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Called by Trainer for ``activation_checkpointing=True``; see `base_ready`. Every block is run again."""
         self.recompute = True
 
     # ------------------------------------------------------------------ how large changes are
