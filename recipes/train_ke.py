@@ -31,7 +31,7 @@ def main() -> None:
     trainer = EditTrainer(editor, args, facts, held_out or None, processing_class=tokenizer)
     trainer.log_metrics("eval", train_and_save(trainer, args.resume_from_checkpoint))
     if editor.edit_config.objective == "constrained":
-        trainer.log_metrics("constraint", {"margin": float(editor.margin), "multiplier": float(editor.multiplier)})
+        trainer.log_metrics("constraint", {"margin": float(editor.margin), "multiplier": editor.multiplier.item()})
 
     if not trainer.is_world_process_zero():
         return

@@ -112,7 +112,7 @@ def test_ke_constrained_loss_and_its_gradients() -> None:
     with torch.no_grad():
         editor.multiplier.fill_(1.5)
     output = editor(**batch)
-    assert float(output.loss) == pytest.approx(float(output.edit_loss + 1.5 * (output.locality_loss - 0.02)), rel=1e-5)
+    assert output.loss.item() == pytest.approx(float(output.edit_loss + 1.5 * (output.locality_loss - 0.02)), rel=1e-5)
     with (
         torch.no_grad(),
         low_rank_paths(editor.base, editor.propose(editor.base, batch["edit"], batch["groups"]), batch["groups"]),
@@ -129,7 +129,7 @@ def test_ke_constrained_loss_and_its_gradients() -> None:
     assert float(output.edit_loss) == pytest.approx(float(sum(losses) / 2), rel=1e-5)
     output.loss.backward()
     # descent on this gradient raises the multiplier while the divergence exceeds the margin
-    assert float(editor.multiplier.grad) == pytest.approx(0.02 - float(output.locality_loss), rel=1e-5)
+    assert editor.multiplier.grad.item() == pytest.approx(0.02 - float(output.locality_loss), rel=1e-5)
     once = {n: p.grad.clone() for n, p in editor.named_parameters()}
     assert all(torch.isfinite(g).all() for g in once.values())
     editor.zero_grad()
@@ -142,12 +142,12 @@ def test_ke_multiplier_and_margin_move_with_training(tmp_path: Path) -> None:
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates == [1e-4, 0.1]
     editor = trainer.model
-    moved = float(editor.multiplier) - 1
+    moved = editor.multiplier.item() - 1
     assert abs(moved) == pytest.approx(0.1, rel=0.01)  # Adam's first step
     with torch.no_grad():
         editor.multiplier.fill_(-0.3)
     editor.after_step()
-    assert float(editor.multiplier) == 0
+    assert editor.multiplier.item() == 0
     editor.after_evaluation({"edit_success": 0.9})
     assert float(editor.margin) == pytest.approx(1e-3)
     for wanted in (8e-4, 6.4e-4):

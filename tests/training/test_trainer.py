@@ -180,7 +180,7 @@ def test_blocks_that_are_run_again_change_nothing(family: str) -> None:
         editor.zero_grad()
         output = editor(batch, batch, batch, torch.arange(2))
         output.loss.backward()
-        found.append((float(output.loss), {n: p.grad.clone() for n, p in editor.named_parameters()}, runs["count"]))
+        found.append((output.loss.item(), {n: p.grad.clone() for n, p in editor.named_parameters()}, runs["count"]))
         editor.load_state_dict(copy_of)
     (plain, gradients, few), (checkpointed, same, more) = found
     assert plain == pytest.approx(checkpointed, rel=1e-6) and more > few
