@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 
@@ -112,7 +112,7 @@ class HyperMethod(Method):
         if not found:
             return None
         module = max(found, key=lambda m: found[m])
-        relative, limit = found[module], cast(EditorConfig, self.config).max_relative_size
+        relative, limit = found[module], self.config.max_relative_size
         told = (
             f"the change of {module} is {relative:.1f} times as large as in training, where"
             f" {self.editor.origin.get('trained_edits_together', 'other numbers of')} fact(s) were edited together on"
