@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .methods.mend import MENDConfig
     from .methods.pmet import PMETConfig
     from .methods.r_rome import RROMEConfig
+    from .methods.rledit import RLEditConfig
     from .methods.rome import ROMEConfig
     from .methods.serac import SERACConfig
     from .methods.simie import SimIEConfig
@@ -101,6 +102,7 @@ __all__ = [
     "PMETConfig",
     "Probe",
     "PromptConfig",
+    "RLEditConfig",
     "ROMEConfig",
     "RROMEConfig",
     "SERACConfig",

@@ -35,7 +35,7 @@ def train(
     """
     from transformers import PrinterCallback
 
-    from ..training.plan import TrainingPlan
+    from ..training.plan import TrainingPlan, train_and_save
 
     training = parse_settings(settings)
     if output is not None:
@@ -48,9 +48,7 @@ def train(
         trainer = todo.trainer()
     if format is not Format.human:
         trainer.remove_callback(PrinterCallback)  # it prints its logs between our data
-    trainer.train(resume_from_checkpoint=resume or None)
-    scores = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    trainer.save_model()
+    scores = train_and_save(trainer, resume)
     if not trainer.is_world_process_zero():
         return
     data: dict[str, Any] = {

@@ -9,7 +9,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..errors import ConfigError
 from ..tokens import TokenBatch
 
 if TYPE_CHECKING:
@@ -89,6 +91,40 @@ def logits_at(
     else:
         logits = model(**kwargs).logits
     return cast(torch.Tensor, logits[rows, columns])
+
+
+@contextlib.contextmanager
+def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Blocks of a model in evaluation mode keep no activations inside; backward passes run them again.
+
+    transformers checkpoints a block only while it is in training mode. The block alone is put into it, and its own
+    rates of dropout are zero meanwhile; the modules in it stay in evaluation mode. The backward pass has to be made
+    inside the context, and inside every hook that the forward pass ran under.
+
+    Raises:
+        ConfigError: if the model's class does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(f"{type(model).__name__} does not support activation_checkpointing; leave it off")
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    rates = [(b, n, v) for b in blocks for n, v in vars(b).items() if "dropout" in n and isinstance(v, float)]
+    was_on = model.is_activation_checkpointing
+    try:
+        if not was_on:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # nothing below the first edited module is to be differentiated
+        for block in blocks:
+            block.training = True
+        for block, name, _ in rates:
+            setattr(block, name, 0.0)
+        yield
+    finally:
+        for block, name, rate in rates:
+            setattr(block, name, rate)
+        for block in blocks:
+            block.training = False
+        if not was_on:
+            model.activation_checkpointing_disable()
 
 
 @contextlib.contextmanager

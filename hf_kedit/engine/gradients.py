@@ -187,6 +187,24 @@ class LowRank:
     right: torch.Tensor
     owners: torch.Tensor
 
+    def as_leaves(self) -> LowRank:
+        """The same change with factors that collect gradients and hand nothing on."""
+        left, right = (f.detach().clone().requires_grad_() for f in (self.left, self.right))
+        return LowRank(left, right, self.owners)
+
+    @torch.no_grad()
+    def sizes(self, groups: torch.Tensor) -> torch.Tensor:
+        """Frobenius norm of the change of each group of owners, ``[groups]``; ``groups`` as for `low_rank_paths`."""
+        found = []
+        for group in groups.unique():
+            mine = groups[self.owners] == group
+            left, right = self.left[:, mine], self.right[:, mine]
+            if left.shape[1] < min(left.shape[0], right.shape[0]):  # ‖L Rᵀ‖² = ⟨LᵀL, RᵀR⟩
+                found.append(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
+            else:
+                found.append(torch.linalg.matrix_norm(left @ right.T))
+        return torch.stack(found)
+
 
 @contextlib.contextmanager
 def low_rank_paths(

@@ -7,6 +7,7 @@ what happened to unrelated ones. The training loop is the `EditTrainer`'s, the e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,29 +18,28 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
-from ..anatomy import resolve_anatomy
-from ..anatomy.projections import as_projection
 from ..config import CONFIG_NAME
-from ..engine.examples import encode_examples, row_means
-from ..engine.forward import frozen_eval
+from ..engine.examples import encode_examples
+from ..engine.forward import frozen_eval, recomputed_blocks
 from ..engine.gradients import LowRank, Reduction, Rows, Tokens, collect_rows, low_rank_paths
-from ..engine.supervised import IGNORE, Batch, all_of_row, collate, logits_where, score, score_logits
-from ..engine.weights import get_module, get_weight, tensor_digest
-from ..errors import ConfigError, UnsupportedModelError
+from ..engine.supervised import IGNORE, Batch, Scores, all_of_row, collate, logits_where, score, score_logits
+from ..errors import ConfigError
 from ..files import write_folder
 from ..repository import push_files
 from ..requests import EditRequest
 from ..tokens import pad_id
 from .base import WeightConfig
-from .editor_files import pack_editor, read_editor
+from .editor_files import SavedEditor, pack_editor, read_editor
+from .editor_modules import matrix_sizes, mlp_modules, weight_digest
+from .editor_output import EditorOutput, mean_of_groups, merged
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 E = TypeVar("E", bound="Editor")
-EDITED_BLOCKS = 3
-METRICS = ("edit_success", "generalization", "locality", "drawdown")
+SIZE_MEMORY = 0.98
+"""What the moving average of the sizes of changes keeps at each step."""
 _EDITORS: dict[str, type[Editor]] = {}
 
 
@@ -47,11 +47,13 @@ _EDITORS: dict[str, type[Editor]] = {}
 class EditorConfig(WeightConfig):
     """Hyperparameters of a trained editor.
 
-    To edit, only ``editor`` counts: everything else comes from the editor that is loaded. To train one, the other
-    fields describe it.
+    To edit, only ``editor`` and ``max_relative_size`` count: everything else comes from the editor that is loaded. To
+    train one, the other fields describe it.
 
     Args:
         editor: folder or Hub id of a trained editor; ``None``: the packaged one of an embedded model.
+        max_relative_size: an edit whose change of some matrix is more than this many times as large as those of
+            training were is refused; ``None``: it is made, with a warning.
         modules: names of the linear modules to edit, in order; ``None``: the matrices of the MLPs of ``layers``, or of
             the last three blocks (of both stacks, where there are two).
         edit_weight: of the loss of the new answers to rephrased prompts.
@@ -62,6 +64,7 @@ class EditorConfig(WeightConfig):
     """
 
     editor: str | None = None
+    max_relative_size: float | None = None
     modules: list[str] | None = None
     edit_weight: float = 0.1
     locality_weight: float = 1.0
@@ -73,6 +76,8 @@ class EditorConfig(WeightConfig):
         super().validate()
         self._require_positive("edit_weight", "locality_weight", zero=True)
         self._require_positive("micro_batch")
+        if self.max_relative_size is not None:
+            self._require_positive("max_relative_size")
         if self.modules is not None and not self.modules:
             raise ConfigError(f"{type(self).__name__}.modules is empty; leave it out to use the model's default")
 
@@ -80,30 +85,6 @@ class EditorConfig(WeightConfig):
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """An embedded model has a packaged editor."""
         return ("editor",)
-
-
-@dataclass
-class EditorOutput:
-    """What one training or evaluation step of an editor returns.
-
-    Args:
-        loss: scalar.
-        edit_loss: of the new answers to the rephrased prompts, scalar.
-        locality_loss: divergence on the unrelated prompts, scalar.
-        facts: how many facts it is about.
-        metrics: in evaluation mode, one row per fact with the columns `METRICS`, ``[facts, 4]``.
-    """
-
-    loss: torch.Tensor
-    edit_loss: torch.Tensor
-    locality_loss: torch.Tensor
-    facts: int
-    metrics: torch.Tensor | None = None
-
-    def detached(self) -> EditorOutput:
-        """The same numbers without their graph."""
-        losses = (self.loss.detach(), self.edit_loss.detach(), self.locality_loss.detach())
-        return EditorOutput(*losses, self.facts, self.metrics)
 
 
 @dataclass(frozen=True)
@@ -131,6 +112,7 @@ class Editor(nn.Module):
         self.shapes = {module: (int(shape[0]), int(shape[1])) for module, shape in shapes.items()}
         self.encoder_decoder = encoder_decoder
         self.origin: dict[str, Any] = {}
+        self.recompute = False
         self._base: _Base | None = None
 
     @classmethod
@@ -257,16 +239,56 @@ class Editor(nn.Module):
     def forward(self, edit: Batch, rephrase: Batch, locality: Batch, groups: torch.Tensor) -> EditorOutput:
         """Propose changes for a batch of facts and judge them.
 
+        In training, the backward pass through the language model happens in here, ``micro_batch`` facts at a time: the
+        factors of the changes are leaves that collect the gradient, and the returned loss hands it on to the editor.
+
         Args:
             edit: the facts, from `edit_batch`.
             rephrase: other prompts with the same new answers, row by row.
             locality: unrelated prompts with their answers, row by row.
             groups: facts of the same number are edited together, and only they see the edit.
         """
-        with frozen_eval(self.base):
+        with self.base_ready():
             changes = self.propose(self.base, edit, groups)
-            parts = [self.judge(changes, groups, *part) for part in self.chunks(edit, rephrase, locality, groups)]
+            if not self.training:
+                parts = [self.judge(changes, groups, *p) for p in self.chunks(edit, rephrase, locality, groups)]
+                self.settle(changes, (edit, rephrase, locality))
+                return merged(parts)
+            self.remember_size(changes, groups)
+            leaves = {module: change.as_leaves() for module, change in changes.items()}
+            whole = self.learn(leaves, edit, rephrase, locality, groups)
+            self.settle(changes, (edit, rephrase, locality))
+        total = torch.zeros((), device=whole.loss.device)
+        for module, leaf in leaves.items():
+            for factor, value in ((leaf.left, changes[module].left), (leaf.right, changes[module].right)):
+                if factor.grad is not None:
+                    total = total + (factor.grad * value).sum()
+        return self.handing_on(whole, total)
+
+    @contextlib.contextmanager
+    def base_ready(self) -> Iterator[None]:
+        """The base model, frozen and in evaluation mode; if asked for, backward passes run its blocks again."""
+        with frozen_eval(self.base), recomputed_blocks(self.base) if self.recompute else contextlib.nullcontext():
+            yield
+
+    def learn(
+        self, changes: Mapping[str, LowRank], edit: Batch, rephrase: Batch, locality: Batch, groups: torch.Tensor
+    ) -> EditorOutput:
+        """Judge changes whose factors are leaves, and leave the gradients of the losses with these."""
+        parts = []
+        for part in self.chunks(edit, rephrase, locality, groups):
+            parts.append(self.judge(changes, groups, *part, share=len(part[-1]) / len(groups)))
         return merged(parts)
+
+    def settle(self, changes: Mapping[str, LowRank], facts: tuple[Batch, Batch, Batch]) -> None:
+        """Called at the end of a step with its changes and its facts; an editor of sequences carries them on."""
+        return None
+
+    def handing_on(self, whole: EditorOutput, proxy: torch.Tensor) -> EditorOutput:
+        """The output with the loss that it has and the gradient that the proxy has."""
+        loss = self.objective(whole.edit_loss, whole.locality_loss)
+        whole.loss = proxy - proxy.detach() + loss + (whole.loss - loss).detach()
+        return whole
 
     def chunks(
         self, edit: Batch, rephrase: Batch, locality: Batch, groups: torch.Tensor
@@ -286,6 +308,7 @@ class Editor(nn.Module):
         rephrase: Batch,
         locality: Batch,
         rows: torch.Tensor,
+        share: float | None = None,
     ) -> EditorOutput:
         """What changes do to some of the facts.
 
@@ -294,19 +317,23 @@ class Editor(nn.Module):
             groups: of all facts that they were proposed for.
             edit: some of the facts; likewise ``rephrase`` and ``locality``.
             rows: the groups of these facts.
+            share: what these facts count in the whole: the backward pass through the model is made with this weight,
+                while the changes are in place (blocks may have to be run again). ``None``: no backward pass.
         """
         base = self.base
         where = self._locality_positions(locality)
-        with torch.no_grad():
+        with torch.no_grad(), self.compared_with():
             before = logits_where(base, locality, where)
-        with low_rank_paths(base, changes, groups, rows):
-            outer = score(base, rephrase)
+        with torch.set_grad_enabled(share is not None), self.laid(changes, groups, rows):
+            edit_loss, outer = self.edit_loss(edit, rephrase, rows)
             after = logits_where(base, locality, where)
             inner = None if self.training else score(base, edit)
-        edit_loss = _mean_of_groups(outer.nll, outer.rows, rows)
-        old, new = before.log_softmax(-1), after.log_softmax(-1)
-        locality_loss = _mean_of_groups((old.exp() * (old - new)).sum(-1), where.nonzero()[:, 0], rows)
-        loss = self.edit_config.edit_weight * edit_loss + self.edit_config.locality_weight * locality_loss
+            old, new = before.log_softmax(-1), after.log_softmax(-1)
+            locality_loss = mean_of_groups((old.exp() * (old - new)).sum(-1), where.nonzero()[:, 0], rows)
+            loss = self.objective(edit_loss, locality_loss)
+            if share is not None:
+                factors = [f for c in changes.values() for f in (c.left, c.right) if f.requires_grad]
+                torch.autograd.backward(loss * share, inputs=factors)
         metrics = None
         if inner is not None:
             labelled = (locality["labels"] != IGNORE)[where]
@@ -314,7 +341,26 @@ class Editor(nn.Module):
             same = all_of_row((before.argmax(-1) == after.argmax(-1))[labelled], known.rows, known.count)
             drawdown = known.all_right() - kept.all_right()
             metrics = torch.stack([inner.all_right(), outer.all_right(), same, drawdown], dim=1)
-        return EditorOutput(loss, edit_loss, locality_loss, len(rows), metrics)
+        return EditorOutput(loss.detach(), edit_loss.detach(), locality_loss.detach(), len(rows), metrics)
+
+    def laid(
+        self, changes: Mapping[str, LowRank], groups: torch.Tensor, rows: torch.Tensor
+    ) -> contextlib.AbstractContextManager[None]:
+        """The model with changes beside its weights, see `low_rank_paths`."""
+        return low_rank_paths(self.base, changes, groups, rows)
+
+    def compared_with(self) -> contextlib.AbstractContextManager[None]:
+        """The model that unrelated prompts are compared with: the base model as it is."""
+        return contextlib.nullcontext()
+
+    def edit_loss(self, edit: Batch, rephrase: Batch, rows: torch.Tensor) -> tuple[torch.Tensor, Scores]:
+        """Loss of the new answers in the edited model, and how it scores the rephrased prompts."""
+        outer = score(self.base, rephrase)
+        return mean_of_groups(outer.nll, outer.rows, rows), outer
+
+    def objective(self, edit_loss: torch.Tensor, locality_loss: torch.Tensor) -> torch.Tensor:
+        """What is minimised, from the two losses."""
+        return self.edit_config.edit_weight * edit_loss + self.edit_config.locality_weight * locality_loss
 
     def _locality_positions(self, locality: Batch) -> torch.Tensor:
         """Mask over the labels of where the divergence counts."""
@@ -323,8 +369,43 @@ class Editor(nn.Module):
         return locality["attention_mask"].bool()
 
     def step_sizes(self) -> list[nn.Parameter]:
-        """The parameters that are trained with a learning rate of their own."""
+        """The parameters that are trained with the learning rate of step sizes."""
         return []
+
+    def own_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Further parameters, with the learning rate that each set of them has by the editor's own config."""
+        return []
+
+    def after_step(self) -> None:
+        """Called after every step of the optimizer; nothing by default."""
+        return None
+
+    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Called with the means of `METRICS` after every evaluation in training; nothing by default."""
+        return None
+
+    def check_arguments(self, args: Any) -> None:
+        """Raise if the editor cannot be trained with these `EditTrainingArguments`; all will do by default.
+
+        Raises:
+            ConfigError: if it cannot.
+        """
+        return None
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Called by Trainer for ``activation_checkpointing=True``; see `base_ready`. Every block is run again."""
+        self.recompute = True
+
+    # ------------------------------------------------------------------ how large changes are
+
+    def remember_size(self, changes: Mapping[str, LowRank], groups: torch.Tensor) -> None:
+        """Keep a moving average of how large the change of a group of facts was in training, module by module."""
+        found = {m: float(c.sizes(groups).mean()) for m, c in changes.items()}
+        kept = self.origin.setdefault("trained_change_size", {})
+        for module, size in found.items():
+            kept[module] = SIZE_MEMORY * kept.get(module, size) + (1 - SIZE_MEMORY) * size
 
     # ------------------------------------------------------------------ files
 
@@ -383,8 +464,7 @@ class Editor(nn.Module):
             raise ConfigError(f"{str(editor)!r} is an editor of {saved.method!r}; {cls.__name__} cannot load it")
         config = kind.config_class.from_dict(saved.hparams)
         made = kind(config, saved.modules, encoder_decoder=saved.encoder_decoder)
-        saved.fill(made)
-        made.origin = saved.origin
+        made.take_over(saved)
         return made.eval()
 
     def load_saved(self, folder: str | Path) -> None:
@@ -393,7 +473,12 @@ class Editor(nn.Module):
         Raises:
             ArtifactError: if there is none, or it does not fit.
         """
-        read_editor(str(folder)).fill(self)
+        self.take_over(read_editor(str(folder)))
+
+    def take_over(self, saved: SavedEditor) -> None:
+        """Fill the networks with saved tensors, and remember where they come from."""
+        saved.fill(self)
+        self.origin = saved.origin
 
 
 def register_editor(cls: type[E]) -> type[E]:
@@ -411,60 +496,3 @@ def editor_class(method: str) -> type[Editor]:
     if method not in _EDITORS:
         raise ConfigError(f"{method!r} has no trained editor; those that have one: {', '.join(sorted(_EDITORS))}")
     return _EDITORS[method]
-
-
-# ---------------------------------------------------------------------- modules
-
-
-def mlp_modules(model: PreTrainedModel, layers: Sequence[int] | None = None) -> list[str]:
-    """Names of the matrices of the MLPs of some blocks (``None``: the last three), of both stacks if there are two."""
-    stacks = ["encoder", "decoder"] if model.config.is_encoder_decoder else ["decoder"]
-    found = []
-    for stack in stacks:
-        anatomy = resolve_anatomy(model, stack=stack)  # type: ignore[arg-type]
-        blocks = (
-            layers if layers is not None else range(max(anatomy.num_layers - EDITED_BLOCKS, 0), anatomy.num_layers)
-        )
-        for index in blocks:
-            block = anatomy.layer(index % anatomy.num_layers)
-            found += [p.path for p in (*block.ups, anatomy.down(block.index))]
-    return found
-
-
-def matrix_sizes(model: PreTrainedModel, module: str) -> tuple[int, int]:
-    """``(d_in, d_out)`` of a linear module.
-
-    Raises:
-        LayerError: if it does not exist.
-        UnsupportedModelError: if it is not linear.
-    """
-    projection = as_projection(get_module(model, module), module)
-    if projection is None:
-        raise UnsupportedModelError(f"{module} is not a linear module; a trained editor changes linear modules")
-    return projection.in_features, projection.out_features
-
-
-def weight_digest(model: PreTrainedModel, module: str) -> str:
-    """SHA-256 of the weight of a module."""
-    return tensor_digest([("", get_weight(get_module(model, module)))])
-
-
-# ---------------------------------------------------------------------- means
-
-
-def merged(parts: Sequence[EditorOutput]) -> EditorOutput:
-    """Several outputs as one: losses weighted by the number of facts."""
-    facts = sum(p.facts for p in parts)
-
-    def mean(name: str) -> torch.Tensor:
-        return torch.stack([getattr(p, name) * (p.facts / facts) for p in parts]).sum()
-
-    metrics = [p.metrics for p in parts if p.metrics is not None]
-    losses = (mean("loss"), mean("edit_loss"), mean("locality_loss"))
-    return EditorOutput(*losses, facts, torch.cat(metrics) if metrics else None)
-
-
-def _mean_of_groups(values: torch.Tensor, rows: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Mean over the groups of the mean over a group's tokens."""
-    names, numbers = groups.unique(return_inverse=True)
-    return row_means(values, numbers[rows], len(names)).mean()

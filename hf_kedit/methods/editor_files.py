@@ -40,7 +40,7 @@ class SavedEditor:
         hparams: of the editor.
         modules: module name → ``(d_in, d_out)``, in order.
         encoder_decoder: whether the base model is one.
-        origin: the base model that it was trained on.
+        origin: the base model that it was trained on (``base_…``), and what training was like (``trained_…``).
         tensors: its parameters and buffers.
     """
 
@@ -130,7 +130,7 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
             dict(config["hparams"]),
             {str(m): (int(s[0]), int(s[1])) for m, s in config["modules"].items()},
             bool(config["encoder_decoder"]),
-            {k: v for k, v in config.items() if k.startswith("base_")},
+            {k: v for k, v in config.items() if k.startswith(("base_", "trained_"))},
             load_tensors(weights),
         )
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:

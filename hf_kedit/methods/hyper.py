@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 
 from ..engine.forward import device_of
-from ..engine.gradients import low_rank_paths
+from ..engine.gradients import LowRank, low_rank_paths
 from ..engine.ledger import WeightDelta
 from ..engine.supervised import score, to_device
 from ..engine.weights import tensor_digest
-from ..errors import ConfigError
+from ..errors import ConfigError, EditFailedError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from .base import Method, Outcome, Workbench
 from .editor import Editor, EditorConfig
 
 logger = get_logger(__name__)
+UNUSUAL_SIZE = 3.0
+"""Changes that are so many times as large as in training are reported."""
 
 
 class HyperMethod(Method):
@@ -75,6 +77,7 @@ class HyperMethod(Method):
             before = score(model, edit).per_row()
             with low_rank_paths(model, changes):
                 after = score(model, edit).per_row()
+        relative = self.relative_size(changes, len(requests))
         deltas = []
         for module, change in changes.items():
             owners = tuple(change.owners.tolist())
@@ -85,7 +88,39 @@ class HyperMethod(Method):
                 "loss": [round(float(b), 6), round(float(a), 6)],
                 "target_probability_before": float((-b).exp()),
                 "target_probability_after": float((-a).exp()),
+                "relative_size": relative,
             }
             for b, a in zip(before, after, strict=True)
         ]
         return Outcome(deltas, diagnostics)
+
+    def relative_size(self, changes: Mapping[str, LowRank], facts: int) -> float | None:
+        """The size of a change as a multiple of what training saw, for the module where it is largest.
+
+        More facts in a batch, or a model that has been edited often, make changes that the editor never learned to
+        make: these break the model.
+
+        Returns:
+            ``None`` for an editor that does not say how large its changes were in training.
+
+        Raises:
+            EditFailedError: if it exceeds the config's ``max_relative_size``.
+        """
+        usual = self.editor.origin.get("trained_change_size") or {}
+        together = torch.zeros(facts, dtype=torch.long, device=device_of(self.bench.model))
+        found = {m: float(c.sizes(together)[0]) / usual[m] for m, c in changes.items() if usual.get(m)}
+        if not found:
+            return None
+        module = max(found, key=lambda m: found[m])
+        relative, limit = found[module], self.config.max_relative_size
+        told = (
+            f"the change of {module} is {relative:.1f} times as large as in training, where"
+            f" {self.editor.origin.get('trained_edits_together', 'other numbers of')} fact(s) were edited together on"
+            f" the unedited model; this is a batch of {facts} on a model with {len(self.bench.ledger.accounts)} edited"
+            " matrices"
+        )
+        if limit is not None and relative > limit:
+            raise EditFailedError(f"{told}. Edit fewer facts at once, or train an editor for such batches.")
+        if relative > UNUSUAL_SIZE:
+            logger.warning("%s. Expect damage: edit fewer facts at once, or train an editor for such batches.", told)
+        return round(relative, 3)

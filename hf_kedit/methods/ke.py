@@ -12,8 +12,13 @@ of the gradient plus one: with p = softmax(r_a) and q = softmax(r_b), token by t
 
 Rows and columns are those of the matrix as it is stored: for a ``Conv1D``, rows are inputs.
 
-Trained here with the objective of MEND's comparison, which the paper of MEND calls EFK; the original's constrained
-optimisation of the divergence is not implemented.
+The networks are trained under a constraint (section 3.1): the new answer, as long as other prompts change little,
+
+    min CE(edit)  subject to  KL(p ‖ p') ≤ m
+
+by gradient descent on ``CE + α (KL − m)`` in the networks and gradient ascent in the multiplier α ≥ 0. The margin m
+shrinks whenever an evaluation finds that nearly all edits succeed. The comparison in MEND's paper trains the same
+networks on a weighted sum of the two losses and calls that EFK.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -30,17 +35,21 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..engine.forward import device_of
 from ..engine.gradients import LowRank
-from ..engine.supervised import Batch
+from ..engine.supervised import IGNORE, Batch, Scores, logits_where, score_logits
 from ..engine.weights import get_module, is_transposed
 from ..errors import ConfigError
+from ..logging import get_logger
 from ..requests import EditRequest
 from ..tokens import pad_id, pad_rows
 from .base import Capabilities, register_method
 from .editor import Editor, EditorConfig, register_editor
+from .editor_output import mean_of_groups
 from .hyper import HyperMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -48,6 +57,15 @@ class KEConfig(EditorConfig):
     """Hyperparameters of KE.
 
     Args:
+        objective: ``constrained``, the paper's; ``weighted``: MEND's losses with ``edit_weight`` and
+            ``locality_weight``, which count here only.
+        label_smoothing: of the constrained objective's cross-entropy.
+        multiplier_lr: learning rate of α, which starts at 1.
+        margin: m at the start.
+        margin_min: m does not go below it.
+        margin_decay: m is multiplied by this after an evaluation in which more than ``margin_success`` of the edits
+            say the new answer.
+        margin_success: see above.
         lstm_size: of each direction of the recurrent network.
         condition_size: of h.
         hidden_size: of the network of each matrix.
@@ -57,6 +75,14 @@ class KEConfig(EditorConfig):
 
     edit_type: ClassVar[str] = "ke"
 
+    locality_at: Literal["all", "answer"] = "answer"
+    objective: Literal["constrained", "weighted"] = "constrained"
+    label_smoothing: float = 0.1
+    multiplier_lr: float = 0.1
+    margin: float = 1e-3
+    margin_min: float = 1e-5
+    margin_decay: float = 0.8
+    margin_success: float = 0.9
     lstm_size: int = 128
     condition_size: int = 1024
     hidden_size: int = 128
@@ -67,6 +93,10 @@ class KEConfig(EditorConfig):
         """Check ranges."""
         super().validate()
         self._require_positive("lstm_size", "condition_size", "hidden_size", "max_scale")
+        self._require_positive("multiplier_lr", "margin", "margin_min")
+        for name in ("label_smoothing", "margin_decay", "margin_success"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"KEConfig.{name} must lie between 0 and 1, not {getattr(self, name)}")
 
 
 class Condition(nn.Module):
@@ -110,6 +140,7 @@ class KEEditor(Editor):
 
     config_class = KEConfig
     edit_config: KEConfig
+    margin: torch.Tensor
 
     def __init__(self, config: KEConfig, shapes: Mapping[str, tuple[int, int]], *, encoder_decoder: bool = False):
         super().__init__(config, shapes, encoder_decoder=encoder_decoder)
@@ -117,6 +148,9 @@ class KEEditor(Editor):
             raise ConfigError("a KE editor needs the model's vocabulary: make it with KEEditor.for_model(model)")
         self.condition = Condition(config)
         self.masks = nn.ModuleDict({m.replace(".", "/"): MaskNet(sum(s), config) for m, s in self.shapes.items()})
+        if config.objective == "constrained":
+            self.multiplier = nn.Parameter(torch.ones(()))
+            self.register_buffer("margin", torch.tensor(config.margin))
 
     @classmethod
     def fitted(cls, config: EditorConfig, model: PreTrainedModel) -> EditorConfig:
@@ -162,6 +196,48 @@ class KEEditor(Editor):
                 left, right = (of_columns, of_rows) if stored else (of_rows, of_columns)
                 changes[module] = LowRank(left.T, right.T, owner)
         return changes
+
+    # ------------------------------------------------------------------ the constrained objective
+
+    def edit_loss(self, edit: Batch, rephrase: Batch, rows: torch.Tensor) -> tuple[torch.Tensor, Scores]:
+        """Cross-entropy against smoothed labels, the mean of the edited prompt and of its other wording."""
+        if self.edit_config.objective == "weighted":
+            return super().edit_loss(edit, rephrase, rows)
+        losses = []
+        for batch in (edit, rephrase):
+            labelled = batch["labels"] != IGNORE
+            logits = logits_where(self.base, batch, labelled)
+            scores = score_logits(logits, batch["labels"])
+            smooth = self.edit_config.label_smoothing
+            # every word of the vocabulary gets the same part of `smooth`, on top of what is left for the label
+            values = (1 - smooth) * scores.nll - smooth * logits.log_softmax(-1).mean(-1)
+            losses.append(mean_of_groups(values, scores.rows, rows))
+        return torch.stack(losses).mean(), scores
+
+    def objective(self, edit_loss: torch.Tensor, locality_loss: torch.Tensor) -> torch.Tensor:
+        """``CE + α (KL − m)``, whose gradient in α is turned around: the multiplier climbs."""
+        if self.edit_config.objective == "weighted":
+            return super().objective(edit_loss, locality_loss)
+        excess = locality_loss - self.margin
+        alpha = self.multiplier
+        return edit_loss + alpha.detach() * excess - (alpha - alpha.detach()) * excess.detach()
+
+    def own_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The multiplier's."""
+        return [([self.multiplier], self.edit_config.multiplier_lr)] if hasattr(self, "multiplier") else []
+
+    def after_step(self) -> None:
+        """α stays at 0 or above."""
+        if hasattr(self, "multiplier"):
+            with torch.no_grad():
+                self.multiplier.clamp_(min=0)
+
+    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """A smaller margin once nearly all edits succeed."""
+        config = self.edit_config
+        if hasattr(self, "multiplier") and metrics["edit_success"] > config.margin_success:
+            self.margin.mul_(config.margin_decay).clamp_(min=config.margin_min)
+            logger.info("KE's margin is now %.2e", float(self.margin))
 
 
 def present_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> str:

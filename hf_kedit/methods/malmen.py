@@ -26,13 +26,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.forward import frozen_eval
 from ..engine.gradients import LowRank, Rows
 from ..engine.running import DEAD, RunningNorm
 from ..engine.supervised import Batch
 from ..errors import ConfigError
 from .base import Capabilities, register_method
-from .editor import Editor, EditorConfig, EditorOutput, merged, register_editor
+from .editor import Editor, EditorConfig, register_editor
+from .editor_output import EditorOutput
 from .hyper import HyperMethod
 
 if TYPE_CHECKING:
@@ -237,22 +237,18 @@ class MALMENEditor(Editor):
             return super().forward(edit, rephrase, locality, groups)
         if len(groups.unique()) > 1:
             raise ConfigError(
-                "MALMEN is trained with one group a batch: edits_per_group must equal per_device_train_batch_size"
+                f"{self.edit_config.edit_type} is trained with one group a batch: edits_per_group must equal"
+                " per_device_train_batch_size"
             )
-        with frozen_eval(self.base), torch.enable_grad():
+        with self.base_ready():
             rows = self.observe(self.base, edit)
             changes = self.solve(rows)
-            leaves = {m: change.left.requires_grad_() for m, change in changes.items()}
-            parts = []
-            for part in self.chunks(edit, rephrase, locality, groups):
-                output = self.judge(changes, groups, *part)
-                (output.loss * (output.facts / len(groups))).backward()
-                parts.append(output.detached())
-        whole = merged(parts)
-        found = {m: (leaf.detach().T, leaf.grad.T) for m, leaf in leaves.items() if leaf.grad is not None}
-        proxy = self.decoupled(rows, found)
-        whole.loss = proxy - proxy.detach() + whole.loss
-        return whole
+            self.remember_size(changes, groups)
+            leaves = {m: dataclasses.replace(c, left=c.left.clone().requires_grad_()) for m, c in changes.items()}
+            whole = self.learn(leaves, edit, rephrase, locality, groups)
+            self.settle(changes, (edit, rephrase, locality))
+        found = {m: (c.left.detach().T, c.left.grad.T) for m, c in leaves.items() if c.left.grad is not None}
+        return self.handing_on(whole, self.decoupled(rows, found))
 
     def decoupled(self, rows: Mapping[str, Rows], at: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """A scalar whose gradient in the editor's parameters is that of the losses (section 3.3).

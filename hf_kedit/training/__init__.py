@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .arguments import EditTrainingArguments
 from .data import EditCollator, EditFacts
+from .plan import TrainingPlan, train_and_save
 from .trainer import EditTrainer
 
-__all__ = ["EditCollator", "EditFacts", "EditTrainer", "EditTrainingArguments"]
+__all__ = ["EditCollator", "EditFacts", "EditTrainer", "EditTrainingArguments", "TrainingPlan", "train_and_save"]

@@ -37,11 +37,11 @@ class EditTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.fp16:
+            raise ConfigError("fp16 loses the small gradients that an editor reads; use bf16, or neither")
         super().__post_init__()
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns would remove the facts; leave it off")
-        if self.activation_checkpointing:
-            raise ConfigError("activation_checkpointing does not reach the base model of an editor; leave it off")
         if self.edits_per_group < 1:
             raise ConfigError(f"edits_per_group must be at least 1, not {self.edits_per_group}")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):

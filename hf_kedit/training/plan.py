@@ -10,9 +10,13 @@ training: {output_dir: mend-world-gpt2, learning_rate: 1.0e-3, max_steps: 700}
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from ..config import config_class, read_mapping
 from ..data import load_edit_dataset
@@ -22,6 +26,9 @@ from ..methods.editor import editor_class
 from ..requests import EditRequest, load_requests
 from .arguments import EditTrainingArguments
 from .trainer import EditTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -70,33 +77,61 @@ class TrainingPlan:
             raise ConfigError(f"{path}: a training plan needs {', '.join(missing)}")
         return cls(**values)
 
-    def trainer(self) -> EditTrainer:
-        """Load model and data, make the editor, and return the trainer, ready to train."""
+    @classmethod
+    def from_command_line(cls, default: str | Path, arguments: Sequence[str] | None = None) -> TrainingPlan:
+        """Read the plan that a script is started with: ``[PLAN.yaml] [--name value …]``, training arguments by name.
+
+        Args:
+            default: the plan, if none is named.
+            arguments: of the script; ``None``: those that it was started with.
+
+        Raises:
+            ConfigError: for an option without a value, or as in `from_file`.
+        """
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        path = words.pop(0) if words and not words[0].startswith("--") else default
+        names, values = words[::2], words[1::2]
+        if len(names) != len(values) or not all(name.startswith("--") for name in names):
+            raise ConfigError("options are pairs: --name value, with the name of a training argument")
+        return cls.from_file(
+            path, training={n.removeprefix("--"): yaml.safe_load(v) for n, v in zip(names, values, strict=True)}
+        )
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base model, which knows by which name it was asked for, and its tokenizer."""
+        base = load_base(self.model, dtype=self.dtype, device_map=self.device_map)
+        base.config.name_or_path = self.model
+        return base, load_tokenizer(self.model)
+
+    def arguments(self) -> EditTrainingArguments:
+        """The training arguments.
+
+        Raises:
+            ConfigError: for one that does not exist, or as `EditTrainingArguments` itself.
+        """
         known = [f.name for f in dataclasses.fields(EditTrainingArguments)]
         for name in self.training:
             if name not in known:
                 raise ConfigError(f"EditTrainingArguments has no field {name!r}.{nearest(name, known)}")
-        config: Any = config_class(self.method).from_dict(self.editor)
-        args = EditTrainingArguments(**self.training)
-        base = load_base(self.model, dtype=self.dtype, device_map=self.device_map)
-        editor = editor_class(config.edit_type).for_model(base, config)
-        editor.origin["base_model_name_or_path"] = self.model
-        return EditTrainer(
-            model=editor,
-            args=args,
-            train_dataset=self._train_facts(),
-            eval_dataset=self._eval_facts(),
-            processing_class=load_tokenizer(self.model),
-        )
+        return EditTrainingArguments(**self.training)
 
-    def _train_facts(self) -> list[EditRequest]:
+    def trainer(self) -> EditTrainer:
+        """Load model and data, make the editor, and return the trainer, ready to train."""
+        config: Any = config_class(self.method).from_dict(self.editor)
+        kind, args = editor_class(config.edit_type), self.arguments()
+        base, tokenizer = self.load()
+        return EditTrainer(kind.for_model(base, config), args, self.train_facts(), self.eval_facts(), tokenizer)
+
+    def train_facts(self) -> list[EditRequest]:
+        """The facts to train on."""
         seeds = self.data.get("train_seeds")
         split = self.data.get("train", "train")
         if seeds is None:
             return self._facts(split)
         return [fact for seed in range(seeds) for fact in self._facts(split, seed=seed)]
 
-    def _eval_facts(self) -> list[EditRequest] | None:
+    def eval_facts(self) -> list[EditRequest] | None:
+        """The facts to measure on; ``None`` if nothing is to be measured."""
         size = int(self.data.get("eval_size", 100))
         return self._facts(self.data.get("eval", "validation"))[:size] if size else None
 
@@ -105,3 +140,19 @@ class TrainingPlan:
         if Path(name).is_file():
             return load_requests(name)
         return load_requests(load_edit_dataset(name, split=split, **options).remove_columns("id"))
+
+
+def train_and_save(trainer: EditTrainer, resume: bool | str | None = None) -> dict[str, float]:
+    """Train, measure, write the editor to ``output_dir``.
+
+    Args:
+        trainer: from a plan, or a script's own.
+        resume: go on from a checkpoint: a folder, or the last one in ``output_dir``.
+
+    Returns:
+        What the measurement found (``eval_…``); nothing without facts to measure on.
+    """
+    trainer.train(resume_from_checkpoint=resume or None)
+    scores = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    trainer.save_model()
+    return scores

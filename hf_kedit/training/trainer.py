@@ -11,7 +11,8 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from ..errors import ConfigError
 from ..logging import get_logger
-from ..methods.editor import METRICS, Editor
+from ..methods.editor import Editor
+from ..methods.editor_output import METRICS
 from ..requests import RequestSource
 from .arguments import EditTrainingArguments
 from .data import EditCollator, EditFacts
@@ -59,6 +60,8 @@ class EditTrainer(Trainer):
         if processing_class is None:
             raise ConfigError("EditTrainer needs the base model's tokenizer: processing_class=tokenizer")
         model.base  # noqa: B018 - raises here rather than in the first batch
+        model.check_arguments(args)
+        model.origin["trained_edits_together"] = args.edits_per_group
         seed = args.seed if args.data_seed is None else args.data_seed
 
         def facts(source: Any) -> Any:
@@ -77,24 +80,22 @@ class EditTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.add_callback(_DrawAnew())
+        self.add_callback(_TellEditor(self))
         self._parts: list[torch.Tensor] = []  # edit and locality loss of each step since the last log
         self._skipped = 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The networks with ``learning_rate``, the step sizes with ``step_size_lr``; no weight decay on the latter."""
+        """The networks with ``learning_rate``, the step sizes with ``step_size_lr``, others with the editor's rates.
+
+        Weight decay is for the networks only.
+        """
         if self.optimizer is None:
-            slow = self.model.step_sizes()
-            known = {id(p) for p in slow}
             lr = self.args.learning_rate if self.args.step_size_lr is None else self.args.step_size_lr
-            groups = [
-                {
-                    "params": [p for p in self.model.parameters() if id(p) not in known],
-                    "weight_decay": self.args.weight_decay,
-                }
-            ]
-            if slow:
-                groups.append({"params": slow, "lr": lr, "weight_decay": 0.0})
+            own = [(self.model.step_sizes(), lr), *self.model.own_rates()]
+            known = {id(p) for parameters, _ in own for p in parameters}
+            networks = [p for p in self.model.parameters() if id(p) not in known]
+            groups: list[dict[str, Any]] = [{"params": networks, "weight_decay": self.args.weight_decay}]
+            groups += [{"params": params, "lr": rate, "weight_decay": 0.0} for params, rate in own if params]
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
@@ -162,14 +163,28 @@ class EditTrainer(Trainer):
             self.model.base.to(device)  # type: ignore[arg-type]
 
 
-class _DrawAnew(TrainerCallback):
-    """Tells the facts which epoch it is."""
+class _TellEditor(TrainerCallback):
+    """Tells the facts which epoch it is, and the editor of steps and evaluations."""
+
+    def __init__(self, trainer: EditTrainer):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by Trainer, also in the middle of an epoch when it resumes there."""
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         if isinstance(dataset, EditFacts):
             dataset.epoch = int(state.epoch or 0)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer between a step of the optimizer and the deletion of its gradients."""
+        self.trainer.model.after_step()
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer with what an evaluation measured."""
+        found = kwargs.get("metrics", {})
+        named = {n: v for n in METRICS for k, v in found.items() if k.endswith(f"_{n}")}
+        if named and self.trainer.is_in_train:
+            self.trainer.model.after_evaluation(named)
 
 
 def _column_means(prediction: EvalPrediction) -> dict[str, float]:

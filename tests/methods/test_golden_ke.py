@@ -58,6 +58,8 @@ def editor_of(case: Case, model: Any) -> KEEditor:
         condition_size=hp["condition_dim"],
         hidden_size=hp["conditioner_hidden"],
         max_scale=hp["max_scale"],
+        objective="weighted",
+        locality_at="all",
     )
     editor = KEEditor.for_model(model, config)
     editor.load_state_dict(renamed(case, "editor."))

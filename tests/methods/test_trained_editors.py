@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_kedit import EditableModel, EditRequest, EditTrainer, EditTrainingArguments, load_edit_dataset
-from hf_kedit.errors import ConfigError
+from hf_kedit import EditableModel, EditRequest, EditTrainer, EditTrainingArguments, load_edit_dataset, load_requests
+from hf_kedit.engine.gradients import low_rank_paths
+from hf_kedit.engine.supervised import IGNORE, logits_where
+from hf_kedit.errors import ConfigError, EditFailedError
 from hf_kedit.loading import load_base, load_tokenizer
 from hf_kedit.methods.editor import Editor, editor_class
 from hf_kedit.methods.ke import KEConfig, KEEditor, present_answer
 from hf_kedit.methods.malmen import MALMENConfig, MALMENEditor, ridge_solve
+from hf_kedit.methods.mend import MENDConfig
+from hf_kedit.methods.rledit import RLEditConfig
+from hf_kedit.training import EditCollator, EditFacts
 
 FACTS = load_edit_dataset("world", split="train", limit=12)
 SMALL: dict[str, Any] = {
     "malmen": MALMENConfig(layers=[5], rank=4, edit_lr=1e-3, micro_batch=2, rows=5),
     "ke": KEConfig(layers=[5], lstm_size=8, condition_size=8, hidden_size=8),
+    "rledit": RLEditConfig(layers=[5], rank=4, num_blocks=1, edit_lr=1e-3, micro_batch=2, rows=5, turns=2),
 }
 
 
@@ -31,9 +38,9 @@ def train(method: str, folder: Path, **arguments: Any) -> EditTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("method", ["malmen", "ke"])
+@pytest.mark.parametrize("method", ["malmen", "ke", "rledit"])
 def test_trains_saves_and_edits(method: str, tmp_path: Path) -> None:
-    together = {"edits_per_group": 4} if method == "malmen" else {}
+    together = {} if method == "ke" else {"edits_per_group": 4, "save_strategy": "no"}
     trainer = train(method, tmp_path, learning_rate=1e-3, **together)
     assert all(p.grad is None for p in trainer.model.base.parameters())
     trainer.save_model()
@@ -89,3 +96,107 @@ def test_ke_reads_what_the_model_says_now() -> None:
     batch = editor.edit_batch(base, tokenizer, [full])
     wanted = tokenizer(f"Tann >> Rovi || {fact['prompt']}", add_special_tokens=False)["input_ids"]
     assert batch["condition_ids"].tolist() == [wanted]
+
+
+# ---------------------------------------------------------------------- KE under its constraint
+
+
+def constrained() -> tuple[KEEditor, dict[str, Any]]:
+    editor = KEEditor.for_model(load_base("kedit/world-gpt2"), dataclasses.replace(SMALL["ke"], margin=0.02)).train()
+    facts = EditFacts(FACTS)
+    return editor, EditCollator(editor, load_tokenizer("kedit/world-gpt2"))([facts[i] for i in range(3)])
+
+
+def test_ke_constrained_loss_and_its_gradients() -> None:
+    editor, batch = constrained()
+    with torch.no_grad():
+        editor.multiplier.fill_(1.5)
+    output = editor(**batch)
+    assert output.loss.item() == pytest.approx(float(output.edit_loss + 1.5 * (output.locality_loss - 0.02)), rel=1e-5)
+    with (
+        torch.no_grad(),
+        low_rank_paths(editor.base, editor.propose(editor.base, batch["edit"], batch["groups"]), batch["groups"]),
+    ):
+        losses = []
+        for part in (batch["edit"], batch["rephrase"]):
+            labelled = part["labels"] != IGNORE
+            logits = logits_where(editor.base, part, labelled)
+            nll = torch.nn.functional.cross_entropy(
+                logits, part["labels"][labelled], reduction="none", label_smoothing=0.1
+            )
+            rows = labelled.nonzero()[:, 0]
+            losses.append(torch.stack([nll[rows == i].mean() for i in range(3)]).mean())
+    assert float(output.edit_loss) == pytest.approx(float(sum(losses) / 2), rel=1e-5)
+    output.loss.backward()
+    # descent on this gradient raises the multiplier while the divergence exceeds the margin
+    assert editor.multiplier.grad.item() == pytest.approx(0.02 - float(output.locality_loss), rel=1e-5)
+    once = {n: p.grad.clone() for n, p in editor.named_parameters()}
+    assert all(torch.isfinite(g).all() for g in once.values())
+    editor.zero_grad()
+    (editor(**batch).loss / 4).backward()  # as with four accumulated batches
+    assert all(torch.allclose(p.grad * 4, once[n], rtol=1e-4, atol=1e-7) for n, p in editor.named_parameters())
+
+
+def test_ke_multiplier_and_margin_move_with_training(tmp_path: Path) -> None:
+    trainer = train("ke", tmp_path / "a", max_steps=1, learning_rate=1e-4)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates == [1e-4, 0.1]
+    editor = trainer.model
+    moved = editor.multiplier.item() - 1
+    assert abs(moved) == pytest.approx(0.1, rel=0.01)  # Adam's first step
+    with torch.no_grad():
+        editor.multiplier.fill_(-0.3)
+    editor.after_step()
+    assert editor.multiplier.item() == 0
+    editor.after_evaluation({"edit_success": 0.9})
+    assert float(editor.margin) == pytest.approx(1e-3)
+    for wanted in (8e-4, 6.4e-4):
+        editor.after_evaluation({"edit_success": 0.95})
+        assert float(editor.margin) == pytest.approx(wanted)
+    for _ in range(30):
+        editor.after_evaluation({"edit_success": 1.0})
+    assert float(editor.margin) == pytest.approx(1e-5)
+    editor.save_pretrained(tmp_path / "b")
+    assert torch.equal(Editor.from_pretrained(tmp_path / "b").margin, editor.margin)
+
+
+def test_ke_margin_shrinks_after_an_evaluation_in_training(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL["ke"], margin_success=0.0)
+    editor = KEEditor.for_model(load_base("kedit/world-gpt2"), config)
+    known = [EditRequest(prompt=f["prompt"], target_new=f["ground_truth"][0], locality=_probes(f)) for f in FACTS]
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "report_to": []}
+    args = EditTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, **settings)
+    tokenizer = load_tokenizer("kedit/world-gpt2")
+    trainer = EditTrainer(editor, args, known, known[:2], processing_class=tokenizer)
+    trainer.train()
+    assert float(editor.margin) == pytest.approx(1e-3 * 0.8**2)
+    trainer.evaluate()
+    assert float(editor.margin) == pytest.approx(1e-3 * 0.8**2)  # not in training
+
+
+def _probes(fact: Any) -> Any:
+    return load_requests(fact)[0].locality
+
+
+# ---------------------------------------------------------------------- guard rail
+
+
+def test_a_change_out_of_proportion_is_reported_or_refused(tmp_path: Path, caplog: Any) -> None:
+    editor = Editor.from_pretrained("kedit/mend-world-gpt2")
+    usual = editor.origin["trained_change_size"]
+    assert editor.origin["trained_edits_together"] == 10 and set(usual) == set(editor.shapes)
+    editor.origin["trained_change_size"] = {m: v / 100 for m, v in usual.items()}
+    editor.save_pretrained(tmp_path)
+    model = EditableModel.from_pretrained("kedit/world-gpt2", MENDConfig(editor=str(tmp_path), max_relative_size=4))
+    before = {n: p.detach().clone() for n, p in model.base_model.named_parameters()}
+    with pytest.raises(EditFailedError, match="times as large as in training"):
+        model.edit(FACTS.select(range(10)))
+    assert not model.edits and all(torch.equal(p, before[n]) for n, p in model.base_model.named_parameters())
+    model = EditableModel.from_pretrained("kedit/world-gpt2", MENDConfig(editor=str(tmp_path)))
+    with caplog.at_level("WARNING", logger="hf_kedit"):
+        model.edit(FACTS.select(range(10)))
+    assert "times as large as in training" in caplog.text and len(model.edits) == 10
+    caplog.clear()
+    usual_model = EditableModel.from_pretrained("kedit/world-gpt2", MENDConfig(max_relative_size=4))
+    result = usual_model.edit(FACTS.select(range(10)))
+    assert 0.2 < result.edits[0].diagnostics["relative_size"] < 3 and "in training" not in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_kedit import EditRequest, EditTrainer, EditTrainingArguments, load_edit_dataset
+from hf_kedit.anatomy import resolve_anatomy
 from hf_kedit.engine.gradients import low_rank_paths
 from hf_kedit.engine.running import RunningNorm
-from hf_kedit.engine.supervised import score
+from hf_kedit.engine.supervised import IGNORE, score
 from hf_kedit.errors import ConfigError, RequestError
 from hf_kedit.loading import load_base, load_tokenizer
 from hf_kedit.methods.mend import MENDConfig, MENDEditor
 from hf_kedit.training import EditFacts
+from tests.models import tiny_model
 
 FACTS = load_edit_dataset("world", split="train").select(range(24))
 CHECK = load_edit_dataset("world", split="validation").select(range(7))
@@ -127,6 +130,100 @@ def test_stops_early_and_returns_to_the_best(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-5)
 
 
+def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
+    """The gradient of four accumulated batches is the mean of their own."""
+    kept: dict[str, torch.Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            kept.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+
+    arguments = {"max_steps": 1, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
+    trainer = make_trainer(tmp_path, callbacks=[Keep()], **arguments)
+    trainer.train()
+    again = make_trainer(tmp_path, **arguments)
+    batches = [batch for _, batch in zip(range(4), again.get_train_dataloader(), strict=False)]
+    for batch in batches:
+        again.model.train()(**batch).loss.backward()
+    for name, parameter in again.model.named_parameters():
+        assert torch.allclose(kept[name], parameter.grad / 4, rtol=1e-3, atol=1e-6 * float(kept[name].abs().max())), (
+            name
+        )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_blocks_that_are_run_again_change_nothing(family: str) -> None:
+    """Activation checkpointing of the base: the same losses and gradients, and every edited block runs once more."""
+    base = tiny_model(family).train()
+    for module in base.modules():  # dropout everywhere, which has to stay off
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.3)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    flags = [m.training for m in base.modules()]
+    ids = torch.arange(5, 21).view(2, 8)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, 5:7] = ids[:, 6:8]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if base.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    editor = MENDEditor.for_model(base, MENDConfig(rank=4, edit_lr=1e-2)).train()
+    block = base.get_submodule(resolve_anatomy(base).layer(1).path)
+    runs = {"count": 0}
+    inner = next(m for m in block.modules() if type(m).__name__.endswith("Norm"))
+    inner.register_forward_hook(lambda *_: runs.update(count=runs["count"] + 1))
+    found = []
+    for again in (False, True):
+        copy_of = copy.deepcopy(editor.state_dict())
+        editor.recompute, runs["count"] = again, 0
+        editor.zero_grad()
+        output = editor(batch, batch, batch, torch.arange(2))
+        output.loss.backward()
+        found.append((output.loss.item(), {n: p.grad.clone() for n, p in editor.named_parameters()}, runs["count"]))
+        editor.load_state_dict(copy_of)
+    (plain, gradients, few), (checkpointed, same, more) = found
+    assert plain == pytest.approx(checkpointed, rel=1e-6) and more > few
+    assert all(torch.allclose(gradients[n], same[n], rtol=1e-4, atol=1e-7) for n in gradients)
+    assert [m.training for m in base.modules()] == flags and not base.is_activation_checkpointing
+
+
+def test_trainer_asks_for_activation_checkpointing(tmp_path: Path) -> None:
+    plain, checkpointed = (make_trainer(tmp_path, max_steps=2, activation_checkpointing=on) for on in (False, True))
+    plain.train()
+    checkpointed.train()
+    assert checkpointed.model.recompute and losses(plain) == losses(checkpointed)
+
+
+def test_a_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
+    """SIGKILL after a checkpoint; what is resumed has the losses of a run without interruption."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, signal, sys; from pathlib import Path\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from transformers import TrainerCallback\n"
+        "from tests.training.test_trainer import make_trainer\n"
+        "class Kill(TrainerCallback):\n"
+        "    def on_step_end(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "saving = {'save_strategy': 'steps', 'save_steps': 4}\n"
+        "make_trainer(Path(sys.argv[1]), max_steps=8, callbacks=[Kill()], **saving).train()\n",
+        encoding="utf-8",
+    )
+    died = subprocess.run([sys.executable, str(script), str(tmp_path / "b")], capture_output=True)
+    assert died.returncode == -9
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        straight = make_trainer(tmp_path / "a", max_steps=8)
+        straight.train()
+        second = make_trainer(tmp_path / "b", max_steps=8)
+        second.train(resume_from_checkpoint=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert losses(second) == losses(straight) and len(losses(second)) == 8
+
+
 def test_two_processes_are_one_with_a_doubled_batch(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
@@ -177,9 +274,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_only() -> None:
     assert [one[i].locality.prompt for i in range(10)] != first
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("remove_unused_columns", True), ("activation_checkpointing", True), ("edits_per_group", 3)]
-)
+@pytest.mark.parametrize(("field", "value"), [("remove_unused_columns", True), ("fp16", True), ("edits_per_group", 3)])
 def test_arguments_that_cannot_work(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         EditTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, **{field: value})
