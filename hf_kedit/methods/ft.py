@@ -23,6 +23,7 @@ import torch
 from torch.func import functional_call
 
 from ..config import ModelProfile
+from ..engine.beside import Change, running
 from ..engine.examples import (
     Example,
     Objective,
@@ -33,7 +34,7 @@ from ..engine.examples import (
 )
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.ledger import WeightDelta
-from ..engine.weights import get_module, get_weight, is_transposed
+from ..engine.weights import get_module, get_weight, is_quantised, is_transposed
 from ..errors import EditFailedError
 from ..logging import progress_bar
 from ..requests import EditRequest
@@ -218,14 +219,22 @@ class FineTuning(Method):
 
 
 class _Substituted:
-    """The model with some parameters replaced by trained copies, for one call; the model itself is not touched."""
+    """The model with some parameters replaced by trained copies, for one call; the model itself is not touched.
+
+    Of a quantised weight, the difference between the copy and the weight runs beside it.
+    """
 
     def __init__(self, model: torch.nn.Module, theta: dict[str, torch.Tensor]):
         self.model = model
         self.replaced: dict[str, torch.Tensor] = {}
+        self.beside: list[tuple[torch.nn.Module, Change]] = []
         for key, value in theta.items():
             path, _, name = key.rpartition(".")
             module, whole = get_module(model, path), parameter_name(path, name)
+            if is_quantised(module, name):
+                difference = value - get_weight(module, name).to(value)
+                self.beside.append((module, Change.of_matrix(difference)))
+                continue
             stored = getattr(module, name)
             turned = value.t() if value.dim() == 2 and is_transposed(module) else value
             turned = turned.to(device=stored.device, dtype=stored.dtype)
@@ -243,7 +252,8 @@ class _Substituted:
         return self.model.get_input_embeddings()  # type: ignore[operator]
 
     def __call__(self, **kwargs: Any) -> Any:
-        return functional_call(self.model, self.replaced, kwargs=kwargs)
+        with running(self.beside):
+            return functional_call(self.model, self.replaced, kwargs=kwargs)
 
 
 @register_method
