@@ -169,7 +169,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from hf_kedit.engine.deltas import WeightDelta
+from hf_kedit.engine.ledger import Ledger
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
+from tests.models import tiny_model
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))

@@ -97,8 +97,8 @@ def set_weight(module: nn.Module, value: torch.Tensor, name: str = "weight") -> 
     """
     if is_quantised(module, name):
         raise WeightError(
-            f"the {name} of {type(module).__name__} is quantised ({scheme(module, name)}): writing an edit into"
-            " it would round the edit away. EditableModel runs edits beside such a weight; to change weights, load the base"
+            f"the {name} of {type(module).__name__} is quantised ({scheme(module, name)}): an edit written into it"
+            " would be rounded away. EditableModel runs edits beside such a weight; to change weights, load the base"
             " model without quantisation."
         )
     if value.dim() == 2 and is_transposed(module):
@@ -159,6 +159,13 @@ def stored_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
     if hasattr(parameter, "full_tensor"):
         return torch.as_tensor(parameter.full_tensor()).detach()
     return parameter.detach()
+
+
+def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
+    """Whether the parameter is kept by accelerate on the CPU or on disk, and its module holds a stand-in only."""
+    if isinstance(module, ExpertSlice):
+        return is_offloaded(module.bank, module.param)
+    return getattr(getattr(module, name, None), "device", None) == torch.device("meta")
 
 
 def _offload_map(module: nn.Module) -> Any | None:
