@@ -17,6 +17,7 @@ from hf_kedit.easyedit_hparams import convert_hparams
 from hf_kedit.engine.beside import Change
 from hf_kedit.engine.deltas import WeightDelta
 from hf_kedit.engine.ledger import Ledger
+from hf_kedit.engine.quantised import scheme
 from hf_kedit.engine.weights import get_module, get_weight, model_digest, set_weight
 from hf_kedit.errors import BaseModelMismatchError, MergeError, UnsupportedModelError, WeightError
 from tests.methods.test_family import facts, neighbours, says
@@ -260,3 +261,14 @@ def test_qlora_wants_a_quantised_base_and_reads_hparams_of_easyedit() -> None:
         "quant_type",
         "num_steps",
     }
+
+
+def test_the_editor_of_easyedit_loads_a_quantised_base_for_qlora() -> None:
+    from hf_kedit.compat.easyedit import BaseEditor
+
+    theirs = {"alg_name": "QLoRA", "model_name": LLAMA, "target_modules": ["down_proj"], "quant_type": "fp4"}
+    editor = BaseEditor.from_hparams(theirs)
+    down = get_module(editor.model.base_model, editor.model.anatomy.down(1).path)
+    assert editor.model.method_name == "qlora" and scheme(down) == "bitsandbytes fp4"
+    whole = BaseEditor.from_hparams({**theirs, "quantization_bit": 8})
+    assert scheme(get_module(whole.model.base_model, whole.model.anatomy.down(1).path)) == "bitsandbytes int8"
