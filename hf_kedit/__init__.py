@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .methods.ike import IKEConfig, PromptConfig
     from .methods.ke import KEConfig
     from .methods.kn import KNConfig
-    from .methods.lora import AdaLoRAConfig, LoRAConfig
+    from .methods.lora import AdaLoRAConfig, LoRAConfig, QLoRAConfig
     from .methods.malmen import MALMENConfig
     from .methods.melo import MELOConfig
     from .methods.memit import MEMITConfig
@@ -102,6 +102,7 @@ __all__ = [
     "PMETConfig",
     "Probe",
     "PromptConfig",
+    "QLoRAConfig",
     "RLEditConfig",
     "ROMEConfig",
     "RROMEConfig",

@@ -24,10 +24,12 @@ RENAMED = {
     "n_iter": "num_steps",
     "edit_lr": "lr",
     "val_init": "value_init",
+    "lora_r": "rank",
 }
 
 _BY_STRUCTURE = "modules are found by structure; name them with EditableModel(anatomy=...) where that fails"
 _LOADING = "how the model is loaded is said when it is loaded (dtype=, device_map=)"
+_QUANTISING = "how the base is quantised is said when it is loaded (quantization_config=BitsAndBytesConfig(...))"
 _STATISTICS = "second moments are collected anew, in this library's own format; see stats_dataset and stats_tokens"
 IGNORED = {
     "model_class": "the class is read from the model's own config",
@@ -37,6 +39,10 @@ IGNORED = {
     "model_parallel": _LOADING,
     "fp16": _LOADING,
     "bf16": _LOADING,
+    "quantization_bit": _QUANTISING,
+    "quantization_bits": _QUANTISING,
+    "double_quant": _QUANTISING,
+    "quant_type": _QUANTISING,
     "rewrite_module_tmp": _BY_STRUCTURE,
     "rewrite_module_tmps": _BY_STRUCTURE,
     "layer_module_tmp": _BY_STRUCTURE,
@@ -57,7 +63,9 @@ IGNORED = {
     "batch_size": "here it is an argument of edit(requests, batch_size=...)",
 }
 # Methods whose own batch_size means the same: requests (or points) in one pass.
-_OWN_BATCH = ("ft-l", "ft-m", "lora", "adalora", "kn", "ultraedit")
+_OWN_BATCH = ("ft-l", "ft-m", "lora", "qlora", "adalora", "kn", "ultraedit")
+# Their QLoRA trains towards the target alone, shifted against the prompt; one or two steps of that say nothing here.
+_OTHER_OBJECTIVE = "their QLoRA trains on another objective; steps of it are no steps of this one"
 
 
 @dataclass
@@ -95,7 +103,9 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
     data.pop("alg_name")
     for key, value in data.items():
         name = key if key in known else RENAMED.get(key, key)
-        if key == "inner_params" and value:
+        if key == "num_steps" and cls.edit_type == "qlora":
+            converted.ignored[key] = _OTHER_OBJECTIVE
+        elif key == "inner_params" and value:
             values |= _inner_params(value, known, converted.ignored)
         elif name == "stats_dir" or name not in known or (name == "batch_size" and cls.edit_type not in _OWN_BATCH):
             converted.ignored[key] = IGNORED.get(key) or f"{cls.__name__} has no such field.{nearest(key, known)}"

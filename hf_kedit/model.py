@@ -24,9 +24,10 @@ from .engine.books import Book, all_disabled
 from .engine.corpora import Corpus, resolve_corpus
 from .engine.ledger import Ledger
 from .engine.promptbook import PromptBook
+from .engine.quantised import keep_layout
 from .engine.sitebook import SiteBook
 from .engine.statistics import StatisticsStore, model_fingerprint
-from .engine.weights import tensor_digest, uninterrupted
+from .engine.weights import tensor_digest, uninterrupted, untie_head
 from .errors import ConfigError
 from .journal import Edit, Journal
 from .loading import embedded_corpus, hub_options, load_base, load_tokenizer
@@ -56,6 +57,8 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         base_model_id: name to record for the base model; ``None``: its ``config.name_or_path``.
         base_model_revision: commit of the base model to record.
         corpus: texts for second-moment statistics (a list, or a `Corpus`), instead of ``config.stats_dataset``.
+        untie: give a head that shares its weight with the input embeddings a copy of its own, so that it can be
+            edited alone. Saved edits remember it.
 
     Raises:
         AnatomyError: if the model's structure cannot be understood.
@@ -75,6 +78,7 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         base_model_id: str | None = None,
         base_model_revision: str | None = None,
         corpus: Sequence[str] | Corpus | None = None,
+        untie: bool = False,
     ):
         super().__init__()
         if not isinstance(base_model, nn.Module) or not hasattr(base_model, "config"):
@@ -89,6 +93,9 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         self.base_model_id = base_model_id or str(getattr(base_model.config, "name_or_path", "") or "")
         self.base_model_revision = base_model_revision or getattr(base_model.config, "_commit_hash", None)
         self.anatomy_overrides = dict(anatomy or {})
+        if untie:
+            untie_head(base_model)
+        keep_layout(base_model)
         self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
         self.ledger = Ledger(base_model)
         self.sites = SiteBook(base_model)
@@ -121,6 +128,7 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         base_model_revision: str | None = None,
         ignore_fingerprint: bool = False,
         trust_remote_code: bool = False,
+        untie: bool = False,
         **model_kwargs: Any,
     ) -> EditableModel:
         """Load a base model to edit, or a saved edit together with its base model.
@@ -136,7 +144,10 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
             base_model_revision: of the base model, when saved edits are loaded.
             ignore_fingerprint: put saved edits on a base with other weights than they were made on.
             trust_remote_code: allow code from the model's repository to run.
-            model_kwargs: for ``AutoModel….from_pretrained`` (``dtype``, ``device_map``, ``token`` …).
+            untie: give a tied head a weight of its own, so that it can be edited; saved edits remember it.
+            model_kwargs: for ``AutoModel….from_pretrained`` (``dtype``, ``device_map``, ``token``,
+                ``quantization_config`` …). Edits of a quantised model are loaded on one quantised likewise; with
+                ``quantization_config=None`` and ``ignore_fingerprint=True``, on the unquantised model.
 
         Raises:
             ArtifactError: if saved edits are damaged or of an unknown format.
@@ -158,6 +169,7 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
                 base_model_revision=base_model_revision,
                 ignore_fingerprint=ignore_fingerprint,
                 trust_remote_code=trust_remote_code,
+                untie=untie,
                 model_kwargs=model_kwargs,
             )
         loaded = base_model or load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
@@ -167,7 +179,9 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         commit = None
         if base_model is None and embedded.resolve(name) is None:
             commit = cached_commit(name, "config.json", revision=revision, cache_dir=model_kwargs.get("cache_dir"))
-        return cls(loaded, config, tokenizer, anatomy=anatomy, base_model_id=name, base_model_revision=commit)
+        return cls(
+            loaded, config, tokenizer, anatomy=anatomy, base_model_id=name, base_model_revision=commit, untie=untie
+        )
 
     def set_method(self, config: EditConfig | str) -> EditableModel:
         """Choose the method of the next edits; earlier edits stay.
@@ -216,7 +230,8 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
     def fingerprint(self) -> str:
         """A hash of the model as it is now, with all edits, for cache keys."""
         weights = model_fingerprint(self.base_model)
-        beside = [book for kind, book in self.books.items() if kind != "weights" and book.edit_ids]
+        inside = {"weights"} if not self.ledger.runs_beside else set()
+        beside = [book for kind, book in self.books.items() if kind not in inside and book.edit_ids]
         return tensor_digest([(weights, torch.tensor(0)), *_contents(beside)])[:24] if beside else weights
 
     def base_fingerprint(self) -> str:
@@ -231,13 +246,16 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
     def merge_and_unload(self) -> PreTrainedModel:
         """Make the edits permanent and return the plain transformers model.
 
-        The wrapper forgets its journal: afterwards nothing can be rolled back.
+        The wrapper forgets its journal: afterwards nothing can be rolled back. What the weights' number format has
+        lost of the edits by rounding (`Ledger.rounding_losses`) is logged, from 5 % on as a warning.
 
         Raises:
-            MergeError: if the model carries edits that are no part of its weights (codebooks, prompts).
+            MergeError: if the model carries edits that are no part of its weights (codebooks, prompts), or if the
+                weights are quantised.
         """
         for book in self.books.values():
             book.check_mergeable()
+        self.ledger.warn_of_rounding()
         with uninterrupted():
             for book in self.books.values():
                 book.forget()

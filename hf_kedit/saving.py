@@ -31,7 +31,7 @@ from safetensors.torch import save as dump_tensors
 from .card import CARD, EVAL_RESULTS, HasModelIndex, card_files, merged_card
 from .config import CONFIG_NAME, AutoEditConfig, EditConfig
 from .engine.books import Saved, all_disabled
-from .engine.weights import uninterrupted, untie_head
+from .engine.weights import uninterrupted
 from .errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
 from .files import FileSource, write_folder
 from .journal import Journal
@@ -169,6 +169,7 @@ def _describe(model: EditableModel) -> dict[str, Any]:
         "base_model_class": type(base).__name__,
         "base_model_type": model.anatomy.model_type,
         "base_dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "quantization_config": _quantisation_of(base),
         "head_tied": model.anatomy.head_tied,
         "anatomy": model.anatomy_overrides,
         "num_edits": len(model.journal),
@@ -178,6 +179,14 @@ def _describe(model: EditableModel) -> dict[str, Any]:
         "books": {kind: described for kind, described in books.items() if described},
         "library_versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
+
+
+def _quantisation_of(base: PreTrainedModel) -> dict[str, Any] | None:
+    """How the base model was quantised when it was loaded, JSON-ready; ``None``: not, or not by transformers."""
+    config: Any = getattr(base.config, "quantization_config", None)
+    if config is None:
+        return None
+    return json.loads(json.dumps(config if isinstance(config, dict) else config.to_dict(), default=str))
 
 
 # ---------------------------------------------------------------------- reading
@@ -311,6 +320,7 @@ def load_artifact(
     base_model_revision: str | None,
     ignore_fingerprint: bool,
     trust_remote_code: bool,
+    untie: bool,
     model_kwargs: dict[str, Any],
 ) -> EditableModel:
     """Build the edited model of a saved edit; see `EditableModel.from_pretrained`."""
@@ -323,6 +333,8 @@ def load_artifact(
         if not name:
             raise ArtifactError(f"{artifact.source}: the edits were made on a model in memory; give it as base_model=")
         model_kwargs.setdefault("dtype", getattr(torch, str(described.get("base_dtype", "")), None) or "auto")
+        if described.get("quantization_config"):  # None, if given, asks for the unquantised model
+            model_kwargs.setdefault("quantization_config", _quantisation_from(described["quantization_config"]))
         base_model = load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
     if tokenizer is None and name:
         try:
@@ -335,8 +347,6 @@ def load_artifact(
     if config is None:
         saved = {k: v for k, v in described["hparams"].items() if k != "edit_type"}
         chosen = type(chosen).from_dict(saved) if isinstance(chosen, EditConfig) else chosen
-    if described.get("head_tied") is False:
-        untie_head(base_model)
     overrides = anatomy if anatomy is not None else described.get("anatomy") or None
     model = EditableModel(
         base_model,
@@ -345,6 +355,7 @@ def load_artifact(
         anatomy=overrides,
         base_model_id=name,
         base_model_revision=revision,
+        untie=untie or described.get("head_tied") is False,
     )
     states = read_books(artifact, model, ignore_fingerprint)
     state = {name.removeprefix(STATE): value for name, value in artifact.tensors.items() if name.startswith(STATE)}
@@ -359,6 +370,12 @@ def load_artifact(
             model.books[kind].restore(state)
         model.journal = artifact.journal
     return model
+
+
+def _quantisation_from(saved: dict[str, Any]) -> Any:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(dict(saved))
 
 
 def read_books(artifact: Artifact, model: EditableModel, ignore_fingerprint: bool) -> dict[str, Any]:

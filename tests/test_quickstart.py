@@ -47,7 +47,7 @@ def _commands(text: str) -> Iterator[tuple[int, list[str]]]:
                 yield first + offset, shlex.split(line, comments=True)[2:]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md", "docs/migrate.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md", "docs/migrate.md", "docs/weights.md"])
 def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page, in order, in one namespace."""
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Editing where weights are not plain tensors in memory: offloaded, sharded, compiled, quantised."""
+"""Editing where weights are not plain tensors in memory: offloaded, sharded, compiled, tied, of few bits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig, load_edit_dataset, untie_head
-from hf_kedit.engine.ledger import Ledger
-from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import WeightError
-from tests.models import tiny_model
+from hf_kedit.engine.weights import get_module, get_weight, model_digest
+from hf_kedit.errors import TiedWeightError
 
 PROBE = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -96,35 +94,72 @@ def test_a_tied_head_with_a_weight_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(logits(model), before)
 
 
-def quantised(library: str) -> Any:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
-    if library == "torchao":
-        quantization = pytest.importorskip("torchao.quantization")
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-        return model
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    for layer in model.model.layers:
-        old = layer.mlp.down_proj
-        new = bitsandbytes.nn.Linear8bitLt(old.in_features, old.out_features, bias=False, has_fp16_weights=False)
-        new.load_state_dict(old.state_dict())
-        layer.mlp.down_proj = new.to("cpu")
-        new.weight = bitsandbytes.nn.Int8Params(old.weight.detach(), requires_grad=False).to("cpu")
-    return model
+def test_untie_as_an_argument(tmp_path: Path) -> None:
+    """The error for a tied weight names it; it is saved with the edits and done again when they are loaded."""
+    config = FTMConfig(layers=[0], lr=1e-3, num_steps=3, modules=["lm_head"])
+    tied = EditableModel.from_pretrained("kedit/world-gpt2", config)
+    with pytest.raises(TiedWeightError, match="untie=True"):
+        tied.edit(fact())
+    model = EditableModel.from_pretrained("kedit/world-gpt2", config, untie=True)
+    before = logits(model)
+    assert torch.equal(before, logits(tied))
+    words = model.base_model.get_input_embeddings().weight.detach().clone()
+    model.edit(fact())
+    assert not torch.allclose(logits(model), before, atol=1e-3)
+    assert torch.equal(model.base_model.get_input_embeddings().weight, words)
+    model.save_pretrained(tmp_path)
+    loaded = EditableModel.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.rollback("all")
+    assert torch.equal(logits(loaded), before)
 
 
-@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
-def test_a_quantised_weight_is_refused_and_left_alone(library: str) -> None:
-    """An edit added to it would be rounded away, silently with bitsandbytes."""
-    base = quantised(library)
-    before = logits(base)
-    ledger = Ledger(base)
-    with pytest.raises(WeightError, match="quantised"):
-        ledger.check_editable("model.layers.1.mlp.down_proj")
-    tokenizer = EditableModel.from_pretrained("kedit/world-llama").tokenizer
-    model = EditableModel(base, FTMConfig(layers=[1], lr=1e-3, num_steps=1), tokenizer)
-    with pytest.raises(WeightError, match="Load the base model without quantisation"):
-        model.edit(prompt="a", target_new="b")
-    assert torch.equal(logits(base), before) and not model.edits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_rounding_loss_of_a_merge(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    """It is what a direct computation gives; half precision warns, and a rollback gives back every bit."""
+    model = EditableModel.from_pretrained("kedit/world-gpt2", FTMConfig(layers=[4], lr=1e-3, num_steps=1), dtype=dtype)
+    path = model.anatomy.down(4).path
+    original, digest = get_weight(get_module(model.base_model, path)), model_digest(model.base_model)
+    model.edit(fact())
+    change = model.ledger.total(path)
+    assert change is not None
+    in_place = get_weight(get_module(model.base_model, path)).double()
+    direct = float((in_place - original.double() - change.double()).norm() / change.double().norm())
+    (loss,) = model.ledger.rounding_losses().values()
+    assert loss == pytest.approx(direct, rel=1e-3, abs=1e-7)
+    exact = original.float() + change
+    (coarse,) = model.ledger.rounding_losses(torch.bfloat16).values()
+    assert coarse == pytest.approx(float((exact.bfloat16().float() - exact).norm() / change.norm()), rel=1e-6)
+    model.rollback("all")
+    assert model_digest(model.base_model) == digest
+    model.edit(fact())
+    with caplog.at_level("WARNING", logger="hf_kedit"):
+        model.merge_and_unload()
+    assert ("rounding to its number format loses" in caplog.text) == (dtype is torch.bfloat16), loss
+
+
+def test_a_device_map_with_layers_on_disk(tmp_path: Path) -> None:
+    """Loaded by transformers with some layers on disk: edited, saved, put on a model in memory, and undone."""
+    base = EditableModel.from_pretrained("kedit/world-gpt2")
+    base.base_model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    config = FTMConfig(layers=[1, 4], lr=1e-3, num_steps=3)
+    plain = EditableModel.from_pretrained(tmp_path / "base", config)
+    plain.edit(fact())
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
+    places |= {f"transformer.h.{i}": "disk" if i >= 3 else "cpu" for i in range(6)}
+    model = EditableModel.from_pretrained(
+        tmp_path / "base", config, device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    before = logits(model)
+    assert get_module(model.base_model, "transformer.h.4.mlp.c_proj").weight.device.type == "meta"
+    model.edit(fact())
+    assert torch.allclose(logits(model), logits(plain), atol=1e-4)
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+    model.save_pretrained(tmp_path / "edits")
+    assert torch.allclose(logits(EditableModel.from_pretrained(tmp_path / "edits")), logits(model), atol=1e-4)
+    model.rollback("all")
+    assert torch.equal(logits(model), before)
 
 
 SHARDED = """

@@ -16,9 +16,6 @@ from .output import DebugOption, Format, FormatOption, command, counted, emit, e
 if TYPE_CHECKING:
     from ..model import EditableModel
 
-LOSSY = 0.05
-"""Share of an edit that may be lost by rounding before ``merge`` warns."""
-
 
 @command
 def rollback(
@@ -70,6 +67,10 @@ def rollback(
 def merge(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plain transformers model.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Model to merge into instead: the unquantised one of edits of a quantised model."),
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
@@ -81,20 +82,20 @@ def merge(
     --dtype is the number format of the written weights. What rounding loses of the edits is measured and shown.
     """
     _check_model_folder(output)
-    model = _open_edits(folder, device, trust_remote_code)
+    model = _open_edits(folder, device, trust_remote_code, base)
+    from ..engine.ledger import LOSSY
     from ..saving import merged_files
 
     count, tokenizer, provenance = len(model.edits), model.tokenizer, merged_files(model)
     wanted = None if dtype in (None, Dtype.auto) else dtype
-    losses = rounding_losses(model, wanted)
+    model.ledger.check_mergeable()
+    losses = model.ledger.rounding_losses(_torch_dtype(wanted))
     deltas = _exact_values(model, wanted)
     merged = model.merge_and_unload()
     if wanted is not None:
-        import torch
-
         from ..engine.weights import get_module, set_weight
 
-        merged.to(getattr(torch, wanted.value))
+        merged.to(_torch_dtype(wanted))
         for (module, name), value in deltas.items():  # from the exact sum, not from an already rounded weight
             set_weight(get_module(merged, module), value, name)
     merged.save_pretrained(output)
@@ -168,19 +169,10 @@ def export_lora(
     emit(format, data, human=show, quiet=[str(output)])
 
 
-def rounding_losses(model: EditableModel, dtype: Dtype | None) -> dict[str, float]:
-    """‖round(W + Δ) − W − Δ‖ / ‖Δ‖ of every edited weight, for weights written as ``dtype`` (``None``: as loaded)."""
+def _torch_dtype(dtype: Dtype | None) -> Any:
     import torch
 
-    losses = {}
-    for key, account in model.ledger.accounts.items():
-        if account.total is None:
-            continue
-        exact = account.original.float() + account.total
-        rounded = exact.to(getattr(torch, dtype.value) if dtype else account.original.dtype).float()
-        norm = account.total.norm().item()
-        losses[key] = (rounded - exact).norm().item() / norm if norm else 0.0
-    return losses
+    return getattr(torch, dtype.value) if dtype else None
 
 
 def _exact_values(model: EditableModel, dtype: Dtype | None) -> dict[tuple[str, str], Any]:
@@ -192,10 +184,10 @@ def _exact_values(model: EditableModel, dtype: Dtype | None) -> dict[tuple[str, 
     }
 
 
-def _open_edits(name: str, device: str | None, trust_remote_code: bool) -> EditableModel:
+def _open_edits(name: str, device: str | None, trust_remote_code: bool, base: str | None = None) -> EditableModel:
     if not has_saved_edits(name):
         raise ArtifactError(f"{name!r} holds no saved edits (no edit_config.json)")
-    return open_model(name, device=device, trust_remote_code=trust_remote_code)
+    return open_model(name, device=device, trust_remote_code=trust_remote_code, base=base)
 
 
 def _check_model_folder(folder: Path) -> None:

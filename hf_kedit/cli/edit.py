@@ -20,6 +20,7 @@ from .models import (
     SeedOption,
     SetOption,
     TrustOption,
+    UntieOption,
     open_model,
     parse_layers,
 )
@@ -90,6 +91,7 @@ def edit(
     device: DeviceOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
+    untie: UntieOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -137,6 +139,7 @@ def edit(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        untie=untie,
     )
     carried = {e.id for e in editable.edits}
     report = _apply(editable, todo, batch_size, protocol, evaluation)

@@ -64,6 +64,9 @@ DeviceOption = Annotated[
         show_default=False,
     ),
 ]
+UntieOption = Annotated[
+    bool, typer.Option("--untie", help="Give a head that is tied to the input embeddings a weight of its own.")
+]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")
@@ -161,6 +164,8 @@ def open_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     needs_method: bool = True,
+    untie: bool = False,
+    base: str | None = None,
 ) -> EditableModel:
     """Load a model, or saved edits with their base model, with the config that the options describe.
 
@@ -175,6 +180,9 @@ def open_model(
         revision: of the model's repository.
         trust_remote_code: as in transformers.
         needs_method: whether a model without saved edits needs a method.
+        untie: give a tied head a weight of its own.
+        base: base model for saved edits instead of their own. If that was quantised, another form of the same model
+            is taken as well; otherwise it must have the same weights.
 
     Raises:
         typer.BadParameter: if a method is needed and none is named.
@@ -187,18 +195,32 @@ def open_model(
     hush_transformers()
     from ..model import EditableModel
 
-    kwargs: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    kwargs: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "untie": untie}
     if dtype is not None:
         kwargs["dtype"] = dtype.value
     place = device or _default_device()
     if place != "cpu":
         kwargs["device_map"] = place
+    if base is not None:
+        kwargs |= _other_base(name, base, kwargs)
     with loading(name):
         model = EditableModel.from_pretrained(name, config, **kwargs)
     if config is None and (settings or given):
         changed = {**model.edit_config.to_dict(), **parse_settings(settings), **given}
         model.set_method(type(model.edit_config).from_dict(changed))
     return model
+
+
+def _other_base(edits: str, base: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that put saved edits on another base model; its fingerprint counts unless theirs was quantised."""
+    from ..loading import load_base
+    from ..saving import find_artifact
+
+    loaded = {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "dtype", "device_map")}
+    with loading(base):
+        artifact, model = find_artifact(edits), load_base(base, **loaded)
+    modules = artifact.config["modules"].values() if artifact is not None else ()
+    return {"base_model": model, "ignore_fingerprint": any(entry.get("quantised") for entry in modules)}
 
 
 def has_saved_edits(name: str, revision: str | None = None) -> bool:

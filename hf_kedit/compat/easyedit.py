@@ -49,6 +49,20 @@ MELOHyperParams = MEMITHyperParams = MENDHyperParams = PMETHyperParams = QLoRAHy
 R_ROMEHyperParams = ROMEHyperParams = SERACHparams = UltraEditHyperParams = WISEHyperParams = HyperParams
 
 
+def _quantisation(values: Mapping[str, Any]) -> Any:
+    """How their QLoRA loads its model: in 4 bits unless the file says 8."""
+    from transformers import BitsAndBytesConfig
+
+    if int(values.get("quantization_bit") or 4) == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=str(values.get("quant_type") or "nf4"),
+        bnb_4bit_use_double_quant=bool(values.get("double_quant", True)),
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
+
+
 class BaseEditor:
     """Edits one model with one method and measures every edit.
 
@@ -70,8 +84,10 @@ class BaseEditor:
         if model is not None:
             self.model = model.set_method(converted.config)
         elif converted.model_name:
-            dtype = torch.float16 if values.get("fp16") else torch.float32
-            self.model = EditableModel.from_pretrained(converted.model_name, converted.config, dtype=dtype)
+            options: dict[str, Any] = {"dtype": torch.float16 if values.get("fp16") else torch.float32}
+            if converted.config.edit_type == "qlora":
+                options["quantization_config"] = _quantisation(values)
+            self.model = EditableModel.from_pretrained(converted.model_name, converted.config, **options)
         else:
             raise ConfigError("the hyperparameters name no model (model_name)")
 

@@ -138,6 +138,11 @@ class Account:
     pieces: list[Piece] = field(default_factory=list)
     total: torch.Tensor | None = None
 
+    @property
+    def key(self) -> str:
+        """Full name of the parameter."""
+        return f"{self.module}.{self.name}"
+
     def value(self, total: torch.Tensor | None) -> torch.Tensor:
         """The weight under a total change, in the original's dtype."""
         if total is None:

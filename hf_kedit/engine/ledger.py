@@ -3,28 +3,37 @@
 A weight in the model is always ``cast(original + Σ active deltas)``, summed in fp32 in the order in which the
 deltas came. So no rounding accumulates over edits, taking everything back gives the original bits, and taking
 back one edit of many is well defined. Every change is a transaction: all weights are written, or none.
+
+A quantised weight stays as it is, and ``Σ`` runs beside it (`engine.beside`); all else is the same.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-from ..errors import NonFiniteError, TiedWeightError, WeightError
+from ..errors import MergeError, NonFiniteError, TiedWeightError, WeightError
+from ..logging import get_logger
+from .beside import Beside, Change
 from .books import Saved, check_known
 from .deltas import Account, Piece, WeightDelta, fold
 from .experts import parameter_name
 from .ledger_files import describe_accounts, read_accounts, tensors_of
 from .weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names, uninterrupted
 
-if TYPE_CHECKING:
-    from torch import nn
-
 __all__ = ["Account", "Ledger", "Piece", "Provisional", "WeightDelta", "fold"]
+
+logger = get_logger(__name__)
+LOSSY = 0.05
+"""Share of a change that may be lost by rounding before merging warns."""
+State = torch.Tensor | Change | None
+"""What a parameter shows: its value; for a quantised one, what runs beside it."""
 
 
 class Ledger:
@@ -39,7 +48,8 @@ class Ledger:
         self.accounts: dict[str, Account] = {}
         self._tied = tied_names(model)
         self._disabled = 0
-        self._parked: dict[str, torch.Tensor] = {}
+        self._parked: dict[str, State] = {}
+        self._beside = Beside()
 
     # ------------------------------------------------------------------ questions
 
@@ -56,6 +66,11 @@ class Ledger:
         """The unedited parameter in functional orientation (a copy), whether it was edited or not."""
         account = self.accounts.get(f"{module}.{name}")
         return account.original.clone() if account else get_weight(get_module(self.model, module), name)
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether some of the edits run beside weights instead of lying in them."""
+        return bool(self._beside)
 
     def total(self, module: str, name: str = "weight") -> torch.Tensor | None:
         """Sum of the active deltas on a parameter, fp32 on the CPU; ``None`` if it is unedited."""
@@ -78,27 +93,31 @@ class Ledger:
         """Raise if the parameter must not be written.
 
         Raises:
-            WeightError: if it is missing or quantised.
+            WeightError: if it is missing, or quantised in a way that cannot be read.
             TiedWeightError: if another module shares it.
             NonFiniteError: if it already holds NaN or infinity.
         """
         owner = get_module(self.model, module)
-        if is_quantised(owner, name):
+        if is_quantised(owner, name) and (name != "weight" or not isinstance(owner, nn.Linear)):
             raise WeightError(
-                f"{module}.{name} is quantised; an edit added to it would be rounded away."
-                " Load the base model without quantisation to edit its weights."
+                f"{module}.{name} is quantised, and nothing can run beside it: that takes the weight of a linear"
+                " layer. Load the base model without quantisation to edit it."
             )
         others = self._tied.get(parameter_name(module, name))
         if others:
             raise TiedWeightError(
                 f"{module}.{name} is the same tensor as {', '.join(others)}: editing it would change both."
-                " Choose another module, or give the head a weight of its own before the model is wrapped:"
-                " hf_kedit.untie_head(model)."
+                " Choose another module, or give the head a weight of its own: untie=True, for EditableModel(...)"
+                " and from_pretrained(...), or --untie on the command line."
             )
         if not bool(torch.isfinite(stored_weight(owner, name)).all()):
             raise NonFiniteError(
                 f"{module}.{name} of the base model holds NaN or infinity; reload the model before editing"
             )
+
+    def new_account(self, module: str, name: str) -> Account:
+        """An account without pieces for a parameter that carries no edit."""
+        return Account(module, name, get_weight(get_module(self.model, module), name).to("cpu"))
 
     # ------------------------------------------------------------------ changes
 
@@ -112,7 +131,7 @@ class Ledger:
 
         Raises:
             NonFiniteError: if a delta is not finite.
-            WeightError: if a parameter is missing, quantised, tied or of another shape.
+            WeightError: if a parameter is missing, cannot be read, tied or of another shape.
         """
         if self._disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")
@@ -129,7 +148,7 @@ class Ledger:
             if account is None:
                 module, name = new[0].delta.module, new[0].delta.name
                 self.check_editable(module, name)
-                account = Account(module, name, get_weight(get_module(self.model, module), name).to("cpu"))
+                account = self.new_account(module, name)
             for piece in new:
                 if piece.delta.shape != tuple(account.original.shape):
                     raise WeightError(
@@ -156,17 +175,47 @@ class Ledger:
 
     def _commit(self, accounts: dict[str, Account], touched: Sequence[str]) -> None:
         """Write the touched weights and take over the new state; on any failure everything is put back."""
-        values = {key: accounts[key].value(accounts[key].total) for key in touched}
-        before = {key: get_weight(get_module(self.model, accounts[key].module), accounts[key].name) for key in touched}
+        values = {key: self._state_of(accounts[key]) for key in touched}
+        before = {key: self._seen(accounts[key]) for key in touched}
         with uninterrupted():
             try:
                 for key in touched:
-                    set_weight(get_module(self.model, accounts[key].module), values[key], accounts[key].name)
+                    self._show(accounts[key], values[key])
             except BaseException:
                 for key in touched:
-                    set_weight(get_module(self.model, accounts[key].module), before[key], accounts[key].name)
+                    self._show(accounts[key], before[key])
                 raise
             self.accounts = {k: a for k, a in accounts.items() if a.pieces}
+
+    # ------------------------------------------------------------------ weights, and what runs beside them
+
+    def _state_of(self, account: Account, provisional: Sequence[WeightDelta] = ()) -> State:
+        """What an account wants to be seen, with further deltas on top of its own."""
+        if self._is_quantised(account):
+            deltas = [*(piece.delta for piece in account.pieces), *provisional]
+            return Change(deltas) if deltas else None
+        total = account.total
+        for delta in provisional:
+            change = delta.matrix().to("cpu")
+            total = change if total is None else total + change
+        return account.value(total)
+
+    def _seen(self, account: Account) -> State:
+        """What is there now."""
+        if self._is_quantised(account):
+            return self._beside.shown(account.key)
+        return get_weight(get_module(self.model, account.module), account.name)
+
+    def _show(self, account: Account, state: State) -> None:
+        """Make a state what is there."""
+        owner = get_module(self.model, account.module)
+        if isinstance(state, torch.Tensor):
+            set_weight(owner, state, account.name)
+        else:
+            self._beside.show(account.key, owner, state)
+
+    def _is_quantised(self, account: Account) -> bool:
+        return is_quantised(get_module(self.model, account.module), account.name)
 
     def snapshot(self) -> dict[str, Account]:
         """The present state, for `restore`."""
@@ -199,11 +248,10 @@ class Ledger:
         self._disabled += 1
         try:
             if self._disabled == 1:
-                self._parked = {
-                    key: get_weight(get_module(self.model, a.module), a.name).to("cpu")
-                    for key, a in self.accounts.items()
-                }
-                self._write({key: a.original for key, a in self.accounts.items()})
+                seen = {key: self._seen(a) for key, a in self.accounts.items()}
+                self._parked = {k: s.to("cpu") if isinstance(s, torch.Tensor) else s for k, s in seen.items()}
+                bare = {key: replace(a, pieces=[], total=None) for key, a in self.accounts.items()}
+                self._write({key: self._state_of(a) for key, a in bare.items()})
             yield
         finally:
             self._disabled -= 1
@@ -211,16 +259,48 @@ class Ledger:
                 self._write(self._parked)
                 self._parked = {}
 
-    def _write(self, values: dict[str, torch.Tensor]) -> None:
+    def _write(self, states: dict[str, State]) -> None:
         with uninterrupted():
-            for key, value in values.items():
-                account = self.accounts[key]
-                set_weight(get_module(self.model, account.module), value, account.name)
+            for key, state in states.items():
+                self._show(self.accounts[key], state)
 
     # ------------------------------------------------------------------ being a book
 
     def check_mergeable(self) -> None:
-        """Deltas lie in the weights already."""
+        """Deltas lie in the weights already, unless these are quantised.
+
+        Raises:
+            MergeError: naming the ways out.
+        """
+        if self._beside:
+            raise MergeError(
+                "the base model is quantised, so that its edits run beside the weights and cannot be merged into them"
+                " without being rounded away. Keep them beside it: save_pretrained(...), or export_lora(...) for PEFT."
+                " Or merge them into the unquantised base: from_pretrained(saved_edits, base_model=<the unquantised"
+                " model>, ignore_fingerprint=True).merge_and_unload(), or `kedit merge DIR --base MODEL -o OUT`."
+            )
+
+    def rounding_losses(self, dtype: torch.dtype | None = None) -> dict[str, float]:
+        """What rounding loses of the edits in every edited weight: ``‖cast(W + Δ) − W − Δ‖ / ‖Δ‖``.
+
+        Args:
+            dtype: number format that the weights are to be written in; ``None``: the one they have.
+        """
+        losses = {}
+        for key, account in self.accounts.items():
+            if account.total is None or self._is_quantised(account):
+                continue
+            exact = account.original.float() + account.total
+            rounded = exact.to(dtype or account.original.dtype).float()
+            norm = account.total.norm().item()
+            losses[key] = (rounded - exact).norm().item() / norm if norm else 0.0
+        return losses
+
+    def warn_of_rounding(self) -> None:
+        """Log what rounding has lost of the edits."""
+        for key, loss in self.rounding_losses().items():
+            level = logging.WARNING if loss > LOSSY else logging.INFO
+            logger.log(level, "%s: rounding to its number format loses %.2g %% of the change", key, 100 * loss)
 
     def forget(self) -> None:
         """Drop all records and leave the weights as they are (after merging)."""
@@ -250,27 +330,22 @@ class Provisional:
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
-        self._saved: dict[str, tuple[str, str, torch.Tensor]] = {}
-        self._totals: dict[str, torch.Tensor | None] = {}
+        self._saved: dict[str, tuple[Account, State]] = {}
+        self._deltas: dict[str, list[WeightDelta]] = {}
 
     def add(self, delta: WeightDelta) -> None:
         """Lay one more delta on its weight, exactly as `Ledger.apply` would."""
         ledger, key = self._ledger, delta.key
-        account = ledger.accounts.get(key)
-        module = get_module(ledger.model, delta.module)
         if key not in self._saved:
-            self._saved[key] = (delta.module, delta.name, get_weight(module, delta.name))
-            self._totals[key] = account.total if account else None
-        if account is None:
-            account = Account(delta.module, delta.name, self._saved[key][2].to("cpu"))
-        total = self._totals[key]
-        change = delta.matrix().to("cpu")
-        self._totals[key] = change.clone() if total is None else total + change
-        set_weight(module, account.value(self._totals[key]), delta.name)
+            account = ledger.accounts.get(key) or ledger.new_account(delta.module, delta.name)
+            self._saved[key] = (account, ledger._seen(account))
+        account = self._saved[key][0]
+        self._deltas.setdefault(key, []).append(delta)
+        ledger._show(account, ledger._state_of(account, self._deltas[key]))
 
     def restore(self) -> None:
         """Put back the weights as they were when the block began."""
         with uninterrupted():
-            for module, name, value in self._saved.values():
-                set_weight(get_module(self._ledger.model, module), value, name)
-        self._saved = {}
+            for account, state in self._saved.values():
+                self._ledger._show(account, state)
+        self._saved, self._deltas = {}, {}

@@ -15,7 +15,7 @@ import torch
 from ..errors import ArtifactError, BaseModelMismatchError, KeditError
 from .deltas import Account, Piece, WeightDelta, fold
 from .experts import ExpertSlice, parameter_name
-from .weights import get_module, get_weight, is_transposed, tensor_digest
+from .weights import get_module, get_weight, is_transposed, quantisation, tensor_digest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +76,7 @@ def describe_accounts(model: nn.Module, accounts: Mapping[str, Account]) -> dict
             "dtype": str(account.original.dtype).removeprefix("torch."),
             "rank": column,
             "base_sha256": tensor_digest([("", account.original)]),
+            "quantised": quantisation(get_module(model, account.module), account.name),
             "pieces": pieces,
         }
     return described
@@ -127,11 +128,22 @@ def read_accounts(model: nn.Module, saved: Saved) -> dict[str, Account]:
             raise BaseModelMismatchError(
                 f"{where}: the base model's weight is not the one that the edits were made on (other revision, dtype,"
                 f" or an already edited model). They were made on {saved.made_on}, dtype {entry.get('dtype')}."
+                f"{_other_form(entry.get('quantised'), quantisation(get_module(model, module), name))}"
                 " ignore_fingerprint=True applies them anyway."
             )
         pieces = [_piece(saved, where, key, module, name, p, tuple(original.shape)) for p in entry["pieces"]]
         accounts[key] = Account(module, name, original, pieces, fold(pieces))
     return accounts
+
+
+def _other_form(then: Any, now: str | None) -> str:
+    """What to know where edits of a quantised weight meet an unquantised one, or another quantisation."""
+    if then == now:
+        return ""
+    return (
+        f" There it was {f'quantised ({then})' if then else 'not quantised'}, here it is"
+        f" {f'quantised ({now})' if now else 'not'}: the same edits are right for it as far as the quantisation is."
+    )
 
 
 def _piece(saved: Saved, where: str, key: str, module: str, name: str, entry: Any, shape: tuple[int, ...]) -> Piece:

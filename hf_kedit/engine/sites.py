@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -35,6 +34,7 @@ from transformers.cache_utils import Cache
 from ..anatomy.outputs import module_input
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
+from .beside import forget_graphs
 from .capture import as_rows, first, with_first
 from .weights import get_module
 
@@ -295,8 +295,7 @@ class Sites:
                 handle.remove()
             self._model_handles = []
             self.model.__dict__.pop("generate", None)
-        if "torch._dynamo" in sys.modules:  # compiled graphs do not see hooks that come or go
-            torch._dynamo.reset()
+        forget_graphs()
 
     # ------------------------------------------------------------------ calls
 

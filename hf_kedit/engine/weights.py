@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import LayerError, WeightError, nearest
 from .experts import ExpertSlice, expert_slice
+from .quantised import dequantise, scheme
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -49,17 +50,14 @@ def is_transposed(module: nn.Module) -> bool:
 
 def is_quantised(module: nn.Module, name: str = "weight") -> bool:
     """Whether the parameter is stored in a form that cannot take an exact update."""
+    return quantisation(module, name) is not None
+
+
+def quantisation(module: nn.Module, name: str = "weight") -> str | None:
+    """With what a parameter is quantised (``"bitsandbytes nf4"``); ``None``: not at all."""
     if isinstance(module, ExpertSlice):
-        return is_quantised(module.bank, module.param)
-    value = getattr(module, name, None)
-    if value is None:
-        return hasattr(module, "qweight") or hasattr(module, "packed_weight")
-    kind = type(value).__module__
-    return (
-        not (value.is_floating_point() if isinstance(value, torch.Tensor) else True)
-        or kind.startswith(("bitsandbytes", "torchao", "hqq", "optimum.quanto"))
-        or hasattr(value, "quant_state")
-    )
+        return scheme(module.bank, module.param)
+    return scheme(module, name)
 
 
 def get_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
@@ -99,8 +97,9 @@ def set_weight(module: nn.Module, value: torch.Tensor, name: str = "weight") -> 
     """
     if is_quantised(module, name):
         raise WeightError(
-            f"the {name} of {type(module).__name__} is quantised: adding an edit to it would round the edit away."
-            " Load the base model without quantisation to edit its weights."
+            f"the {name} of {type(module).__name__} is quantised ({scheme(module, name)}): an edit written into it"
+            " would be rounded away. EditableModel runs edits beside such a weight; to change weights, load the base"
+            " model without quantisation."
         )
     if value.dim() == 2 and is_transposed(module):
         value = value.t()
@@ -156,12 +155,17 @@ def stored_weight(module: nn.Module, name: str = "weight") -> torch.Tensor:
             raise WeightError(f"the {name} of {type(module).__name__} is on the meta device: it has no values")
         return torch.as_tensor(offloaded[name]).detach()
     if is_quantised(module, name):
-        from peft.utils.integrations import dequantize_module_weight
-
-        return torch.as_tensor(dequantize_module_weight(module)).detach()
+        return dequantise(module, name)
     if hasattr(parameter, "full_tensor"):
         return torch.as_tensor(parameter.full_tensor()).detach()
     return parameter.detach()
+
+
+def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
+    """Whether the parameter is kept by accelerate on the CPU or on disk, and its module holds a stand-in only."""
+    if isinstance(module, ExpertSlice):
+        return is_offloaded(module.bank, module.param)
+    return getattr(getattr(module, name, None), "device", None) == torch.device("meta")
 
 
 def _offload_map(module: nn.Module) -> Any | None:
@@ -194,8 +198,8 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 def untie_head(model: Any) -> bool:
     """Give a head that shares its weight with the input embeddings a copy of its own, so that it can be edited alone.
 
-    Call it on the transformers model before it becomes an `EditableModel`. The model's outputs do not change; it is
-    saved with both weights, and its saved edits are put on an untied base when they are loaded.
+    `EditableModel` does it for ``untie=True``; by hand, it is to be done before the model is wrapped. The outputs do
+    not change; the model is saved with both weights, and its saved edits are put on an untied base when loaded.
 
     Returns:
         Whether there was something to untie.
@@ -229,6 +233,8 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, get_weight(get_module(model, owner), leaf)
         elif hasattr(parameter, "full_tensor"):
             yield name, parameter.full_tensor().detach()
+        elif is_quantised(get_module(model, owner), leaf):
+            yield name, dequantise(get_module(model, owner), leaf)
         else:
             yield name, parameter.detach()
 

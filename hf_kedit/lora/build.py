@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from ..engine.deltas import Account
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.lowrank import Factors, factorise, shorten
-from ..engine.weights import get_module, get_weight, is_transposed
+from ..engine.weights import get_module, get_weight, is_quantised, is_transposed
 from ..errors import ExportError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _add(adapter: Adapter, model: EditableModel, account: Account, rank: int | N
     assert total is not None
     if account.name == "bias" and _is_linear(module):
         adapter.biases[account.module] = total
-    elif not _is_matrix(model, account) or (not _in_factors(account) and rank is None and _is_linear(module)):
+    elif not _is_matrix(model, account) or (not _in_factors(account) and rank is None and _can_stand_whole(module)):
         _add_whole(adapter, model, account.module)
     else:
         found = _stack(account, rank) if _in_factors(account) else factorise(total, rank)
@@ -258,6 +258,11 @@ def _side_by_side(parts: Iterable[torch.Tensor | None]) -> torch.Tensor:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _can_stand_whole(module: nn.Module) -> bool:
+    """Whether a full-rank change may take the place of the module; beside a quantised one it becomes factors."""
+    return _is_linear(module) and not is_quantised(module)
 
 
 def _is_matrix(model: EditableModel, account: Account) -> bool:

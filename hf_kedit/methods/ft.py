@@ -23,6 +23,7 @@ import torch
 from torch.func import functional_call
 
 from ..config import ModelProfile
+from ..engine.beside import Change, running
 from ..engine.examples import (
     Example,
     Objective,
@@ -33,8 +34,8 @@ from ..engine.examples import (
 )
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.ledger import WeightDelta
-from ..engine.weights import get_module, get_weight, is_transposed
-from ..errors import EditFailedError
+from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised, is_transposed
+from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar
 from ..requests import EditRequest
 from .base import Capabilities, Method, Outcome, WeightConfig, register_method
@@ -127,6 +128,12 @@ class FineTuning(Method):
         """Check weights and requests."""
         for path, name in self.parameters():
             self.bench.ledger.check_editable(path, name)
+            module = get_module(self.bench.model, path)
+            if is_offloaded(module, name) and (name == "bias" or isinstance(module, ExpertSlice)):
+                raise WeightError(
+                    f"{path}.{name} is offloaded, and is trained in memory only: load the model with a device_map that"
+                    " keeps it there, or leave out train_bias"
+                )
         self._examples(requests, self.config.objective)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
@@ -218,14 +225,22 @@ class FineTuning(Method):
 
 
 class _Substituted:
-    """The model with some parameters replaced by trained copies, for one call; the model itself is not touched."""
+    """The model with some parameters replaced by trained copies, for one call; the model itself is not touched.
+
+    Of a weight that is quantised or offloaded, the difference between the copy and the weight runs beside it.
+    """
 
     def __init__(self, model: torch.nn.Module, theta: dict[str, torch.Tensor]):
         self.model = model
         self.replaced: dict[str, torch.Tensor] = {}
+        self.beside: list[tuple[torch.nn.Module, Change]] = []
         for key, value in theta.items():
             path, _, name = key.rpartition(".")
             module, whole = get_module(model, path), parameter_name(path, name)
+            if is_quantised(module, name) or is_offloaded(module, name):
+                difference = value - get_weight(module, name).to(value)
+                self.beside.append((module, Change.of_matrix(difference)))
+                continue
             stored = getattr(module, name)
             turned = value.t() if value.dim() == 2 and is_transposed(module) else value
             turned = turned.to(device=stored.device, dtype=stored.dtype)
@@ -243,7 +258,8 @@ class _Substituted:
         return self.model.get_input_embeddings()  # type: ignore[operator]
 
     def __call__(self, **kwargs: Any) -> Any:
-        return functional_call(self.model, self.replaced, kwargs=kwargs)
+        with running(self.beside):
+            return functional_call(self.model, self.replaced, kwargs=kwargs)
 
 
 @register_method

@@ -1,9 +1,11 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) and AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) as edits.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), QLoRA (Dettmers et al. 2023, arXiv 2305.14314) and AdaLoRA (Zhang et al.
+2023, arXiv 2303.10512) as edits.
 
 A low-rank change of some matrices is trained on the masked, teacher-forced loss of the requests, with PEFT's own
 layers and configs, and handed to the ledger as its two factors:
 
     LoRA      ΔW = (α/r) B A
+    QLoRA     the same beside a weight that is kept in 4 (or 8) bits: y = dequantise(W) k + (α/r) B A k
     AdaLoRA   ΔW = (α/r₀) P Λ Q,   loss + γ · mean(‖PᵀP − I‖ + ‖QQᵀ − I‖), ranks shared out by importance
 
 The layers sit in the model for the duration of the training only. What stays is a `WeightDelta`, so that an edit can
@@ -29,7 +31,7 @@ from ..config import ModelProfile
 from ..engine.examples import Example, encode_examples, row_means, target_probabilities, token_losses
 from ..engine.forward import device_of
 from ..engine.ledger import WeightDelta
-from ..engine.weights import get_module, is_transposed, uninterrupted
+from ..engine.weights import get_module, is_quantised, is_transposed, uninterrupted
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
 from ..logging import progress_bar
 from ..requests import EditRequest
@@ -94,6 +96,13 @@ class LoRAConfig(WeightConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Query and value projections of every layer, as in both papers."""
         return {"target_modules": [ATTENTION]}
+
+
+@dataclass
+class QLoRAConfig(LoRAConfig):
+    """Hyperparameters of QLoRA: those of LoRA. How the base is quantised is said when it is loaded."""
+
+    edit_type: ClassVar[str] = "qlora"
 
 
 @dataclass
@@ -264,6 +273,34 @@ class LoRA(_LowRankTraining):
         """``(α/r) B`` and ``Aᵀ``."""
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         return b * layer.scaling[ADAPTER], a.T
+
+
+@register_method
+class QLoRA(LoRA):
+    """LoRA that insists on a quantised base. LoRA itself takes one too."""
+
+    config_class = QLoRAConfig
+    capabilities = Capabilities(
+        name="QLoRA",
+        kind="weights",
+        batch=True,
+        sequential=True,
+        needs_subject=False,
+        encoder_decoder=True,
+        paper="Dettmers et al. 2023, arXiv 2305.14314",
+        summary="LoRA beside the quantised weights of a model loaded in 4 or 8 bits",
+    )
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check as LoRA does, and that the matrices are quantised."""
+        plain = [path for path in self.edited_modules() if not is_quantised(get_module(self.bench.model, path))]
+        if plain:
+            raise UnsupportedModelError(
+                f"QLoRA edits a quantised base model, and {plain[0]} is not quantised. Load the model with"
+                " quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',"
+                " bnb_4bit_use_double_quant=True), or use the method 'lora'"
+            )
+        super().check(requests)
 
 
 @register_method
