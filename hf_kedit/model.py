@@ -104,6 +104,9 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         self.trace: dict[str, torch.Tensor] | None = None
         kind: Any = type(base_model)
         self.__class__ = _named_after(kind)
+        # Checkpoints of `Trainer` and friends have the wrapped model's own names, and a tied weight once.
+        self.register_state_dict_post_hook(_own_names)
+        self.register_load_state_dict_pre_hook(_wrapped_names)
         self.set_method(config if config is not None else "ft-m")
 
     # ------------------------------------------------------------------ construction
@@ -364,6 +367,30 @@ def _named_after(base: Any) -> type[EditableModel]:
         return self.base_model(*args, **kwargs)
 
     return type(base.__name__, (EditableModel,), {"forward": forward, "__module__": EditableModel.__module__})
+
+
+def _tied(model: EditableModel) -> dict[str, str]:
+    """Tied weights of the wrapped model: name → name of the one that is stored."""
+    return dict(getattr(model.base_model, "all_tied_weights_keys", None) or {})
+
+
+def _own_names(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Take the wrapper's name out of a state dict, and leave out what shares its memory with another weight."""
+    wrapped = f"{prefix}base_model."
+    for name in [name for name in state if name.startswith(wrapped)]:
+        state[prefix + name.removeprefix(wrapped)] = state.pop(name)
+    for name, stored in _tied(model).items():
+        if prefix + stored in state:
+            state.pop(prefix + name, None)
+
+
+def _wrapped_names(model: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """The inverse of `_own_names`."""
+    for name, stored in _tied(model).items():
+        if prefix + stored in state:
+            state.setdefault(prefix + name, state[prefix + stored])
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}base_model.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:

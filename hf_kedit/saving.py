@@ -98,7 +98,11 @@ def artifact_files(
         model: with the edits.
         repo_id: where they will be, for the card.
         report: an evaluation of them, for the card.
+
+    Raises:
+        WeightError: if an edited weight was trained since.
     """
+    model.ledger.check_unchanged()
     tensors = {STATE + name: value.cpu().contiguous() for name, value in model.method_state().items()}
     adapter = adapter_config_of(model)
     for kind, book in model.books.items():

@@ -100,6 +100,20 @@ class Ledger:
                 f"{module}.{name} of the base model holds NaN or infinity; reload the model before editing"
             )
 
+    def check_unchanged(self) -> None:
+        """Raise if an edited weight was written by somebody else since, which writing it again would undo.
+
+        Raises:
+            WeightError: naming the weight.
+        """
+        for key, account in self.accounts.items() if not self._disabled else ():
+            now = get_weight(get_module(self.model, account.module), account.name).to("cpu")
+            if not torch.equal(now, account.value(account.total).to("cpu")):
+                raise WeightError(
+                    f"{key} is no longer what the edits made of it (was the model trained since?), and what happened"
+                    " to it would be lost. Make the edits permanent before training, with merge_and_unload()."
+                )
+
     # ------------------------------------------------------------------ changes
 
     def apply(self, batch_id: str, deltas: Sequence[WeightDelta], edit_ids: Sequence[str]) -> None:
@@ -112,10 +126,11 @@ class Ledger:
 
         Raises:
             NonFiniteError: if a delta is not finite.
-            WeightError: if a parameter is missing, quantised, tied or of another shape.
+            WeightError: if a parameter is missing, quantised, tied or of another shape, or `check_unchanged` fails.
         """
         if self._disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")
+        self.check_unchanged()
         pieces: dict[str, list[Piece]] = {}
         for delta in deltas:
             if not delta.finite():
@@ -145,9 +160,11 @@ class Ledger:
         Raises:
             RollbackError: if an edit cannot be separated from others that were computed with it or on it.
             UnknownEditError: if an id owns nothing here.
+            WeightError: if `check_unchanged` fails.
         """
         if self._disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before rolling back")
+        self.check_unchanged()
         gone = set(edit_ids)
         check_known("the ledger", self.edit_ids, gone)
         accounts = {key: account.without(gone) for key, account in self.accounts.items()}
