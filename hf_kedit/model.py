@@ -252,19 +252,25 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
             self.set_method(self.edit_config)  # with statistics and templates of the model as it is now
         return self.base_model
 
-    def save_pretrained(self, save_directory: str | Path, *, report: HasModelIndex | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *, report: HasModelIndex | None = None, per_edit: bool = False
+    ) -> None:
         """Save the edits (not the base model) to a folder that `from_pretrained` loads.
 
         Args:
             save_directory: the folder; made if needed.
             report: an evaluation of the edits; its means go into the model card.
+            per_edit: add every edit alone as a LoRA adapter, in a folder ``edits/<id>`` of its own, which PEFT loads
+                with ``subfolder=``.
 
         Raises:
             ArtifactError: if the folder holds something that must not share a root with edits.
+            ExportError: if ``per_edit`` is asked of edits that are not all low-rank changes, or not separable.
+            WeightError: if an edited weight was trained since; merge the edits then.
         """
         from .saving import save_artifact
 
-        save_artifact(self, Path(save_directory), report=report)
+        save_artifact(self, Path(save_directory), report=report, per_edit=per_edit)
 
     def method_state(self) -> dict[str, torch.Tensor]:
         """What the current method has learnt from earlier edits, beyond what the journal's edits hold."""

@@ -70,6 +70,9 @@ def rollback(
 def merge(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plain transformers model.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Add the edits as a LoRA adapter of the base model, in adapter/.")
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
@@ -88,6 +91,8 @@ def merge(
     wanted = None if dtype in (None, Dtype.auto) else dtype
     losses = rounding_losses(model, wanted)
     deltas = _exact_values(model, wanted)
+    if adapter:
+        model.export_lora(output / "adapter")
     merged = model.merge_and_unload()
     if wanted is not None:
         import torch
