@@ -145,6 +145,10 @@ def export_lora(
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="Rank of the adapter; default: what the edits need.")
     ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--module", help="A further module to cover, with zeros; adapters over the same swap in place."),
+    ] = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
@@ -152,7 +156,7 @@ def export_lora(
 ) -> None:
     """Write saved edits as a plain LoRA adapter for PEFT, transformers or vLLM."""
     model = _open_edits(folder, device, trust_remote_code)
-    report = model.export_lora(output, target=target.value, rank=rank)
+    report = model.export_lora(output, target=target.value, rank=rank, modules=modules or ())
     data = {
         "output": str(output),
         "edits": len(model.edits),
