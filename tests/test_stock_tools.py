@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from hf_kedit import EditableModel, EditRequest, ROMEConfig, embedded, load_edit
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import WeightError
 from hf_kedit.testing.hub import LoopbackHub
+from tests.testing.test_hub import hf_command
 
 PROBE = torch.tensor([[5, 6, 7, 8, 9]])
 # Without second moments and templates, which would be collected for every model anew.
@@ -191,14 +189,7 @@ def test_the_hf_command_moves_saved_edits(hub: LoopbackHub, tmp_path: Path) -> N
     model.edit(fact())
     model.save_pretrained(tmp_path / "edits")
     one = logits(model)
-    environment = {**os.environ, **hub.environment(str(tmp_path / "home"))}
-
-    def hf(*words: str) -> str:
-        command = [sys.executable, "-m", "huggingface_hub.cli.hf", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    hf = hf_command(hub, tmp_path)
     hf("repos", "create", "org/by-hand")
     hf("upload", "org/by-hand", str(tmp_path / "edits"), ".")
     assert torch.equal(logits(EditableModel.from_pretrained("org/by-hand")), one)
