@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from .errors import HubError
+from .files import read_file
 from .journal import Edit
+from .logging import get_logger
 
 CARD, EVAL_RESULTS = "README.md", ".eval_results/kedit.yaml"
 HERE = "path/or/id of this folder"
+logger = get_logger(__name__)
 _SHOWN = 50
 _TASK_ID = "knowledge-editing"
 
@@ -77,8 +83,9 @@ def model_card(
     is_adapter = "adapter_config.json" in config["files"] and not at_sites
     data = ModelCardData(
         library_name="hf_kedit",
-        base_model=base if _is_hub_id(base) else None,
-        base_model_relation="adapter" if _is_hub_id(base) else None,
+        **_origin(base, config["base_model_revision"], "adapter"),
+        datasets=_datasets(results),
+        metrics=sorted({r.metric_type for r in results}) or None,
         pipeline_tag=_pipeline_tag(config),
         tags=["knowledge-editing", config["method"], *(("peft", "lora") if is_adapter else ())] + ["peft"] * at_sites,
         model_name=model_name,
@@ -94,8 +101,10 @@ def model_card(
     load_base = "" if base else ", base_model=model"
     if at_sites:
         elsewhere = _with_peft(here)
+    elif is_adapter:
+        elsewhere = _without_library(base, here, config.get("edit_folders", {}))
     else:
-        elsewhere = _without_library(base, here) if is_adapter else _only_with_library(config, here)
+        elsewhere = _only_with_library(config, here)
     return f"""---
 {data.to_yaml()}
 ---
@@ -166,8 +175,7 @@ def merged_card(config: dict[str, Any], edits: Sequence[Edit]) -> str:
     base = config["base_model_name_or_path"]
     data = ModelCardData(
         library_name="transformers",
-        base_model=base if _is_hub_id(base) else None,
-        base_model_relation="finetune" if _is_hub_id(base) else None,
+        **_origin(base, config["base_model_revision"], "finetune"),
         pipeline_tag=_pipeline_tag(config),
         tags=["knowledge-editing", "hf_kedit", config["method"]],
     )
@@ -202,6 +210,37 @@ def _is_hub_id(base: str) -> bool:
     return bool(base) and not base.startswith(("/", ".", "kedit/"))
 
 
+def _origin(base: str, revision: str | None, relation: str) -> dict[str, Any]:
+    """What the head of a card says of the base model; its licence is the licence of what was made from it."""
+    named = {"base_model": base, "base_model_relation": relation} if _is_hub_id(base) else {}
+    return named | base_licence(base, revision)
+
+
+def base_licence(base: str, revision: str | None) -> dict[str, str]:
+    """``license``, ``license_name`` and ``license_link`` of a model's card; those that it gives.
+
+    Args:
+        base: folder or Hub id.
+        revision: of the repository.
+    """
+    if not _is_hub_id(base) and not Path(base or "/nowhere").is_dir():
+        return {}
+    try:
+        card = read_file(base, CARD, revision=revision)
+        said = ModelCard(card.decode("utf-8"), ignore_metadata_errors=True).data.to_dict() if card else {}
+    except (HubError, ValueError) as error:  # offline, or a card that cannot be read: it is no reason not to save
+        logger.info("the licence of %s is not known (%s); complete the model card", base, error)
+        return {}
+    return {
+        name: said[name] for name in ("license", "license_name", "license_link") if isinstance(said.get(name), str)
+    }
+
+
+def _datasets(results: Sequence[EvalResult]) -> list[str] | None:
+    """The data sets of the numbers, as far as they are repositories of the Hub."""
+    return sorted({r.dataset_type for r in results if "/" in r.dataset_type}) or None
+
+
 def _pipeline_tag(config: dict[str, Any]) -> str | None:
     return "text-generation" if config["base_model_class"].endswith(("CausalLM", "LMHeadModel")) else None
 
@@ -217,7 +256,9 @@ def _edit_table(edits: Sequence[Edit]) -> str:
     return f"{table}{more} in [`edits.jsonl`](edits.jsonl), with the texts that they were asked with."
 
 
-def _without_library(base: str, here: str) -> str:
+def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingProxyType({})) -> str:
+    example = next(iter(singles.values()), "")
+    alone = f'Each edit alone is an adapter too: `PeftModel.from_pretrained(base, "{here}", subfolder="{example}")`.\n'
     return f"""Without `hf_kedit`, the same edits are a LoRA adapter of scaling 1:
 
 ```python
@@ -227,7 +268,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base or "the base model"}")
 model = PeftModel.from_pretrained(base, "{here}")
 ```
-"""
+{alone if singles else ""}"""
 
 
 def _only_with_library(config: Mapping[str, Any], here: str) -> str:
@@ -266,11 +307,9 @@ def adapter_card(base: str, revision: str | None, edits: Sequence[Edit], losses:
         edits: the journal.
         losses: part of the change that a cut to a smaller rank left out, per weight.
     """
-    is_hub = bool(base) and not base.startswith(("/", ".", "kedit/"))
     data = ModelCardData(
         library_name="peft",
-        base_model=base if is_hub else None,
-        base_model_relation="adapter" if is_hub else None,
+        **_origin(base, revision, "adapter"),
         tags=["knowledge-editing", "lora"],
     )
     lost = "".join(f"\n- `{key}`: {100 * loss:.1f} % of the change is left out" for key, loss in losses.items())

@@ -25,7 +25,15 @@ RENAMED = {
     "edit_lr": "lr",
     "val_init": "value_init",
     "lora_r": "rank",
+    "densities": "density",
+    "sentence_model_name": "retriever",
+    "cedit": "edit_weight",
+    "cloc": "locality_weight",
+    "loc_coef": "locality_weight",
+    "n_blocks": "num_blocks",
 }
+# Method → field → their word → ours.
+VALUES = {"malmen": {"token": {"ans": "answer", "mask": "attended"}}}
 
 _BY_STRUCTURE = "modules are found by structure; name them with EditableModel(anatomy=...) where that fails"
 _LOADING = "how the model is loaded is said when it is loaded (dtype=, device_map=)"
@@ -55,6 +63,7 @@ IGNORED = {
     "mom2_n_samples": _STATISTICS,
     "mom2_dtype": _STATISTICS,
     "stats_dir": _STATISTICS,
+    "archive": "trained editors have another format here: `kedit convert-editor` reads theirs; name it with editor=",
     "P_loc": "the projection is computed from the second moments",
     "max_length": "prompts are never cut; one that is too long is an error",
     "objective_optimization": "it chooses between ft-l and ft-m",
@@ -108,11 +117,14 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
         elif key == "inner_params" and value:
             values |= _inner_params(value, known, converted.ignored)
         elif name == "stats_dir" or name not in known or (name == "batch_size" and cls.edit_type not in _OWN_BATCH):
-            converted.ignored[key] = IGNORED.get(key) or f"{cls.__name__} has no such field.{nearest(key, known)}"
+            converted.ignored[key] = IGNORED.get(key) or f"{cls.__name__} has no such field"
         elif value is False and not isinstance(getattr(converted.config, name), bool):
             values[name] = None  # a number that is switched off (norm_constraint)
         elif value is not None and value != []:
             values[name] = value
+    for name, words in VALUES.get(cls.edit_type, {}).items():
+        if values.get(name) in words:
+            values[name] = words[values[name]]
     converted.config = cls.from_dict(values)
     return converted
 

@@ -6,11 +6,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .repository import download
+from .repository import download, matches
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: Collection[str] = ()) -> None:
@@ -23,7 +23,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
         folder: made if needed.
         files: name → content.
         last: the file that describes the others.
-        owned: further names that may be in the folder from an earlier write, and go.
+        owned: further names (see `matches`) that may be in the folder from an earlier write, and go.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -35,8 +35,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
                 handle.flush()
                 os.fsync(handle.fileno())
         os.chmod(temporary, 0o755)
-        existing = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-        if existing <= {name.partition("/")[0] for name in (*files, *owned)}:
+        if not any(not matches(name, (*files, *owned)) for name in _contents(folder)):
             old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
             if folder.exists():
                 os.rename(folder, old)
@@ -46,10 +45,17 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
             for name in sorted(files, key=lambda n: n == last):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, folder / name)
-            for name in (existing & set(owned)) - set(files):
+            for name in [n for n in _contents(folder) if matches(n, owned) and n not in files]:
                 (folder / name).unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _contents(folder: Path) -> Iterator[str]:
+    """Names of everything below a folder that is no folder with contents of its own; none if it does not exist."""
+    for path in folder.rglob("*"):
+        if not path.is_dir() or path.is_symlink() or not any(path.iterdir()):
+            yield path.relative_to(folder).as_posix()
 
 
 class FileSource:

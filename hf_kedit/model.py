@@ -111,6 +111,9 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         self.trace: dict[str, torch.Tensor] | None = None
         kind: Any = type(base_model)
         self.__class__ = _named_after(kind)
+        # Checkpoints of `Trainer` and friends have the wrapped model's own names, and a tied weight once.
+        self.register_state_dict_post_hook(_own_names)
+        self.register_load_state_dict_pre_hook(_wrapped_names)
         self.set_method(config if config is not None else "ft-m")
 
     # ------------------------------------------------------------------ construction
@@ -267,19 +270,25 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
             self.set_method(self.edit_config)  # with statistics and templates of the model as it is now
         return self.base_model
 
-    def save_pretrained(self, save_directory: str | Path, *, report: HasModelIndex | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *, report: HasModelIndex | None = None, per_edit: bool = False
+    ) -> None:
         """Save the edits (not the base model) to a folder that `from_pretrained` loads.
 
         Args:
             save_directory: the folder; made if needed.
             report: an evaluation of the edits; its means go into the model card.
+            per_edit: add every edit alone as a LoRA adapter, in a folder ``edits/<id>`` of its own, which PEFT loads
+                with ``subfolder=``.
 
         Raises:
             ArtifactError: if the folder holds something that must not share a root with edits.
+            ExportError: if ``per_edit`` is asked of edits that are not all low-rank changes, or not separable.
+            WeightError: if an edited weight was trained since; merge the edits then.
         """
         from .saving import save_artifact
 
-        save_artifact(self, Path(save_directory), report=report)
+        save_artifact(self, Path(save_directory), report=report, per_edit=per_edit)
 
     def method_state(self) -> dict[str, torch.Tensor]:
         """What the current method has learnt from earlier edits, beyond what the journal's edits hold."""
@@ -382,6 +391,30 @@ def _named_after(base: Any) -> type[EditableModel]:
         return self.base_model(*args, **kwargs)
 
     return type(base.__name__, (EditableModel,), {"forward": forward, "__module__": EditableModel.__module__})
+
+
+def _tied(model: EditableModel) -> dict[str, str]:
+    """Tied weights of the wrapped model: name → name of the one that is stored."""
+    return dict(getattr(model.base_model, "all_tied_weights_keys", None) or {})
+
+
+def _own_names(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Take the wrapper's name out of a state dict, and leave out what shares its memory with another weight."""
+    wrapped = f"{prefix}base_model."
+    for name in [name for name in state if name.startswith(wrapped)]:
+        state[prefix + name.removeprefix(wrapped)] = state.pop(name)
+    for name, stored in _tied(model).items():
+        if prefix + stored in state:
+            state.pop(prefix + name, None)
+
+
+def _wrapped_names(model: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """The inverse of `_own_names`."""
+    for name, stored in _tied(model).items():
+        if prefix + stored in state:
+            state.setdefault(prefix + name, state[prefix + stored])
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}base_model.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -148,6 +148,7 @@ class Packs:
         if len(set(names)) != len(names):
             raise PackError(f"a pack is named twice: {', '.join(names)}")
         self._refresh()
+        self._model.ledger.check_unchanged()
         self._judge(wanted, on_conflict)
         same = next((i for i, (a, b) in enumerate(zip(self._active, names, strict=False)) if a != b), None)
         kept = min(len(self._active), len(names)) if same is None else same

@@ -7,7 +7,8 @@ mode (``HF_HUB_OFFLINE=1``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import fnmatch
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 MAIN = "main"
+
+
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a path is one of these names, in which ``*`` stands for anything."""
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 @contextlib.contextmanager
@@ -165,7 +171,8 @@ def push_files(
         repo: ``org/name``; made if it does not exist.
         files: path → content, or a file with it.
         message: of the commit.
-        owned: further paths that belong to such files: those that the repository has and ``files`` has not go.
+        owned: further paths that belong to such files (see `matches`): those that the repository has and ``files``
+            has not go.
         refuse: path → why nothing may be written to a repository that has it.
         repo_type: ``"model"`` or ``"dataset"``.
         private: of a new repository; ``True`` also refuses to write to an existing public one.
@@ -192,7 +199,7 @@ def push_files(
         if tag is not None:
             _check_tag_free(api, repo, repo_type, tag)
         present = {sibling.rfilename for sibling in head.siblings or ()}
-        gone = sorted((present & set(owned)) - set(files))
+        gone = sorted(path for path in present - set(files) if matches(path, owned))
         commit = api.create_commit(
             repo,
             [

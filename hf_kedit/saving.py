@@ -8,6 +8,7 @@
     adapter_config.json      where every change is low-rank: the same edits as a plain LoRA adapter, for PEFT,
     adapter_model.safetensors    AutoModel and pipelines without this library; not read here. Where all edits are one
                              memory at sites: its tensors, as an adapter for PEFT with this library
+    edits/<edit>/adapter_*   if asked for: every low-rank edit alone, as such an adapter
 
 Writing is atomic. Loading checks schema, hashes, shapes and the fingerprints of the touched base weights before
 anything is changed. Nothing is unpickled, and no name from a file is used as a path.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +34,12 @@ from .card import CARD, EVAL_RESULTS, HasModelIndex, card_files, merged_card
 from .config import CONFIG_NAME, AutoEditConfig, EditConfig
 from .engine.books import Saved, all_disabled
 from .engine.weights import uninterrupted
-from .errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
+from .errors import ArtifactError, ConfigError, ExportError, HubUnreachableError, KeditError
 from .files import FileSource, write_folder
 from .journal import Journal
 from .loading import hub_options, load_base, load_tokenizer
 from .logging import get_logger
-from .lora.build import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_files, build_adapter, is_low_rank
+from .lora.build import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_files, beside_weights, build_adapter, is_low_rank
 from .repository import cached_commit
 from .site_files import adapter_config_of, as_adapter_tensors, config_bytes, from_adapter_tensors
 from .version import __version__
@@ -50,11 +52,17 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, JOURNAL = CONFIG_NAME, "edit_model.safetensors", "edits.jsonl"
-EDITS, MERGED = "edits", "merged"
-"""What a folder may be, as its ``edit_config.json`` says under ``artifact``."""
+EDIT_KINDS, MERGED = ("lora", "dense", "stateful"), "merged"
+"""What a folder may be, as its ``edit_config.json`` says under ``artifact``: saved edits that are all low-rank changes
+of weights, or changes of weights of any rank, or (also) something that acts at run time; or a whole model."""
 STATE = "state."
-OURS = {CONFIG, WEIGHTS, JOURNAL, CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, EVAL_RESULTS, ".gitattributes"}
-"""Files that saved edits may consist of."""
+SINGLE = "edits"
+"""Folder for the adapters of single edits."""
+OURS = {
+    *(CONFIG, WEIGHTS, JOURNAL, CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, EVAL_RESULTS, ".gitattributes"),
+    *(f"{SINGLE}/*/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)),
+}
+"""Files that saved edits may consist of; ``*`` stands for the folder of an edit."""
 WHOLE_MODEL = "edits beside a whole model would be applied twice when it is loaded; choose another repository"
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
 
@@ -79,18 +87,20 @@ class Artifact:
 # ---------------------------------------------------------------------- writing
 
 
-def save_artifact(model: EditableModel, folder: Path, *, report: HasModelIndex | None = None) -> None:
-    """Write the edits of a model to a folder.
+def save_artifact(
+    model: EditableModel, folder: Path, *, report: HasModelIndex | None = None, per_edit: bool = False
+) -> None:
+    """Write the edits of a model to a folder; see `artifact_files`.
 
     Raises:
         ArtifactError: if the folder is a file, or holds a model or another adapter.
     """
     check_destination(folder)
-    write_folder(folder, artifact_files(model, report=report), last=CONFIG, owned=OURS)
+    write_folder(folder, artifact_files(model, report=report, per_edit=per_edit), last=CONFIG, owned=OURS)
 
 
 def artifact_files(
-    model: EditableModel, *, repo_id: str | None = None, report: HasModelIndex | None = None
+    model: EditableModel, *, repo_id: str | None = None, report: HasModelIndex | None = None, per_edit: bool = False
 ) -> dict[str, bytes]:
     """Everything that is saved of a model's edits: file name → content. The same edits give the same bytes.
 
@@ -98,7 +108,13 @@ def artifact_files(
         model: with the edits.
         repo_id: where they will be, for the card.
         report: an evaluation of them, for the card.
+        per_edit: add every edit alone as a LoRA adapter, in a folder of its own.
+
+    Raises:
+        ExportError: if ``per_edit`` is asked of edits that cannot be such adapters.
+        WeightError: if an edited weight was trained since.
     """
+    model.ledger.check_unchanged()
     tensors = {STATE + name: value.cpu().contiguous() for name, value in model.method_state().items()}
     adapter = adapter_config_of(model)
     for kind, book in model.books.items():
@@ -114,10 +130,34 @@ def artifact_files(
         files[ADAPTER_CONFIG] = config_bytes(adapter)
         files[ADAPTER_WEIGHTS] = dump_tensors(as_adapter_tensors(model.sites.tensors()), metadata={"format": "pt"})
     config = _describe(model) | {"tensors_in_adapter": adapter is not None}
+    if per_edit:
+        config["edit_folders"] = _edit_folders(model)
+        for edit_id, place in config["edit_folders"].items():
+            alone = adapter_files(model, build_adapter(model, edit_id=edit_id))
+            files |= {f"{place}/{name}": data for name, data in alone.items()}
     config["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files |= card_files(config, model.edits, repo_id=repo_id, report=report)
     files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=False) + "\n").encode("utf-8")
     return files
+
+
+def _edit_folders(model: EditableModel) -> dict[str, str]:
+    """Edit → the folder of its adapter. An id is anything, hence the number where two would share a name.
+
+    Raises:
+        ExportError: if the edits are no adapters.
+    """
+    if not is_low_rank(model):
+        raise ExportError(
+            "per_edit=True writes every edit as a LoRA adapter, which needs edits that are all low-rank changes of"
+            " weights (ROME, MEMIT and their kin, KN, LoRA …); these are not"
+        )
+    places: dict[str, str] = {}
+    for number, edit in enumerate(model.edits):
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", edit.id).strip("-")
+        place = f"{SINGLE}/{name or number}"
+        places[edit.id] = f"{place}-{number}" if place in places.values() else place
+    return places
 
 
 def merged_files(model: EditableModel) -> dict[str, bytes]:
@@ -161,13 +201,15 @@ def _describe(model: EditableModel) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "kedit_version": __version__,
-        "artifact": EDITS,
+        "artifact": "stateful" if beside_weights(model) else "lora" if is_low_rank(model) else "dense",
         "method": model.method_name,
         "hparams": model.edit_config.to_dict(),
         "base_model_name_or_path": model.base_model_id,
         "base_model_revision": model.base_model_revision,
         "base_model_class": type(base).__name__,
         "base_model_type": model.anatomy.model_type,
+        "task_type": "SEQ_2_SEQ_LM" if model.anatomy.is_encoder_decoder else "CAUSAL_LM",
+        "mergeable": not beside_weights(model),
         "base_dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
         "quantization_config": _quantisation_of(base),
         "head_tied": model.anatomy.head_tied,
@@ -306,7 +348,7 @@ def _check_schema(source: str, config: Any) -> None:
             f"{source}: written in format {config['format_version']}, this version of hf_kedit reads up to"
             f" {FORMAT_VERSION}; upgrade hf_kedit"
         )
-    if config["artifact"] != EDITS:
+    if config["artifact"] not in EDIT_KINDS:
         raise ArtifactError(f"{source}: holds a {config['artifact']!r}, not saved edits")
 
 

@@ -33,6 +33,7 @@ class Sharing:
         tag: str | None = None,
         token: Any = None,
         report: HasModelIndex | None = None,
+        per_edit: bool = False,
     ) -> CommitInfo:
         """Push the edits (not the base model) as one commit; the same edits again make no commit.
 
@@ -45,6 +46,7 @@ class Sharing:
             tag: name of this version, for ``from_pretrained(…, revision=tag)``.
             token: for the Hub; default: your login.
             report: an evaluation of the edits; its means go into the model card.
+            per_edit: see `save_pretrained`.
 
         Returns:
             The client's description of the commit (``oid``, ``pr_url`` …).
@@ -60,7 +62,7 @@ class Sharing:
         count = len(model.edits)
         return push_files(
             repo_id,
-            artifact_files(model, repo_id=repo_id, report=report),
+            artifact_files(model, repo_id=repo_id, report=report, per_edit=per_edit),
             message=commit_message or f"{count} edit{'' if count == 1 else 's'} with {model.method_name}",
             owned=OURS - {".gitattributes"},
             refuse={"config.json": WHOLE_MODEL},

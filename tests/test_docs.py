@@ -49,6 +49,18 @@ def test_the_reference_has_every_config() -> None:
     assert not configs - _documented()
 
 
+def test_the_tests_that_pages_name_exist() -> None:
+    """A promise that names a test must not outlive it."""
+    named = {
+        match
+        for page in DOCS.glob("*.md")
+        for match in re.findall(r"`(tests/\S+\.py)::(\w+)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 30
+    for file, name in sorted(named):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 def test_the_method_written_on_the_page_works(tmp_path: Path) -> None:
     """In a process of its own, because the page registers a method."""
     code = "\n".join(block for _, block in _blocks((DOCS / "add_a_method.md").read_text(encoding="utf-8"), "python"))

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from hf_kedit import EditConfig, FTLConfig, FTMConfig, KNConfig, MEMITConfig, ROMEConfig
+from hf_kedit import AutoEditConfig, EditConfig, FTLConfig, FTMConfig, KNConfig, MEMITConfig, ROMEConfig
+from hf_kedit.cli import app
 from hf_kedit.config import config_class
 from hf_kedit.easyedit_hparams import convert_hparams
 from hf_kedit.errors import ConfigError, UnknownMethodError
@@ -43,6 +45,7 @@ mom2_dtype: "float32"
 model_parallel: false
 fp16: false
 """
+WITHOUT_LAYERS = ("simie", "ike", "prompt", "serac")
 FT = {"alg_name": "FT", "model_name": "gpt2", "layers": [0], "lr": "5e-4", "num_steps": 25, "batch_size": 3}
 
 
@@ -98,6 +101,52 @@ def test_every_method_of_this_library_can_be_named() -> None:
         if name not in ("ft-l", "ft-m", "adalora"):
             assert convert_hparams({"alg_name": name.upper()}).config.edit_type == name
     assert convert_hparams({"alg_name": "LoRA", "lora_type": "adalora", "layers": []}).config.layers is None
+
+
+@pytest.mark.parametrize("name", sorted(registered_methods()))
+def test_a_converted_file_is_a_file_of_this_library(name: str, tmp_path: Path) -> None:
+    """`kedit convert-hparams` for every method: its output is read back as the same config."""
+    theirs = {
+        "ft-l": {"alg_name": "FT", "objective_optimization": "prompt_last"},
+        "ft-m": {"alg_name": "FT", "objective_optimization": "target_new"},
+        "adalora": {"alg_name": "LoRA", "lora_type": "adalora"},
+    }.get(name, {"alg_name": name})
+    theirs |= {"model_name": "gpt2", "device": 0, "batch_size": 4} | (
+        {} if name in WITHOUT_LAYERS else {"layers": [1]}
+    )
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs))
+    words = ["convert-hparams", str(tmp_path / "theirs.yaml"), "--output", str(tmp_path / "ours.yaml")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "device" in done.output, done.output
+    config = AutoEditConfig.from_pretrained(tmp_path / "ours.yaml")
+    assert config == convert_hparams(theirs).config and config.edit_type == name
+    assert name in WITHOUT_LAYERS or config.layers == [1]
+
+
+@pytest.mark.parametrize(
+    ("alg", "theirs", "ours"),
+    [
+        ("GRACE", {"edit_lr": "1.0", "n_iter": 50, "eps": 1.0, "val_init": "cold", "replacement": "replace_last",
+                   "inner_params": ["transformer.h[35].mlp.c_fc.weight"]},
+         {"lr": 1.0, "num_steps": 50, "eps": 1.0, "value_init": "cold", "layers": [35],
+          "module": "transformer.h.{}.mlp.c_fc"}),
+        ("WISE", {"edit_lr": 1.0, "n_iter": 70, "densities": 0.4, "act_margin": [5.0, 20.0, 10.0]},
+         {"lr": 1.0, "n_iter": 70, "density": 0.4, "act_margin": (5.0, 20.0, 10.0)}),
+        ("MEND", {"edit_lr": "1e-4", "cedit": 0.2, "cloc": 2.0, "rank": 99}, {"edit_lr": 1e-4, "edit_weight": 0.2,
+         "locality_weight": 2.0, "rank": 99}),
+        ("MALMEN", {"n_blocks": 3, "loc_coef": 0.6, "token": "mask", "rank": 5},
+         {"num_blocks": 3, "locality_weight": 0.6, "token": "attended", "rank": 5}),
+        ("IKE", {"k": 16, "sentence_model_name": "all-MiniLM-L6-v2"}, {"k": 16, "retriever": "all-MiniLM-L6-v2"}),
+        ("LoRA", {"lora_type": "lora", "rank": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, {"rank": 4}),
+        ("PMET", {"nll_loss_factor": 1.0, "mom2_update_weight": 6000}, {"nll_loss_factor": 1.0}),
+        ("UltraEdit", {"batch_size": 100, "lr": "1e-6", "token": "ans"}, {"batch_size": 100, "lr": 1e-6}),
+    ],
+)  # fmt: skip
+def test_their_words_for_our_fields(alg: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    converted = convert_hparams({"alg_name": alg, **theirs})
+    found = {name: getattr(converted.config, name) for name in ours}
+    assert {k: tuple(v) if isinstance(v, tuple | list) and k != "layers" else v for k, v in found.items()} == ours
+    assert not converted.ignored.keys() & {"n_iter", "edit_lr", "rank", "k"}
 
 
 def test_parameters_in_brackets() -> None:

@@ -28,7 +28,7 @@ FACT = EditRequest(prompt="{} plays the sport of", subject="Mira Halvorsen", tar
 PROBE = torch.tensor([[5, 6, 7, 8, 9, 10]])
 STEPS = ("fine_tuning", "rank_one", "rollback", "save", "lora")
 
-FT = FTMConfig(layers=[1], lr=1e-2, num_steps=4)
+FT = FTMConfig(layers=[1], lr=1e-2, num_steps=4, expert_policy="top1")
 ROME = ROMEConfig(
     layers=[1], v_num_grad_steps=4, v_lr=0.5, v_weight_decay=1e-3, clamp_norm_factor=4,
     mom2_adjustment=False, context_templates=["{}"], expert_policy="top1",

@@ -18,6 +18,7 @@ from hf_kedit.cli.methods import method_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("docs/quickstart.md", "README.md")
+GUIDES = ("docs/concepts.md", "docs/lora.md", "docs/migrate.md", "docs/serve.md", "docs/weights.md")
 
 
 def _blocks(text: str, language: str) -> list[tuple[int, str]]:
@@ -47,7 +48,7 @@ def _commands(text: str) -> Iterator[tuple[int, list[str]]]:
                 yield first + offset, shlex.split(line, comments=True)[2:]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md", "docs/migrate.md", "docs/weights.md"])
+@pytest.mark.parametrize("page", [*PAGES, *GUIDES])
 def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page, in order, in one namespace."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -70,7 +71,7 @@ def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert checked, f"{page}: no block says what it prints"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/serve.md"])
 def test_command_lines(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ``$ kedit …`` lines of a page, in order, in one folder."""
     commands = list(_commands((ROOT / page).read_text(encoding="utf-8")))
@@ -107,7 +108,7 @@ def test_readme_lists_the_methods_that_exist() -> None:
         assert table == _method_table(), "run KEDIT_UPDATE_README=1 pytest tests/test_quickstart.py -k readme_lists"
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/cli.md", "docs/lora.md", "docs/migrate.md"])
+@pytest.mark.parametrize("page", [*PAGES, *GUIDES, "docs/cli.md", "docs/ecosystem.md"])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

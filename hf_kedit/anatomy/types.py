@@ -242,7 +242,7 @@ class Anatomy:
             where = str(layer.experts) if layer.experts is not None else str(routed[0].down)
             why = (
                 f"is a mixture of experts without a dense or shared MLP ({where}): there is no single down projection."
-                " Methods that locate a fact can edit one expert: set expert_policy='top1'"
+                " Fine-tuning and methods that locate a fact can edit one expert: set expert_policy='top1'"
             )
         else:
             why = "has no MLP"

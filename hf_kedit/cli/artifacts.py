@@ -71,6 +71,9 @@ def merge(
         str | None,
         typer.Option("--base", help="Model to merge into instead: the unquantised one of edits of a quantised model."),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Add the edits as a LoRA adapter of the base model, in adapter/.")
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
@@ -91,6 +94,8 @@ def merge(
     model.ledger.check_mergeable()
     losses = model.ledger.rounding_losses(_torch_dtype(wanted))
     deltas = _exact_values(model, wanted)
+    if adapter:
+        model.export_lora(output / "adapter")
     merged = model.merge_and_unload()
     if wanted is not None:
         from ..engine.weights import get_module, set_weight
@@ -141,6 +146,10 @@ def export_lora(
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="Rank of the adapter; default: what the edits need.")
     ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--module", help="A further module to cover, with zeros; adapters over the same swap in place."),
+    ] = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
@@ -148,7 +157,7 @@ def export_lora(
 ) -> None:
     """Write saved edits as a plain LoRA adapter for PEFT, transformers or vLLM."""
     model = _open_edits(folder, device, trust_remote_code)
-    report = model.export_lora(output, target=target.value, rank=rank)
+    report = model.export_lora(output, target=target.value, rank=rank, modules=modules or ())
     data = {
         "output": str(output),
         "edits": len(model.edits),

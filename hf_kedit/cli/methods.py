@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import nearest
 from .output import DebugOption, Format, FormatOption, command, emit
 
 
@@ -18,6 +19,9 @@ def list_methods(
     kind: Annotated[
         str | None, typer.Option("--kind", help="Only methods of this kind: weights, adapter or prompt.")
     ] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", help="Only methods for this family (transformers' model_type, as llama).")
+    ] = None,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -25,7 +29,18 @@ def list_methods(
     if kind not in (None, "weights", "adapter", "prompt"):
         raise typer.BadParameter(f"{kind!r} is not weights, adapter or prompt", param_hint="--kind")
     rows = [row for row in method_rows() if kind in (None, row["kind"])]
+    if family is not None and _is_encoder_decoder(family):
+        rows = [row for row in rows if row["encoder_decoder"]]
     emit(format, rows, human=lambda console: _show(rows, console), quiet=[row["edit_type"] for row in rows])
+
+
+def _is_encoder_decoder(family: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        hint = nearest(family, list(CONFIG_MAPPING))
+        raise typer.BadParameter(f"transformers knows no family {family!r}.{hint}", param_hint="--family")
+    return bool(getattr(CONFIG_MAPPING[family](), "is_encoder_decoder", False))
 
 
 def method_rows() -> list[dict[str, Any]]:

@@ -44,9 +44,10 @@ class HyperParams(SimpleNamespace):
 
 # EasyEdit has a class per method. What a file is for, its alg_name says.
 AlphaEditHyperParams = COREHyperParams = DINMHyperParams = DeferHyperParams = EMMETHyperParams = HyperParams
-FTHyperParams = GraceHyperParams = IKEHyperParams = KNHyperParams = LoRAHyperParams = MALMENHyperParams = HyperParams
-MELOHyperParams = MEMITHyperParams = MENDHyperParams = PMETHyperParams = QLoRAHyperParams = HyperParams
-R_ROMEHyperParams = ROMEHyperParams = SERACHparams = UltraEditHyperParams = WISEHyperParams = HyperParams
+FTHyperParams = GraceHyperParams = IKEHyperParams = KEHyperParams = KNHyperParams = LoRAHyperParams = HyperParams
+MALMENHyperParams = MELOHyperParams = MEMITHyperParams = MENDHyperParams = PMETHyperParams = HyperParams
+QLoRAHyperParams = R_ROMEHyperParams = ROMEHyperParams = SERACHparams = SimIEHyperParams = HyperParams
+TPatcherHyperParams = UltraEditHyperParams = WISEHyperParams = HyperParams
 
 
 def _quantisation(values: Mapping[str, Any]) -> Any:

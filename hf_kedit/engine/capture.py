@@ -17,8 +17,9 @@ from ..anatomy.experts import routing_of
 from ..anatomy.outputs import block_output as first
 from ..anatomy.outputs import hooks, module_input, replace_module_input
 from ..anatomy.outputs import replace_block_output as with_first
+from ..tokens import pad_rows
 from .experts import ExpertSlice
-from .forward import model_inputs
+from .forward import device_of, model_inputs
 from .weights import get_module
 
 __all__ = [
@@ -30,13 +31,17 @@ __all__ = [
     "listen",
     "rewritten",
     "stream_states",
+    "top_experts",
     "with_first",
 ]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..anatomy import Anatomy
     from ..tokens import TokenBatch
+
+ROUTED_ROWS = 64
 
 
 class _Stop(Exception):
@@ -183,6 +188,44 @@ def capture_routing(
             add(get_module(model, path).register_forward_pre_hook(watching(path), with_kwargs=True))
         model(**model_inputs(model, batch))
     return found
+
+
+def top_experts(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    layers: Sequence[int],
+    places: Sequence[tuple[Sequence[int], int]],
+    fill: int,
+) -> list[dict[int, int]]:
+    """Find the routed expert that reads a token, with the largest weight, in every layer that has routed experts.
+
+    Args:
+        model: in evaluation mode.
+        anatomy: of the model.
+        layers: numbers of layers.
+        places: token ids, and the position of the token in them.
+        fill: padding id.
+
+    Returns:
+        For each place: layer → expert.
+
+    Raises:
+        UnsupportedModelError: if the experts of a layer cannot be edited one by one.
+    """
+    found = [anatomy.layer(i) for i in layers]
+    routed = [la for la in found if la.experts is not None or any(u.role == "expert" for u in la.units)]
+    anatomy.with_experts({layer.index: 0 for layer in routed})  # says why, where they cannot be edited
+    banks = {layer.index: layer.experts.path for layer in routed if layer.experts is not None}
+    if not banks:
+        return [{} for _ in places]
+    chosen: list[dict[int, int]] = []
+    for start in range(0, len(places), ROUTED_ROWS):
+        part = places[start : start + ROUTED_ROWS]
+        batch = pad_rows([ids for ids, _ in part], fill).to(device_of(model))
+        columns = torch.tensor([column for _, column in part], device=batch.input_ids.device)
+        weights = capture_routing(model, batch, columns, list(banks.values()))
+        chosen += [{layer: int(weights[path][k].argmax()) for layer, path in banks.items()} for k in range(len(part))]
+    return chosen
 
 
 def stream_states(

@@ -119,6 +119,24 @@ class Ledger:
         """An account without pieces for a parameter that carries no edit."""
         return Account(module, name, get_weight(get_module(self.model, module), name).to("cpu"))
 
+    def check_unchanged(self) -> None:
+        """Raise if an edited weight was written by somebody else since, which writing it again would undo.
+
+        Raises:
+            WeightError: naming the weight.
+        """
+        if self._disabled:
+            return
+        for key, account in self.accounts.items():
+            if self._is_quantised(account):
+                continue
+            now = get_weight(get_module(self.model, account.module), account.name).to("cpu")
+            if not torch.equal(now, account.value(account.total).to("cpu")):
+                raise WeightError(
+                    f"{key} is no longer what the edits made of it (was the model trained since?), and what happened"
+                    " to it would be lost. Make the edits permanent before training, with merge_and_unload()."
+                )
+
     # ------------------------------------------------------------------ changes
 
     def apply(self, batch_id: str, deltas: Sequence[WeightDelta], edit_ids: Sequence[str]) -> None:
@@ -131,10 +149,12 @@ class Ledger:
 
         Raises:
             NonFiniteError: if a delta is not finite.
-            WeightError: if a parameter is missing, cannot be read, tied or of another shape.
+            WeightError: if a parameter is missing, cannot be read, tied or of another shape, or `check_unchanged`
+                fails.
         """
         if self._disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")
+        self.check_unchanged()
         pieces: dict[str, list[Piece]] = {}
         for delta in deltas:
             if not delta.finite():
@@ -164,9 +184,11 @@ class Ledger:
         Raises:
             RollbackError: if an edit cannot be separated from others that were computed with it or on it.
             UnknownEditError: if an id owns nothing here.
+            WeightError: if `check_unchanged` fails.
         """
         if self._disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before rolling back")
+        self.check_unchanged()
         gone = set(edit_ids)
         check_known("the ledger", self.edit_ids, gone)
         accounts = {key: account.without(gone) for key, account in self.accounts.items()}

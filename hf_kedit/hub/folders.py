@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..card import CARD, HERE
 from ..errors import ArtifactError
 from ..files import FileSource, write_folder
-from ..repository import list_files, push_files
-from ..saving import CONFIG, EDITS, MERGED, OURS, WHOLE_MODEL, find_artifact, read_artifact
+from ..repository import list_files, matches, push_files
+from ..saving import CONFIG, EDIT_KINDS, MERGED, OURS, WHOLE_MODEL, find_artifact, read_artifact
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -51,9 +51,9 @@ def push_folder(
     """
     folder = Path(folder)
     kind = _kind_of(folder)
-    if kind == EDITS:
+    if kind in EDIT_KINDS:
         read_artifact(str(folder), (folder / CONFIG).read_bytes(), FileSource(str(folder)).read)
-        paths = [path for path in _all_files(folder) if _name(folder, path) in OURS]
+        paths = [path for path in _all_files(folder) if matches(_name(folder, path), OURS)]
     else:
         paths = _all_files(folder)
         unsafe = [_name(folder, path) for path in paths if path.suffix in _UNPICKLED]
@@ -66,7 +66,7 @@ def push_folder(
     return push_files(
         repo_id,
         files,
-        message=commit_message or f"{kind} from {folder.name}",
+        message=commit_message or f"{'edits' if kind in EDIT_KINDS else kind} from {folder.name}",
         owned=OURS - {".gitattributes"},
         refuse=refuse,
         private=private,
@@ -132,7 +132,8 @@ def _version(repo_id: str, revision: str | None, token: Any) -> tuple[dict[str, 
     if artifact is None:
         raise ArtifactError(f"{repo_id!r} holds no saved edits at {revision or 'main'} (no {CONFIG})")
     source = FileSource(repo_id, revision=revision, token=token)
-    names = set(list_files(repo_id, revision=revision, token=token)) & (OURS - {".gitattributes"})
+    ours = OURS - {".gitattributes"}
+    names = {name for name in list_files(repo_id, revision=revision, token=token) if matches(name, ours)}
     contents = {name: source.read(name) for name in (CONFIG, *sorted(names - {CONFIG}))}
     files = {name: content for name, content in contents.items() if content is not None}
     return files, [edit.id for edit in artifact.journal]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,11 +23,11 @@ from safetensors.torch import save as dump_tensors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..engine.deltas import Account
+from ..engine.deltas import Account, fold
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.lowrank import Factors, factorise, shorten
 from ..engine.weights import get_module, get_weight, is_quantised, is_transposed
-from ..errors import ExportError
+from ..errors import ExportError, RollbackError
 
 if TYPE_CHECKING:
     from ..model import EditableModel
@@ -63,13 +63,22 @@ class Adapter:
 def is_low_rank(model: EditableModel) -> bool:
     """Whether the model carries edits, and all are factors of a Linear, a Conv1D or a fused expert."""
     accounts = model.ledger.accounts.values()
-    return bool(accounts) and not _beside(model) and all(_is_matrix(model, a) and _in_factors(a) for a in accounts)
+    return (
+        bool(accounts) and not beside_weights(model) and all(_is_matrix(model, a) and _in_factors(a) for a in accounts)
+    )
 
 
 def build_adapter(
-    model: EditableModel, *, target: Target = "peft", rank: int | None = None, modules: Iterable[str] = ()
+    model: EditableModel,
+    *,
+    target: Target = "peft",
+    rank: int | None = None,
+    modules: Iterable[str] = (),
+    edit_id: str | None = None,
 ) -> Adapter:
     """Collect the edits of a model as adapter tensors; see `hf_kedit.EditableModel.export_lora`.
+
+    With ``edit_id`` this edit only, of a model for which `is_low_rank` holds.
 
     Raises:
         ExportError: if the edits cannot be expressed as asked.
@@ -80,13 +89,17 @@ def build_adapter(
         raise ExportError(f"rank must be a whole number from 1 on, not {rank!r}")
     if target == "vllm" and rank is not None and rank not in VLLM_RANKS:
         raise ExportError(f"vLLM takes the ranks {', '.join(map(str, VLLM_RANKS))}, not {rank}")
-    if _beside(model):
-        raise ExportError(f"the edits {', '.join(_beside(model))} are no changes of weights, so no LoRA can hold them")
+    if beside_weights(model):
+        raise ExportError(
+            f"the edits {', '.join(beside_weights(model))} are no changes of weights, so no LoRA can hold them"
+        )
     if not model.ledger.accounts:
         raise ExportError("the model carries no edits of weights; there is nothing to export")
     adapter = Adapter()
     for account in model.ledger.accounts.values():
-        _add(adapter, model, account, rank)
+        own = account if edit_id is None else _alone(account, edit_id)
+        if own.pieces:
+            _add(adapter, model, own, rank)
     for module in adapter.whole:  # such a module brings its edited bias and weight along
         adapter.biases.pop(module, None)
     if target == "vllm":
@@ -114,6 +127,20 @@ def _add(adapter: Adapter, model: EditableModel, account: Account, rank: int | N
         key = f"{account.module}.{account.name}"
         adapter.needed[key] = found.rank
         adapter.losses |= {key: found.loss} if found.loss else {}
+
+
+def _alone(account: Account, edit_id: str) -> Account:
+    """What one edit has changed of a parameter.
+
+    Raises:
+        ExportError: if it was computed together with others, as one change.
+    """
+    shared = [piece for piece in account.pieces if edit_id in piece.members]
+    try:
+        pieces = [own for p in shared if (own := p.without(set(p.members) - {edit_id})) is not None]
+    except RollbackError as error:
+        raise ExportError(f"the edit {edit_id} cannot be an adapter of its own: {error}") from error
+    return replace(account, pieces=pieces, total=fold(pieces))
 
 
 def _in_factors(account: Account) -> bool:
@@ -247,7 +274,7 @@ def _config(model: EditableModel, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _beside(model: EditableModel) -> list[str]:
+def beside_weights(model: EditableModel) -> list[str]:
     """Ids of the edits that are kept in other books than the weights'."""
     return [i for kind, book in model.books.items() if kind != "weights" for i in book.edit_ids]
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch.func import functional_call
 
-from ..config import ModelProfile
+from ..config import EditConfig, ModelProfile
 from ..engine.beside import Change, running
+from ..engine.capture import top_experts
 from ..engine.examples import (
     Example,
     Objective,
@@ -38,7 +39,7 @@ from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised,
 from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import Capabilities, Method, Outcome, WeightConfig, register_method
+from .base import Capabilities, Method, Outcome, WeightConfig, Workbench, register_method
 
 STOP_LOSS = 1e-2
 
@@ -54,6 +55,9 @@ class FTConfig(WeightConfig):
         norm_constraint: no element of a weight moves further than this from where the call found it; ``None``:
             unconstrained.
         modules: module names with ``{}`` for the layer index, instead of the projection out of the MLP.
+        expert_policy: what is trained in layers with routed experts. ``shared``: the shared expert; layers without one
+            are an error. ``top1``: for each request the expert with the largest weight where its first target token is
+            predicted.
         train_bias: train the biases of these modules too (as published for GPT-2 and GPT-J).
         stop_loss: training ends when the mean loss of a pass falls below; smaller losses are not trained on.
     """
@@ -63,6 +67,7 @@ class FTConfig(WeightConfig):
     weight_decay: float = 0.0
     norm_constraint: float | None = None
     modules: list[str] | None = None
+    expert_policy: Literal["shared", "top1"] = "shared"
     train_bias: bool = False
     stop_loss: float = STOP_LOSS
 
@@ -106,12 +111,19 @@ class FineTuning(Method):
 
     config: FTConfig
 
-    def parameters(self) -> list[tuple[str, str]]:
-        """(module, parameter name) of everything that is trained."""
-        anatomy, config = self.bench.anatomy, self.config
+    def __init__(self, bench: Workbench, config: EditConfig):
+        super().__init__(bench, config)
+        self._experts: dict[str | None, dict[int, int]] = {}  # of the present call: request → layer → expert
+
+    def parameters(self, requests: Sequence[EditRequest] | None = None) -> list[tuple[str, str]]:
+        """(module, parameter name) of everything that is trained, for some requests of the present call or all."""
+        config, anatomies = self.config, [self.bench.anatomy]
+        if self._routed:
+            ids = self._experts if requests is None else [request.id for request in requests]
+            anatomies = [self.bench.anatomy.with_experts(self._experts[i]) for i in ids]
         found = []
         for layer in config.layers or []:
-            templates = config.modules or [anatomy.down(layer).path]
+            templates = config.modules or [anatomy.down(layer).path for anatomy in anatomies]
             for template in templates:
                 path = template.replace("{}", str(layer))
                 module = get_module(self.bench.model, path)
@@ -120,21 +132,29 @@ class FineTuning(Method):
                     found.append((path, "bias"))
         return list(dict.fromkeys(found))
 
+    @property
+    def _routed(self) -> bool:
+        return self.config.expert_policy == "top1" and not self.config.modules
+
     def edited_modules(self) -> list[str]:
         """Modules whose parameters are trained."""
         return list(dict.fromkeys(path for path, _ in self.parameters()))
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check weights and requests."""
+        bench, examples = self.bench, self._examples(requests, self.config.objective)
+        if self._routed:
+            places = [(example.ids, example.positions[0]) for example in examples]
+            chosen = top_experts(bench.model, bench.anatomy, self.config.layers or [], places, bench.fill)
+            self._experts = {request.id: experts for request, experts in zip(requests, chosen, strict=True)}
         for path, name in self.parameters():
-            self.bench.ledger.check_editable(path, name)
-            module = get_module(self.bench.model, path)
+            bench.ledger.check_editable(path, name)
+            module = get_module(bench.model, path)
             if is_offloaded(module, name) and (name == "bias" or isinstance(module, ExpertSlice)):
                 raise WeightError(
                     f"{path}.{name} is offloaded, and is trained in memory only: load the model with a device_map that"
                     " keeps it there, or leave out train_bias"
                 )
-        self._examples(requests, self.config.objective)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Train on a batch of requests and return what changed."""
@@ -144,7 +164,7 @@ class FineTuning(Method):
         teacher_forced = examples
         if config.objective != "target_new":
             teacher_forced = self._examples(requests, "target_new")
-        names = self.parameters()
+        names = self.parameters(requests)
         start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
         theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
         optimiser = torch.optim.Adam(list(theta.values()), lr=config.lr, weight_decay=config.weight_decay)

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from ..config import ModelProfile
-from ..engine.capture import Tap, capture_routing
+from ..engine.capture import Tap, top_experts
 from ..engine.experts import expert_index
-from ..engine.forward import device_of
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
 from ..engine.values import Site, Values, ValueSettings, optimise_values
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from ..tokens import FactToken, pad_rows
+from ..tokens import FactToken
 from .base import Method, WeightConfig, Workbench
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 CONVERGED = 0.5
-ROUTED_ROWS = 64
 
 
 @dataclass
@@ -146,7 +144,9 @@ class LocateMethod(Method):
         groups = self._rows(requests, ["{}"])
         check_lengths(self.bench.model, [row for group in groups for row in group], requests)
         if self.config.expert_policy == "top1":
-            self._experts = self._choose_experts(requests, [group[0] for group in groups])
+            bench, bare = self.bench, [(group[0].ids, group[0].fact) for group in groups]
+            chosen = top_experts(bench.model, bench.anatomy, self.config.layers or [], bare, bench.fill)
+            self._experts = {request.id: experts for request, experts in zip(requests, chosen, strict=True)}
         super().check(requests)
 
     # ------------------------------------------------------------------ what is edited
@@ -161,26 +161,6 @@ class LocateMethod(Method):
     def anatomy_for(self, request: EditRequest) -> Anatomy:
         """The model's anatomy; the down projection of a layer with routed experts is that of the request's expert."""
         return self.bench.anatomy.with_experts(self._experts.get(request.id, {}))
-
-    def _choose_experts(
-        self, requests: Sequence[EditRequest], bare: Sequence[Row]
-    ) -> dict[str | None, dict[int, int]]:
-        """For each request and edited layer with routed experts, the one with the largest weight at its fact token."""
-        bench = self.bench
-        layers = [bench.anatomy.layer(i) for i in self.config.layers or []]
-        routed = [la for la in layers if la.experts is not None or any(u.role == "expert" for u in la.units)]
-        bench.anatomy.with_experts({layer.index: 0 for layer in routed})  # says why, where they cannot be edited
-        banks = {layer.index: layer.experts.path for layer in routed if layer.experts is not None}
-        chosen: dict[str | None, dict[int, int]] = {request.id: {} for request in requests}
-        for start in range(0, len(bare) if banks else 0, ROUTED_ROWS):
-            part = bare[start : start + ROUTED_ROWS]
-            batch = pad_rows([row.ids for row in part], bench.fill).to(device_of(bench.model))
-            columns = torch.tensor([row.fact for row in part], device=batch.input_ids.device)
-            weights = capture_routing(bench.model, batch, columns, list(banks.values()))
-            for k, row in enumerate(part):
-                best = {layer: int(weights[path][k].argmax()) for layer, path in banks.items()}
-                chosen[requests[row.owner].id] = best
-        return chosen
 
     # ------------------------------------------------------------------ rows and values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_list_methods(kedit: Run) -> None:
     assert by_name["rome"]["batch"] is False
     assert by_name["memit"]["batch"] is True
     assert by_name["ft-m"]["needs_subject"] is False
+    everything = [row["edit_type"] for row in data(kedit("list-methods", "--family", "llama", "-f", "json"))]
+    assert everything == list(by_name)
+    on_t5 = {row["edit_type"] for row in data(kedit("list-methods", "--family", "t5", "-f", "json"))}
+    assert on_t5 == {name for name, row in by_name.items() if row["encoder_decoder"]} and "rome" not in on_t5
+    wrong = kedit("list-methods", "--family", "lama")
+    assert wrong.exit_code == 2 and "llama" in wrong.stderr
 
 
 def test_list_methods_for_people_and_scripts(kedit: Run) -> None:
@@ -418,6 +425,10 @@ def test_export_lora(kedit: Run, tmp_path: Path) -> None:
     assert json.loads((lora / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert "rank 1" in kedit("export-lora", edits, "--output", lora).stdout
     assert kedit("export-lora", edits, "--output", lora, "-f", "quiet").stdout.strip() == str(lora)
+    more = "transformer.h.0.mlp.c_proj"
+    assert kedit("export-lora", edits, "--output", lora, "--module", more).exit_code == 0
+    targets = json.loads((lora / "adapter_config.json").read_text())["target_modules"]
+    assert more in targets and len(targets) == 2
 
 
 # ---------------------------------------------------------------------- convert-hparams
@@ -452,6 +463,11 @@ def test_stats(kedit: Run, tmp_path: Path) -> None:
     assert "transformer.h.1.mlp.c_proj" in again.stdout
     assert [f.stat().st_mtime_ns for f in files] == times, "computed again although it was there"
     assert kedit(*words, "-f", "quiet").stdout.strip() == result["folder"]
+
+
+def test_stats_has_a_second_name(kedit: Run) -> None:
+    one, two = (set(re.findall(r"--[a-z-]+", kedit(name, "--help").stdout)) for name in ("precompute", "stats"))
+    assert one == two and "--stats-dir" in one
 
 
 def test_stats_for_a_method_without(kedit: Run) -> None:

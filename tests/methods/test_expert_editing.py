@@ -180,6 +180,29 @@ def test_fine_tuning_of_two_experts() -> None:
     assert model_digest(model.base_model) == digest
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_fine_tuning_of_the_expert_that_reads_the_answer(family: str, tmp_path: Path) -> None:
+    """Each fact trains one expert of the bank, the others keep their bits; saved, loaded, undone."""
+    model = build(family, FTMConfig(layers=[1], lr=1e-2, num_steps=5, expert_policy="top1"))
+    digest, ids = model_digest(model.base_model), [5, 6, 7, 8]
+    before = logits(model, ids)
+    bank = model.anatomy.layer(1).experts
+    old = get_module(model.base_model, bank.path).down_proj.detach().clone()
+    for edit in model.edit(FACTS).edits:
+        assert edit.diagnostics["loss"][-1] < edit.diagnostics["loss"][0]
+    new = get_module(model.base_model, bank.path).down_proj.detach()
+    changed = {e for e in range(bank.num_experts) if not torch.equal(old[e], new[e])}
+    assert changed == {int(a.module.rpartition("[")[2][:-1]) for a in model.ledger.accounts.values()}
+    assert 1 <= len(changed) <= len(FACTS) < bank.num_experts
+    model.save_pretrained(tmp_path)
+    loaded = EditableModel.from_pretrained(
+        tmp_path, base_model=build(family, "ft-m").base_model, tokenizer=model.tokenizer
+    )
+    assert torch.equal(logits(loaded, ids), logits(model, ids)) and not torch.equal(logits(model, ids), before)
+    model.rollback("all")
+    assert model_digest(model.base_model) == digest
+
+
 def test_second_moments_are_those_of_what_an_expert_reads() -> None:
     model = with_corpus("mixtral", ROMEConfig(**ROME))
     bank = model.anatomy.layer(1).experts

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,17 +249,23 @@ def test_paths_stay_inside(path: str, hub: LoopbackHub, api: HfApi) -> None:
     assert api.list_repo_files("org/model") == [".gitattributes"]
 
 
-def test_the_command_line_of_the_client(hub: LoopbackHub, tmp_path: Path) -> None:
-    (tmp_path / "up").mkdir()
-    (tmp_path / "up" / "w.bin").write_bytes(BIG)
-    environment = {**os.environ, **hub.environment(str(tmp_path / "home"))}
+def hf_command(hub: LoopbackHub, folder: Path) -> Callable[..., str]:
+    """The ``hf`` program as a function of its words, with a home of its own; returns what it prints."""
+    environment = {**os.environ, **hub.environment(str(folder / "home"))}
 
-    def hf(*arguments: str) -> str:
-        command = [sys.executable, "-m", "huggingface_hub.cli.hf", *arguments]
+    def hf(*words: str) -> str:
+        command = [sys.executable, "-m", "huggingface_hub.cli.hf", *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    return hf
+
+
+def test_the_command_line_of_the_client(hub: LoopbackHub, tmp_path: Path) -> None:
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "w.bin").write_bytes(BIG)
+    hf = hf_command(hub, tmp_path)
     assert "user" in hf("auth", "whoami")
     hf("repos", "create", "org/by-hand", "--private")
     hf("upload", "org/by-hand", str(tmp_path / "up"), ".")
