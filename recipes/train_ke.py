@@ -38,7 +38,8 @@ def main() -> None:
     # One fact at a time; the request's ground truth, or what the model says now, is the answer to be replaced.
     model = EditableModel(base, KEConfig(editor=args.output_dir), tokenizer)
     report = evaluate_edits(model, held_out[:10], setting="single")
-    trainer.log_metrics("single", report.summary()["post"])
+    said = report.summary()["post"]
+    trainer.log_metrics("single", {name: said[name] for name in ("rewrite_acc", "rephrase_acc", "locality")})
 
 
 if __name__ == "__main__":
