@@ -120,15 +120,17 @@ def activations(model: Any, rows: Sequence[Row], path: str, kind: str) -> torch.
     return torch.stack([found[0][i, r.fact] for i, r in enumerate(rows)]).float()
 
 
-def rome(model: Any, rows: Sequence[Row], path: str, settings: ValueSettings, moment: torch.Tensor) -> torch.Tensor:
-    """ΔW of one ROME edit, ``[H, d_in]``."""
+def rome(
+    model: Any, rows: Sequence[Row], path: str, settings: ValueSettings, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value ``[H]`` and ΔW ``[H, d_in]`` of one ROME edit."""
     rewriting = [r for r in rows if not r.is_drift]
     keys = activations(model, rewriting, path, "input")
-    offset = optimise(model, rows, [path], settings)[1][0]
+    initial, offset = (found[0] for found in optimise(model, rows, [path], settings))
     bare = activations(model, rewriting[:1], path, "input")[0]
     left = torch.linalg.solve(moment.double(), keys.mean(0).double().to(moment.device)).float()
     left = (left / left.norm()).to(bare.device)
-    return torch.outer(offset / (bare @ left), left)
+    return initial + offset, torch.outer(offset / (bare @ left), left)
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,17 @@ class Plan:
 
 def spread(
     model: Any, batches: Sequence[Sequence[Sequence[Row]]], settings: ValueSettings, plan: Plan
-) -> list[torch.Tensor]:
-    """ΔW per layer of MEMIT and its relatives after sequential batches, ``[H, d_in]``; weights are restored.
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """MEMIT and its relatives in sequential batches; weights are restored.
 
     Args:
         model: the model.
         batches: per batch and request, rewriting rows and drift row.
         settings: of the value optimisation.
         plan: see `Plan`.
+
+    Returns:
+        Target of every request, ``[H]``, and ΔW of every layer, ``[H, d_in]``.
     """
 
     def keys_of(rows: Sequence[Sequence[Row]], path: str) -> torch.Tensor:
@@ -180,6 +185,7 @@ def spread(
 
     modules = [get_module(model, p) for p in plan.paths]
     saved = [get_weight(module) for module in modules]
+    values: list[torch.Tensor] = []
     try:
         for rows in batches:
             targets = []
@@ -187,6 +193,7 @@ def spread(
                 initial, offset = optimise(model, group, plan.sites, settings, projections=2)
                 targets.append((initial + offset)[0])
             z = torch.stack(targets)
+            values.extend(z)
             for i, (path, module) in enumerate(zip(plan.paths, modules, strict=True)):
                 k = keys_of(rows, path)
                 current = torch.cat([activations(model, group[:1], plan.measured, "output") for group in rows])
@@ -195,7 +202,7 @@ def spread(
             if plan.after is not None:
                 for i, path in enumerate(plan.paths):
                     plan.after(i, keys_of(rows, path))
-        return [get_weight(m).float() - s.float() for m, s in zip(modules, saved, strict=True)]
+        return values, [get_weight(m).float() - s.float() for m, s in zip(modules, saved, strict=True)]
     finally:
         for module, value in zip(modules, saved, strict=True):
             set_weight(module, value)
