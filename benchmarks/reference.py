@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_kedit.engine.capture import first, with_first
+from hf_kedit.engine.capture import as_rows, first, with_first
 from hf_kedit.engine.rows import Row
 from hf_kedit.engine.values import ValueSettings
 from hf_kedit.engine.weights import get_module, get_weight, set_weight
@@ -40,18 +40,18 @@ def optimise(
     facts, head = [r.fact for r in rows], model.get_output_embeddings()
     state: dict[str, Any] = {"last": None}
     initials: dict[str, torch.Tensor] = {}
-    width = model.config.hidden_size
+    width = model.config.get_text_config().hidden_size
     offsets = {path: torch.zeros(width, device=device, requires_grad=True) for path in paths}
 
     def adding(path: str) -> Any:
         def add(_: Any, __: Any, output: Any) -> Any:
-            hidden = first(output)
+            given = first(output)  # some models flatten rows and columns
+            hidden = as_rows(given, len(facts)).clone()
             if path not in initials:
                 initials[path] = hidden[0, facts[0]].detach().float().clone()
-            hidden = hidden.clone()
             for i, fact in enumerate(facts):
                 hidden[i, fact] += offsets[path].to(hidden.dtype)
-            return with_first(output, hidden)
+            return with_first(output, hidden.view_as(given))
 
         return add
 
@@ -117,7 +117,8 @@ def activations(model: Any, rows: Sequence[Row], path: str, kind: str) -> torch.
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     finally:
         hook.remove()
-    return torch.stack([found[0][i, r.fact] for i, r in enumerate(rows)]).float()
+    seen = as_rows(found[0], len(rows))
+    return torch.stack([seen[i, r.fact] for i, r in enumerate(rows)]).float()
 
 
 def rome(
@@ -158,7 +159,12 @@ class Plan:
 
 
 def spread(
-    model: Any, batches: Sequence[Sequence[Sequence[Row]]], settings: ValueSettings, plan: Plan
+    model: Any,
+    batches: Sequence[Sequence[Sequence[Row]]],
+    settings: ValueSettings,
+    plan: Plan,
+    *,
+    projections: int = 2,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """MEMIT and its relatives in sequential batches; weights are restored.
 
@@ -167,6 +173,7 @@ def spread(
         batches: per batch and request, rewriting rows and drift row.
         settings: of the value optimisation.
         plan: see `Plan`.
+        projections: see `optimise`.
 
     Returns:
         Target of every request, ``[H]``, and ΔW of every layer, ``[H, d_in]``.
@@ -190,7 +197,7 @@ def spread(
         for rows in batches:
             targets = []
             for group in rows:
-                initial, offset = optimise(model, group, plan.sites, settings, projections=2)
+                initial, offset = optimise(model, group, plan.sites, settings, projections=projections)
                 targets.append((initial + offset)[0])
             z = torch.stack(targets)
             values.extend(z)
@@ -225,14 +232,14 @@ def covariance(
     for path in paths:
         state: dict[str, Any] = {"total": None, "count": 0, "mask": None}
 
-        def read(_: Any, args: Any, state: dict[str, Any] = state) -> None:
+        def read(_: Any, args: Any, __: Any, state: dict[str, Any] = state) -> None:
             x = args[0][state["mask"].bool()].float()
             product = x.T @ x
             state["total"] = product if state["total"] is None else state["total"] + product
             state["count"] += x.shape[0]
             raise _Enough
 
-        hook = get_module(model, path).register_forward_pre_hook(read)
+        hook = get_module(model, path).register_forward_hook(read)
         try:
             for start in range(0, len(texts), group):
                 encoded = sorted((tokenizer(t).input_ids for t in texts[start : start + group]), key=len)
