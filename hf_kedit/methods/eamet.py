@@ -28,7 +28,7 @@ from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.solve import ridge_columns
 from ..engine.sweep import Sweep
-from ..engine.values import Guide, Site, Values, ValueSettings, join_values, optimise_values, site_path
+from ..engine.values import Guide, Site, Values, ValueSettings, join_values, site_path
 from ..errors import ConfigError
 from ..logging import progress_bar
 from .base import Capabilities, register_method
@@ -160,22 +160,11 @@ class EAMET(SpreadMethod):
             for j, group in enumerate(rows):
                 offsets = torch.cat([v.offset for v in found]) if found else initial[:0]
                 guide = self.guide(Alignment(keys[:j], keys[j], offsets, self.config), keys[j], initial[j])
-                values = optimise_values(
-                    bench.model,
-                    bench.anatomy,
-                    [group],
-                    layer,
-                    sites,
-                    self.value_settings(),
-                    taps=taps,
-                    fill=bench.fill,
-                    guide=guide,
-                )
-                found.append(values)
+                found.append(self._optimised([group], layer, sites, taps, anatomy, guide))
                 bar.update(1)
         values = join_values(found)
         if bench.trace is not None:
-            self._note_values(values, self.value_sites())
+            self._note_values(values, values.sites)
         return values
 
     def guide(self, alignment: Alignment, key: torch.Tensor, initial: torch.Tensor) -> Guide:
