@@ -28,7 +28,8 @@ def main() -> None:
     """Run the configurations that the command line names and print a table."""
     options = parser(__doc__)
     options.add_argument("--shape", nargs="+", default=["gpt2-tiny", "llama-tiny"], choices=sorted(SHAPES))
-    options.add_argument("--layers", nargs="+", type=int, default=[3, 5], help="numbers of layers, from layer 0 on")
+    options.add_argument("--layers", nargs="+", type=int, default=[3, 5], help="numbers of layers")
+    options.add_argument("--first", type=int, default=0, help="the lowest of them")
     options.add_argument("--texts", type=int, default=100)
     options.add_argument("--length", type=int, default=60, help="tokens per text")
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -51,7 +52,7 @@ def main() -> None:
         model = build(shape, chosen.device, getattr(torch, chosen.dtype))
         anatomy = check_anatomy(model, resolve_anatomy(model))
         for count in chosen.layers:
-            paths = [anatomy.down(i).path for i in range(count)]
+            paths = [anatomy.down(chosen.first + i).path for i in range(count)]
             named = text_corpus(corpus)
             with frozen_eval(model):
                 sides = alternate(
@@ -67,6 +68,7 @@ def main() -> None:
                 {
                     "shape": shape,
                     "layers": count,
+                    "first": chosen.first,
                     "tokens": ours[paths[0]].count,
                     **sides.figures(),
                     "difference": max(difference(ours[p].mean(), c) for p, c in zip(paths, theirs, strict=True)),

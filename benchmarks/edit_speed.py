@@ -2,10 +2,11 @@
 
     python -m benchmarks.edit_speed --shape gpt2-small llama-16x1024 --method rome memit --edits 1 8 24 --json out.json
 
-Every row carries the agreement of the two results (largest and median relative difference of a weight change): a
-ratio without agreement means nothing. On a CPU, one thread and process time are used; on a GPU, wall time around a
-synchronised region. Second moments and context templates are given and not timed. AlphaEdit edits in three
-sequential batches.
+Every row carries the agreement of the two results (largest relative difference of an optimised value and of a weight
+change): a ratio without agreement means nothing. It also says by how much memory grew at the peak of each side, and
+how our time splits into stages (from one more run). On a CPU, one thread and process time are used; on a GPU, wall
+time around a synchronised region. Second moments and context templates are given and not timed. AlphaEdit edits in
+three sequential batches.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ import torch
 
 from benchmarks import reference
 from benchmarks.shapes import SHAPES, build, requests, texts, tokenizer
-from benchmarks.timing import Table, alternate, begin, difference, environment, parser
+from benchmarks.timing import Stages, Table, alternate, begin, difference, environment, parser
 from hf_kedit import AlphaEditConfig, EditableModel, EMMETConfig, MEMITConfig, PMETConfig, ROMEConfig
 from hf_kedit.engine.collecting import collect_moments
 from hf_kedit.engine.corpora import text_corpus
 from hf_kedit.engine.forward import frozen_eval
+from hf_kedit.engine.ledger import Ledger
+from hf_kedit.engine.replay import Replay
+from hf_kedit.engine.solve import MomentFactor
+from hf_kedit.engine.sweep import Sweep
 from hf_kedit.engine.weights import get_module, get_weight
+from hf_kedit.methods import locate
 
 WORDS = ("Some", "The", "An", "My", "Her")
 TEMPLATES = {
@@ -55,7 +61,7 @@ class Setting:
     """
 
     def __init__(self, shape: str, method: str, edits: int, device: str, dtype: torch.dtype, steps: int):
-        self.base, self.method = build(shape, device, dtype), method
+        self.base, self.method, self.device = build(shape, device, dtype), method, device
         chosen = SHAPES[shape][2]["rome" if method == "rome" else "memit"]
         self.layers: list[int] = chosen if isinstance(chosen, list) else [chosen]
         kind, values = CONFIGS[method]
@@ -87,8 +93,12 @@ class Setting:
         if self.method == "alphaedit":
             self.projectors = [self.inner.space(path).space.matrix().to(self.moments[0].device) for path in self.paths]
 
-    def ours(self) -> list[torch.Tensor]:
-        """Weight changes of the library: per layer, or per request for ROME."""
+    def ours(self, values: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Weight changes of the library: per layer, or per request for ROME.
+
+        Args:
+            values: takes up the optimised value of every request (not in a run that is timed).
+        """
         before, changes = [get_weight(get_module(self.base, p)).float() for p in self.paths], []
 
         def measure() -> None:
@@ -98,7 +108,11 @@ class Setting:
 
         for batch in self.batches:
             for part in [[request] for request in batch] if self.method == "rome" else [batch]:
+                trace = self.model.trace = None if values is None else {}
                 self.model.edit(part, show_progress=False)
+                if values is not None and trace is not None:
+                    name = "v_star_mlp" if self.method == "pmet" else "v_star"
+                    values.extend(trace[f"{name}.{i}"] for i in range(len(part)))
                 if self.method == "rome":
                     measure()
                     self.model.rollback("all")
@@ -107,13 +121,30 @@ class Setting:
             self.model.rollback("all")
         return changes
 
-    def theirs(self) -> list[torch.Tensor]:
-        """The same by the straightforward path."""
+    def stages(self) -> tuple[list[torch.Tensor], dict[str, float]]:
+        """From a run of its own: our values, and the share of each stage in our time."""
+        places: dict[str, tuple[Any, str]] = {
+            "first pass": (Replay, "__init__"),
+            "steps": (locate, "optimise_values"),
+            "keys and states": (Sweep, "read"),
+            "solves": (MomentFactor, "solve") if self.method == "rome" else (type(self.inner), "columns"),
+            "writing": (Ledger, "_write"),
+        }
+        values: list[torch.Tensor] = []
+        with Stages(places, self.device).watching() as seconds:
+            self.ours(values)
+        self.model.trace = None
+        whole = sum(seconds.values())
+        return values, {stage: part / whole for stage, part in seconds.items()}
+
+    def theirs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """By the straightforward path: value of every request, and the same weight changes."""
         settings = self.inner.value_settings()
         with frozen_eval(self.base):
             if self.method == "rome":
                 (rows,) = self.rows
-                return [reference.rome(self.base, g, self.paths[0], settings, self.moments[0]) for g in rows]
+                found = [reference.rome(self.base, g, self.paths[0], settings, self.moments[0]) for g in rows]
+                return [value for value, _ in found], [change for _, change in found]
             return reference.spread(self.base, self.rows, settings, self._plan())
 
     def _plan(self) -> reference.Plan:
@@ -160,15 +191,23 @@ def run(options: Any, shape: str, method: str, edits: int) -> dict[str, Any]:
     """Time one configuration in alternation and compare the weight changes."""
     setting = Setting(shape, method, edits, options.device, getattr(torch, options.dtype), options.steps)
     sides = alternate(setting.ours, setting.theirs, pairs=options.pairs, device=options.device)
-    differences = [difference(a, b) for a, b in zip(*sides.results, strict=True)]
+    (found, stages), (targets, wanted) = setting.stages(), sides.results[1]
+    values = [difference(a, b) for a, b in zip(found, targets, strict=True)]
+    changes = [difference(a, b) for a, b in zip(sides.results[0], wanted, strict=True)]
     return {
         "shape": shape,
         "method": method,
         "edits": edits,
         "steps": options.steps,
         **sides.figures(edits),
-        "largest_difference": max(differences),
-        "median_difference": statistics.median(differences),
+        "value_difference": max(values),
+        "median_value_difference": statistics.median(values),
+        "largest_difference": max(changes),
+        "median_difference": statistics.median(changes),
+        "megabytes": sides.peaks[0] / 2**20,
+        "megabytes_reference": sides.peaks[1] / 2**20,
+        "stages": stages,
+        "steps_percent": 100 * (stages["first pass"] + stages["steps"]),
         **environment(options.device, options.dtype),
     }
 
@@ -191,7 +230,11 @@ def main() -> None:
             ("ours s/edit", "seconds", "11.3f"),
             ("reference", "seconds_reference", "9.3f"),
             ("ratio", "ratio", "6.2f"),
-            ("difference", "largest_difference", "10.1e"),
+            ("value diff.", "value_difference", "11.1e"),
+            ("weight diff.", "largest_difference", "12.1e"),
+            ("MiB", "megabytes", "6.0f"),
+            ("reference", "megabytes_reference", "9.0f"),
+            ("% values", "steps_percent", "8.0f"),
         ],
         chosen.json,
     )

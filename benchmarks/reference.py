@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_kedit.engine.capture import first, with_first
+from hf_kedit.engine.capture import as_rows, first, with_first
 from hf_kedit.engine.rows import Row
 from hf_kedit.engine.values import ValueSettings
 from hf_kedit.engine.weights import get_module, get_weight, set_weight
@@ -40,18 +40,18 @@ def optimise(
     facts, head = [r.fact for r in rows], model.get_output_embeddings()
     state: dict[str, Any] = {"last": None}
     initials: dict[str, torch.Tensor] = {}
-    width = model.config.hidden_size
+    width = model.config.get_text_config().hidden_size
     offsets = {path: torch.zeros(width, device=device, requires_grad=True) for path in paths}
 
     def adding(path: str) -> Any:
         def add(_: Any, __: Any, output: Any) -> Any:
-            hidden = first(output)
+            given = first(output)  # some models flatten rows and columns
+            hidden = as_rows(given, len(facts)).clone()
             if path not in initials:
                 initials[path] = hidden[0, facts[0]].detach().float().clone()
-            hidden = hidden.clone()
             for i, fact in enumerate(facts):
                 hidden[i, fact] += offsets[path].to(hidden.dtype)
-            return with_first(output, hidden)
+            return with_first(output, hidden.view_as(given))
 
         return add
 
@@ -117,18 +117,21 @@ def activations(model: Any, rows: Sequence[Row], path: str, kind: str) -> torch.
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     finally:
         hook.remove()
-    return torch.stack([found[0][i, r.fact] for i, r in enumerate(rows)]).float()
+    seen = as_rows(found[0], len(rows))
+    return torch.stack([seen[i, r.fact] for i, r in enumerate(rows)]).float()
 
 
-def rome(model: Any, rows: Sequence[Row], path: str, settings: ValueSettings, moment: torch.Tensor) -> torch.Tensor:
-    """ΔW of one ROME edit, ``[H, d_in]``."""
+def rome(
+    model: Any, rows: Sequence[Row], path: str, settings: ValueSettings, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value ``[H]`` and ΔW ``[H, d_in]`` of one ROME edit."""
     rewriting = [r for r in rows if not r.is_drift]
     keys = activations(model, rewriting, path, "input")
-    offset = optimise(model, rows, [path], settings)[1][0]
+    initial, offset = (found[0] for found in optimise(model, rows, [path], settings))
     bare = activations(model, rewriting[:1], path, "input")[0]
     left = torch.linalg.solve(moment.double(), keys.mean(0).double().to(moment.device)).float()
     left = (left / left.norm()).to(bare.device)
-    return torch.outer(offset / (bare @ left), left)
+    return initial + offset, torch.outer(offset / (bare @ left), left)
 
 
 @dataclass(frozen=True)
@@ -156,15 +159,24 @@ class Plan:
 
 
 def spread(
-    model: Any, batches: Sequence[Sequence[Sequence[Row]]], settings: ValueSettings, plan: Plan
-) -> list[torch.Tensor]:
-    """ΔW per layer of MEMIT and its relatives after sequential batches, ``[H, d_in]``; weights are restored.
+    model: Any,
+    batches: Sequence[Sequence[Sequence[Row]]],
+    settings: ValueSettings,
+    plan: Plan,
+    *,
+    projections: int = 2,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """MEMIT and its relatives in sequential batches; weights are restored.
 
     Args:
         model: the model.
         batches: per batch and request, rewriting rows and drift row.
         settings: of the value optimisation.
         plan: see `Plan`.
+        projections: see `optimise`.
+
+    Returns:
+        Target of every request, ``[H]``, and ΔW of every layer, ``[H, d_in]``.
     """
 
     def keys_of(rows: Sequence[Sequence[Row]], path: str) -> torch.Tensor:
@@ -180,13 +192,15 @@ def spread(
 
     modules = [get_module(model, p) for p in plan.paths]
     saved = [get_weight(module) for module in modules]
+    values: list[torch.Tensor] = []
     try:
         for rows in batches:
             targets = []
             for group in rows:
-                initial, offset = optimise(model, group, plan.sites, settings, projections=2)
+                initial, offset = optimise(model, group, plan.sites, settings, projections=projections)
                 targets.append((initial + offset)[0])
             z = torch.stack(targets)
+            values.extend(z)
             for i, (path, module) in enumerate(zip(plan.paths, modules, strict=True)):
                 k = keys_of(rows, path)
                 current = torch.cat([activations(model, group[:1], plan.measured, "output") for group in rows])
@@ -195,7 +209,7 @@ def spread(
             if plan.after is not None:
                 for i, path in enumerate(plan.paths):
                     plan.after(i, keys_of(rows, path))
-        return [get_weight(m).float() - s.float() for m, s in zip(modules, saved, strict=True)]
+        return values, [get_weight(m).float() - s.float() for m, s in zip(modules, saved, strict=True)]
     finally:
         for module, value in zip(modules, saved, strict=True):
             set_weight(module, value)
@@ -218,14 +232,14 @@ def covariance(
     for path in paths:
         state: dict[str, Any] = {"total": None, "count": 0, "mask": None}
 
-        def read(_: Any, args: Any, state: dict[str, Any] = state) -> None:
+        def read(_: Any, args: Any, __: Any, state: dict[str, Any] = state) -> None:
             x = args[0][state["mask"].bool()].float()
             product = x.T @ x
             state["total"] = product if state["total"] is None else state["total"] + product
             state["count"] += x.shape[0]
             raise _Enough
 
-        hook = get_module(model, path).register_forward_pre_hook(read)
+        hook = get_module(model, path).register_forward_hook(read)
         try:
             for start in range(0, len(texts), group):
                 encoded = sorted((tokenizer(t).input_ids for t in texts[start : start + group]), key=len)

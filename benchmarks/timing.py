@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import functools
+import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +28,83 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
+def reset_peak(device: str) -> int:
+    """Forget earlier peaks of memory and return the bytes in use now; 0 where the system cannot say."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return int(torch.cuda.memory_allocated())
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not count as in use
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return 0
+    return _resident("VmRSS")
+
+
+def peak(device: str) -> int:
+    """Largest number of bytes in use since `reset_peak`: of the accelerator, or resident in memory."""
+    return int(torch.cuda.max_memory_allocated()) if device != "cpu" else _resident("VmHWM")
+
+
+def _resident(name: str) -> int:
+    """A line of Linux' account of this process, in bytes; 0 on other systems."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+
+
+class Stages:
+    """Seconds that a run spends inside some functions, each counted without those called from it.
+
+    Args:
+        places: stage → (object that holds the function, its name).
+        device: where the run is.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Any, str]], device: str):
+        self.places, self.device = places, device
+        self.seconds = dict.fromkeys(places, 0.0)
+        self._inside: list[float] = []  # per open call, the seconds of the calls inside it
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[dict[str, float]]:
+        """Count inside the block; the seconds are complete behind it, ``everything else`` included."""
+        began = clock(self.device)
+        with contextlib.ExitStack() as stack:
+            for stage, (holder, name) in self.places.items():
+                original = getattr(holder, name)
+                setattr(holder, name, self._counted(stage, original))
+                stack.callback(setattr, holder, name, original)
+            yield self.seconds
+        rest = clock(self.device) - began - sum(self.seconds.values())
+        self.seconds["everything else"] = rest
+
+    def _counted(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(0.0)
+            began = clock(self.device)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                whole = clock(self.device) - began
+                self.seconds[stage] += whole - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += whole
+
+        return call
+
+
 @dataclass
 class Sides:
     """Two implementations, timed in alternation.
 
     Args:
         seconds: per side, one entry per alternation.
-        peaks: per side, peak bytes of the accelerator (0 on a CPU).
+        peaks: per side, by how many bytes the memory in use grew at its peak (0 where the system cannot say).
         results: what the sides returned last.
     """
 
@@ -60,13 +134,12 @@ def alternate(
         ours()
     for _ in range(pairs):
         for i, call in enumerate((ours, theirs)):
-            if device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
+            before = reset_peak(device)
             began = clock(device)
             sides.results[i] = call()
             sides.seconds[i].append(clock(device) - began)
-            if device != "cpu":
-                sides.peaks[i] = max(sides.peaks[i], torch.cuda.max_memory_allocated())
+            if before:
+                sides.peaks[i] = max(sides.peaks[i], peak(device) - before)
     return sides
 
 

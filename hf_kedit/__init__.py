@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .methods.alphaedit import AlphaEditConfig
     from .methods.core import COREConfig
     from .methods.defer import DEFERConfig
+    from .methods.eamet import EAMETConfig
     from .methods.editor import Editor
     from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .methods.rome import ROMEConfig
     from .methods.serac import SERACConfig
     from .methods.simie import SimIEConfig
+    from .methods.sphere import SPHEREConfig
     from .methods.ultraedit import UltraEditConfig
     from .model import EditableModel
     from .requests import EditRequest, Probe, load_requests
@@ -77,6 +79,7 @@ __all__ = [
     "COREConfig",
     "Comparison",
     "DEFERConfig",
+    "EAMETConfig",
     "EMMETConfig",
     "Edit",
     "EditConfig",
@@ -107,6 +110,7 @@ __all__ = [
     "ROMEConfig",
     "RROMEConfig",
     "SERACConfig",
+    "SPHEREConfig",
     "SimIEConfig",
     "UltraEditConfig",
     "__version__",

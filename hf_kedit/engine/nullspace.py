@@ -7,7 +7,11 @@ for in the space of the keys: with ``P`` the projector and ``K_a = [K_old, K]`` 
     A = (P K_a K_aᵀ P + λ I)⁻¹ P K = P K_a (λ I + K_aᵀ P K_a)⁻¹ E,   E the columns of K,
 
 so a batch costs an ``m × m`` system, ``m`` the number of keys, and no ``d × d`` state is carried from batch to
-batch. Everything is float64.
+batch. ``P`` itself is never applied to the keys: inner products need only their coordinates ``c = Bᵀ K`` in the basis,
+
+    K_aᵀ P K_b = c_aᵀ c_b   or, with the basis of the complement,   K_aᵀ K_b − c_aᵀ c_b,
+
+and one product with ``B`` at the end brings the answer back. Everything is float64.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from ..errors import NonFiniteError, StatisticsError
 
 BLOCK = 128
+PART = 64
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,11 @@ def null_space(
 class KeySpace:
     """Solves for updates of one matrix inside a null space, beside the keys of earlier updates.
 
-    Earlier keys are taken in by blocks of `BLOCK`: each is projected, and the Cholesky factor of
-    ``K_eᵀ P K_e + λ I`` extended by it, once. What is kept is a function of the keys alone, however many calls they
-    came in: a run that is saved and continued gives the same bits as one that was not interrupted.
+    Coordinates of keys are computed once, by parts of `PART` positions that are always run at full size, so that a
+    key's bits depend on its place among the keys and on nothing else. Earlier keys are taken in by blocks of `BLOCK`:
+    each extends the Cholesky factor of ``K_eᵀ P K_e + λ I``, once. What is kept is a function of the keys alone,
+    however many calls they came in: a run that is saved and continued gives the same bits as one that was not
+    interrupted.
 
     Args:
         space: the projector.
@@ -115,9 +122,10 @@ class KeySpace:
 
     def __init__(self, space: NullSpace, ridge: float):
         self.space, self.ridge = space, ridge
-        self._seen: torch.Tensor | None = None  # earlier keys that were taken in, [d, m], m a multiple of BLOCK
-        self._projected: torch.Tensor | None = None  # P of them
-        self._factor: torch.Tensor | None = None  # lower Cholesky factor of their Gram matrix + λ I, [m, m]
+        self._seen: torch.Tensor | None = None  # keys whose coordinates are known, [d, m], as they were given
+        self._rows: torch.Tensor = space.basis.new_zeros(0, space.width)  # the same, [m, d]; for a complement only
+        self._coordinates: torch.Tensor = space.basis.new_zeros(0, space.basis.shape[1])  # [m, r]
+        self._factor: torch.Tensor = space.basis.new_zeros(0, 0)  # of the first keys, a multiple of BLOCK
 
     def columns(self, keys: torch.Tensor, earlier: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``A`` ``[d, n]`` float64, with ``ΔW = R Aᵀ``.
@@ -127,62 +135,69 @@ class KeySpace:
             earlier: keys that must keep their values, ``[d, m]``.
         """
         count, before = keys.shape[1], 0 if earlier is None else earlier.shape[1]
-        rest = keys
-        if earlier is not None:
-            whole = before - before % BLOCK
-            self._take_in(earlier[:, :whole])
-            rest = torch.cat([earlier[:, whole:].to(keys), keys], dim=1)
-        else:
-            self._forget(0)
-        new, old = self.space.project(rest), self._projected
-        if before + count > self.space.width:  # more keys than dimensions: the d × d system is the smaller one
-            everything = new if old is None else torch.cat([old, new], dim=1)
-            system = everything @ everything.T
+        everything = keys if earlier is None else torch.cat([earlier.to(keys), keys], dim=1)
+        self._read(everything)
+        for start in range(self._factor.shape[0], before - before % BLOCK, BLOCK):
+            self._take_in(start, start + BLOCK)
+        total, taken = before + count, self._factor.shape[0]
+        if total > self.space.width:  # more keys than dimensions: the d × d system is the smaller one
+            projected = self._combined(torch.eye(total, dtype=self._rows.dtype, device=self._rows.device))
+            system = projected @ projected.T
             system.diagonal().add_(self.ridge)
-            return torch.cholesky_solve(new[:, -count:], torch.linalg.cholesky(system))
-        across, corner = self._extension(new)
-        chosen = torch.zeros(new.shape[1], count, dtype=new.dtype, device=new.device)
-        chosen[-count:] = torch.eye(count, dtype=new.dtype, device=new.device)
+            return torch.cholesky_solve(projected[:, -count:], torch.linalg.cholesky(system))
+        across, corner = self._extension(taken, total)
+        chosen = torch.zeros(total - taken, count, dtype=corner.dtype, device=corner.device)
+        chosen[-count:] = torch.eye(count, dtype=corner.dtype, device=corner.device)
         weights = torch.cholesky_solve(chosen, corner)
-        found = new @ weights
-        if old is None or self._factor is None:
-            return found
-        return found - old @ torch.linalg.solve_triangular(self._factor.mT, across @ weights, upper=True)
+        if taken:
+            old = torch.linalg.solve_triangular(self._factor.mT, across @ weights, upper=True)
+            weights = torch.cat([-old, weights])
+        return self._combined(weights)
 
-    def _extension(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The blocks ``L₂₁ᵀ`` ``[m, n]`` and ``L₂₂`` ``[n, n]`` by which projected keys extend the Cholesky factor."""
-        gram = new.T @ new
-        gram.diagonal().add_(self.ridge)
-        if self._projected is None or self._factor is None:
-            return gram[:0], torch.linalg.cholesky(gram)
-        across = torch.linalg.solve_triangular(self._factor, self._projected.T @ new, upper=False)
-        return across, torch.linalg.cholesky(gram - across.T @ across)
-
-    def _take_in(self, keys: torch.Tensor) -> None:
-        """Bring what is kept up to date with these earlier keys, ``[d, m]``, ``m`` a multiple of `BLOCK`."""
+    def _read(self, keys: torch.Tensor) -> None:
+        """Bring coordinates up to date with all keys of a call, ``[d, m]``; those of other keys are forgotten."""
         known = 0
         if self._seen is not None:
             limit = min(self._seen.shape[1], keys.shape[1])
-            while known < limit and torch.equal(
-                self._seen[:, known : known + BLOCK], keys[:, known : known + BLOCK].to(self._seen)
-            ):
-                known += BLOCK
-        self._forget(known)
-        for start in range(known, keys.shape[1], BLOCK):
-            new = self.space.project(keys[:, start : start + BLOCK])
-            across, corner = self._extension(new)
-            if self._projected is None or self._factor is None:
-                self._projected, self._factor = new, corner
-                continue
-            above = torch.zeros_like(across)
-            top, bottom = torch.cat([self._factor, above], dim=1), torch.cat([across.T, corner], dim=1)
-            self._factor = torch.cat([top, bottom])
-            self._projected = torch.cat([self._projected, new], dim=1)
-        self._seen = keys.clone() if keys.shape[1] else None
+            while known < limit:
+                stop = min(known + PART, limit)
+                if not torch.equal(self._seen[:, known:stop], keys[:, known:stop].to(self._seen)):
+                    break
+                known = stop
+        taken = min(self._factor.shape[0], known - known % BLOCK)
+        self._factor = self._factor[:taken, :taken]  # the leading part of a Cholesky factor is that part's factor
+        basis, total = self.space.basis, keys.shape[1]
+        found = [self._coordinates[:known]]
+        for start in range(known - known % PART, total, PART):
+            part = basis.new_zeros(PART, self.space.width)
+            stop = min(start + PART, total)
+            part[: stop - start] = keys[:, start:stop].T
+            found.append((part @ basis)[max(known - start, 0) : stop - start])
+        self._coordinates = torch.cat(found)
+        if self.space.complement:
+            self._rows = torch.cat([self._rows[:known], keys[:, known:].T.to(basis)])
+        self._seen = keys.clone()
 
-    def _forget(self, known: int) -> None:
-        """Keep only the first ``known`` keys; the leading part of a Cholesky factor is the factor of that part."""
-        if not known or self._projected is None or self._factor is None:
-            self._seen = self._projected = self._factor = None
-        elif known < self._projected.shape[1]:
-            self._projected, self._factor = self._projected[:, :known], self._factor[:known, :known]
+    def _products(self, a: slice, b: slice) -> torch.Tensor:
+        """``K_aᵀ P K_b``."""
+        inside = self._coordinates[a] @ self._coordinates[b].T
+        return self._rows[a] @ self._rows[b].T - inside if self.space.complement else inside
+
+    def _combined(self, weights: torch.Tensor) -> torch.Tensor:
+        """``P K W`` ``[d, n]`` for weights ``[m, n]`` of the keys."""
+        inside = (weights.T @ self._coordinates) @ self.space.basis.T
+        return (weights.T @ self._rows - inside).T if self.space.complement else inside.T
+
+    def _extension(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks ``L₂₁ᵀ`` ``[m, n]`` and ``L₂₂`` ``[n, n]`` by which keys extend the Cholesky factor."""
+        new = slice(start, stop)
+        gram = self._products(new, new)
+        gram.diagonal().add_(self.ridge)
+        across = torch.linalg.solve_triangular(self._factor, self._products(slice(start), new), upper=False)
+        return across, torch.linalg.cholesky(gram - across.T @ across)
+
+    def _take_in(self, start: int, stop: int) -> None:
+        """Extend the factor by a block of keys."""
+        across, corner = self._extension(start, stop)
+        above = torch.cat([self._factor, torch.zeros_like(across)], dim=1)
+        self._factor = torch.cat([above, torch.cat([across.T, corner], dim=1)])

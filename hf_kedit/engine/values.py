@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +69,21 @@ class ValueSettings:
     keep_path: bool = False
 
 
+@dataclass(frozen=True)
+class Guide:
+    """What a method decides about the value of one request, beyond the settings that all requests share (EAMET).
+
+    Args:
+        start: δ to begin with, ``[sites, d]`` fp32.
+        limit: ``‖δ‖`` is kept below this instead of ``clamp · ‖a‖``, ``[sites]``.
+        term: one more term of the loss, ``[]``, from δ ``[sites, d]``; differentiable.
+    """
+
+    start: torch.Tensor
+    limit: torch.Tensor
+    term: Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass
 class Values:
     """The optimised values of a batch of requests.
@@ -78,7 +93,7 @@ class Values:
         initials: activation of each site on the bare prompt, ``[requests, sites, d]`` fp32.
         offsets: the optimised δ of each site, ``[requests, sites, d]`` fp32.
         loss: per request, rows of (total, nll, kl, weight decay), one per evaluation until it stopped; a fifth
-            column holds the term of ``together_factor`` where it is used.
+            column holds the term of ``together_factor`` or of the `Guide` where there is one.
         path: per request, δ at each of these evaluations, ``[evaluations, sites, d]`` (only with ``keep_path``).
         updates: per request, number of Adam steps.
         probability: geometric mean per token of the target's probability on the bare prompt, (before, after).
@@ -151,6 +166,7 @@ def optimise_values(
     description: str = "optimising values",
     show_progress: bool = True,
     route: Route | None = None,
+    guide: Guide | None = None,
 ) -> Values:
     """Optimise one value per request.
 
@@ -168,6 +184,7 @@ def optimise_values(
         description: label of the progress bar.
         show_progress: show a bar.
         route: force a replay route (tests, benchmarks).
+        guide: for a single request.
 
     Returns:
         `Values` in the order of the requests.
@@ -175,6 +192,8 @@ def optimise_values(
     Raises:
         EditFailedError: if a loss is not finite.
     """
+    if guide is not None and len(rows) != 1:
+        raise ValueError(f"a guide is for one request, not for {len(rows)}")
     wanted = (sites,) if isinstance(sites, str) else tuple(sites)
     paths = {site: site_path(anatomy, layer, site) for site in wanted}
     taps = list(dict.fromkeys([*taps, *(Tap(p) for p in paths.values())]))
@@ -186,7 +205,8 @@ def optimise_values(
         while start < len(order):
             chunk = order[start : start + size]
             try:
-                part = _optimise(model, anatomy, [rows[i] for i in chunk], layer, paths, settings, taps, fill, route)
+                chosen = [rows[i] for i in chunk]
+                part = _optimise(model, anatomy, chosen, layer, paths, settings, taps, fill, route, guide)
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
@@ -198,7 +218,7 @@ def optimise_values(
             results.update({i: _pick(part, k) for k, i in enumerate(chunk)})
             bar.update(len(chunk))
             start += len(chunk)
-    return _join([results[i] for i in range(len(rows))])
+    return join_values([results[i] for i in range(len(rows))])
 
 
 def _optimise(
@@ -211,6 +231,7 @@ def _optimise(
     taps: Sequence[Tap],
     fill: int,
     route: Route | None,
+    guide: Guide | None,
 ) -> Values:
     lanes = [lane for i, group in enumerate(rows) for lane in _lanes(group, i, drift=settings.kl_factor > 0)]
     modules = list(paths.values())
@@ -226,7 +247,7 @@ def _optimise(
     offset = torch.zeros_like(initial)
     alive = list(range(count))  # requests that the replay still holds; the tensors of the loop have a row for each
     active = torch.ones(count, dtype=torch.bool)  # on the host; one entry per request in alive
-    delta, scale = offset.clone(), norm
+    delta, scale, limit = offset.clone(), norm, settings.clamp * norm  # limit, scale: [requests, sites]
     first_moment, second_moment = torch.zeros_like(offset), torch.zeros_like(offset)
     nll_factor = torch.full((count,), settings.nll_factor, device=device)
     reference: torch.Tensor | None = None
@@ -234,6 +255,11 @@ def _optimise(
     steps_taken: list[list[torch.Tensor]] = [[] for _ in range(count)]
     updates = [0] * count
     probability = [(math.nan, math.nan)] * count
+    if guide is not None:  # the unedited model is then not what the first step measures
+        delta, limit = guide.start.to(device).unsqueeze(0), guide.limit.to(device).unsqueeze(0)
+        unedited = replay.base_logits.log_softmax(-1)
+        reference = unedited[terms.drift.at]
+        probability = [(p, p) for p in terms.bare_probability(unedited).tolist()]
 
     for step in range(settings.steps):
         last = step == settings.steps - 1
@@ -253,6 +279,8 @@ def _optimise(
             if watched:
                 spread = torch.stack([terms.spread(h.to(device)) for h in states.values()])
                 columns.append(settings.together_factor * spread.mean(dim=0))
+            if guide is not None:
+                columns.append(guide.term(variable[0]).unsqueeze(0))
             loss = torch.stack(columns).sum(dim=0)
         seen = [loss, *columns, terms.bare_probability(log_probs.detach())]
         if settings.settled_factor is not None:
@@ -268,7 +296,7 @@ def _optimise(
             if running:
                 loss_rows[i].append(tuple(numbers[: 1 + len(columns)]))
                 now = numbers[1 + len(columns)]
-                probability[i] = (probability[i][0] if step else now, now)
+                probability[i] = (probability[i][0] if step or guide is not None else now, now)
                 if settings.keep_path:
                     steps_taken[i].append(delta[k].clone())
         active = active & (table[:, 0] >= settings.stop_loss)
@@ -285,8 +313,8 @@ def _optimise(
         )
         unbiased = first_moment / (1 - _BETAS[0] ** (step + 1))
         moved = delta - settings.lr * unbiased / ((second_moment / (1 - _BETAS[1] ** (step + 1))).sqrt() + _EPS)
-        length, limit = moved.norm(dim=-1, keepdim=True), settings.clamp * scale.unsqueeze(-1)
-        delta = torch.where(moving, torch.where(length > limit, moved * (limit / length), moved), delta)
+        length, bound = moved.norm(dim=-1, keepdim=True), limit.unsqueeze(-1)
+        delta = torch.where(moving, torch.where(length > bound, moved * (bound / length), moved), delta)
         for i, running in zip(alive, active.tolist(), strict=True):
             updates[i] += running
         if int(active.sum()) <= 0.75 * len(alive):
@@ -297,7 +325,7 @@ def _optimise(
             alive = [alive[k] for k in kept]
             terms = terms.select(kept)
             picked = torch.tensor(kept, device=device)
-            delta, scale, nll_factor = delta[picked], scale[picked], nll_factor[picked]
+            delta, scale, limit, nll_factor = delta[picked], scale[picked], limit[picked], nll_factor[picked]
             first_moment, second_moment = first_moment[picked], second_moment[picked]
             active = active[kept]
     offset[torch.tensor(alive, device=device)] = delta
@@ -501,7 +529,8 @@ def _pick(values: Values, k: int) -> Values:
     )
 
 
-def _join(parts: Sequence[Values]) -> Values:
+def join_values(parts: Sequence[Values]) -> Values:
+    """The values of several batches of requests as one."""
     return Values(
         parts[0].sites,
         torch.cat([p.initials for p in parts]),

@@ -15,7 +15,7 @@ from ..config import ModelProfile
 from ..engine.capture import Tap, top_experts
 from ..engine.experts import expert_index
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
-from ..engine.values import Site, Values, ValueSettings, optimise_values
+from ..engine.values import Guide, Site, Values, ValueSettings, optimise_values
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
@@ -208,9 +208,23 @@ class LocateMethod(Method):
         anatomy: Anatomy | None = None,
     ) -> Values:
         """Optimise one value per request and site (see `optimise_values`), and leave a trace if one is wanted."""
+        values = self._optimised(rows, layer, sites, taps, anatomy)
+        if self.bench.trace is not None:
+            self._note_values(values, values.sites)
+        return values
+
+    def _optimised(
+        self,
+        rows: Sequence[Sequence[Row]],
+        layer: int,
+        sites: Site | Sequence[Site],
+        taps: Sequence[Tap],
+        anatomy: Anatomy | None = None,
+        guide: Guide | None = None,
+    ) -> Values:
+        """`optimise_values` with what the model and the config say."""
         bench = self.bench
-        sites = (sites,) if isinstance(sites, str) else tuple(sites)
-        values = optimise_values(
+        return optimise_values(
             bench.model,
             anatomy or bench.anatomy,
             rows,
@@ -221,10 +235,8 @@ class LocateMethod(Method):
             fill=bench.fill,
             batch_size=self.config.batch_size,
             show_progress=bench.show_progress,
+            guide=guide,
         )
-        if bench.trace is not None:
-            self._note_values(values, sites)
-        return values
 
     def _note_values(self, values: Values, sites: Sequence[Site]) -> None:
         """Leave what the optimisation found in the trace."""

@@ -15,6 +15,7 @@ WIDTH, RIDGE = 60, 3.0
 @pytest.fixture
 def space(monkeypatch: pytest.MonkeyPatch) -> NullSpace:
     monkeypatch.setattr(nullspace, "BLOCK", 8)
+    monkeypatch.setattr(nullspace, "PART", 3)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, WIDTH, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, WIDTH)
     return null_space(x.T @ x / 400, fraction=0.1)

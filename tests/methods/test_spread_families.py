@@ -1,4 +1,4 @@
-"""EMMET, PMET, AlphaEdit, MEMIT-FE, CORE and R-ROME on every decoder family: edited, closer to the target, undone."""
+"""MEMIT's relatives and R-ROME on every decoder family: edited, closer to the target, undone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import AlphaEditConfig, COREConfig, EMMETConfig, MEMITFEConfig, PMETConfig, RROMEConfig
+from hf_kedit import (
+    AlphaEditConfig,
+    COREConfig,
+    EAMETConfig,
+    EMMETConfig,
+    MEMITFEConfig,
+    PMETConfig,
+    RROMEConfig,
+    SPHEREConfig,
+)
 from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import UnsupportedModelError
@@ -36,7 +45,9 @@ def test_the_relatives_of_memit_on_every_decoder(family: str) -> None:
         RROMEConfig(**one_layer, mom2_adjustment=False),
         EMMETConfig(**one_layer, mom2_update_weight=1.0),
         AlphaEditConfig(**SHARED, L2=1e-3),
+        SPHEREConfig(**SHARED, L2=1e-3),
         MEMITFEConfig(**SHARED, mom2_update_weight=0.01),
+        EAMETConfig(**SHARED, mom2_update_weight=0.01, length_rule="norm", cs_factor=0.5, mse_factor=2.0),
         COREConfig(**SHARED, mom2_update_weight=0.01, reg_lambda=1e-3),
         both,
     ):
