@@ -26,6 +26,7 @@ from .engine.ledger import Ledger
 from .engine.promptbook import PromptBook
 from .engine.quantised import keep_layout
 from .engine.sitebook import SiteBook
+from .engine.state_retrieval import StateReader
 from .engine.statistics import StatisticsStore, model_fingerprint
 from .engine.weights import tensor_digest, uninterrupted, untie_head
 from .errors import ConfigError
@@ -99,7 +100,10 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
         self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
         self.ledger = Ledger(base_model)
         self.sites = SiteBook(base_model)
-        self.prompts = PromptBook(base_model, lambda: self.tokenizer)
+        reader = StateReader(
+            base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
+        )
+        self.prompts = PromptBook(base_model, lambda: self.tokenizer, reader)
         self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
         self.journal = Journal()
         self.packs = Packs(self)

@@ -1,4 +1,4 @@
-"""Edits at sites as PEFT adapters: a saved GRACE, DEFER or MELO folder loads with ``PeftModel.from_pretrained``.
+"""Edits at sites as PEFT adapters: a saved GRACE, WISE, T-Patcher … folder loads with ``PeftModel.from_pretrained``.
 
 Every kind of site memory is a PEFT type of its own (``KEDIT_GRACE`` …), registered from outside when `hf_kedit` is
 imported. A tuner layer holds the memory's tensors as buffers and passes its input through; the memory itself is read
@@ -33,6 +33,9 @@ class KeditPeftType(StrEnum):
     GRACE = peft_type("grace")
     DEFER = peft_type("defer")
     MELO = peft_type("melo")
+    WISE = peft_type("wise")
+    TPATCH = peft_type("tpatch")
+    CALINET = peft_type("calinet")
 
 
 @dataclass
@@ -46,6 +49,7 @@ class SiteAdapterConfig(PeftConfig):
         paths: the wrapped modules in the memory's order.
         state: what the memory's `describe` said.
         tensor_shapes: module → name of a tensor → shape; PEFT makes the layers before it loads their tensors.
+        tensor_dtypes: name of a tensor → dtype, of those that hold no fractions.
     """
 
     target_modules: list[str] | None = None
@@ -54,6 +58,7 @@ class SiteAdapterConfig(PeftConfig):
     paths: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     tensor_shapes: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    tensor_dtypes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,11 +111,13 @@ class SiteLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter: SiteAdapter, path: str) -> None:
         """Make room for an adapter's tensors."""
+        device = next(self.base_layer.parameters()).device
         for name, shape in adapter.config.tensor_shapes[path].items():
+            dtype = getattr(torch, adapter.config.tensor_dtypes.get(name, "float32"))
             if not hasattr(self, name):
                 setattr(self, name, BufferDict(persistent=True))
                 self.other_param_names = (*self.other_param_names, name)
-            getattr(self, name)[adapter.name] = torch.zeros(shape, device=self.base_layer.weight.device)  # type: ignore[arg-type]
+            getattr(self, name)[adapter.name] = torch.zeros(shape, dtype=dtype, device=device)
         self.adapters[adapter.name] = adapter
         adapter.layers[path] = self
 
@@ -171,6 +178,9 @@ class SiteTuner(BaseTuner):
         layer.update_layer(self._adapter, current_key)
         layer.set_adapter(self.active_adapters)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's own takes a weight from the module; feed-forward ones have none
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:

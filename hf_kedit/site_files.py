@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .model import EditableModel
 
 PREFIX = "base_model.model."
-KINDS = ("grace", "defer", "melo")
+KINDS = ("grace", "defer", "melo", "wise", "tpatch", "calinet")
 """Kinds of memory that are PEFT types."""
 
 
@@ -34,9 +34,12 @@ def adapter_config_of(model: EditableModel) -> dict[str, Any] | None:
     if memory.kind not in KINDS:
         return None
     shapes: dict[str, dict[str, list[int]]] = {path: {} for path in memory.paths}
+    dtypes: dict[str, str] = {}
     for name, tensor in memory.tensors().items():
         path, _, leaf = name.rpartition(".")
         shapes[path][leaf] = list(tensor.shape)
+        if not tensor.is_floating_point():
+            dtypes[leaf] = str(tensor.dtype).removeprefix("torch.")
     return {
         "peft_type": peft_type(memory.kind),
         "task_type": "CAUSAL_LM",
@@ -47,6 +50,7 @@ def adapter_config_of(model: EditableModel) -> dict[str, Any] | None:
         "paths": list(memory.paths),
         "state": memory.describe(),
         "tensor_shapes": shapes,
+        "tensor_dtypes": dtypes,
     }
 
 

@@ -32,7 +32,13 @@ PROBES_PER_AXIS = 3
 
 @register_dataset("world", splits=("train", "validation", "test"))
 def load_world(
-    split: str, *, path: Path | None = None, seed: int | None = None, n_people: int = 400, world_seed: int = 0
+    split: str,
+    *,
+    path: Path | None = None,
+    seed: int | None = None,
+    n_people: int = 400,
+    world_seed: int = 0,
+    apart: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split.
 
@@ -45,6 +51,8 @@ def load_world(
         seed: of the new objects, the probes and the order; 0 by default.
         n_people: size of the world.
         world_seed: seed of the world itself; the embedded models know world 0.
+        apart: ask about other people (locality) only whom no row of the split edits. Otherwise some probes ask for
+            what another row changes, and in a sequence of edits even a perfect editor answers them differently.
     """
     world = get_world(n_people, world_seed)
     rng = random.Random(f"hf_kedit world requests {split} {seed or 0}")
@@ -54,16 +62,24 @@ def load_world(
         group_b = world.people_in("B")
         people = [p for i, p in enumerate(group_b) if (i % 5 == 4) == (split == "validation")]
     rng.shuffle(people)
+    edited = frozenset(p.name for p in people) if apart else frozenset()
     orders = {p.name: rng.sample(PERSON_RELATIONS, len(PERSON_RELATIONS)) for p in people}
     number = 0
     for turn in range(len(PERSON_RELATIONS)):
         for person in people:
-            yield edit_row(world, person, orders[person.name][turn], rng, f"world/{split}/{number}")
+            yield edit_row(world, person, orders[person.name][turn], rng, f"world/{split}/{number}", edited)
             number += 1
 
 
-def edit_row(world: World, person: Person, relation: Relation, rng: random.Random, row_id: str) -> dict[str, Any]:
-    """Return the row that edits one fact about one person."""
+def edit_row(
+    world: World,
+    person: Person,
+    relation: Relation,
+    rng: random.Random,
+    row_id: str,
+    edited: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """Return the row that edits one fact about one person; locality does not ask about the people in ``edited``."""
     truth = world.answer(person.name, relation.key)
     new = rng.choice([v for v in world.objects[relation.object_kind] if v != truth])
     template = rng.choice(relation.cloze)
@@ -79,7 +95,7 @@ def edit_row(world: World, person: Person, relation: Relation, rng: random.Rando
         target_new=new,
         ground_truth=[truth],
         rephrase_prompts=rephrased,
-        locality=_locality(world, person, relation, template, new, rng),
+        locality=_locality(world, person, relation, template, new, rng, edited),
         portability=_portability(world, person, relation, new, rng),
         extra={
             "relation": relation.key,
@@ -97,7 +113,13 @@ def _draw(rng: random.Random, pool: Sequence[str], count: int = PROBES_PER_AXIS)
 
 
 def _locality(
-    world: World, person: Person, relation: Relation, template: str, new: str, rng: random.Random
+    world: World,
+    person: Person,
+    relation: Relation,
+    template: str,
+    new: str,
+    rng: random.Random,
+    edited: frozenset[str],
 ) -> list[dict[str, Any]]:
     """Return what must stay as it is. No answer equals the new object, so that a leak always shows."""
     truth = world.answer(person.name, relation.key)
@@ -108,11 +130,12 @@ def _locality(
             shared = other.first == person.first or other.last == person.last
             axis = "Shared_Name" if shared else "Neighborhood" if answer == truth else "Other_Subjects"
             subjects[axis].append(other.name)
-    probes = [
-        probe(axis, template.format(name), world.answer(name, relation.key))
-        for axis, names in subjects.items()
-        for name in _draw(rng, names)
-    ]
+    probes = []
+    for axis, names in subjects.items():
+        drawn = _draw(rng, names)
+        if edited:  # drawn by lots of their own: the edits are those of the rows without this option
+            drawn = _draw(random.Random(f"{person.name} {axis}"), [name for name in names if name not in edited])
+        probes += [probe(axis, template.format(name), world.answer(name, relation.key)) for name in drawn]
     for second in rng.sample([r for r in PERSON_RELATIONS if r is not relation], PROBES_PER_AXIS):
         form = rng.choice(second.cloze).format(person.name)
         probes.append(probe("Same_Subject", form, world.answer(person.name, second.key)))

@@ -25,6 +25,8 @@ from .statistics import model_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .state_retrieval import StateReader
+
 EMBEDDINGS = "prompts.embeddings"
 
 
@@ -65,10 +67,16 @@ class PromptBook:
     Args:
         model: the transformers model.
         tokenizer: finds its tokenizer.
+        reader: reads its states, for the retriever ``"model"``.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Callable[[], PreTrainedTokenizerBase | None]):
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+        reader: StateReader | None = None,
+    ):
+        self.model, self.reader = model, reader
         self.entries: tuple[PromptEntry, ...] = ()
         self.prompter = Prompter(model, tokenizer, self.route)
 
@@ -88,7 +96,7 @@ class PromptBook:
             vectors = [self.entries[i].embedding for i in places]
             kept = [v for v in vectors if v is not None]
             embedded = torch.stack(kept) if len(kept) == len(vectors) and kept else None
-            found[:, places] = find_retriever(name).similarity(prompts, passages, embedded).float().cpu()
+            found[:, places] = find_retriever(name, self.reader).similarity(prompts, passages, embedded).float().cpu()
         return found
 
     def choose(self, prompts: Sequence[str]) -> list[tuple[PromptEntry, float] | None]:
@@ -124,7 +132,7 @@ class PromptBook:
         ]
         for name in dict.fromkeys(entry.retriever for entry in added):
             places = [i for i, entry in enumerate(added) if entry.retriever == name]
-            embedded = find_retriever(name).embed([added[i].scope for i in places])
+            embedded = find_retriever(name, self.reader).embed([added[i].scope for i in places])
             if embedded is not None:
                 for i, vector in zip(places, embedded, strict=True):
                     added[i] = dataclasses.replace(added[i], embedding=vector)
@@ -212,7 +220,7 @@ class PromptBook:
         if not found <= saved.edit_ids or len(found) != len(entries):
             raise ArtifactError(f"{saved.source}: the prompts belong to other edits than edits.jsonl names")
         for name in dict.fromkeys(entry.retriever for entry in entries):
-            find_retriever(name)
+            find_retriever(name, self.reader)
         for name in dict.fromkeys(entry.reader for entry in entries if entry.reader != BASE):
             find_counterfactual(name, self.model)
         return entries, found

@@ -1,8 +1,9 @@
 """Which stored texts belong to a query: similarities between prompts, by words or by sentence embeddings.
 
-The lexical retriever is built in and needs nothing. An embedding retriever takes any function from texts to vectors:
-sentence-transformers, or a trained scope encoder. A retriever is named in configs and saved edits by a string, and
-found again by it; retrievers of one's own are registered under a name.
+Two retrievers are built in and need nothing: the words in common, and the edited model's own states
+(`state_retrieval`). An embedding retriever takes any function from texts to vectors: sentence-transformers, or a
+trained scope encoder. A retriever is named in configs and saved edits by a string, and found again by it; retrievers
+of one's own are registered under a name.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from ..errors import ConfigError, require_extra
 
-LEXICAL = "lexical"
+if TYPE_CHECKING:
+    from .state_retrieval import StateReader
+
+LEXICAL, MODEL = "lexical", "model"
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _REGISTERED: dict[str, Retriever] = {}
 
@@ -129,15 +133,49 @@ class EmbeddingRetriever:
         return (-(differences**2).sum(dim=-1)).exp()
 
 
+class Remembering:
+    """A retriever that keeps the vectors of the texts that it has seen as passages.
+
+    Args:
+        retriever: the one that compares.
+    """
+
+    def __init__(self, retriever: Retriever):
+        self.retriever, self.name = retriever, retriever.name
+        self._known: dict[str, torch.Tensor] = {}
+
+    def embed(self, texts: Sequence[str]) -> torch.Tensor | None:
+        """See `Retriever.embed`; every text is embedded once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            vectors = self.retriever.embed(new)
+            if vectors is None:
+                return None
+            self._known |= dict(zip(new, vectors, strict=True))
+        return torch.stack([self._known[text] for text in texts]) if texts else None
+
+    def similarity(
+        self, queries: Sequence[str], passages: Sequence[Passage], embedded: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Retriever.similarity`."""
+        if embedded is None and passages:
+            embedded = self.embed([p.text for p in passages])
+        return self.retriever.similarity(queries, passages, embedded)
+
+
 def register_retriever(retriever: Retriever) -> None:
     """Make a retriever known under its name, for configs and for loading saved edits that used it."""
-    if retriever.name == LEXICAL:
-        raise ConfigError(f"{LEXICAL!r} is the name of the built-in retriever; choose another")
+    if retriever.name == LEXICAL or _is_model(retriever.name):
+        raise ConfigError(f"{retriever.name!r} is the name of a built-in retriever; choose another")
     _REGISTERED[retriever.name] = retriever
 
 
-def find_retriever(name: str) -> Retriever:
-    """Return a retriever: ``"lexical"``, a registered name, or a sentence-transformers model by its id.
+def find_retriever(name: str, reader: StateReader | None = None) -> Retriever:
+    """Return a retriever: ``"lexical"``, ``"model"``, a registered name, or a sentence-transformers model by its id.
+
+    Args:
+        name: of the retriever.
+        reader: reads the states of the model that ``"model"`` means.
 
     Raises:
         ConfigError: if there is none of this name.
@@ -145,14 +183,22 @@ def find_retriever(name: str) -> Retriever:
     """
     if name == LEXICAL:
         return LexicalRetriever()
+    if _is_model(name):
+        if reader is None:
+            raise ConfigError(f"the retriever {name!r} compares states of an edited model, and there is none here")
+        return reader.retriever(name)
     if name not in _REGISTERED:
         if "/" not in name:
             raise ConfigError(
-                f"unknown retriever {name!r}: use 'lexical', the id of a sentence-transformers model"
+                f"unknown retriever {name!r}: use 'lexical', 'model', the id of a sentence-transformers model"
                 " ('sentence-transformers/all-MiniLM-L6-v2'), or register_retriever() your own"
             )
         _REGISTERED[name] = _sentence_transformer(name)
     return _REGISTERED[name]
+
+
+def _is_model(name: str) -> bool:
+    return name.partition(":")[0] == MODEL
 
 
 def _sentence_transformer(name: str) -> EmbeddingRetriever:

@@ -18,6 +18,7 @@ from ..config import EditConfig, config_class, normalise, register_config
 from ..engine.books import Book, all_disabled
 from ..engine.ledger import Ledger, WeightDelta
 from ..engine.sitebook import SiteBook
+from ..engine.state_retrieval import StateReader
 from ..engine.statistics import StatisticsStore
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
@@ -151,6 +152,11 @@ class Workbench:
     def unedited(self) -> AbstractContextManager[None]:
         """The model without any edits inside the block."""
         return all_disabled(self.books.values())
+
+    @property
+    def reader(self) -> StateReader:
+        """Reads states of the unedited model, for retrievers."""
+        return StateReader(self.model, self.anatomy, lambda: self.tokenizer, self.unedited)
 
     def note(self, name: str, value: torch.Tensor) -> None:
         """Keep an intermediate tensor if a trace is wanted."""

@@ -26,7 +26,7 @@ import torch
 from ..config import EditConfig
 from ..data import load_edit_dataset
 from ..engine.promptbook import PromptEntry
-from ..engine.retrieval import LEXICAL, Passage, Retriever, find_retriever
+from ..engine.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..errors import ConfigError, DataError
 from ..requests import SLOT, EditRequest, load_requests
 from ..tokens import separator_between
@@ -69,8 +69,8 @@ class PromptConfig(InContextConfig):
     """Hyperparameters of PROMPT; see `InContextConfig` for the others.
 
     Args:
-        retriever: which prompts belong to an edit: ``"lexical"``, the id of a sentence-transformers model, or a name
-            given to `register_retriever`.
+        retriever: which prompts belong to an edit: ``"lexical"``, ``"model"`` or ``"model:<layer>"`` (the edited
+            model's own states), the id of a sentence-transformers model, or a name given to `register_retriever`.
     """
 
     edit_type: ClassVar[str] = "prompt"
@@ -124,7 +124,7 @@ class _Prompting(InContext):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the retriever is there."""
-        find_retriever(self.config.retriever)
+        find_retriever(self.config.retriever, self.bench.reader)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One entry per request."""
@@ -193,7 +193,7 @@ class IKE(_Prompting):
         plain = super().entry(request)
         if not self.config.k:
             return plain
-        retriever = find_retriever(self.config.retriever)
+        retriever = self.retriever
         pool = [r for r in self.pool if r.filled_prompt != request.filled_prompt]
         separator = self.config.separator
         if self.config.order == "sentences":
@@ -201,6 +201,11 @@ class IKE(_Prompting):
             return replace(plain, demonstrations=tuple(chosen), nearest_last=False)
         chosen = nearest_records(request, pool, retriever, self.config.k, self.config.seed, separator)
         return replace(plain, demonstrations=tuple(chosen))
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """What compares demonstrations with edits; the pool is embedded once."""
+        return Remembering(find_retriever(self.config.retriever, self.bench.reader))
 
     @cached_property
     def pool(self) -> list[EditRequest]:

@@ -30,8 +30,8 @@ class SERACConfig(InContextConfig):
     """Hyperparameters of SERAC; ``template`` is what the counterfactual model reads in front of a prompt.
 
     Args:
-        scope: the scope classifier: ``"lexical"``, the id of a sentence-transformers model, or a name given to
-            `register_retriever`.
+        scope: the scope classifier: ``"lexical"``, ``"model"`` or ``"model:<layer>"`` (the edited model's own states),
+            the id of a sentence-transformers model, or a name given to `register_retriever`.
         counterfactual: the model that answers in scope: ``"base"`` for the edited model itself, the id or folder of a
             causal language model, or a name given to `register_counterfactual`.
         soft: mix both models' answers by the similarity, ``log((1 − s) p_base + s p_cf)``, instead of taking one.
@@ -71,7 +71,7 @@ class SERAC(InContext):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check both models."""
-        find_retriever(self.config.scope)
+        find_retriever(self.config.scope, self.bench.reader)
         if self.config.counterfactual != BASE:
             find_counterfactual(self.config.counterfactual, self.bench.model)
 

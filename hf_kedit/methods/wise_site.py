@@ -145,14 +145,14 @@ class WiseSite(SiteMemory):
         """Bits and values of every memory and shard, and the open shard's mask."""
         found = {}
         for name, part in zip(self._names(self.state), self.state.parts, strict=True):
-            found[f"{name}.bits"], found[f"{name}.values"] = part.delta.bits, part.delta.values
+            found[f"{name}_bits"], found[f"{name}_values"] = part.delta.bits, part.delta.values
         if self.state.mask is not None:
             found[f"{self.path}.kedit_wise_mask"] = self.state.mask
         return found
 
     def _names(self, state: WiseMemories) -> list[str]:
         counted = [(state.memories, "memory"), (state.shards, "shard")]
-        names = [f"{self.path}.kedit_wise_{kind}.{i}" for parts, kind in counted for i in range(len(parts))]
+        names = [f"{self.path}.kedit_wise_{kind}_{i}" for parts, kind in counted for i in range(len(parts))]
         return [*names, *([f"{self.path}.kedit_wise_side"] if state.open else [])]
 
     def describe(self) -> dict[str, Any]:
@@ -180,17 +180,17 @@ class WiseSite(SiteMemory):
 
         def memory(name: str, members: Sequence[Mapping[str, Any]]) -> Memory:
             name = f"{path}.kedit_wise_{name}"
-            bits = saved.tensor(f"{name}.bits", (-(-weight.numel() // 8),))
-            values = saved.tensor(f"{name}.values", (None,))
-            matrix = SparseMatrix(shape, bits.to(torch.uint8), values)
+            bits = saved.tensor(f"{name}_bits", (-(-weight.numel() // 8),))
+            values = saved.tensor(f"{name}_values", (None,))
+            matrix = SparseMatrix(shape, bits.to("cpu", torch.uint8), values.cpu())
             if not members or matrix.count != len(values):
                 raise ArtifactError(f"{saved.source}: {name} does not hold what its description says")
             return Memory(matrix, tuple(Member(**m) for m in members))
 
-        memories = tuple(memory(f"memory.{i}", m) for i, m in enumerate(part["memories"]))
-        shards = tuple(memory(f"shard.{i}", m) for i, m in enumerate(part["shards"]))
+        memories = tuple(memory(f"memory_{i}", m) for i, m in enumerate(part["memories"]))
+        shards = tuple(memory(f"shard_{i}", m) for i, m in enumerate(part["shards"]))
         open_shard = memory("side", part["open"]) if part["open"] else None
-        mask = saved.tensor(f"{path}.kedit_wise_mask", shape).bool() if open_shard else None
+        mask = saved.tensor(f"{path}.kedit_wise_mask", shape).to("cpu", torch.bool) if open_shard else None
         state = WiseMemories(policy, memories, shards, open_shard, mask, int(part["masks_drawn"]))
         if not state.parts:
             raise ArtifactError(f"{saved.source}: {path} holds no WISE edit")

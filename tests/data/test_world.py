@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from hf_kedit.data import world_words as words
 from hf_kedit.data.world import N_FIRST, N_LAST, World, get_world
+from hf_kedit.data.world_requests import load_world
 from hf_kedit.data.world_templates import COMPOSITIONS, ENTITY_RELATIONS, PERSON_RELATIONS, RELATIONS
 from hf_kedit.data.world_text import CURRICULUM, MIXTURE, Document, documents, world_text
 from hf_kedit.errors import DataError
@@ -219,3 +221,19 @@ def test_world_text_limits() -> None:
     assert len(list(world_text(7))) == 7
     texts = list(world_text(n_words=200))
     assert sum(len(t.split()) for t in texts) >= 200 > sum(len(t.split()) for t in texts[:-1])
+
+
+def test_probes_apart_ask_about_nobody_whom_a_row_edits() -> None:
+    usual, apart = (list(load_world("test", apart=flag)) for flag in (False, True))
+    subjects = {row["subject"] for row in apart}
+    others = ("Neighborhood", "Other_Subjects", "Shared_Name")
+
+    def asked(rows: list[dict[str, Any]]) -> list[str]:
+        return [p["prompt"] for row in rows[:100] for p in row["locality"] if p["name"] in others]
+
+    assert len(asked(apart)) > 850
+    assert not [prompt for prompt in asked(apart) if any(subject in prompt for subject in subjects)]
+    assert any(subject in prompt for prompt in asked(usual) for subject in subjects)
+    for row, other in zip(usual, apart, strict=True):  # the edits themselves are the same
+        kept = {k: v for k, v in row.items() if k != "locality"}
+        assert kept == {k: v for k, v in other.items() if k != "locality"}

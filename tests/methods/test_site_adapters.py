@@ -13,7 +13,17 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, pipeline
 
-from hf_kedit import DEFERConfig, EditableModel, EditConfig, GRACEConfig, MELOConfig, embedded
+from hf_kedit import (
+    CaliNetConfig,
+    DEFERConfig,
+    EditableModel,
+    EditConfig,
+    GRACEConfig,
+    MELOConfig,
+    TPatcherConfig,
+    WISEConfig,
+    embedded,
+)
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ArtifactError, MergeError
 from hf_kedit.tokens import pad_rows
@@ -23,6 +33,9 @@ CONFIGS: dict[str, EditConfig] = {
     "grace": GRACEConfig(num_steps=12),
     "defer": DEFERConfig(layers=[3], lr=1e-2, num_steps=12),
     "melo": MELOConfig(layers=[2], radius=1.0, num_blocks=20, num_steps=12),
+    "wise": WISEConfig(n_iter=8, context_templates=["{}"], save_freq=2, merge_freq=2, irrelevant_texts=["It rains."]),
+    "tpatch": TPatcherConfig(max_epochs=100, memory_tokens=500),
+    "calinet": CaliNetConfig(layers=[4, 5], slots=8, num_steps=15, context_templates=["{}"]),
 }
 
 
@@ -33,7 +46,7 @@ def base() -> Any:
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
 def edited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EditableModel, Path]:
     model = EditableModel.from_pretrained("kedit/world-gpt2", CONFIGS[request.param])
-    model.edit(facts(2), batch_size=1)
+    model.edit(facts(3), batch_size=1)
     folder = tmp_path_factory.mktemp("edits") / request.param
     model.save_pretrained(folder)
     return model, folder
@@ -129,7 +142,8 @@ def test_types_are_known_when_peft_is_imported_later() -> None:
     script = """
 import hf_kedit, peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
-assert {"KEDIT_GRACE", "KEDIT_DEFER", "KEDIT_MELO"} <= set(known), sorted(known)
+kinds = {"KEDIT_GRACE", "KEDIT_DEFER", "KEDIT_MELO", "KEDIT_WISE", "KEDIT_TPATCH", "KEDIT_CALINET"}
+assert kinds <= set(known), sorted(known)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
