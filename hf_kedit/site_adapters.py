@@ -180,7 +180,9 @@ class SiteTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own takes a weight from the module; feed-forward ones have none
+        setattr(
+            parent, child_name, new_module
+        )  # PEFT's own takes a weight from the module; feed-forward ones have none
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:

@@ -144,7 +144,7 @@ class Deferral(SiteMemory):
         """Single edits cannot be taken out of a network that all share."""
         raise RollbackError(
             f"DEFER's edits at {self.paths[0]} share one network and cannot be taken apart: roll all of them back"
-            f" ({len(self.edits)}), then edit again without the ones you do not want"
+            f" ({len(self.edits)}), or use rebuild_without(edit_id), which makes the others again"
         )
 
     def snapshot(self) -> Any:

@@ -111,9 +111,13 @@ def test_defers_edits_go_together() -> None:
     wanted = facts(2)
     ids = model.edit(wanted).ids
     before = prompt_logits(model, wanted[1].filled_prompt)
-    with pytest.raises(RollbackError, match="all of them back"):
+    with pytest.raises(RollbackError, match=r"all of them back.*rebuild_without"):
         model.rollback(ids[0])
     assert torch.equal(prompt_logits(model, wanted[1].filled_prompt), before) and len(model.edits) == 2
+    ids = [edit.id for edit in model.rebuild_without(ids[0])]
+    assert len(model.edits) == 1 and learnt(model, wanted[1:]) == [True]
+    model.edit(wanted[0])
+    ids = [edit.id for edit in model.edits]
     model.set_method(DEFERConfig(layers=[3], threshold=0.7))
     with pytest.raises(ConfigError, match=r"threshold=0\.5"):
         model.edit(facts(1, start=2))

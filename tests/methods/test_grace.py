@@ -75,7 +75,9 @@ def test_edit_see_undo(name: str) -> None:
 
 @pytest.mark.parametrize("replacement", ["replace_last", "replace_all", "replace_prompt"])
 def test_every_way_of_generating_is_one(replacement: Any) -> None:
-    model = EditableModel.from_pretrained(WORLD[0], GRACEConfig(num_steps=12, replacement=replacement))
+    model = EditableModel.from_pretrained(
+        WORLD[0], GRACEConfig(layers=[3], eps=3.0, num_steps=12, replacement=replacement)
+    )
     (fact,) = facts(1)
     model.edit(fact)
     prompts = [fact.filled_prompt, neighbours([fact])[0]]
@@ -244,7 +246,7 @@ def test_what_cannot_be_done(model: EditableModel) -> None:
     with pytest.raises(MergeError, match="at run time"):
         model.merge_and_unload()
     model.set_method(GRACEConfig(layers=[2], module="transformer.h.2.mlp.c_fc", num_steps=2, eps=7.0))
-    with pytest.raises(ConfigError, match="eps=3"):
+    with pytest.raises(ConfigError, match="eps=4"):
         model.edit(facts(1, start=1))
     assert len(model.edits) == 1
     assert model.unload() is model.base_model and without_trace(model)
@@ -341,7 +343,7 @@ def test_weight_edits_beside_a_codebook(model: EditableModel) -> None:
     wanted = facts(2)
     model.edit(wanted[0])
     plain = prompt_logits(model, wanted[0].filled_prompt)
-    model.set_method("rome")  # layer 2 of this model, the codebook is at 3
+    model.set_method("rome")  # layer 2 of this model, the codebook is at 4
     with pytest.raises(ConfigError, match="lies below"):
         model.edit(wanted[1])
     model.set_method(FTMConfig(layers=[5], lr=1e-3, num_steps=3))
