@@ -21,6 +21,7 @@ from ..errors import ConfigError, require_extra
 LEXICAL = "lexical"
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _REGISTERED: dict[str, Retriever] = {}
+_KINDS: dict[str, Callable[[str], Retriever]] = {}
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,13 @@ def register_retriever(retriever: Retriever) -> None:
     _REGISTERED[retriever.name] = retriever
 
 
+def register_retriever_kind(kind: str, load: Callable[[str], Retriever]) -> None:
+    """Say how retrievers are loaded whose name begins with ``kind:``."""
+    _KINDS[kind] = load
+
+
 def find_retriever(name: str) -> Retriever:
-    """Return a retriever: ``"lexical"``, a registered name, or a sentence-transformers model by its id.
+    """Return a retriever: ``"lexical"``, a registered name or kind, or a sentence-transformers model by its id.
 
     Raises:
         ConfigError: if there is none of this name.
@@ -145,6 +151,9 @@ def find_retriever(name: str) -> Retriever:
     """
     if name == LEXICAL:
         return LexicalRetriever()
+    kind = name.partition(":")[0]
+    if name not in _REGISTERED and kind in _KINDS:
+        _REGISTERED[name] = _KINDS[kind](name)
     if name not in _REGISTERED:
         if "/" not in name:
             raise ConfigError(

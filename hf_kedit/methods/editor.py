@@ -31,7 +31,7 @@ from ..repository import push_files
 from ..requests import EditRequest
 from ..tokens import pad_id
 from .base import WeightConfig
-from .editor_files import pack_editor, read_editor
+from .editor_files import SavedEditor, pack_editor, read_editor
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -229,6 +229,25 @@ class Editor(nn.Module):
         """The batch from which changes are proposed: the facts, and what else the editor wants to read."""
         return self.encode(model, tokenizer, requests)
 
+    def batches(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[EditRequest],
+        rephrases: Sequence[EditRequest],
+        localities: Sequence[EditRequest],
+    ) -> dict[str, Batch]:
+        """The arguments of `forward`, without the groups, for facts, other wordings and unrelated prompts."""
+        return {
+            "edit": self.edit_batch(model, tokenizer, edits),
+            "rephrase": self.encode(model, tokenizer, rephrases),
+            "locality": self.encode(model, tokenizer, localities),
+        }
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Called once before training with the base model's tokenizer; nothing by default."""
+        return None
+
     # ------------------------------------------------------------------ proposing
 
     @abstractmethod
@@ -384,8 +403,12 @@ class Editor(nn.Module):
         config = kind.config_class.from_dict(saved.hparams)
         made = kind(config, saved.modules, encoder_decoder=saved.encoder_decoder)
         saved.fill(made)
-        made.origin = saved.origin
+        made.take_over(saved)
         return made.eval()
+
+    def take_over(self, saved: SavedEditor) -> None:
+        """What else the files of an editor say: where it comes from."""
+        self.origin = saved.origin
 
     def load_saved(self, folder: str | Path) -> None:
         """Take over the tensors of a saved editor of the same kind (a checkpoint).

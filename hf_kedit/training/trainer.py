@@ -59,6 +59,7 @@ class EditTrainer(Trainer):
         if processing_class is None:
             raise ConfigError("EditTrainer needs the base model's tokenizer: processing_class=tokenizer")
         model.base  # noqa: B018 - raises here rather than in the first batch
+        model.use_tokenizer(processing_class)
         seed = args.seed if args.data_seed is None else args.data_seed
 
         def facts(source: Any) -> Any:
