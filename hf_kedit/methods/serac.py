@@ -78,8 +78,9 @@ class SERACConfig(InContextConfig):
             Every prompt is then changed a little, and nothing can be generated.
         similarity: of the vectors of an edit and a prompt, or ``cross``; see `serac_networks`.
         scope_text: what the scope classifier reads of an edit, with ``{prompt}`` and, if it should, ``{target}``.
-        encoder: id or folder of the encoder that the scope classifier starts from (published: ``distilbert-base-cased``
-            with ``pooling="first"``); ``None``: a small one from scratch, on the base model's tokens.
+        encoder: id or folder of the encoder that the scope classifier starts from (published:
+            ``distilbert-base-cased``, ``pooling="first"``); ``None``: a small one from scratch, on the base model's
+            tokens.
         pooling: ``mean`` of the encoder's states, or the ``first`` one.
         small_model: id or folder of the language model that the counterfactual model starts from (published: the
             smallest of the base model's family); ``None``: a small one from scratch. Both must share their tokens.
@@ -296,7 +297,7 @@ class SERACEditor(Editor):
             for scores in (same, related):
                 best, which = scores.masked_fill(~here, -torch.inf).max(dim=1)
                 found.append(((best >= least) & (which == torch.arange(len(groups), device=which.device))).float())
-            caught = (unrelated.masked_fill(~here, -torch.inf).amax(dim=1) >= least).float()
+            caught = (unrelated.masked_fill(~(here & locality["apart"]), -torch.inf).amax(dim=1) >= least).float()
             with frozen_eval(self.base):
                 known = score(self.base, locality).all_right()
             success, general = found[0] * score(self.reader, edit).all_right(), found[1] * outer.all_right()

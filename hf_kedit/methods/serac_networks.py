@@ -5,7 +5,7 @@ A stored edit and a prompt become vectors of one encoder, and their similarity f
     s(edit, x) = exp(−‖e(edit) − e(x)‖²)                                       (``exp_square``, the published form)
 
 or one encoder reads both at once and a linear layer decides (``cross``): slower, one run per pair. The counterfactual
-model is any language model of the base model's tokens; nothing about it is special. Nothing here knows what an edit is.
+model is any language model of the base model's tokens. Nothing here knows what an edit is.
 """
 
 from __future__ import annotations
