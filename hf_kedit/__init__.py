@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .methods.ft import FTLConfig, FTMConfig
     from .methods.grace import GRACEConfig
     from .methods.ike import IKEConfig, PromptConfig
+    from .methods.instructedit import InstructEditConfig
     from .methods.ke import KEConfig
     from .methods.kn import KNConfig
     from .methods.lora import AdaLoRAConfig, LoRAConfig, QLoRAConfig
@@ -93,6 +94,7 @@ __all__ = [
     "FTMConfig",
     "GRACEConfig",
     "IKEConfig",
+    "InstructEditConfig",
     "KEConfig",
     "KNConfig",
     "KeditError",

@@ -58,6 +58,11 @@ def resolve(name: str) -> Path | None:
     return path(name) if name.startswith(PREFIX) else None
 
 
+def instructions() -> Path:
+    """Return the file with the packaged instructions of editing tasks: task → descriptions."""
+    return _ROOT / "instructions.json"
+
+
 def editor(name: str) -> Path | None:
     """Return the folder of a packaged editor such as ``"kedit/mend-world-gpt2"``, or None if the name is another.
 

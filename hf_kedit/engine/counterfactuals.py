@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .. import embedded
@@ -10,6 +11,7 @@ from .forward import device_of
 
 BASE = "base"
 _REGISTERED: dict[str, Any] = {}
+_KINDS: dict[str, Callable[[str], Any]] = {}
 
 
 def register_counterfactual(name: str, model: Any) -> None:
@@ -19,8 +21,18 @@ def register_counterfactual(name: str, model: Any) -> None:
     _REGISTERED[name] = model
 
 
+def register_counterfactual_kind(kind: str, load: Callable[[str], Any]) -> None:
+    """Say how models are loaded whose name begins with ``kind:``."""
+    _KINDS[kind] = load
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many tokens a language model knows."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
 def find_counterfactual(name: str, beside: Any) -> Any:
-    """Return a counterfactual model: a registered name, or the id or folder of a causal language model.
+    """Return a counterfactual model: a registered name or kind, or the id or folder of a causal language model.
 
     Args:
         name: of the model.
@@ -30,15 +42,20 @@ def find_counterfactual(name: str, beside: Any) -> Any:
         UnsupportedModelError: if the vocabularies differ.
     """
     if name not in _REGISTERED:
-        from transformers import AutoModelForCausalLM
-
-        folder = embedded.resolve(name)
-        loaded = AutoModelForCausalLM.from_pretrained(folder or name, dtype="auto")
-        _REGISTERED[name] = loaded.eval().to(device_of(beside))
+        _REGISTERED[name] = _load(name).eval().to(device_of(beside))
     model = _REGISTERED[name]
-    mine, own = (m.config.get_text_config(decoder=True).vocab_size for m in (model, beside))
+    mine, own = vocabulary_size(model), vocabulary_size(beside)
     if mine != own:
         raise UnsupportedModelError(
             f"the counterfactual model {name!r} has {mine} tokens, the edited model {own}: both must share a tokenizer"
         )
     return model
+
+
+def _load(name: str) -> Any:
+    kind = name.partition(":")[0]
+    if kind in _KINDS:
+        return _KINDS[kind](name)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(embedded.resolve(name) or name, dtype="auto")

@@ -4,7 +4,7 @@ While it is attached, a model's ``forward`` and ``generate`` ask a router about 
 for is run with the prefix behind its leading special tokens (BOS), by the model itself or by another one; logits,
 loss and returned sequences are those of the tokens that the caller gave. Rows without a prefix run as they are, and a
 call without any such row is passed on untouched, bit for bit. Nothing else of the model changes, and detaching it
-restores the model. This module knows no method.
+restores the model. An encoder-decoder reads the prefix in its encoder. This module knows no method.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
-from ..tokens import context_length, encode_text, pad_id, pad_rows
+from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows
 from .forward import model_inputs
 from .sites import prompt_ends
 
@@ -59,7 +59,7 @@ class Prompter:
     """Stands between a model and its callers while it is attached.
 
     Args:
-        model: a decoder-only transformers model.
+        model: a transformers language model.
         tokenizer: of the model, looked up when it is needed.
         router: prompts (texts) → a prefix for each, or ``None``.
     """
@@ -125,8 +125,8 @@ class Prompter:
         rows = None if self._passing else _Rows.read(given)
         if rows is None:
             return plain(*args, **kwargs)
-        ends = prompt_ends(self.model, rows.mask, given.get("labels"))
-        routes = self._routes(rows, ends)
+        two_stacks = self.model.config.is_encoder_decoder
+        routes = self._routes(rows, None if two_stacks else prompt_ends(self.model, rows.mask, given.get("labels")))
         if not any(routes):
             return plain(*args, **kwargs)
         wanted = [n for n in ("output_hidden_states", "output_attentions") if given.get(n)]
@@ -135,6 +135,11 @@ class Prompter:
                 f"{wanted[0]}: a row that an edit puts a prompt in front of has no states of its own; ask for them"
                 " inside disable_edits()"
             )
+        output: Any
+        if two_stacks:
+            with self.passing():
+                output = self._two_stacks(plain, given, rows, routes)
+            return output.to_tuple() if given.get("return_dict") is False else output
         with self.passing():
             logits = self._logits(plain, given, rows, routes)
         loss = None
@@ -171,6 +176,58 @@ class Prompter:
                 merged[i, columns] = behind if share == 1 else _mix(merged[i, columns], behind, share)
         assert merged is not None
         return merged
+
+    def _two_stacks(
+        self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
+    ) -> Seq2SeqLMOutput:
+        """An encoder-decoder's answer: rows with a prefix are encoded behind it, the decoder reads what was given."""
+        labels, decoder = given.get("labels"), given.get("decoder_input_ids")
+        if decoder is None and labels is not None:
+            decoder = self.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        if decoder is None:
+            raise ConfigError("an encoder-decoder needs decoder_input_ids or labels")
+        given = {**given, "decoder_input_ids": decoder, "use_cache": False, "return_dict": True}
+        given.pop("labels", None)
+        unrouted = [i for i, route in enumerate(routes) if route is None or route.share < 1]
+        found: dict[int, torch.Tensor] = {}
+        if unrouted:
+            found = dict(
+                zip(
+                    unrouted,
+                    plain(**{k: _take(v, unrouted, rows.count) for k, v in given.items()}).logits,
+                    strict=True,
+                )
+            )
+        for model, group in _by_model(routes).items():
+            batch = self._encoder_rows(rows, routes, group, model).to(rows.input_ids.device)
+            read = {k: _take(v, group, rows.count) for k, v in given.items()}
+            read |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            logits = (plain if model is None else model)(**read).logits
+            for i, answer in zip(group, logits, strict=True):
+                share = routes[i].share  # type: ignore[union-attr]
+                found[i] = answer if share == 1 else _mix(found[i], answer, share)
+        merged = torch.stack([found[i] for i in range(rows.count)])
+        loss = None if labels is None else torch.nn.functional.cross_entropy(merged.flatten(0, 1), labels.flatten())
+        return Seq2SeqLMOutput(loss=loss, logits=merged)
+
+    def _encoder_rows(
+        self, rows: _Rows, routes: Sequence[Prefix | None], group: list[int], model: Any | None
+    ) -> TokenBatch:
+        """Rows behind their prefixes as the encoder reads them: as texts, with the tokenizer's own special tokens."""
+        limit = context_length((model or self.model).config)
+        texts = self.tokenizer.batch_decode([rows.ids[i] for i in group], skip_special_tokens=True)
+        read: list[list[int]] = []
+        for i, text in zip(group, texts, strict=True):
+            for front in _fronts(routes[i]):
+                ids = self.tokenizer(front + text)["input_ids"]
+                if limit is None or len(ids) <= limit:
+                    break
+            else:
+                raise TargetTooLongError(
+                    f"the new fact and the prompt take {len(ids)} tokens, the context has {limit}"
+                )
+            read.append(list(ids))
+        return pad_rows(read, pad_id(self.tokenizer))
 
     # ------------------------------------------------------------------ generation
 
@@ -227,11 +284,15 @@ class Prompter:
     ) -> Any:
         """Run rows with their prefixes, left-padded, and return them with the caller's tokens in front."""
         who = model or self.model
+        kwargs = {k: _take(v, group, rows.count) for k, v in given.items()}
+        if who.config.is_encoder_decoder:
+            batch = self._encoder_rows(rows, routes, group, model).to(rows.input_ids.device)
+            kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            return plain(**kwargs) if model is None else model.generate(**kwargs)
         settings = given.get("generation_config") or who.generation_config
         new = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         prefixed = [self._with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
         batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left").to(rows.input_ids.device)
-        kwargs = {k: _take(v, group, rows.count) for k, v in given.items()}
         kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         for name in ("position_ids", "cache_position", "past_key_values"):
             kwargs.pop(name, None)
@@ -265,24 +326,21 @@ class Prompter:
         self, ids: Sequence[int], prefix: Prefix | None, model: Any, reserve: int
     ) -> tuple[list[int], list[int]]:
         """Token ids of a row behind its prefix, and where each of the row's own tokens now is."""
-        assert prefix is not None
         specials = set(self.tokenizer.all_special_ids)
         lead = 0
         while lead < len(ids) and ids[lead] in specials:
             lead += 1
         limit = context_length(model.config)
-        demonstrations = list(prefix.demonstrations)
-        while True:
-            front, first = self._join("".join(demonstrations) + prefix.fact, ids[lead:])
+        for text in _fronts(prefix):
+            front, first = self._join(text, ids[lead:])
             row = [*ids[:lead], *front, *first, *ids[lead + len(first) :]]
             if limit is None or len(row) + reserve <= limit:
                 break
-            if not demonstrations:
-                raise TargetTooLongError(
-                    f"the new fact, the prompt and {reserve} new tokens take {len(row) + reserve} tokens, the model's"
-                    f" context has {limit}"
-                )
-            demonstrations.pop(0 if prefix.nearest_last else -1)
+        else:
+            raise TargetTooLongError(
+                f"the new fact, the prompt and {reserve} new tokens take {len(row) + reserve} tokens, the model's"
+                f" context has {limit}"
+            )
         own = [*range(lead), *range(lead + len(front), len(row))]
         return row, own
 
@@ -339,6 +397,16 @@ class _Rows:
     def width(self) -> int:
         """Columns, padding included."""
         return int(self.input_ids.shape[1])
+
+
+def _fronts(prefix: Prefix | None) -> Iterator[str]:
+    """The text of a prefix, and what is left of it where space is short: one demonstration fewer each time."""
+    assert prefix is not None
+    demonstrations = list(prefix.demonstrations)
+    yield "".join(demonstrations) + prefix.fact
+    while demonstrations:
+        demonstrations.pop(0 if prefix.nearest_last else -1)
+        yield "".join(demonstrations) + prefix.fact
 
 
 def _by_model(routes: Sequence[Prefix | None]) -> dict[Any, list[int]]:

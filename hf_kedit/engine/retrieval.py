@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LEXICAL, MODEL = "lexical", "model"
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _REGISTERED: dict[str, Retriever] = {}
+_KINDS: dict[str, Callable[[str], Retriever]] = {}
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,13 @@ def register_retriever(retriever: Retriever) -> None:
     _REGISTERED[retriever.name] = retriever
 
 
+def register_retriever_kind(kind: str, load: Callable[[str], Retriever]) -> None:
+    """Say how retrievers are loaded whose name begins with ``kind:``."""
+    _KINDS[kind] = load
+
+
 def find_retriever(name: str, reader: StateReader | None = None) -> Retriever:
-    """Return a retriever: ``"lexical"``, ``"model"``, a registered name, or a sentence-transformers model by its id.
+    """Return a retriever: ``"lexical"``, ``"model"``, a registered name or kind, or a sentence-transformers model.
 
     Args:
         name: of the retriever.
@@ -187,6 +193,9 @@ def find_retriever(name: str, reader: StateReader | None = None) -> Retriever:
         if reader is None:
             raise ConfigError(f"the retriever {name!r} compares states of an edited model, and there is none here")
         return reader.retriever(name)
+    kind = name.partition(":")[0]
+    if name not in _REGISTERED and kind in _KINDS:
+        _REGISTERED[name] = _KINDS[kind](name)
     if name not in _REGISTERED:
         if "/" not in name:
             raise ConfigError(

@@ -211,6 +211,25 @@ class Editor(nn.Module):
         """The batch from which changes are proposed: the facts, and what else the editor wants to read."""
         return self.encode(model, tokenizer, requests)
 
+    def batches(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[EditRequest],
+        rephrases: Sequence[EditRequest],
+        localities: Sequence[EditRequest],
+    ) -> dict[str, Batch]:
+        """The arguments of `forward`, without the groups, for facts, other wordings and unrelated prompts."""
+        return {
+            "edit": self.edit_batch(model, tokenizer, edits),
+            "rephrase": self.encode(model, tokenizer, rephrases),
+            "locality": self.encode(model, tokenizer, localities),
+        }
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Called once before training with the base model's tokenizer; nothing by default."""
+        return None
+
     # ------------------------------------------------------------------ proposing
 
     @abstractmethod

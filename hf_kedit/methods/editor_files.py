@@ -42,6 +42,8 @@ class SavedEditor:
         encoder_decoder: whether the base model is one.
         origin: the base model that it was trained on (``base_…``), and what training was like (``trained_…``).
         tensors: its parameters and buffers.
+        files: the folder or repository.
+        sha256: of ``editor.safetensors``.
     """
 
     source: str
@@ -50,6 +52,8 @@ class SavedEditor:
     encoder_decoder: bool
     origin: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+    files: FileSource
+    sha256: str
 
     @property
     def method(self) -> str:
@@ -132,6 +136,8 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
             bool(config["encoder_decoder"]),
             {k: v for k, v in config.items() if k.startswith(("base_", "trained_"))},
             load_tensors(weights),
+            files,
+            config["files"][WEIGHTS],
         )
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ArtifactError(f"{source}: damaged editor: {error!r}") from error

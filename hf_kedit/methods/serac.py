@@ -1,60 +1,404 @@
-"""SERAC at inference (Mitchell et al. 2022, "Memory-Based Model Editing at Scale", arXiv 2206.06520).
+"""SERAC (Mitchell et al. 2022, "Memory-Based Model Editing at Scale", arXiv 2206.06520).
 
 Edits are kept as texts. A scope classifier compares each prompt with them; a prompt in the scope of an edit is
 answered by a counterfactual model, which reads the edit in front of the prompt, every other prompt by the base model:
 
     s = max_j similarity(edit_j, x);   s > 0.5: counterfactual("{edit_j} {x}"),   else: base(x)
 
-Both parts are chosen by name: any retriever as the scope classifier (words in common, sentence embeddings, a trained
-encoder with ``exp(−‖e_j − e_x‖²)``), any causal language model with the same tokens as the counterfactual one. Unless
-others are given, these are the words in common and the base model itself; the edit's diagnostics say which it was.
+Both networks are trained on facts with other wordings (in scope) and unrelated prompts (out of it), and the base model
+is not needed for that (section 3.2):
+
+    l = edit_weight · NLL(counterfactual("{edit} {rephrase}"), target) + locality_weight · (−log s⁺ − log(1 − s⁻))
+
+A `SERACEditor` holds them; `EditTrainer` trains it. Without one, both parts are chosen by name: any retriever as the
+scope classifier (words in common, sentence embeddings), any language model with the same tokens as the counterfactual
+one, or the base model itself. The edit's diagnostics say which it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..engine.counterfactuals import BASE, find_counterfactual
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from ..engine.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind, vocabulary_size
+from ..engine.forward import frozen_eval
+from ..engine.gradients import LowRank
 from ..engine.promptbook import PromptEntry
-from ..engine.retrieval import LEXICAL, find_retriever
-from ..errors import ConfigError
-from ..requests import EditRequest
-from .base import Capabilities, Outcome, register_method
-from .ike import InContext, InContextConfig
+from ..engine.retrieval import LEXICAL, find_retriever, register_retriever_kind
+from ..engine.supervised import Batch, score
+from ..errors import ArtifactError, ConfigError, UnsupportedModelError
+from ..requests import SLOT, EditRequest
+from ..tokens import pad_rows
+from .base import Capabilities, Outcome, Workbench, register_method
+from .editor import Editor, EditorOutput, register_editor
+from .editor_files import SavedEditor
+from .ike import InContext, InContextConfig, fact_of
+from .serac_networks import (
+    Pooling,
+    ScopeClassifier,
+    ScopeTokenizer,
+    Similarity,
+    TrainedScope,
+    classifier_loss,
+    described,
+    small_encoder,
+    small_reader,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KIND = "serac"
+TOKENIZER = "tokenizer.json"
+_PROMPT, _TARGET = "{prompt}", "{target}"
 
 
 @dataclass
 class SERACConfig(InContextConfig):
     """Hyperparameters of SERAC; ``template`` is what the counterfactual model reads in front of a prompt.
 
+    To edit, the first fields count; the others describe a new editor and are kept with it.
+
     Args:
+        editor: folder or Hub id of a trained `SERACEditor`; ``None``: the packaged one of an embedded model, or none.
         scope: the scope classifier: ``"lexical"``, ``"model"`` or ``"model:<layer>"`` (the edited model's own states),
-            the id of a sentence-transformers model, or a name given to `register_retriever`.
+            the id of a sentence-transformers model, or a name given to `register_retriever`; ``None``: the editor's,
+            without one the words in common.
         counterfactual: the model that answers in scope: ``"base"`` for the edited model itself, the id or folder of a
-            causal language model, or a name given to `register_counterfactual`.
+            causal language model, or a name given to `register_counterfactual`; ``None``: the editor's, without one
+            the edited model.
         soft: mix both models' answers by the similarity, ``log((1 − s) p_base + s p_cf)``, instead of taking one.
             Every prompt is then changed a little, and nothing can be generated.
+        similarity: of the vectors of an edit and a prompt, or ``cross``; see `serac_networks`.
+        scope_text: what the scope classifier reads of an edit, with ``{prompt}`` and, if it should, ``{target}``.
+        encoder: id or folder of the encoder that the scope classifier starts from (published:
+            ``distilbert-base-cased``, ``pooling="first"``); ``None``: a small one from scratch, on the base model's
+            tokens.
+        pooling: ``mean`` of the encoder's states, or the ``first`` one.
+        small_model: id or folder of the language model that the counterfactual model starts from (published: the
+            smallest of the base model's family); ``None``: a small one from scratch. Both must share their tokens.
+        encoder_size: width of a new encoder, likewise ``encoder_layers``, ``model_size`` and ``model_layers``.
+        all_negatives: an unrelated prompt counts against all edits of its batch, not against its own only.
+        edit_weight: of the counterfactual model's loss.
+        locality_weight: of the scope classifier's loss.
+        networks: transformers configs of both networks; filled in when an editor is made.
     """
 
-    edit_type: ClassVar[str] = "serac"
+    edit_type: ClassVar[str] = KIND
 
-    scope: str = LEXICAL
-    counterfactual: str = BASE
+    editor: str | None = None
+    scope: str | None = None
+    counterfactual: str | None = None
     soft: bool = False
     template: str = "{} "
+    similarity: Similarity = "exp_square"
+    scope_text: str = _PROMPT
+    encoder: str | None = None
+    pooling: Pooling = "mean"
+    small_model: str | None = None
+    encoder_size: int = 64
+    encoder_layers: int = 2
+    model_size: int = 96
+    model_layers: int = 3
+    all_negatives: bool = True
+    edit_weight: float = 0.1
+    locality_weight: float = 1.0
+    networks: dict[str, dict[str, Any]] | None = None
 
     def validate(self) -> None:
-        """Check the threshold."""
+        """Check ranges and texts."""
         super().validate()
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"SERACConfig.threshold must be above 0 and at most 1, not {self.threshold}")
+        if _PROMPT not in self.scope_text:
+            raise ConfigError(f"SERACConfig.scope_text needs {_PROMPT}: {self.scope_text!r}")
+        self._require_positive("encoder_size", "encoder_layers", "model_size", "model_layers")
+        self._require_positive("edit_weight", "locality_weight", zero=True)
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """An embedded model has a packaged editor."""
+        return ("editor",)
+
+
+@register_editor
+class SERACEditor(Editor):
+    """The two networks of SERAC for the tokens of one base model, whose weights it does not look at.
+
+    Args:
+        config: with ``networks``.
+        shapes: empty: no module of the base model is changed.
+        encoder_decoder: whether the base model is an encoder-decoder.
+    """
+
+    config_class = SERACConfig  # type: ignore[assignment]
+    edit_config: SERACConfig  # type: ignore[assignment]
+
+    def __init__(self, config: SERACConfig, shapes: Mapping[str, tuple[int, int]], *, encoder_decoder: bool = False):
+        super().__init__(config, shapes, encoder_decoder=encoder_decoder)  # type: ignore[arg-type]
+        if config.networks is None:
+            raise ConfigError("a SERAC editor needs the configs of its networks: make it with SERACEditor.for_model")
+        self.scope = ScopeClassifier(config.networks["encoder"], config.similarity, config.pooling)
+        kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        self.reader: PreTrainedModel = kind.from_config(AutoConfig.for_model(**config.networks["small_model"]))
+        self.tokenizer: ScopeTokenizer | None = None
+        self.sha256: str | None = None
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, config: Any = None) -> SERACEditor:
+        """A new editor for a model, with the model attached; its random parts are drawn from ``config.seed``.
+
+        Raises:
+            ConfigError: if the config is another method's.
+            UnsupportedModelError: if the small model has other tokens than the base model.
+        """
+        config = config if config is not None else SERACConfig()
+        if not isinstance(config, SERACConfig):
+            raise ConfigError(f"SERACEditor needs a SERACConfig, not a {type(config).__name__}")
+        networks = {
+            "encoder": described(AutoConfig.from_pretrained(config.encoder))
+            if config.encoder
+            else small_encoder(vocabulary_size(model), config.encoder_size, config.encoder_layers),
+            "small_model": described(AutoConfig.from_pretrained(config.small_model))
+            if config.small_model
+            else small_reader(model, config.model_size, config.model_layers),
+        }
+        kept = dataclasses.replace(config, editor=None, scope=None, counterfactual=None, networks=networks)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            editor = cls(kept, {}, encoder_decoder=bool(model.config.is_encoder_decoder))
+        if config.encoder:
+            loaded = AutoModel.from_pretrained(config.encoder, dtype=torch.float32)
+            editor.scope.encoder.load_state_dict(loaded.state_dict(), strict=False)  # without its pooler
+            editor.use_tokenizer(AutoTokenizer.from_pretrained(config.encoder))
+        if config.small_model:
+            editor.reader = type(editor.reader).from_pretrained(config.small_model, dtype=torch.float32)
+        editor.origin = {
+            "base_model_name_or_path": str(getattr(model.config, "name_or_path", "") or ""),
+            "base_model_revision": getattr(model.config, "_commit_hash", None),
+            "base_dtype": str(model.dtype).removeprefix("torch."),
+        }
+        return editor.attach(model)
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Raise if the model's tokens or kind are not those that the editor was made for.
+
+        Raises:
+            UnsupportedModelError: saying what differs.
+        """
+        if self.encoder_decoder != bool(model.config.is_encoder_decoder):
+            kinds = ("an encoder-decoder", "a decoder-only model")
+            mine, other = kinds if self.encoder_decoder else kinds[::-1]
+            raise UnsupportedModelError(f"this SERAC editor was made for {mine}; the model is {other}")
+        mine_size, own = vocabulary_size(self.reader), vocabulary_size(model)
+        if mine_size != own:
+            raise UnsupportedModelError(
+                f"the counterfactual model of this SERAC editor has {mine_size} tokens, the model {own}: both must"
+                " share a tokenizer"
+            )
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Read texts for the scope classifier with this tokenizer, unless the encoder has brought its own."""
+        if self.tokenizer is None:
+            self.tokenizer = ScopeTokenizer.of(tokenizer, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of a text that the encoder reads; a pair has to fit too."""
+        width = int(getattr(self.scope.encoder.config, "max_position_embeddings", 512)) - 4
+        return width // 2 if self.edit_config.similarity == "cross" else width
+
+    def train(self, mode: bool = True) -> SERACEditor:
+        """As ever, but the networks drop nothing out: what is trained is what will answer."""
+        super().train(mode)
+        self.scope.eval()
+        self.reader.eval()
+        return self
+
+    # ------------------------------------------------------------------ facts as batches
+
+    def scope_text(self, request: EditRequest) -> str:
+        """What the scope classifier reads of an edit."""
+        text = self.edit_config.scope_text.replace(_TARGET, request.target_new)
+        return text.replace(_PROMPT, request.filled_prompt)
+
+    def context(self, request: EditRequest) -> str:
+        """What the counterfactual model reads in front of a prompt."""
+        return self.edit_config.template.replace(SLOT, fact_of(request, self.edit_config.separator))
+
+    def batches(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[EditRequest],
+        rephrases: Sequence[EditRequest],
+        localities: Sequence[EditRequest],
+    ) -> dict[str, Batch]:
+        """The arguments of `forward`: prompts behind their own edits, unrelated ones alone, and all as scope texts."""
+        asked, others, apart = ([r.filled_prompt for r in rs] for rs in (edits, rephrases, localities))
+        known = [{r.filled_prompt, *r.rephrase_prompts} for r in edits]
+
+        def behind(requests: Sequence[EditRequest]) -> Batch:
+            pairs = zip(edits, requests, strict=True)
+            read = [EditRequest(prompt=self.context(e) + r.filled_prompt, target_new=r.target_new) for e, r in pairs]
+            return self.encode(self.reader, tokenizer, read)
+
+        return {
+            "edit": behind(edits)
+            | self._scope_batch([self.scope_text(r) for r in edits], "scope")
+            | self._scope_batch(asked, "asked"),
+            "rephrase": behind(rephrases) | self._scope_batch(others, "asked"),
+            "locality": self.encode(model, tokenizer, localities)
+            | self._scope_batch(apart, "asked")
+            # An unrelated prompt of one fact may be a wording of another one of the batch: no example of being apart.
+            | {"apart": torch.tensor([[prompt not in wordings for wordings in known] for prompt in apart])},
+        }
+
+    def _scope_batch(self, texts: Sequence[str], name: str) -> Batch:
+        if self.tokenizer is None:
+            raise ConfigError("this SERAC editor has no tokenizer yet: call editor.use_tokenizer(tokenizer)")
+        rows = pad_rows(self.tokenizer(texts), 0)
+        return {f"{name}_ids": rows.input_ids, f"{name}_mask": rows.attention_mask}
+
+    def propose(self, model: PreTrainedModel, edit: Batch, groups: torch.Tensor) -> dict[str, LowRank]:
+        """No change of the model."""
+        return {}
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, edit: Batch, rephrase: Batch, locality: Batch, groups: torch.Tensor) -> EditorOutput:
+        """The two losses; in evaluation mode also what became of each fact, with the edits of its group in memory.
+
+        An unrelated prompt in the scope of any edit counts as changed, a rephrased one in the scope of another edit
+        than its own as wrong, whatever the counterfactual model says.
+        """
+        stored = _texts(edit, "scope")
+        related = self.scope.log_similarity(_texts(rephrase, "asked"), stored)
+        unrelated = self.scope.log_similarity(_texts(locality, "asked"), stored)
+        negatives = locality["apart"]
+        if not self.edit_config.all_negatives:
+            negatives = negatives & torch.eye(len(groups), dtype=torch.bool, device=negatives.device)
+        outer = score(self.reader, rephrase)
+        edit_loss, scope_loss = outer.nll.mean(), classifier_loss(related, unrelated, negatives)
+        loss = self.edit_config.edit_weight * edit_loss + self.edit_config.locality_weight * scope_loss
+        metrics = None
+        if not self.training:
+            here = groups[:, None] == groups[None]
+            least = torch.tensor(self.edit_config.threshold).log()
+            same = self.scope.log_similarity(_texts(edit, "asked"), stored)
+            found = []
+            for scores in (same, related):
+                best, which = scores.masked_fill(~here, -torch.inf).max(dim=1)
+                found.append(((best >= least) & (which == torch.arange(len(groups), device=which.device))).float())
+            caught = (unrelated.masked_fill(~(here & locality["apart"]), -torch.inf).amax(dim=1) >= least).float()
+            with frozen_eval(self.base):
+                known = score(self.base, locality).all_right()
+            success, general = found[0] * score(self.reader, edit).all_right(), found[1] * outer.all_right()
+            metrics = torch.stack([success, general, 1 - caught, caught * known], dim=1)
+        return EditorOutput(loss, edit_loss, scope_loss, len(groups), metrics)
+
+    # ------------------------------------------------------------------ files
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors, tied ones once."""
+        values, seen = super().state_dict(*args, **kwargs), set()
+        for name in list(values):
+            place = (values[name].data_ptr(), values[name].shape)
+            if place in seen:
+                del values[name]
+            seen.add(place)
+        return values
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over what `state_dict` returned; tied tensors get their value through the one that is there.
+
+        Raises:
+            RuntimeError: if names or shapes do not fit.
+        """
+        kept = set(self.state_dict())
+        values = {**super().state_dict(), **state_dict} if set(state_dict) == kept else dict(state_dict)
+        tied = [name for name in values if name not in kept and name not in state_dict]
+        for name in tied:
+            del values[name]
+        missing = super().load_state_dict(values, strict=False, assign=assign)
+        wrong = [*missing.unexpected_keys, *(n for n in missing.missing_keys if n in kept)]
+        if strict and wrong:
+            raise RuntimeError(f"tensors that do not belong or are missing: {', '.join(sorted(wrong))}")
+        return missing
+
+    def _files(self) -> dict[str, bytes]:
+        if self.tokenizer is None:
+            raise ConfigError("this SERAC editor has no tokenizer yet: call editor.use_tokenizer(tokenizer)")
+        return {TOKENIZER: self.tokenizer.tokenizer.to_str().encode("utf-8"), **super()._files()}
+
+    def take_over(self, saved: SavedEditor) -> None:
+        """Where it comes from, and its tokenizer.
+
+        Raises:
+            ArtifactError: if there is none.
+        """
+        super().take_over(saved)
+        raw = saved.files.read(TOKENIZER)
+        if raw is None:
+            raise ArtifactError(f"{saved.source}: there is no {TOKENIZER}")
+        self.tokenizer = ScopeTokenizer(Tokenizer.from_str(raw.decode("utf-8")), self._longest)
+        self.sha256 = saved.sha256
+
+
+def _texts(batch: Batch, name: str) -> list[list[int]]:
+    """Token ids of the texts of a batch without padding."""
+    return [row[real].tolist() for row, real in zip(batch[f"{name}_ids"], batch[f"{name}_mask"].bool(), strict=True)]
+
+
+# ---------------------------------------------------------------------- trained networks by name
+
+
+def reference(source: str) -> tuple[str, SERACEditor]:
+    """Load a trained editor, and the name by which saved edits find it again: ``serac:<source>#<hash>``.
+
+    Raises:
+        ArtifactError: if there is no SERAC editor.
+        HubError: if a repository cannot be read.
+    """
+    place = str(Path(source).resolve()) if Path(source).is_dir() else source
+    editor = SERACEditor.from_pretrained(place)
+    assert isinstance(editor, SERACEditor)
+    return f"{KIND}:{place}#{str(editor.sha256)[:16]}", editor
+
+
+@lru_cache(maxsize=4)
+def _by_name(name: str) -> SERACEditor:
+    place, _, _ = name.removeprefix(f"{KIND}:").rpartition("#")
+    found, editor = reference(place)
+    if found != name:
+        raise ArtifactError(
+            f"the SERAC editor {place!r} is not the one that these edits were made with: it has been trained anew."
+            " Make the edits again, or put the old editor back"
+        )
+    return editor
+
+
+def _trained_scope(name: str) -> TrainedScope:
+    editor = _by_name(name)
+    assert editor.tokenizer is not None
+    return TrainedScope(name, editor.scope, editor.tokenizer)
+
+
+register_retriever_kind(KIND, _trained_scope)
+register_counterfactual_kind(KIND, lambda name: _by_name(name).reader)
 
 
 @register_method
 class SERAC(InContext):
-    """SERAC."""
+    """SERAC, with trained networks or with parts chosen by name."""
 
     config_class = SERACConfig
     capabilities = Capabilities(
@@ -64,33 +408,48 @@ class SERAC(InContext):
         sequential=True,
         needs_subject=False,
         low_rank=False,
+        encoder_decoder=True,
         paper="Mitchell et al. 2022, arXiv 2206.06520",
         summary="a scope classifier sends prompts about an edit to a counterfactual model that reads the edit first",
     )
     config: SERACConfig
 
+    def __init__(self, bench: Workbench, config: SERACConfig):
+        super().__init__(bench, config)
+        trained: str | None = None
+        self.editor: SERACEditor | None = None
+        if config.editor is not None:
+            trained, self.editor = reference(config.editor)
+        if self.editor is not None:
+            self.editor.check_fits(bench.model)
+        self.scope = config.scope or trained or LEXICAL
+        self.counterfactual = config.counterfactual or trained or BASE
+        self._trained = trained
+
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check both models."""
-        find_retriever(self.config.scope, self.bench.reader)
-        if self.config.counterfactual != BASE:
-            find_counterfactual(self.config.counterfactual, self.bench.model)
+        find_retriever(self.scope, self.bench.reader)
+        if self.counterfactual != BASE:
+            find_counterfactual(self.counterfactual, self.bench.model)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One record per request."""
-        config = self.config
+        config, editor = self.config, self.editor
         entries = [
             PromptEntry(
-                scope=request.filled_prompt,
+                scope=editor.scope_text(request) if editor and self.scope == self._trained else request.filled_prompt,
                 subject=request.subject,
-                fact=self.text(request),
+                fact=editor.context(request)
+                if editor and self.counterfactual == self._trained
+                else self.text(request),
                 demonstrations=(),
                 nearest_last=True,
-                retriever=config.scope,
+                retriever=self.scope,
                 threshold=config.threshold,
-                reader=config.counterfactual,
+                reader=self.counterfactual,
                 soft=config.soft,
             )
             for request in requests
         ]
-        numbers = {"scope_classifier": config.scope, "counterfactual_model": config.counterfactual}
+        numbers = {"scope_classifier": self.scope, "counterfactual_model": self.counterfactual}
         return Outcome([], [dict(numbers) for _ in requests], entries=entries)

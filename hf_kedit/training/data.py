@@ -102,9 +102,6 @@ class EditCollator:
     def __call__(self, triples: Sequence[Triple]) -> dict[str, Any]:
         """Return the arguments of `Editor.forward`."""
         editor, tokenizer = self.editor, self.tokenizer
-        return {
-            "edit": editor.edit_batch(editor.base, tokenizer, [t.edit for t in triples]),
-            "rephrase": editor.encode(editor.base, tokenizer, [t.rephrase for t in triples]),
-            "locality": editor.encode(editor.base, tokenizer, [t.locality for t in triples]),
-            "groups": torch.arange(len(triples)) // self.edits_per_group,
-        }
+        edits, rephrases, localities = zip(*((t.edit, t.rephrase, t.locality) for t in triples), strict=True)
+        batches: dict[str, Any] = editor.batches(editor.base, tokenizer, edits, rephrases, localities)
+        return {**batches, "groups": torch.arange(len(triples)) // self.edits_per_group}

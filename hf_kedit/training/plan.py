@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from datasets import interleave_datasets
 
 from ..config import config_class, read_mapping
 from ..data import load_edit_dataset
@@ -40,7 +41,8 @@ class TrainingPlan:
         method: ``edit_type`` of the editor.
         data: ``dataset`` (a name of `load_edit_dataset`, or a file of facts), the splits ``train`` and ``eval``,
             ``eval_size`` facts of the latter (0: no evaluation), and ``train_seeds`` for data sets that are made from
-            a seed: how many versions of the training split to take.
+            a seed: how many versions of the training split to take. A list of data sets is mixed, each as often as
+            its weight in ``weights`` says (default: all alike). ``path`` is where a data set's file lies.
         editor: fields of the method's config.
         training: fields of `EditTrainingArguments`.
         dtype: of the base model.
@@ -136,10 +138,16 @@ class TrainingPlan:
         return self._facts(self.data.get("eval", "validation"))[:size] if size else None
 
     def _facts(self, split: str, **options: Any) -> list[EditRequest]:
-        name = str(self.data.get("dataset", ""))
-        if Path(name).is_file():
-            return load_requests(name)
-        return load_requests(load_edit_dataset(name, split=split, **options).remove_columns("id"))
+        name = self.data.get("dataset", "")
+        if isinstance(name, list):
+            parts = [load_edit_dataset(n, split=split, **options).remove_columns("id") for n in name]
+            share = self.data.get("weights", [1 / len(parts)] * len(parts))
+            return load_requests(interleave_datasets(parts, share, seed=0, stopping_strategy="all_exhausted"))
+        if Path(str(name)).is_file():
+            return load_requests(str(name))
+        if "path" in self.data:
+            options["path"] = self.data["path"]
+        return load_requests(load_edit_dataset(str(name), split=split, **options).remove_columns("id"))
 
 
 def train_and_save(trainer: EditTrainer, resume: bool | str | None = None) -> dict[str, float]:

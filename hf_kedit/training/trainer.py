@@ -61,6 +61,7 @@ class EditTrainer(Trainer):
             raise ConfigError("EditTrainer needs the base model's tokenizer: processing_class=tokenizer")
         model.base  # noqa: B018 - raises here rather than in the first batch
         model.check_arguments(args)
+        model.use_tokenizer(processing_class)
         model.origin["trained_edits_together"] = args.edits_per_group
         seed = args.seed if args.data_seed is None else args.data_seed
 
