@@ -47,7 +47,7 @@ class ScopeClassifier(nn.Module):
         super().__init__()
         self.similarity, self.pooling = similarity, pooling
         self.encoder: nn.Module = _without_pooler(AutoConfig.for_model(**encoder))
-        size = int(self.encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        size = int(self.encoder.config.hidden_size)
         self.pair = nn.Linear(size, 1) if similarity == "cross" else None
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, kinds: torch.Tensor | None = None) -> torch.Tensor:
@@ -135,14 +135,9 @@ def small_reader(model: PreTrainedModel, size: int, layers: int) -> dict[str, An
         common[name] = getattr(base, name, None)
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id
-        sizes: dict[str, Any] = {
-            "d_model": size,
-            "d_ff": 4 * size,
-            "num_layers": layers,
-            "num_heads": heads,
-            "d_kv": size // heads,
-        }
-        return described(T5Config(**common, **sizes, dropout_rate=0.0, decoder_start_token_id=start))
+        sizes = {"d_model": size, "d_ff": 4 * size, "num_layers": layers, "num_heads": heads, "d_kv": size // heads}
+        common |= sizes | {"dropout_rate": 0.0, "decoder_start_token_id": start}
+        return described(T5Config(**common))
     width = context_length(model.config) or 2048
     return described(
         LlamaConfig(
