@@ -37,7 +37,8 @@ def test_sweeps_can_be_read(name):
 def test_the_sweep_of_all_methods_leaves_none_out():
     plan = BenchPlan.from_file(ROOT / "recipes" / "all_methods.yaml")
     config_class("rome")  # looking one up loads them all
-    assert sorted(method.name for method in plan.methods) == sorted(registered_methods())
+    beside = {"qlora"}  # edits models that were loaded quantised, which this one is not
+    assert sorted(method.name for method in plan.methods) == sorted(set(registered_methods()) - beside)
     assert {setting.name for setting in plan.settings} == {"single", "sequential"}
     assert all(setting.options["limit"] == 100 for setting in plan.settings)
 

@@ -16,7 +16,7 @@ from hf_kedit.methods.editor import Editor, editor_class
 from hf_kedit.training import TrainingPlan
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ("mend", "malmen", "ke", "rledit")
+RECIPES = ("mend", "malmen", "ke", "rledit", "serac", "instructedit")
 PLANS = sorted(p for m in RECIPES for p in (ROOT / "hparams" / "TRAINING").glob(f"{m}-*.yaml"))
 
 
