@@ -41,12 +41,11 @@ class PreEditCache:
             self._entries.popitem(last=False)
 
     def get_or_make(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Return the result under this key, or make and keep it."""
+        """Return the result under this key, or make and keep it; results are not ``None``."""
         found = self.get(key)
         if found is None:
             found = make()
-            if found is not None:
-                self.put(key, found)
+            self.put(key, found)
         return found
 
     def clear(self) -> None:

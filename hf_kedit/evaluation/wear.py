@@ -66,8 +66,8 @@ class Wear:
             cache: where the results are kept; another method on the same model finds them there.
             state: tells apart models, dtypes, devices and tokenizers.
         """
-        texts = None if self.texts is None else tuple(self.texts)
-        self.perplexity_before = cache.get_or_make((*state, "perplexity", texts), self._perplexity)
+        if self.texts is not None:
+            self.perplexity_before = cache.get_or_make((*state, "perplexity", *self.texts), self._perplexity)
         self.abilities_before = {
             ability.name: cache.get_or_make(
                 (*state, "ability", ability.name, json.dumps(ability.settings(), sort_keys=True, default=str)),

@@ -47,7 +47,7 @@ def test_the_relatives_of_memit_on_every_decoder(family: str) -> None:
         AlphaEditConfig(**SHARED, L2=1e-3),
         SPHEREConfig(**SHARED, L2=1e-3),
         MEMITFEConfig(**SHARED, mom2_update_weight=0.01),
-        EAMETConfig(**SHARED, mom2_update_weight=0.01, length_rule="norm", cs_factor=0.5, mse_factor=2.0),
+        EAMETConfig(**SHARED, mom2_update_weight=0.01, length_rule="norm", cs_factor=0.1, mse_factor=0.2),
         COREConfig(**SHARED, mom2_update_weight=0.01, reg_lambda=1e-3),
         both,
     ):
