@@ -99,7 +99,7 @@ def test_the_instruction_reaches_the_edit(trained: Path) -> None:
         before = {n: p.detach().clone() for n, p in model.base_model.named_parameters()}
         result = model.edit(fact())
         name = "transformer.h.5.mlp.c_proj.weight"
-        changes.append(dict(model.base_model.named_parameters())[name] - before[name])
+        changes.append(dict(model.base_model.named_parameters())[name].detach() - before[name])
         model.rollback(result.ids[0])
         assert all(torch.equal(p, before[n]) for n, p in model.base_model.named_parameters())
     assert torch.equal(changes[1], changes[2])
