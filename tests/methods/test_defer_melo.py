@@ -189,7 +189,7 @@ def test_requests_of_a_call_share_a_block() -> None:
 def test_layers_that_cannot_be() -> None:
     model = EditableModel.from_pretrained(WORLD, "ft-m")
     for config, error, message in [
-        (MELOConfig(layers=[5]), ConfigError, "no layer above"),
+        (MELOConfig(layers=[5]), ConfigError, "must come after"),
         (MELOConfig(layers=[3], target_modules=["transformer.h.2.mlp.c_proj"]), ConfigError, "must come after"),
         (MELOConfig(layers=[3], target_modules=["transformer.h.9.mlp.c_proj"]), LayerError, "no module"),
         (MELOConfig(layers=[3], module="transformer.h.{}.mlp.c_prod"), LayerError, "no module"),
