@@ -180,9 +180,8 @@ class SiteTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(
-            parent, child_name, new_module
-        )  # PEFT's own takes a weight from the module; feed-forward ones have none
+        # PEFT's own takes the weight of the module; feed-forward modules have none.
+        setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:

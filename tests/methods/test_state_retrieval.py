@@ -41,7 +41,7 @@ def test_another_question_about_the_same_subject_is_out_of_scope(name: str) -> N
     after = [prompt_logits(model, prompt) for prompt in others]
     with model.disable_edits():
         assert all(torch.equal(prompt_logits(model, p), logits) for p, logits in zip(others, after, strict=True))
-    words = edited(name, PromptConfig())
+    words = edited(name, PromptConfig(retriever="lexical", threshold=0.5))
     assert None not in in_scope(words, others), "words alone cannot tell them apart"
 
 

@@ -149,9 +149,9 @@ def test_saved_edits_load_in_another_process(edited: EditableModel, tmp_path: Pa
     out = tmp_path / "logits.safetensors"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "edits"), str(out), *texts], check=True)
     assert torch.equal(load_file(out)["logits"], logits(edited, texts))
-    saved = load_file(tmp_path / "edits" / "edit_model.safetensors")
-    path = site(edited).path
-    assert saved[f"{path}.kedit_wise_side.bits"].dtype == torch.uint8
+    saved = load_file(tmp_path / "edits" / "adapter_model.safetensors")
+    path = f"base_model.model.{site(edited).path}"
+    assert saved[f"{path}.kedit_wise_side_bits"].dtype == torch.uint8
     assert saved[f"{path}.kedit_wise_mask"].dtype == torch.bool
 
 
