@@ -107,3 +107,10 @@ def test_recorded_accuracies(loaded) -> None:  # type: ignore[no-untyped-def]
     for row in ("cloze, A", "cloze, B", "held-out paraphrases, B", "questions, B", "entities, cloze"):
         assert figures[row] >= 0.97, row
     assert record["settings"]["people"] == get_world().n_people
+
+
+def test_packaged_editors_are_small() -> None:
+    folders = sorted((embedded.path(NAMES[0]).parent / "editors").iterdir())
+    assert {f"mend-{NAMES[0]}", f"serac-{NAMES[1]}"} <= {folder.name for folder in folders}
+    for folder in folders:
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000, folder.name
