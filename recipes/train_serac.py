@@ -4,8 +4,8 @@
     python recipes/train_serac.py hparams/TRAINING/serac-world-llama.yaml --max_steps 100 --output_dir out/serac
 
 The file names base model, data, the editor's fields and the training arguments; options change the latter.
-`kedit train` with the same file does the same. The editor's fields `encoder` and `small_model` name pretrained networks
-to start from (published: distilbert-base-cased, the smallest model of the base's family), instead of new small ones.
+`kedit train` with the same file does the same. The editor's fields `encoder` and `small_model` name pretrained
+networks to start from (published: distilbert-base-cased, the smallest model of the base's family).
 """
 
 from __future__ import annotations
