@@ -273,3 +273,25 @@ def test_the_editor_of_easyedit_loads_a_quantised_base_for_qlora() -> None:
     assert editor.model.method_name == "qlora" and scheme(down) == "bitsandbytes fp4"
     whole = BaseEditor.from_hparams({**theirs, "quantization_bit": 8})
     assert scheme(get_module(whole.model.base_model, whole.model.anatomy.down(1).path)) == "bitsandbytes int8"
+
+
+def test_packs_on_a_quantised_base(tmp_path: Path) -> None:
+    """Two saved sets beside one base: each alone gives its own logits, together their sum, without them the base's."""
+    alone = {}
+    for name, fact in zip(("one", "two"), facts(2), strict=True):
+        model = load(LLAMA, QUICK_ROME, "nf4")
+        bare = logits(model)
+        model.edit(fact)
+        alone[name] = logits(model)
+        model.save_pretrained(tmp_path / name)
+    model = load(LLAMA, QUICK_ROME, "nf4")
+    for name in alone:
+        model.load_edits(tmp_path / name)
+    both = logits(model)
+    assert not any(torch.equal(both, other) for other in (bare, *alone.values()))
+    for names, expected in ((["one"], alone["one"]), (["two"], alone["two"]), ([], bare), (["one", "two"], both)):
+        model.set_active(names)
+        assert torch.equal(logits(model), expected), names
+    model.unload_edits("one")
+    model.unload_edits("two")
+    assert torch.equal(logits(model), bare) and not model.ledger.runs_beside
