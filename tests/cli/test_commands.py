@@ -97,6 +97,16 @@ def test_edit_without_measuring(kedit: Run) -> None:
     assert len(result["edit_ids"]) == 1
 
 
+def test_edit_of_a_tied_head(kedit: Run, tmp_path: Path) -> None:
+    """Refused without --untie, which the error names; with it, the saved edits remember."""
+    words = ("edit", *MODEL, "-M", "ft-m", *ONE, "--no-eval", "--set", "modules=[lm_head]", "--set", "num_steps=2")
+    refused = kedit(*words)
+    assert refused.exit_code == 1 and "--untie" in refused.stderr
+    done = kedit(*words, "--untie", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "edit_config.json").read_text(encoding="utf-8"))["head_tied"] is False
+
+
 @pytest.mark.parametrize(("bound", "code"), [("1.0", 3), ("0.0", 0)])
 def test_min_success(kedit: Run, tmp_path: Path, bound: str, code: int) -> None:
     """One step of fine-tuning changes nothing that one could see."""
