@@ -152,14 +152,25 @@ def _card(config: dict[str, Any]) -> str:
         tags=["knowledge-editing", "hypernetwork", config["method"]],
     )
     modules = "\n".join(f"- `{name}` ({shape[0]} → {shape[1]})" for name, shape in config["modules"].items())
+    if modules:
+        what = (
+            "A small network, trained to turn the gradient of a fact into an edit of the model that it was trained"
+            " for. It is not a\nmodel by itself and holds none of the model's weights."
+        )
+        ending = f"Edited modules:\n{modules}"
+    else:  # SERAC: no module is changed
+        what = (
+            "Two small networks: one recognises the prompts that an edit is about, the other one answers them in the"
+            "\nmodel's place. They share the model's tokens and hold none of its weights."
+        )
+        ending = "No module of the model is changed."
     return f"""---
 {data.to_yaml()}
 ---
 
 # {config["method"].upper()} editor for {base or "a model that was in memory"}
 
-A small network, trained to turn the gradient of a fact into an edit of the model that it was trained for. It is not a
-model by itself and holds none of the model's weights.
+{what}
 
 ```python
 from hf_kedit import EditableModel, AutoEditConfig
@@ -169,6 +180,5 @@ model = EditableModel.from_pretrained("{base or "the base model"}", config)
 model.edit(prompt="{{}} was born in the city of", subject="...", target_new="...")
 ```
 
-Edited modules:
-{modules}
+{ending}
 """

@@ -83,6 +83,8 @@ def test_a_saved_editor_is_the_same_and_edits(trained: Path, tmp_path: Path) -> 
         "tokenizer.json",
         "README.md",
     }
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    assert "No module of the model is changed" in card and "gradient" not in card
     model = EditableModel.from_pretrained("kedit/world-gpt2", SERACConfig(editor=str(trained), threshold=0.9))
     tokens = model.tokenizer([PROMPT, "By profession Fulex Tudias is a"], return_tensors="pt", padding=True)
     with torch.no_grad():
