@@ -218,7 +218,12 @@ def test_a_change_out_of_proportion_is_reported_or_refused(tmp_path: Path, caplo
 @pytest.mark.parametrize("model", ["world-gpt2", "world-llama"])
 @pytest.mark.parametrize(
     ("method", "setting", "facts", "together"),
-    [("ke", "single", 20, 1), ("mend", "batch", 20, 10), ("malmen", "batch", 50, 50), ("rledit", "sequential", 20, 10)],
+    [
+        ("ke", "single", 20, 1),
+        ("mend", "batch", 20, 10),
+        ("malmen", "batch", 50, 50),
+        ("rledit", "sequential", 20, 10),
+    ],
 )
 def test_packaged_editors_in_the_setting_that_they_are_for(
     model: str, method: str, setting: Any, facts: int, together: int

@@ -25,4 +25,5 @@ def test_mend_learns_to_edit_facts_that_it_was_not_trained_on(model: str, tmp_pa
 
     still, trained = scores(learning_rate=0.0, step_size_lr=0.0), scores()
     assert trained["eval_loss"] < 0.8 * still["eval_loss"]
-    assert min(trained["eval_edit_success"], trained["eval_generalization"]) >= 0.7 and trained["eval_locality"] >= 0.85
+    assert trained["eval_edit_success"] >= 0.7 and trained["eval_generalization"] >= 0.7
+    assert trained["eval_locality"] >= 0.85
