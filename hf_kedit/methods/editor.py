@@ -23,7 +23,7 @@ from ..engine.examples import encode_examples
 from ..engine.forward import frozen_eval, recomputed_blocks
 from ..engine.gradients import LowRank, Reduction, Rows, Tokens, collect_rows, low_rank_paths
 from ..engine.supervised import IGNORE, Batch, Scores, all_of_row, collate, logits_where, score, score_logits
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..files import write_folder
 from ..repository import push_files
 from ..requests import EditRequest
@@ -161,8 +161,10 @@ class Editor(nn.Module):
 
         Raises:
             ConfigError: if its modules have other shapes than those that the editor was made for.
+            UnsupportedModelError: if the model is in fp16.
         """
         self.check_fits(model)
+        self.check_precision(model)
         self._base = _Base(model)
         return self
 
@@ -180,6 +182,18 @@ class Editor(nn.Module):
                     f"this editor was made for {module} with {shape[0]} inputs and {shape[1]} outputs; the model's has"
                     f" {found[0]} and {found[1]}. An editor works on the model that it was trained for."
                 )
+
+    def check_precision(self, model: PreTrainedModel) -> None:
+        """Raise if the gradients of the edited modules cannot be read: in fp16, the small ones become zero.
+
+        Raises:
+            UnsupportedModelError: if they cannot.
+        """
+        if self.shapes and model.dtype == torch.float16:
+            raise UnsupportedModelError(
+                f"{self.edit_config.edit_type} reads the gradient of a fact, which a model in float16 loses; load the"
+                " model with dtype=torch.float32 or torch.bfloat16"
+            )
 
     @property
     def base(self) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """A trained editor as a folder, and back.
 
     edit_config.json     method and hyperparameters, the edited modules, the base model with hashes of its weights
-    editor.safetensors   networks, step sizes and statistics, fp32
+    editor.safetensors   networks, step sizes and statistics, fp32 (fp16 if the editor was halved)
     README.md            the model card
 
 Nothing is unpickled. The editor's classes are not known here.

@@ -62,8 +62,9 @@ class HyperMethod(Method):
         return list(self.editor.shapes)
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check weights and requests."""
+        """Check weights, number format and requests. A model in fp16 can carry edits, but not be edited."""
         super().check(requests)
+        self.editor.check_precision(self.bench.model)
         self.editor.edit_batch(self.bench.model, self.bench.tokenizer, requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:

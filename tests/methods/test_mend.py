@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, Editor, evaluate_edits, load_edit_dataset
-from hf_kedit.errors import ArtifactError, ConfigError
+from hf_kedit.errors import ArtifactError, ConfigError, UnsupportedModelError
 from hf_kedit.methods.mend import MENDConfig, MENDEditor
 
 EDITOR = "kedit/mend-world-gpt2"
@@ -77,3 +77,32 @@ def test_a_model_with_other_weights_is_told(caplog: Any) -> None:
     with caplog.at_level("WARNING", logger="hf_kedit"):
         EditableModel(base, MENDConfig(editor=EDITOR), load_tokenizer("kedit/world-gpt2"))
     assert "trained on a model with another transformer.h.5.mlp.c_fc" in caplog.text
+
+
+def test_a_model_in_fp16_carries_edits_but_is_not_edited(mend: EditableModel, tmp_path: Path) -> None:
+    """Small gradients become zero in fp16, but not in bf16."""
+    facts = load_edit_dataset("world", split="test", limit=2)
+    mend.edit(facts.select([0]))
+    mend.save_pretrained(tmp_path)
+    half = EditableModel.from_pretrained(tmp_path, dtype=torch.float16, ignore_fingerprint=True)
+    before = {n: p.detach().clone() for n, p in half.base_model.named_parameters()}
+    with pytest.raises(UnsupportedModelError, match="bfloat16"):
+        half.edit(facts.select([1]))
+    assert len(half.edits) == 1
+    assert all(torch.equal(p, before[n]) for n, p in half.base_model.named_parameters())
+    with pytest.raises(UnsupportedModelError, match="bfloat16"):
+        MENDEditor.for_model(half.base_model)
+    brain = EditableModel.from_pretrained("kedit/world-gpt2", "mend", dtype=torch.bfloat16)
+    assert brain.edit(facts.select([0])).edits[0].diagnostics["target_probability_after"] > 0.9
+
+
+def test_an_edit_leaves_no_gradient_and_no_hook(mend: EditableModel) -> None:
+    model = mend.base_model
+
+    def hooks() -> int:
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+
+    before = hooks()
+    mend.edit(load_edit_dataset("world", split="test", limit=2))
+    assert hooks() == before and all(p.grad is None for p in model.parameters())

@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
-from hf_kedit import EditableModel, EditRequest, EditTrainer, EditTrainingArguments, load_edit_dataset, load_requests
+from hf_kedit import (
+    EditableModel,
+    EditRequest,
+    EditTrainer,
+    EditTrainingArguments,
+    evaluate_edits,
+    load_edit_dataset,
+    load_requests,
+)
 from hf_kedit.engine.gradients import low_rank_paths
 from hf_kedit.engine.supervised import IGNORE, logits_where
+from hf_kedit.engine.weights import get_module
 from hf_kedit.errors import ConfigError, EditFailedError
 from hf_kedit.loading import load_base, load_tokenizer
 from hf_kedit.methods.editor import Editor, editor_class
@@ -200,3 +210,61 @@ def test_a_change_out_of_proportion_is_reported_or_refused(tmp_path: Path, caplo
     usual_model = EditableModel.from_pretrained("kedit/world-gpt2", MENDConfig(max_relative_size=4))
     result = usual_model.edit(FACTS.select(range(10)))
     assert 0.2 < result.edits[0].diagnostics["relative_size"] < 3 and "in training" not in caplog.text
+
+
+# ---------------------------------------------------------------------- the packaged editors
+
+
+@pytest.mark.parametrize("model", ["world-gpt2", "world-llama"])
+@pytest.mark.parametrize(
+    ("method", "setting", "facts", "together"),
+    [
+        ("ke", "single", 20, 1),
+        ("mend", "batch", 20, 10),
+        ("malmen", "batch", 50, 50),
+        ("rledit", "sequential", 20, 10),
+    ],
+)
+def test_packaged_editors_in_the_setting_that_they_are_for(
+    model: str, method: str, setting: Any, facts: int, together: int
+) -> None:
+    """Held-out facts are said, in other words too, and most of the rest stays."""
+    editable = EditableModel.from_pretrained(f"kedit/{model}", method)
+    test = load_edit_dataset("world", split="test", limit=facts)
+    said = evaluate_edits(editable, test, setting=setting, batch_size=together).summary()["post"]
+    assert said["rewrite_acc"] >= 0.8 and said["rephrase_acc"] >= 0.75 and said["locality"] >= 0.85
+
+
+@pytest.mark.parametrize("model", ["world-gpt2", "world-llama"])
+@pytest.mark.parametrize("method", ["ke", "mend", "malmen", "rledit"])
+def test_an_edit_is_the_same_beside_the_weights_in_them_and_as_an_adapter(
+    model: str, method: str, tmp_path: Path
+) -> None:
+    """The low-rank paths of training, dense W + ΔW, the ledger's weights, and the exported adapter in PEFT."""
+    base, tokenizer = load_base(f"kedit/{model}"), load_tokenizer(f"kedit/{model}")
+    requests = load_requests(load_edit_dataset("world", split="test", limit=1).remove_columns("id"))
+    editor = Editor.from_pretrained(f"kedit/{method}-{model}")
+    changes = editor.propose(base, editor.edit_batch(base, tokenizer, requests), torch.zeros(1, dtype=torch.long))
+    ids = tokenizer([requests[0].filled_prompt], return_tensors="pt")["input_ids"]
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    untouched = logits(base)
+    with torch.no_grad(), low_rank_paths(base, changes):
+        beside = logits(base)
+    dense = {}
+    for name, change in changes.items():
+        module, update = get_module(base, name), (change.left @ change.right.T).detach()
+        dense[f"{name}.weight"] = module.weight + (update if isinstance(module, torch.nn.Linear) else update.T)
+    with torch.no_grad():
+        functional = torch.func.functional_call(base, dense, (ids,)).logits
+    editable = EditableModel.from_pretrained(f"kedit/{model}", method)
+    editable.edit(requests)
+    editable.export_lora(tmp_path / "lora")
+    adapter = PeftModel.from_pretrained(load_base(f"kedit/{model}"), tmp_path / "lora")
+    scale = float(untouched.abs().max())
+    assert float((beside - untouched).abs().max()) > 0.05 * scale
+    for found in (functional, logits(editable), logits(adapter)):
+        assert torch.allclose(found, beside, atol=1e-4 * scale)

@@ -100,7 +100,10 @@ def test_evaluation_counts_every_fact_once(tmp_path: Path) -> None:
     """Seven facts in batches of three: the mean over the facts one by one."""
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.train()
+    before = {n: v.clone() for n, v in trainer.model.state_dict().items()}
     found = trainer.evaluate()
+    assert all(torch.equal(v, before[n]) for n, v in trainer.model.state_dict().items())  # statistics too
+    assert all(p.grad is None for p in trainer.model.base.parameters())
     editor, facts = trainer.model.eval(), trainer.eval_dataset
     with torch.no_grad():
         rows = torch.cat([editor(**trainer.data_collator([facts[i]])).metrics for i in range(len(facts))])
@@ -288,6 +291,7 @@ def test_running_norm_merges_batches() -> None:
     assert torch.allclose(norm.mean, rows.mean(0), atol=1e-6)
     assert torch.allclose(norm.std, rows.std(0), rtol=1e-4, atol=1e-6)
     scaled = norm.eval()(rows + torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]))
+    assert float(norm.count) == 30 and torch.allclose(norm.mean, rows.mean(0), atol=1e-6)  # use does not count
     assert bool((scaled[:, 4] == 0).all()) and float(scaled[:, :4].std(0).mean()) == pytest.approx(1, rel=1e-3)
 
 
