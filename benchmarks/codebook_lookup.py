@@ -20,7 +20,7 @@ from hf_kedit.anatomy import check_anatomy, resolve_anatomy
 from hf_kedit.engine.codebook import Vectors
 from hf_kedit.engine.sitebook import SiteBook, SiteEntry
 from hf_kedit.engine.weights import get_module, weight_shape
-from hf_kedit.methods.grace import Codebook, CodeChange, Entry, Event
+from hf_kedit.methods.grace_codebook import Codebook, CodeChange, Entry, Event
 
 
 def filled(path: str, sizes: tuple[int, int], entries: int, device: str) -> Codebook:

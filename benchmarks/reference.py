@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_kedit.engine.capture import as_rows, first, with_first
+from hf_kedit.engine.examples import Example
 from hf_kedit.engine.rows import Row
 from hf_kedit.engine.values import ValueSettings
 from hf_kedit.engine.weights import get_module, get_weight, set_weight
@@ -308,3 +309,34 @@ def attribution(
             scores.append(state["activation"] * gradient)
         found.append(torch.stack(scores).mean(0))
     return found
+
+
+def codebook_value(
+    model: Any, path: str, example: Example, start: torch.Tensor, steps: int, lr: float
+) -> tuple[torch.Tensor, list[float]]:
+    """The value of one codebook entry, ``[d_out]``, and its losses: whole forwards with logits at every position."""
+    device = next(model.parameters()).device
+    ids, targets = torch.tensor([example.ids], device=device), torch.tensor(example.targets, device=device)
+    value = start.clone().requires_grad_(True)
+    optimiser, losses = torch.optim.Adam([value], lr=lr), []
+
+    def put(_: Any, __: Any, output: Any) -> Any:
+        states = as_rows(first(output), 1).clone()
+        states[0, example.positions[0]] = value.to(states.dtype)
+        return with_first(output, states.view_as(first(output)))
+
+    with get_module(model, path).register_forward_hook(put):
+        for _ in range(steps):
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(logits[list(example.positions)], targets)
+            losses.append(float(loss.detach()))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return value.detach(), losses
+
+
+def search(query: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest of ``keys`` ``[n, d]`` as published: distances to all of them, cast on every call."""
+    distance, place = torch.cdist(query.float(), keys.float(), p=2).min(dim=1)
+    return distance, place

@@ -28,30 +28,42 @@ def _register() -> None:
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Finds PEFT as usual and registers behind its import."""
+    """Finds PEFT as usual and registers behind its import.
+
+    It waits until PEFT has been imported, not until it is looked for: transformers asks whether there is a PEFT long
+    before anyone imports it.
+    """
+
+    def __init__(self) -> None:
+        self._looking = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name != "peft":
+        if name != "peft" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._looking = True  # the others are asked the same
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking = False
         if spec is None or spec.loader is None:
             return None
-        spec.loader = _Registering(spec.loader)
+        spec.loader = _Registering(spec.loader, self)
         return spec
 
 
 class _Registering(importlib.abc.Loader):
     """A loader that does what another one does, and registers."""
 
-    def __init__(self, loader: importlib.abc.Loader):
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, waiting: _Waiting):
+        self._loader, self._waiting = loader, waiting
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
+        if self._waiting in sys.meta_path:
+            sys.meta_path.remove(self._waiting)
         _register()
 
     def __getattr__(self, name: str) -> Any:

@@ -13,14 +13,17 @@ import torch
 SAME_PROMPT = 1e-4
 """Queries closer than this times their norm are one prompt."""
 _FIRST_CAPACITY = 16
+_CANDIDATES = 8
+"""Vectors whose distance is measured by differences in a search."""
 
 
 class _Buffer:
-    """Rows with room for more; ``filled`` of them are in use by some list."""
+    """Rows with room for more; ``filled`` of them are in use by some list. ``squares`` are their squared norms."""
 
-    def __init__(self, rows: torch.Tensor, filled: int):
+    def __init__(self, rows: torch.Tensor, filled: int, squares: torch.Tensor | None = None):
         self.rows = rows
         self.filled = filled
+        self.squares = _squares(rows) if squares is None else squares
 
 
 class Vectors:
@@ -55,10 +58,13 @@ class Vectors:
         """The list with one more vector ``[width]``; copies the others only when the room is used up."""
         buffer = self._buffer
         if self.size < buffer.filled or self.size == buffer.rows.shape[0] or buffer.rows.device != row.device:
-            room = torch.empty(max(2 * self.size, _FIRST_CAPACITY), self.width, device=row.device)
-            room[: self.size] = self.tensor
-            buffer = _Buffer(room, self.size)
+            capacity = max(2 * self.size, _FIRST_CAPACITY)
+            room = torch.empty(capacity, self.width, device=row.device)
+            squares = torch.empty(capacity, device=row.device)
+            room[: self.size], squares[: self.size] = self.tensor, buffer.squares[: self.size]
+            buffer = _Buffer(room, self.size, squares)
         buffer.rows[self.size] = row.detach().float()
+        buffer.squares[self.size] = _squares(row.detach().float())
         buffer.filled = self.size + 1
         longer = Vectors(self.width)
         longer.size, longer._buffer = self.size + 1, buffer
@@ -68,11 +74,52 @@ class Vectors:
         """A list of some of the vectors, copied."""
         return Vectors.of(self.tensor[list(places)].clone())
 
+    def with_changed(self, places: Sequence[int], rows: torch.Tensor) -> Vectors:
+        """A list in which the vectors at some places are ``[places, width]``; copies all."""
+        changed = self.tensor.clone()
+        changed[list(places)] = rows.detach().float().to(changed.device)
+        return Vectors.of(changed)
+
     def on(self, device: torch.device) -> torch.Tensor:
         """The vectors on a device; moved there for good, because the model lives there now."""
         if self._buffer.rows.device != device:
-            self._buffer = _Buffer(self.tensor.to(device), self.size)
+            squares = self._buffer.squares[: self.size].to(device)
+            self._buffer = _Buffer(self.tensor.to(device), self.size, squares)
         return self.tensor
+
+    def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nearest vector of each query ``[rows, width]``.
+
+        One matrix product ranks the vectors by ``‖k‖² − 2 q·k``. That form loses the digits that the two terms share,
+        so it only proposes: the distances of the best few are taken by differences, and where rounding could hide the
+        nearest among the others, those of all.
+
+        Returns:
+            Euclidean distances ``[rows]`` fp32 and places in the list ``[rows]`` int64.
+        """
+        keys, queries = self.on(queries.device), queries.float()
+        if len(self) > _CANDIDATES:
+            squares = self._buffer.squares[: self.size]
+            scores, places = torch.addmm(squares, queries, keys.T, alpha=-2).topk(_CANDIDATES, largest=False)
+            doubt = _rounding(queries) * (_squares(queries) + squares.max())
+            if not bool((scores[:, -1] - scores[:, 0] <= doubt).any()):
+                places = places.sort(dim=1).values  # of equals the first wins, as in a search through all
+                gaps = (keys[places] - queries[:, None]).norm(dim=-1)
+                distance, which = gaps.min(dim=1)
+                return distance, places.gather(1, which[:, None]).squeeze(1)
+        distance, place = distances(queries, keys).min(dim=1)
+        return distance, place
+
+
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """Squared norms of ``[..., width]``."""
+    return rows.square().sum(dim=-1)
+
+
+def _rounding(queries: torch.Tensor) -> float:
+    """Bound of the relative error of a product ``q·k``: rounding adds up like a random walk; with a wide margin."""
+    short = queries.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return 8 * (2.0**-11 if short else 2.0**-24) * queries.shape[1] ** 0.5
 
 
 def distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..errors import EditFailedError, UnsupportedModelError
-from ..logging import get_logger, progress_bar
+from ..logging import progress_bar
+from .batches import in_batches, rows_at_once
 from .capture import Tap, as_rows, listen
 from .replay import Replay, ReplayRow, Route
 from .rows import Row
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from ..anatomy import Anatomy
 
-logger = get_logger(__name__)
 Site = Literal["block", "down", "attention_out"]
 STOP_LOSS = 0.05
 _BETAS = (0.9, 0.999)
@@ -199,25 +199,16 @@ def optimise_values(
     taps = list(dict.fromkeys([*taps, *(Tap(p) for p in paths.values())]))
     order = sorted(range(len(rows)), key=lambda i: (_suffix(rows[i]), len(rows[i][0].ids)))
     results: dict[int, Values] = {}
-    size = batch_size or _default_batch(model, rows)
+    size = batch_size or max(1, rows_at_once(model) // max(len(group) for group in rows))
+
+    def run(chunk: Sequence[int]) -> Values:
+        chosen = [rows[i] for i in chunk]
+        return _optimise(model, anatomy, chosen, layer, paths, settings, taps, fill, route, guide)
+
     with progress_bar(len(rows), description, show=show_progress and len(rows) > 1, unit="edit") as bar:
-        start = 0
-        while start < len(order):
-            chunk = order[start : start + size]
-            try:
-                chosen = [rows[i] for i in chunk]
-                part = _optimise(model, anatomy, chosen, layer, paths, settings, taps, fill, route, guide)
-            except torch.OutOfMemoryError:
-                if len(chunk) == 1:
-                    raise
-                size = max(len(chunk) // 2, 1)
-                logger.info("out of memory with %d requests at once; going on with %d", len(chunk), size)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
+        for chunk, part in in_batches(order, size, run):
             results.update({i: _pick(part, k) for k, i in enumerate(chunk)})
             bar.update(len(chunk))
-            start += len(chunk)
     return join_values([results[i] for i in range(len(rows))])
 
 
@@ -507,12 +498,6 @@ class _Terms:
 
 def _suffix(rows: Sequence[Row]) -> int:
     return max(len(r.ids) - r.fact for r in rows if not r.is_drift)
-
-
-def _default_batch(model: PreTrainedModel, rows: Sequence[Sequence[Row]]) -> int:
-    """Requests per batch: a few rows on a CPU (larger batches only add padding), many on an accelerator."""
-    budget = 64 if next(model.parameters()).device.type == "cpu" else 512
-    return max(1, budget // max(len(group) for group in rows))
 
 
 def _pick(values: Values, k: int) -> Values:

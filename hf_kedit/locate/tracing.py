@@ -27,6 +27,7 @@ import torch
 
 from ..anatomy import check_anatomy, resolve_anatomy
 from ..anatomy.structure import unwrap
+from ..engine.batches import in_batches
 from ..engine.capture import Tap, as_rows, listen, rewritten
 from ..engine.forward import device_of, frozen_eval, logits_at, model_inputs
 from ..engine.weights import get_module
@@ -320,22 +321,19 @@ class _Tracer:
         self, text: _Text, noise: torch.Tensor, cells: Sequence[_Cell], corrupted: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """Mean probability of the answer over the samples for each cell, ``[cells]`` fp32 on the CPU."""
-        found: list[torch.Tensor] = []
-        samples, done = noise.shape[0], 0
-        while done < len(cells):
-            chunk = cells[done : done + max(self.rows // samples, 1)]
-            try:
-                with self._disturbed(text, noise, chunk, corrupted):
-                    logits = self._logits(text, text.answer_ids, rows=len(chunk) * samples)
-            except torch.OutOfMemoryError:
-                if len(chunk) == 1:
-                    raise
-                self.rows = max(len(chunk) // 2, 1) * samples
-                logger.info("out of memory; going on with %d rows at once", self.rows)
-                torch.cuda.empty_cache()
-                continue
-            found.append(self._probability(logits, text).view(len(chunk), samples).mean(dim=1).cpu())
-            done += len(chunk)
+        samples = noise.shape[0]
+
+        def run(part: Sequence[int]) -> torch.Tensor:
+            with self._disturbed(text, noise, [cells[i] for i in part], corrupted):
+                logits = self._logits(text, text.answer_ids, rows=len(part) * samples)
+            return self._probability(logits, text).view(len(part), samples).mean(dim=1).cpu()
+
+        found, largest = [], 1
+        for part, probabilities in in_batches(range(len(cells)), max(self.rows // samples, 1), run):
+            found.append(probabilities)
+            largest = max(largest, len(part))
+        if len(found) > 1:
+            self.rows = largest * samples  # what fits is remembered for the next text
         return torch.cat(found)
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..config import EditConfig
+from ..engine.batches import in_batches, rows_at_once
 from ..engine.capture import Tap, capture_at
 from ..engine.examples import Example, encode_examples, row_means, token_losses
 from ..engine.forward import device_of
@@ -98,10 +99,15 @@ class SiteMethod(Method):
 
     def at_key(self, examples: Sequence[Example], taps: Sequence[Tap]) -> dict[Tap, torch.Tensor]:
         """What goes into or comes out of modules at the key tokens, ``[rows, d]`` fp32 each."""
-        prompts = [e.ids[: prompt_length(e)] for e in examples]
-        batch = pad_rows(prompts, self.bench.fill).to(device_of(self.bench.model))
-        columns = torch.tensor([len(p) - 1 for p in prompts])
-        return capture_at(self.bench.model, batch, columns, taps)
+        model = self.bench.model
+
+        def run(part: Sequence[int]) -> dict[Tap, torch.Tensor]:
+            prompts = [examples[i].ids[: prompt_length(examples[i])] for i in part]
+            batch = pad_rows(prompts, self.bench.fill).to(device_of(model))
+            return capture_at(model, batch, torch.tensor([len(p) - 1 for p in prompts]), taps)
+
+        parts = [found for _, found in in_batches(range(len(examples)), rows_at_once(model), run)]
+        return {tap: torch.cat([found[tap] for found in parts]) for tap in taps}
 
     def losses(self, examples: Sequence[Example], whole: bool = False) -> torch.Tensor:
         """Mean negative log-likelihood per target token of each example, ``[rows]`` fp32; see `prompts_of`."""
@@ -112,8 +118,13 @@ class SiteMethod(Method):
     @torch.no_grad()
     def probabilities(self, examples: Sequence[Example]) -> list[float]:
         """Geometric mean per token of each target's probability."""
-        found: list[float] = (-self.losses(examples)).exp().tolist()
-        return found
+
+        def run(part: Sequence[int]) -> list[float]:
+            found: list[float] = (-self.losses([examples[i] for i in part])).exp().tolist()
+            return found
+
+        parts = in_batches(range(len(examples)), rows_at_once(self.bench.model), run)
+        return [probability for _, found in parts for probability in found]
 
 
 def prompt_length(example: Example) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest
-from hf_kedit.methods.grace import Codebook, GRACEConfig
+from hf_kedit.methods.grace import GRACEConfig
+from hf_kedit.methods.grace_codebook import Codebook
 from tests.golden_cases import Case
 from tests.methods.at_sites import state_at_key
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig
-from hf_kedit.engine.codebook import Vectors, distances
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import (
     ArtifactError,
@@ -27,7 +26,8 @@ from hf_kedit.errors import (
     UnsupportedModelError,
 )
 from hf_kedit.evaluation.scoring import score_pairs
-from hf_kedit.methods.grace import GRACE, Codebook, CodeChange, GRACEConfig
+from hf_kedit.methods.grace import GRACE, GRACEConfig
+from hf_kedit.methods.grace_codebook import Codebook, CodeChange
 from tests.methods.at_sites import facts, learnt, neighbours, prompt_logits, says, without_trace
 from tests.models import tiny_model
 
@@ -146,7 +146,7 @@ def test_a_call_is_all_or_nothing(model: EditableModel, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(GRACE, "_train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        model.edit(rest)
+        model.edit(rest, batch_size=1)
     assert book_of(model).entries == before[0] and len(model.edits) == 1 and len(calls) == 2
     assert torch.equal(prompt_logits(model, rest[0].filled_prompt), before[1])
     monkeypatch.undo()
@@ -170,6 +170,64 @@ def test_what_the_model_knows_needs_no_entry() -> None:
     assert learnt(model, [fact]) == [True]
     model.rollback("all")
     assert without_trace(model)
+
+
+# ---------------------------------------------------------------------- several at once
+
+
+def varied() -> list[EditRequest]:
+    """New facts, the same prompt with the same and with another target, and a close prompt."""
+    first, second, *_ = facts(2)
+    other = next(f for f in facts(12) if f.target_new not in (first.target_new, second.target_new))
+
+    def again(like: EditRequest, target: str) -> EditRequest:
+        return EditRequest(prompt=like.prompt, subject=like.subject, target_new=target)
+
+    return [first, second, again(first, first.target_new), again(second, other.target_new), again(first, "x y"), other]
+
+
+@pytest.mark.parametrize("settings", [{}, {"eps": 30.0}, {"replacement": "replace_all", "num_steps": 4}])
+def test_several_at_once_are_one_after_another(settings: dict[str, Any]) -> None:
+    books, values, radii = [], [], []
+    for size in (1, None):
+        config = GRACEConfig(**{"num_steps": 10, "layers": [3], **settings})
+        model = EditableModel.from_pretrained(WORLD[0], config)
+        wanted = [r.with_id(f"edit-{i}") for i, r in enumerate(varied())]
+        made = model.edit(wanted, batch_size=size)
+        book = book_of(model)
+        books.append(
+            [
+                [e.diagnostics["action"] for e in made.edits],
+                [(e.target, e.members, [(v.kind, v.value_before) for v in e.events]) for e in book.entries],
+                [e.diagnostics.get("uncovers") for e in made.edits],
+            ]
+        )
+        values.append(book.values.tensor)
+        radii.append(torch.tensor([e.radius for e in book.entries]))
+        assert all(len(e.diagnostics["loss"]) == config.num_steps for e in made.edits)
+    assert books[0] == books[1] and "expand" in books[0][0]
+    assert torch.allclose(*radii, atol=1e-3)
+    assert torch.allclose(*values, atol=0.05) and values[0].abs().max() > 1
+
+
+def test_several_at_once_come_off_one_by_one() -> None:
+    model = EditableModel.from_pretrained(WORLD[0], "grace")
+    wanted = facts(3)
+    plain = [prompt_logits(model, f.filled_prompt) for f in wanted]
+    ids = model.edit(wanted).ids
+    assert len({e.batch_id for e in model.edits}) == 1 and learnt(model, wanted) == [True] * 3
+    with_all = [prompt_logits(model, f.filled_prompt) for f in wanted]
+    model.rollback(ids[1])
+    assert torch.equal(prompt_logits(model, wanted[1].filled_prompt), plain[1])
+    for i in (0, 2):
+        assert torch.equal(prompt_logits(model, wanted[i].filled_prompt), with_all[i])
+
+
+def test_what_an_earlier_one_of_the_batch_taught_needs_no_entry() -> None:
+    model = EditableModel.from_pretrained(WORLD[0], GRACEConfig(num_steps=12, skip_if_correct=True))
+    (fact,) = facts(1)
+    made = model.edit([fact, EditRequest(prompt=fact.prompt, subject=fact.subject, target_new=fact.target_new)])
+    assert [e.diagnostics["action"] for e in made.edits] == ["add", "none"]
 
 
 # ---------------------------------------------------------------------- saving
@@ -320,22 +378,6 @@ def test_any_edits_undone_in_any_order(edits: list[Any], random: Any) -> None:
             used = {e.value for e in book.entries} | {v.value_before for e in book.entries for v in e.events} - {None}
             assert used == set(range(len(book.values)))
         assert book.edit_ids == left[-1:] and book.entries[0].radius > 0
-
-
-def test_distances_are_exact_for_many_rows() -> None:
-    rows = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 30
-    assert float(distances(rows, rows).diagonal().max()) == 0.0
-
-
-def test_vectors_grow_without_being_copied() -> None:
-    lists = [Vectors(2)]
-    for i in range(40):
-        lists.append(lists[-1].with_row(torch.full((2,), float(i))))
-    assert all(v.tensor[:, 0].tolist() == list(range(len(v))) for v in lists)
-    places = {v.tensor.data_ptr() for v in lists if len(v)}
-    assert len(places) == 3  # 16, 32, 64 rows of room
-    other = lists[20].with_row(torch.full((2,), -1.0))  # an earlier state goes on differently
-    assert lists[21].tensor[20, 0] == 20 and other.tensor[20, 0] == -1
 
 
 def test_weight_edits_beside_a_codebook(model: EditableModel) -> None:

@@ -138,12 +138,18 @@ def test_tensors_are_saved_once(edited: Any, tmp_path: Path) -> None:
         EditableModel.from_pretrained(tmp_path)
 
 
-def test_types_are_known_when_peft_is_imported_later() -> None:
-    script = """
-import hf_kedit, peft
+@pytest.mark.parametrize("first", ["", "assert importlib.util.find_spec('peft')"])  # transformers asks so
+def test_types_are_known_when_peft_is_imported_later(first: str) -> None:
+    script = f"""
+import importlib.util, sys
+import hf_kedit
+assert "peft" not in sys.modules
+{first}
+import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
-kinds = {"KEDIT_GRACE", "KEDIT_DEFER", "KEDIT_MELO", "KEDIT_WISE", "KEDIT_TPATCH", "KEDIT_CALINET"}
+kinds = {{"KEDIT_GRACE", "KEDIT_DEFER", "KEDIT_MELO", "KEDIT_WISE", "KEDIT_TPATCH", "KEDIT_CALINET"}}
 assert kinds <= set(known), sorted(known)
+assert not any("hf_kedit" in type(finder).__module__ for finder in sys.meta_path)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

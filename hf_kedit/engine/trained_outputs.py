@@ -1,0 +1,148 @@
+"""Training what a module puts out at one token of each text, by gradient descent on the likelihood of a target.
+
+The value step of codebook methods (GRACE, section 3). Nothing below the module and no column before its token ever
+changes, so the texts are prepared once and then run again from the module on (see `Replay`), all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import EditFailedError
+from ..logging import progress_bar
+from .batches import in_batches, rows_at_once
+from .capture import Tap
+from .examples import Example, row_means
+from .replay import Replay, ReplayRow, Route
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..anatomy import Anatomy
+
+Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class TrainedOutputs:
+    """Trained outputs of a batch of texts.
+
+    Args:
+        values: ``[texts, d_out]`` fp32.
+        losses: per text, mean negative log-likelihood per target token before each step.
+        probabilities: per text, geometric mean per token of the target's probability at the end.
+        route: how the model was run.
+    """
+
+    values: torch.Tensor
+    losses: list[list[float]]
+    probabilities: list[float]
+    route: Route
+
+
+def train_outputs(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    layer: int,
+    path: str,
+    starts: torch.Tensor,
+    *,
+    steps: int,
+    lr: float,
+    fill: int = 0,
+    batch_size: int | None = None,
+    watch: Watch | None = None,
+    description: str = "training outputs",
+    show_progress: bool = True,
+    route: Route | None = None,
+) -> TrainedOutputs:
+    """Train one output per text with Adam. Texts have nothing to do with each other, whatever batch they are in.
+
+    Args:
+        model: decoder in evaluation mode, without weight gradients.
+        anatomy: of the model.
+        examples: the texts; the output is trained at the token before each target.
+        layer: index of the block that holds the module.
+        path: name of the module.
+        starts: outputs to begin with, ``[texts, d_out]`` fp32.
+        steps: of Adam.
+        lr: of Adam.
+        fill: padding id.
+        batch_size: texts at once; ``None``: by the device, halved when memory runs out.
+        watch: called after each step with its number, the values ``[texts, d_out]`` and the gradients that it took;
+            for a single batch (tests).
+        description: label of the progress bar.
+        show_progress: show a bar.
+        route: force a replay route (tests, benchmarks).
+
+    Raises:
+        EditFailedError: if a loss is not finite.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].targets), len(examples[i].ids)))
+
+    def run(chunk: Sequence[int]) -> TrainedOutputs:
+        chosen = [examples[i] for i in chunk]
+        begin = starts[list(chunk)]
+        return _together(model, anatomy, chosen, layer, path, begin, steps, lr, fill, watch, route)
+
+    values = starts.detach().float().clone()
+    losses: list[list[float]] = [[] for _ in examples]
+    probabilities, taken = [0.0] * len(examples), route or "full"
+    with progress_bar(len(order), description, show=show_progress and len(order) > 1, unit="edit") as bar:
+        for chunk, part in in_batches(order, batch_size or rows_at_once(model), run):
+            values[list(chunk)] = part.values
+            for k, i in enumerate(chunk):
+                losses[i], probabilities[i] = part.losses[k], part.probabilities[k]
+            taken = part.route
+            bar.update(len(chunk))
+    return TrainedOutputs(values, losses, probabilities, taken)
+
+
+def _together(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    layer: int,
+    path: str,
+    starts: torch.Tensor,
+    steps: int,
+    lr: float,
+    fill: int,
+    watch: Watch | None,
+    route: Route | None,
+) -> TrainedOutputs:
+    rows = [ReplayRow(e.ids, e.positions[0], e.positions) for e in examples]
+    replay = Replay(model, anatomy, rows, layer, [path], fill=fill, route=route)
+    own = replay.taken[Tap(path)]
+    targets = torch.tensor([t for e in examples for t in e.targets], device=replay.base_logits.device).unsqueeze(1)
+    value = starts.detach().float().to(own.device).clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([value], lr=lr)
+    history = []
+    for step in range(steps + 1):  # the last value is only measured
+        with torch.set_grad_enabled(step < steps):
+            # adding the difference puts the value in the place of the module's own output
+            log_probs = replay.logits({path: value - own}).log_softmax(-1)
+            loss = row_means(-log_probs.gather(1, targets).squeeze(1), replay.rows, len(examples))
+        numbers: list[float] = loss.tolist()  # the only thing that the host waits for in a step
+        if not all(map(_finite, numbers)):
+            raise EditFailedError("the loss became NaN or infinite while an output was trained; lower lr")
+        history.append(numbers)
+        if step == steps:
+            break
+        # a sum, because a mean would make each step depend on how many texts there are
+        value.grad = torch.autograd.grad(loss.sum(), value)[0]
+        optimiser.step()
+        if watch is not None:
+            watch(step, value.detach(), value.grad)
+    losses = [list(text) for text in zip(*history[:-1], strict=True)] or [[] for _ in examples]
+    probabilities = torch.tensor(history[-1]).neg().exp().tolist()
+    return TrainedOutputs(value.detach(), losses, probabilities, replay.route)
+
+
+def _finite(number: float) -> bool:
+    return abs(number) < float("inf")
