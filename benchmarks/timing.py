@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +157,21 @@ def environment(device: str, dtype: str = "float32") -> dict[str, Any]:
         "dtype": dtype,
         "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
         "torch": torch.__version__,
+        "commit": _commit(),
     }
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Short hash of the checked-out commit, with a plus sign if files differ from it; ``None`` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        known = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return known.stdout.strip() or None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
