@@ -5,12 +5,15 @@ python -m benchmarks.covariance --shape gpt2-tiny gpt2-small --layers 3 5
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks import reference
 from benchmarks.shapes import SHAPES, build, texts, tokenizer
-from benchmarks.timing import Table, alternate, begin, difference, environment, parser
+from benchmarks.timing import Stages, Table, alternate, begin, difference, environment, parser
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
+from hf_kedit.engine import collecting
 from hf_kedit.engine.collecting import collect_moments
 from hf_kedit.engine.corpora import text_corpus
 from hf_kedit.engine.forward import frozen_eval
@@ -44,6 +47,7 @@ def main() -> None:
             ("reference", "seconds_reference", "9.2f"),
             ("ratio", "ratio", "6.2f"),
             ("difference", "difference", "10.1e"),
+            ("% products", "products_percent", "10.0f"),
         ],
         chosen.json,
     )
@@ -54,24 +58,30 @@ def main() -> None:
         for count in chosen.layers:
             paths = [anatomy.down(chosen.first + i).path for i in range(count)]
             named = text_corpus(corpus)
+            stages = Stages({"products": (collecting, "add_upper")}, chosen.device)
+
+            def ours(model: Any = model, paths: Any = paths, named: Any = named) -> Any:
+                return collect_moments(model, tokenizer(), paths, named, show_progress=False)
+
             with frozen_eval(model):
                 sides = alternate(
-                    lambda model=model, paths=paths, named=named: collect_moments(
-                        model, tokenizer(), paths, named, show_progress=False
-                    ),
+                    ours,
                     lambda model=model, paths=paths: reference.covariance(model, tokenizer(), corpus, paths),
                     pairs=chosen.pairs,
                     device=chosen.device,
                 )
-            ours, theirs = sides.results
+                with stages.watching() as seconds:
+                    ours()
+            found, theirs = sides.results
             table.add(
                 {
                     "shape": shape,
                     "layers": count,
                     "first": chosen.first,
-                    "tokens": ours[paths[0]].count,
+                    "tokens": found[paths[0]].count,
                     **sides.figures(),
-                    "difference": max(difference(ours[p].mean(), c) for p, c in zip(paths, theirs, strict=True)),
+                    "difference": max(difference(found[p].mean(), c) for p, c in zip(paths, theirs, strict=True)),
+                    "products_percent": 100 * seconds["products"] / sum(seconds.values()),
                     **environment(chosen.device, chosen.dtype),
                 }
             )

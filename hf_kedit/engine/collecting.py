@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
+BLOCK_WIDTH = 384
 CHUNK_TEXTS = 64
 SAVE_EVERY = 200_000
+# Padded tokens per forward: what stays in the caches of a CPU, what fills an accelerator.
+_BUDGETS = {"cpu": 1024}
+_BUDGET_ELSEWHERE = 4096
 
 
 def collect_moments(
@@ -42,7 +46,7 @@ def collect_moments(
     corpus: Corpus,
     *,
     tokens: int | None = None,
-    token_budget: int = 4096,
+    token_budget: int | None = None,
     checkpoint: Path | None = None,
     show_progress: bool = True,
     workers: Workers = ALONE,
@@ -59,7 +63,7 @@ def collect_moments(
         modules: names of the projections.
         corpus: what to read; texts are cut at the model's context length.
         tokens: stop after this many tokens; ``None`` reads everything.
-        token_budget: padded tokens per forward.
+        token_budget: padded tokens per forward; ``None``: by the device.
         checkpoint: a file for partial sums; a killed run that is started again with it goes on where it was.
         show_progress: show a bar.
         workers: the processes that share the work.
@@ -72,6 +76,7 @@ def collect_moments(
     """
     limit = context_length(model.config) or 2048
     device = device_of(model)
+    budget = token_budget or _BUDGETS.get(device.type, _BUDGET_ELSEWHERE)
     taps = [Tap(m, "input") for m in modules]
     if checkpoint is not None and workers.count > 1:
         checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{workers.rank}-of-{workers.count}{checkpoint.suffix}")
@@ -95,7 +100,7 @@ def collect_moments(
             if tokens is not None and place.tokens >= tokens:
                 break
             encoded = sorted((encode_text(tokenizer, text).ids[:limit] for text in group), key=len)
-            for rows in _budgeted([row for row in encoded if row], token_budget):
+            for rows in _budgeted([row for row in encoded if row], budget):
                 seen = sum(len(row) for row in rows)
                 if place.batches % workers.count == workers.rank:
                     stream_states(model, pad_rows(rows, pad_id(tokenizer)).to(device), taps, receive)
@@ -149,18 +154,18 @@ def _accumulator(width: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(width, width, dtype=torch.float64)
 
 
-def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int = 4) -> None:
+def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int | None = None) -> None:
     """Add ``features.T @ features`` to ``total`` in place, but only from the diagonal blocks on to the right.
 
-    The matrix is symmetric: 10 of 16 blocks are enough. Products are float32, the sum is float64.
+    The matrix is symmetric: ``b (b + 1) / 2`` of ``b × b`` blocks are enough. Products are float32, the sum float64.
 
     Args:
         total: ``[d, d]`` float64; below the diagonal it is not meaningful until the end.
         features: ``[tokens, d]`` float32.
-        blocks: into how many parts the width is cut.
+        blocks: into how many parts the width is cut; ``None``: so many that products stay large enough to be fast.
     """
     width = features.shape[1]
-    step = -(-width // blocks)
+    step = -(-width // (blocks or max(width // BLOCK_WIDTH, 4)))
     for start in range(0, width, step):
         stop = min(start + step, width)
         product = features[:, start:stop].T @ features[:, start:]
