@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
 from hf_kedit.engine import trained_outputs as module
@@ -82,6 +83,22 @@ def test_together_from_the_middle_is_one_by_one_from_the_tokens(family: str) -> 
         assert found.losses[k] == pytest.approx(losses, abs=2e-4)
         assert (found.values[k] - value).norm() <= 1e-3 * value.norm()
         assert found.losses[k][-1] < found.losses[k][0] and 0 < found.probabilities[k] < 1
+
+
+def test_a_step_runs_neither_the_layers_below_nor_the_columns_before() -> None:
+    """Counted, not timed: operations of three steps for all texts, from the middle and by whole forwards."""
+    model, anatomy, path = setup("llama")
+    starts = starts_for(model, path)
+
+    def counted(steps: int, route: Any) -> int:
+        with frozen_eval(model), FlopCounterMode(display=False) as counter:
+            train_outputs(model, anatomy, EXAMPLES, 1, path, starts, steps=steps, lr=LR, route=route)
+        return counter.get_total_flops()
+
+    counted(1, None)  # the route is checked once per model
+    fast, slow = (counted(6, route) - counted(3, route) for route in (None, "full"))
+    # of three layers one is left, and of 6, 3 and 4 columns 3, 1 and 2
+    assert 0 < fast < 0.35 * slow
 
 
 def test_company_and_order_do_not_matter() -> None:
