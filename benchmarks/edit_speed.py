@@ -4,16 +4,17 @@
 
 Every row carries the agreement of the two results (largest relative difference of an optimised value and of a weight
 change): a ratio without agreement means nothing. It also says by how much memory grew at the peak of each side, and
-how our time splits into stages (from one more run). On a CPU, one thread and process time are used; on a GPU, wall
-time around a synchronised region. Second moments and context templates are given and not timed. AlphaEdit edits in
-three sequential batches.
+how our time splits into stages (from one more run). Values that are further apart than 1e-4 are counted and computed
+once more in float64 on both sides. On a CPU, one thread and process time are used; on a GPU, wall time around a
+synchronised region. Second moments and context templates are given and not timed. AlphaEdit edits in three sequential
+batches.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from hf_kedit.engine.ledger import Ledger
 from hf_kedit.engine.replay import Replay
 from hf_kedit.engine.solve import MomentFactor
 from hf_kedit.engine.sweep import Sweep
+from hf_kedit.engine.values import optimise_values
 from hf_kedit.engine.weights import get_module, get_weight
 from hf_kedit.methods import locate
 
@@ -46,6 +48,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "alphaedit": (AlphaEditConfig, {"L2": RIDGE, "nullspace_fraction": 0.02}),
 }
 SEQUENCE = 3
+APART = 1e-4  # values that differ by more are compared in float64 too
 
 
 class Setting:
@@ -137,6 +140,27 @@ class Setting:
         whole = sum(seconds.values())
         return values, {stage: part / whole for stage, part in seconds.items()}
 
+    def in_float64(self, which: Sequence[int]) -> float:
+        """Largest difference of the values of some requests (by number) with the weights and activations in float64.
+
+        The first step of Adam moves every coordinate by the learning rate in the direction of its gradient's sign.
+        Where a gradient is as small as rounding, two float32 computations part there, however exact both are.
+        """
+        settings = self.inner.value_settings()
+        paths = self.paths if self.method == "rome" else self._plan().sites
+        sites = {"rome": "down", "pmet": ("down", "attention_out")}.get(self.method, "block")
+        rows, found = [group for batch in self.rows for group in batch], []
+        self.base.double()
+        try:
+            with frozen_eval(self.base):
+                for i in which:
+                    ours = optimise_values(self.base, self.model.anatomy, [rows[i]], self.layers[-1], sites, settings)
+                    initial, offset = reference.optimise(self.base, rows[i], paths, settings)
+                    found.append(difference((ours.initials + ours.offsets)[0], initial + offset))
+        finally:
+            self.base.float()
+        return max(found, default=0.0)
+
     def theirs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """By the straightforward path: value of every request, and the same weight changes."""
         settings = self.inner.value_settings()
@@ -194,6 +218,7 @@ def run(options: Any, shape: str, method: str, edits: int) -> dict[str, Any]:
     (found, stages), (targets, wanted) = setting.stages(), sides.results[1]
     values = [difference(a, b) for a, b in zip(found, targets, strict=True)]
     changes = [difference(a, b) for a, b in zip(sides.results[0], wanted, strict=True)]
+    apart = [i for i, value in enumerate(values) if value > APART] if options.dtype == "float32" else []
     return {
         "shape": shape,
         "method": method,
@@ -202,6 +227,8 @@ def run(options: Any, shape: str, method: str, edits: int) -> dict[str, Any]:
         **sides.figures(edits),
         "value_difference": max(values),
         "median_value_difference": statistics.median(values),
+        "values_apart": len(apart),
+        "values_apart_in_float64": setting.in_float64(apart),
         "largest_difference": max(changes),
         "median_difference": statistics.median(changes),
         "megabytes": sides.peaks[0] / 2**20,
@@ -232,6 +259,8 @@ def main() -> None:
             ("ratio", "ratio", "6.2f"),
             ("value diff.", "value_difference", "11.1e"),
             ("weight diff.", "largest_difference", "12.1e"),
+            ("apart", "values_apart", "5d"),
+            ("in float64", "values_apart_in_float64", "10.1e"),
             ("MiB", "megabytes", "6.0f"),
             ("reference", "megabytes_reference", "9.0f"),
             ("% values", "steps_percent", "8.0f"),
