@@ -161,6 +161,13 @@ MEMIT = {
         ("llama-2-7b", "mistral-7b", "baichuan-7b", "internlm-7b", "llama-3.2-3b", "qwen2-7b", "qwen2.5-7b"), RMS
     ),
 }
+MEMIT_FE = {
+    **MEMIT,
+    "gpt2-xl": ([13, 14, 15, 16, 17], 35, 0.5, 0.5, 0.75, 15000),
+    "llama-3-8b": (RANGE, 25, 0.1, 0.5, 4, 15000),
+    "qwen2.5-14b": ([9, 10, 11, 12, 13], 25, 0.1, 1e-3, 0.75, 15000),
+    "glm-4-9b": (RANGE, 50, 0.5, 1e-3, 10, 15000),
+}
 PMET = {
     "gpt-j-6b": ([3, 4, 5, 6, 7, 8], 30, 0.2, 0.5, 0.75, 6000, 1.0),
     "gpt-neox-20b": ([6, 7, 8, 9, 10], 30, 0.5, 0.5, 0.8, 15000, 0.8),
@@ -186,10 +193,13 @@ PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
     "ROME": (("layers", "v_num_grad_steps", "v_weight_decay", "clamp_norm_factor"), ROME),
     "R-ROME": (("layers", "v_num_grad_steps", "v_weight_decay", "clamp_norm_factor"), ROME),
     "MEMIT": ((*VALUES, "mom2_update_weight"), MEMIT),
-    "MEMIT-FE": (("layers",), {stem: values[:1] for stem, values in MEMIT.items()}),
+    "MEMIT-FE": ((*VALUES, "mom2_update_weight"), MEMIT_FE),
     "PMET": ((*VALUES, "mom2_update_weight", "kl_factor"), PMET),
     "EMMET": ((*VALUES, "mom2_update_weight"), EMMET),
-    "AlphaEdit": ((*VALUES, "L2"), ALPHAEDIT),
+    "AlphaEdit": (
+        (*VALUES, "L2", "nullspace_threshold"),
+        {stem: (*values, 2e-2) for stem, values in ALPHAEDIT.items()},
+    ),
     "KN": (("adaptive_threshold",), {"gpt2-xl": (0.2,), "gpt-j-6b": (0.1,)}),
 }
 
