@@ -120,6 +120,37 @@ def test_statistics_are_found_again_and_belong_to_the_weights(tmp_path: Path, mo
     assert len(calls) == 3
 
 
+def test_a_moment_is_factorised_once(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = llama
+    made = []
+    real = module.factor_beside
+    monkeypatch.setattr(module, "factor_beside", lambda *a, **k: made.append(1) or real(*a, **k))
+    store = StatisticsStore(model, tokenizer, cache_dir=tmp_path, show_progress=False)
+    store.put(PATHS[0], SecondMoment(torch.eye(160, dtype=torch.float64) * 5000, 5000))
+    first = store.factor(PATHS[0])
+    assert store.factor(PATHS[0]) is first and len(made) == 1 and first.kind == "cholesky"
+    store.put(PATHS[0], SecondMoment(torch.eye(160, dtype=torch.float64) * 20_000, 5000))
+    assert store.factor(PATHS[0]) is not first, "another moment has another factor"
+
+
+@pytest.mark.parametrize(("named", "expected"), [(True, 100 * 160), (False, 20 * 160)])
+def test_so_many_tokens_are_taken_by_default(
+    named: bool, expected: int, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred per dimension of a corpus, twenty of text that the model has to write itself."""
+    model, tokenizer = llama
+    asked = []
+
+    def collect(model: Any, tokenizer: Any, modules: Any, corpus: Any, *, tokens: int, **_: Any) -> Any:
+        asked.append(tokens)
+        return {m: SecondMoment(torch.eye(160, dtype=torch.float64) * tokens, tokens) for m in modules}
+
+    monkeypatch.setattr(module, "collect_moments", collect)
+    chosen = text_corpus(corpus()) if named else None
+    StatisticsStore(model, tokenizer, corpus=chosen, cache_dir=tmp_path, show_progress=False).moments(PATHS[:2])
+    assert asked == [expected]
+
+
 def test_statistics_are_taken_from_the_unedited_model(world_gpt2: EditableModel, tmp_path: Path) -> None:
     from hf_kedit import load_edit_dataset
 

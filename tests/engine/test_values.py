@@ -104,6 +104,22 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(setup: Any, monkeypa
         assert_same(found, i, expected, i)
 
 
+def test_a_batch_holds_requests_of_similar_length(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of a batch runs as many columns as the longest, so requests are sorted by what has to be run."""
+    real, seen = module._optimise, []
+
+    def noting(model: Any, anatomy: Any, rows: Any, *rest: Any, **named: Any) -> Values:
+        seen.append([max(len(r.ids) - r.fact for r in group if not r.is_drift) for group in rows])
+        return real(model, anatomy, rows, *rest, **named)
+
+    monkeypatch.setattr(module, "_optimise", noting)
+    order = [2, 1, 0, 3, 4]
+    given = [max(len(r.ids) - r.fact for r in setup[2][i] if not r.is_drift) for i in order]
+    optimise(setup, order, batch_size=2)
+    columns = [n for batch in seen for n in batch]
+    assert columns == sorted(given) != given and [len(batch) for batch in seen] == [2, 2, 1]
+
+
 def test_the_offset_respects_its_limit_and_the_last_step_is_only_measured(setup: Any) -> None:
     model, anatomy, rows = setup
     settings = ValueSettings(6, 5.0, 0.0, 0.5, 0.0, stop_loss=0.0, keep_path=True)
