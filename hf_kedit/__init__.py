@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .methods.memit import MEMITConfig
     from .methods.memit_fe import MEMITFEConfig
     from .methods.mend import MENDConfig
+    from .methods.namet import NAMETConfig
     from .methods.pmet import PMETConfig
     from .methods.r_rome import RROMEConfig
     from .methods.rledit import RLEditConfig
@@ -104,6 +105,7 @@ __all__ = [
     "MEMITFEConfig",
     "MALMENConfig",
     "MENDConfig",
+    "NAMETConfig",
     "PMETConfig",
     "Probe",
     "PromptConfig",

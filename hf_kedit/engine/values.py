@@ -43,6 +43,9 @@ class ValueSettings:
         lr: Adam's learning rate.
         weight_decay: factor of ``‖δ‖ / ‖a‖²``, ``a`` the activation before the edit.
         clamp: ``‖δ‖`` is kept below ``clamp · ‖a‖``.
+        against_all_rows: measure δ by the activations ``A`` of all rows of a request, the drift row included, instead
+            of by the bare prompt's: the decay is the factor times ``√rows · ‖δ‖ / ‖A‖``, the limit ``clamp · ‖A‖``
+            (NAMET).
         kl_factor: factor of the drift term ``KL(p_δ ‖ p_0)`` on the row "<subject> is a".
         stop_loss: a request stops when its loss falls below.
         nll_factor: factor of the negative log-likelihood.
@@ -60,6 +63,7 @@ class ValueSettings:
     weight_decay: float
     clamp: float
     kl_factor: float
+    against_all_rows: bool = False
     stop_loss: float = STOP_LOSS
     nll_factor: float = 1.0
     settled_factor: float | None = None
@@ -232,13 +236,16 @@ def _optimise(
     count = len(rows)
     bare = torch.tensor([k for k, lane in enumerate(lanes) if lane.template == 0])
     initial = torch.stack([replay.taken[Tap(m)].to(device)[bare.to(device)] for m in modules], dim=1)  # [n, sites, d]
-    norm = initial.norm(dim=-1)
     terms = _Terms(lanes, count, device)
+    norm = initial.norm(dim=-1)
+    unit = norm**2  # by which the decay divides ‖δ‖; [requests, sites]
+    if settings.against_all_rows:
+        norm, unit = _norms_of_all_rows(replay, lanes, modules, count)
     watched = [Tap(anatomy.layers[i].path) for i in settings.together_layers] if settings.together_factor else []
     offset = torch.zeros_like(initial)
     alive = list(range(count))  # requests that the replay still holds; the tensors of the loop have a row for each
     active = torch.ones(count, dtype=torch.bool)  # on the host; one entry per request in alive
-    delta, scale, limit = offset.clone(), norm, settings.clamp * norm  # limit, scale: [requests, sites]
+    delta, limit = offset.clone(), settings.clamp * norm  # limit: [requests, sites]
     first_moment, second_moment = torch.zeros_like(offset), torch.zeros_like(offset)
     nll_factor = torch.full((count,), settings.nll_factor, device=device)
     reference: torch.Tensor | None = None
@@ -265,7 +272,7 @@ def _optimise(
             nll = nll_factor * terms.nll(log_probs)
             kl = settings.kl_factor * terms.drift_kl(log_probs, reference)
             lengths = torch.linalg.vector_norm(variable, dim=-1)
-            decay = settings.weight_decay * (lengths / scale**2).sum(dim=-1)
+            decay = settings.weight_decay * (lengths / unit).sum(dim=-1)
             columns = [nll, kl, decay]
             if watched:
                 spread = torch.stack([terms.spread(h.to(device)) for h in states.values()])
@@ -316,7 +323,7 @@ def _optimise(
             alive = [alive[k] for k in kept]
             terms = terms.select(kept)
             picked = torch.tensor(kept, device=device)
-            delta, scale, limit, nll_factor = delta[picked], scale[picked], limit[picked], nll_factor[picked]
+            delta, unit, limit, nll_factor = delta[picked], unit[picked], limit[picked], nll_factor[picked]
             first_moment, second_moment = first_moment[picked], second_moment[picked]
             active = active[kept]
     offset[torch.tensor(alive, device=device)] = delta
@@ -328,6 +335,23 @@ def _optimise(
     }
     stacked = [torch.stack(p) if p else torch.empty(0) for p in steps_taken]
     return Values(tuple(paths), initial, offset, loss_rows, stacked, updates, probability, taken, replay.route)
+
+
+def _norms_of_all_rows(
+    replay: Replay, lanes: Sequence[_Lane], modules: Sequence[str], count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``‖A‖`` and ``‖A‖ / √rows`` of the activations ``A`` of all rows of each request, ``[requests, sites]`` each."""
+    owners = torch.tensor([lane.owner for lane in lanes])
+    # a drift row that was taken into its bare prompt has the same activation
+    times = torch.tensor([1.0 + (any(lane.drift) and lane.template >= 0) for lane in lanes])
+    rows = torch.zeros(count).index_add(0, owners, times)
+    sums = []
+    for module in modules:
+        squares = replay.taken[Tap(module)].square().sum(dim=-1)
+        found = torch.zeros(count, device=squares.device)
+        sums.append(found.index_add(0, owners.to(squares.device), squares * times.to(squares)))
+    norm = torch.stack([s.to(replay.base_logits.device) for s in sums], dim=1).sqrt()
+    return norm, norm / rows.to(norm).sqrt().unsqueeze(1)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from ..errors import ConfigError
 from ..logging import progress_bar
 from .base import Capabilities, register_method
 from .locate import mean_key
-from .spread import RidgeConfig, SpreadMethod
+from .spread import LayeredRidgeConfig, SpreadMethod
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -43,8 +43,8 @@ LONG_ACTIVATION = 100.0
 
 
 @dataclass
-class EAMETConfig(RidgeConfig):
-    """Hyperparameters of EAMET; see `RidgeConfig` and `LocateConfig` for the shared ones.
+class EAMETConfig(LayeredRidgeConfig):
+    """Hyperparameters of EAMET; see `LayeredRidgeConfig` and `LocateConfig` for the shared ones.
 
     Args:
         cs_factor: weight of the divergence between the neighbourhoods of keys and of values.
@@ -55,7 +55,6 @@ class EAMETConfig(RidgeConfig):
         clamp_ks_factor: lengths of ``fix_ks``, as multiples of the key's.
         target_init: begin with a vector along the activation, as long as the key, unless the activation is longer
             than 100; otherwise with zero.
-        layer_weights: λ of each edited layer, from below; ``None``: ``mom2_update_weight`` for all.
     """
 
     edit_type: ClassVar[str] = "eamet"
@@ -67,7 +66,6 @@ class EAMETConfig(RidgeConfig):
     norm_factor: float = 0.05
     clamp_ks_factor: float = 3.0
     target_init: bool = True
-    layer_weights: list[float] | None = None
     stop_loss: float = 0.01
 
     def validate(self) -> None:
@@ -75,14 +73,6 @@ class EAMETConfig(RidgeConfig):
         super().validate()
         self._require_positive("temperature", "clamp_ks_factor")
         self._require_positive("cs_factor", "mse_factor", "norm_factor", zero=True)
-        if self.layer_weights is not None:
-            if not all(weight > 0 for weight in self.layer_weights):
-                raise ConfigError(f"EAMETConfig.layer_weights must be above 0, not {self.layer_weights!r}")
-            if self.layers is not None and len(self.layer_weights) != len(self.layers):
-                raise ConfigError(
-                    f"EAMETConfig.layer_weights has {len(self.layer_weights)} entries for {len(self.layers)} layers:"
-                    " give one per layer, or mom2_update_weight for all"
-                )
         if self.expert_policy != "shared":
             raise ConfigError("EAMET compares keys of one matrix; use expert_policy='shared'")
 
@@ -204,11 +194,5 @@ class EAMET(SpreadMethod):
 
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
         """``(λ_l C + K Kᵀ)⁻¹ K``, as MEMIT, with a λ for each layer."""
-        weight = self.config.mom2_update_weight
-        if self.config.layer_weights is not None:
-            blocks = [self.bench.anatomy.layers[layer].path + "." for layer in self.layers]
-            weight = next(
-                w for w, block in zip(self.config.layer_weights, blocks, strict=True) if module.startswith(block)
-            )
-        assert weight is not None
+        weight = self.config.weight_of(module, self.bench.anatomy)
         return ridge_columns(self.bench.statistics.factor(module), keys, weight)

@@ -24,6 +24,7 @@ from ..engine.ledger import WeightDelta
 from ..engine.rows import Row
 from ..engine.sweep import Sweep
 from ..engine.values import Site, Values, site_path
+from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from .base import Outcome
@@ -89,6 +90,39 @@ class RidgeConfig(SpreadConfig):
         return super().derive(profile) | {"mom2_update_weight": derived_weight(profile)}
 
 
+@dataclass
+class LayeredRidgeConfig(RidgeConfig):
+    """A `RidgeConfig` whose λ may differ from layer to layer.
+
+    Args:
+        layer_weights: λ of each edited layer, from below; ``None``: ``mom2_update_weight`` for all.
+    """
+
+    layer_weights: list[float] | None = None
+
+    def validate(self) -> None:
+        """Check that there is one per layer."""
+        super().validate()
+        if self.layer_weights is None:
+            return
+        name = type(self).__name__
+        if not all(weight > 0 for weight in self.layer_weights):
+            raise ConfigError(f"{name}.layer_weights must be above 0, not {self.layer_weights!r}")
+        if self.layers is not None and len(self.layer_weights) != len(self.layers):
+            raise ConfigError(
+                f"{name}.layer_weights has {len(self.layer_weights)} entries for {len(self.layers)} layers:"
+                " give one per layer, or mom2_update_weight for all"
+            )
+
+    def weight_of(self, module: str, anatomy: Anatomy) -> float:
+        """λ of the layer that a module is in."""
+        assert self.mom2_update_weight is not None
+        for layer, weight in zip(self.layers or [], self.layer_weights or [], strict=False):
+            if module.startswith(anatomy.layers[layer].path + "."):
+                return weight
+        return self.mom2_update_weight
+
+
 @dataclass(frozen=True)
 class Stop:
     """One matrix on the way up.
@@ -137,6 +171,18 @@ class SpreadMethod(LocateMethod):
         """Rows on which the values are optimised: those that the keys are taken from, unless a method has others."""
         return rows
 
+    def state_rows(self, rewriting: Sequence[Sequence[Row]]) -> list[list[Row]]:
+        """Rows at whose fact tokens states are compared with the targets, as many for each request; their mean counts.
+
+        Args:
+            rewriting: rows of every request, the bare prompt first.
+        """
+        return [list(group[:1]) for group in rewriting]
+
+    def initial_states(self, values: Values) -> torch.Tensor:
+        """Mean state at the first value site on `state_rows` before the batch, ``[requests, d]``."""
+        return values.initial
+
     def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
         """The matrices to write, in order, and what shall be true once they are.
 
@@ -175,6 +221,7 @@ class SpreadMethod(LocateMethod):
         rows = self.rows(requests, groups)
         rewriting = [[r for r in group if not r.is_drift] for group in rows]
         bare = [group[0] for group in rewriting]
+        states = self.state_rows(rewriting)
         for_values = self.value_rows(requests, rows)
         anatomies = [self.anatomy_for(request) for request in requests]
         downs = [tuple(a.down(layer).path for a in anatomies) for layer in self.layers]
@@ -183,9 +230,9 @@ class SpreadMethod(LocateMethod):
         started: dict[Tap, torch.Tensor] = {}
         seen: dict[int, torch.Tensor] = {}
         restart = values.route != "full"
-        all_rows, bare_rows = (
-            Sweep(bench.model, bench.anatomy, r, fill=bench.fill, restart=restart)
-            for r in ([row for group in rewriting for row in group], bare)
+        all_rows, state_rows = (
+            Sweep(bench.model, bench.anatomy, [row for group in r for row in group], fill=bench.fill, restart=restart)
+            for r in (rewriting, states)
         )
         with bench.ledger.provisional() as scope:
             for number, stop in enumerate(stops):
@@ -196,7 +243,7 @@ class SpreadMethod(LocateMethod):
                     taken = all_rows.read(key_taps, stop.layer)
                     taken = {tap: flat.view(len(requests), -1, flat.shape[-1]) for tap, flat in taken.items()}
                 keys = seen[stop.layer] = own_keys(taken, stop.modules)
-                current = self._current(stop, number, values, bare_rows)
+                current = self._current(stop, number, values, state_rows)
                 k = mean_key(where_routed(keys, keys), groups).T  # [d_in, n]
                 residual = stop.target - current  # [n, H]
                 share = self._at_projection(self.share(residual, stop), stop, anatomies[0]).T  # [H, n]
@@ -215,8 +262,11 @@ class SpreadMethod(LocateMethod):
                 started.setdefault(stop.measured, residual.norm(dim=-1))
                 self._trace(stop, k, columns, share, current, residual)
             wanted = {stop.measured: stop.target for stop in stops}
-            reached = bare_rows.read(list(wanted), stops[-1].layer if len(wanted) == 1 else 0)
-        missing = [(target - reached[tap].to(target.device)).norm(dim=-1) for tap, target in wanted.items()]
+            reached = state_rows.read(list(wanted), stops[-1].layer if len(wanted) == 1 else 0)
+        missing = [
+            (target - _mean_states(reached[tap], target).to(target.device)).norm(dim=-1)
+            for tap, target in wanted.items()
+        ]
         before = torch.stack(list(started.values())).sum(dim=0).clamp_min(1e-12)
         ratio = (torch.stack(missing).sum(dim=0) / before).cpu().tolist()
         diagnostics = [
@@ -231,14 +281,15 @@ class SpreadMethod(LocateMethod):
         """Where the keys of the first written matrices are seen, in the first pass of the optimisation already."""
         return [Tap(module, "input") for module in dict.fromkeys(downs[0])]
 
-    def _current(self, stop: Stop, number: int, values: Values, bare: Sweep) -> torch.Tensor:
+    def _current(self, stop: Stop, number: int, values: Values, rows: Sweep) -> torch.Tensor:
         """States at the measured place as they are now, ``[requests, d]``."""
         anatomy = self.bench.anatomy
         if number == 0:
             for i, site in enumerate(values.sites):
                 if stop.measured == Tap(site_path(anatomy, self.value_layer(), site)):
-                    return values.initials[:, i]
-        return bare.read([stop.measured], stop.layer)[stop.measured].to(stop.target.device)
+                    return values.initials[:, i] if i else self.initial_states(values)
+        found = rows.read([stop.measured], stop.layer)[stop.measured]
+        return _mean_states(found, stop.target).to(stop.target.device)
 
     def _trace(
         self,
@@ -277,6 +328,11 @@ class SpreadMethod(LocateMethod):
             " approximate; check the result, or use a single layer",
         )
         return share
+
+
+def _mean_states(flat: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """States of all rows ``[requests · rows, d]`` averaged over the rows of each request, ``[requests, d]``."""
+    return flat.view(targets.shape[0], -1, flat.shape[-1]).mean(dim=1)
 
 
 def members(modules: Sequence[str]) -> dict[str, list[int]]:

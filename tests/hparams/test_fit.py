@@ -53,6 +53,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-7b": llama(32, 4096, 11008, 32, 32),
     "llama-13b": llama(40, 5120, 13824, 40, 40),
     "llama-2-7b": llama(32, 4096, 11008, 32, 32),
+    "llama-2-13b": llama(40, 5120, 13824, 40, 40),
+    "deepseek-llm-7b": llama(30, 4096, 11008, 32, 32),
+    "falcon-7b": ("falcon", {"num_hidden_layers": 32, "hidden_size": 4544, "ffn_hidden_size": 18176}),
     "llama-3-8b": llama(32, 4096, 14336, 32, 8),
     "llama-3.1-8b": llama(32, 4096, 14336, 32, 8),
     "llama-3.2-3b": llama(28, 3072, 8192, 24, 8),
@@ -74,6 +77,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 DOWN = {
     "gpt2": "transformer.h.{}.mlp.c_proj",
     "gptj": "transformer.h.{}.mlp.fc_out",
+    "falcon": "transformer.h.{}.mlp.dense_4h_to_h",
     "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
     "qwen1": "transformer.h.{}.mlp.c_proj",
     "chatglm2": "transformer.encoder.layers.{}.mlp.dense_4h_to_h",
@@ -109,7 +113,12 @@ def test_projections_are_where_the_literature_edits(stem: str) -> None:
     assert anatomy.num_layers == next(sizes[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if k in sizes)
     for layer in range(anatomy.num_layers):
         assert anatomy.down(layer).path == DOWN.get(kind, LLAMA_LIKE).format(layer)
-    inner = sizes.get("intermediate_size") or sizes.get("d_ff") or 4 * sizes.get("n_embd", 0)
+    inner = (
+        sizes.get("intermediate_size")
+        or sizes.get("ffn_hidden_size")
+        or sizes.get("d_ff")
+        or 4 * sizes.get("n_embd", 0)
+    )
     if kind not in STAND_INS:
         assert (anatomy.down(0).in_features, anatomy.down(0).out_features) == (inner, anatomy.hidden_size)
 
@@ -188,6 +197,15 @@ ALPHAEDIT = {
     "qwen2.5-7b": (RANGE, 25, 0.5, 1e-3, 4, 1),
     "qwen3.5-9b": (RANGE, 25, 0.5, 1e-3, 4, 1),
 }
+LOW = [3, 4]
+NAMET = {
+    "llama-2-7b": (LOW, 25, 0.04, 0.5, 0.75, 50000, [25000, 50000]),
+    "llama-2-13b": (LOW, 25, 0.04, 0.5, 0.75, 50000, [25000, 50000]),
+    "llama-3.1-8b": (LOW, 25, 0.008, 0.5, 0.75, 15000, [7500, 15000]),
+    "qwen2.5-7b": (LOW, 25, 0.03, 0.5, 0.75, 1000, [500, 1000]),
+    "falcon-7b": (LOW, 25, 0.06, 0.5, 0.75, 10000, [5000, 10000]),
+    "deepseek-llm-7b": (LOW, 25, 0.05, 0.5, 0.75, 20000, [10000, 20000]),
+}
 VALUES = ("layers", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor")
 PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
     "ROME": (("layers", "v_num_grad_steps", "v_weight_decay", "clamp_norm_factor"), ROME),
@@ -200,6 +218,7 @@ PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
         (*VALUES, "L2", "nullspace_threshold"),
         {stem: (*values, 2e-2) for stem, values in ALPHAEDIT.items()},
     ),
+    "NAMET": ((*VALUES, "mom2_update_weight", "layer_weights"), NAMET),
     "KN": (("adaptive_threshold",), {"gpt2-xl": (0.2,), "gpt-j-6b": (0.1,)}),
 }
 

@@ -30,7 +30,7 @@ from hf_kedit.saving import CONFIG, WEIGHTS
 from hf_kedit.tokens import encode_pair
 
 MODELS = ("kedit/world-gpt2", "kedit/world-llama")
-METHODS = ("r-rome", "emmet", "pmet", "alphaedit", "sphere", "memit-fe", "core", "eamet")
+METHODS = ("r-rome", "emmet", "pmet", "alphaedit", "sphere", "memit-fe", "core", "eamet", "namet")
 BATCH_METHODS = METHODS[1:]
 
 

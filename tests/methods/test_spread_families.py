@@ -13,6 +13,7 @@ from hf_kedit import (
     EAMETConfig,
     EMMETConfig,
     MEMITFEConfig,
+    NAMETConfig,
     PMETConfig,
     RROMEConfig,
     SPHEREConfig,
@@ -48,6 +49,7 @@ def test_the_relatives_of_memit_on_every_decoder(family: str) -> None:
         SPHEREConfig(**SHARED, L2=1e-3),
         MEMITFEConfig(**SHARED, mom2_update_weight=0.01),
         EAMETConfig(**SHARED, mom2_update_weight=0.01, length_rule="norm", cs_factor=0.1, mse_factor=0.2),
+        NAMETConfig(**SHARED, mom2_update_weight=0.01),
         COREConfig(**SHARED, mom2_update_weight=0.01, reg_lambda=1e-3),
         both,
     ):
