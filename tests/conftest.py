@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
 )
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start compute the same bits as this one
+os.environ["OMP_NUM_THREADS"] = "1"  # whatever the shell says: processes that tests start compute the same bits as this one
 
 import pytest
 import torch
