@@ -19,7 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
 )
-os.environ["OMP_NUM_THREADS"] = "1"  # whatever the shell says: processes that tests start compute the same bits as this one
+# Processes that tests start compute the same bits as this one, whatever the shell says.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
