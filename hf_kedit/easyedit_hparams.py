@@ -114,6 +114,8 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
         name = key if key in known else RENAMED.get(key, key)
         if key == "num_steps" and cls.edit_type == "qlora":
             converted.ignored[key] = _OTHER_OBJECTIVE
+        elif key == "mom2_update_weight" and isinstance(value, list) and "layer_weights" in known:
+            values |= {"layer_weights": value, "mom2_update_weight": value[-1]}  # EAMET and NAMET: one per layer
         elif key == "inner_params" and value:
             values |= _inner_params(value, known, converted.ignored)
         elif name == "stats_dir" or name not in known or (name == "batch_size" and cls.edit_type not in _OWN_BATCH):

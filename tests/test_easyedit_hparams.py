@@ -95,6 +95,13 @@ def test_names_of_methods(alg: str) -> None:
     assert converted.config.layers == [1] and "no such field" in converted.ignored["surprise"]
 
 
+@pytest.mark.parametrize("alg", ["EAMET", "NAMET"])
+def test_weights_of_layers(alg: str) -> None:
+    config = convert_hparams({"alg_name": alg, "layers": [3, 4], "mom2_update_weight": [25000, 50000]}).config
+    assert config.layer_weights == [25000.0, 50000.0] and config.mom2_update_weight == 50000.0  # type: ignore[attr-defined]
+    assert not convert_hparams({"alg_name": alg, "mom2_update_weight": 15000}).config.layer_weights  # type: ignore[attr-defined]
+
+
 def test_every_method_of_this_library_can_be_named() -> None:
     config_class("rome")  # loads the methods
     for name in registered_methods():
