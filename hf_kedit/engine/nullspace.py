@@ -136,7 +136,7 @@ class KeySpace:
         """
         count, before = keys.shape[1], 0 if earlier is None else earlier.shape[1]
         everything = keys if earlier is None else torch.cat([earlier.to(keys), keys], dim=1)
-        self._read(everything)
+        self._read(everything, before)
         for start in range(self._factor.shape[0], before - before % BLOCK, BLOCK):
             self._take_in(start, start + BLOCK)
         total, taken = before + count, self._factor.shape[0]
@@ -154,8 +154,11 @@ class KeySpace:
             weights = torch.cat([-old, weights])
         return self._combined(weights)
 
-    def _read(self, keys: torch.Tensor) -> None:
-        """Bring coordinates up to date with all keys of a call, ``[d, m]``; those of other keys are forgotten."""
+    def _read(self, keys: torch.Tensor, before: int) -> None:
+        """Bring coordinates up to date with all keys of a call, ``[d, m]``; those of other keys are forgotten.
+
+        So is what the factor holds beyond the first ``before``: earlier keys that were taken back may be new ones now.
+        """
         known = 0
         if self._seen is not None:
             limit = min(self._seen.shape[1], keys.shape[1])
@@ -164,7 +167,8 @@ class KeySpace:
                 if not torch.equal(self._seen[:, known:stop], keys[:, known:stop].to(self._seen)):
                     break
                 known = stop
-        taken = min(self._factor.shape[0], known - known % BLOCK)
+        still = min(known, before)
+        taken = min(self._factor.shape[0], still - still % BLOCK)
         self._factor = self._factor[:taken, :taken]  # the leading part of a Cholesky factor is that part's factor
         basis, total = self.space.basis, keys.shape[1]
         found = [self._coordinates[:known]]

@@ -59,6 +59,18 @@ def test_keys_that_are_taken_back_are_forgotten(space: NullSpace) -> None:
         assert torch.equal(solver.columns(parts[3], earlier), KeySpace(space, RIDGE).columns(parts[3], earlier))
 
 
+def test_keys_that_were_earlier_ones_and_are_made_anew(space: NullSpace) -> None:
+    """Facts that are rolled back and edited again, in larger batches than before."""
+    parts = batches(8, 8, 8, 6)
+    solver = KeySpace(space, RIDGE)
+    run(solver, parts)
+    for first, second in ((30, 0), (8, 22), (11, 19), (20, 10)):
+        everything = torch.cat(parts, dim=1)
+        again = [everything[:, :first], everything[:, first : first + second]] if second else [everything]
+        for a, b in zip(run(solver, again), run(KeySpace(space, RIDGE), again), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("width", [1, 3, 16, 61])
 def test_half_of_a_gram_matrix_is_enough(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
