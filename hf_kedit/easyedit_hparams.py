@@ -38,7 +38,10 @@ VALUES = {"malmen": {"token": {"ans": "answer", "mask": "attended"}}}
 _BY_STRUCTURE = "modules are found by structure; name them with EditableModel(anatomy=...) where that fails"
 _LOADING = "how the model is loaded is said when it is loaded (dtype=, device_map=)"
 _QUANTISING = "how the base is quantised is said when it is loaded (quantization_config=BitsAndBytesConfig(...))"
-_STATISTICS = "second moments are collected anew, in this library's own format; see stats_dataset and stats_tokens"
+_STATISTICS = (
+    "second moments are collected anew; to use finished ones, name the folder of the model in their stats_dir as"
+    " stats_dataset"
+)
 IGNORED = {
     "model_class": "the class is read from the model's own config",
     "tokenizer_class": "the class is read from the model's own config",

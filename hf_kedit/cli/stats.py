@@ -34,8 +34,8 @@ def stats(
         typer.Option(
             "--dataset",
             "-d",
-            help="Text file, dataset id (org/name:config:split), finished statistics on the Hub (org/name), or self:"
-            " text that the model generates (for an embedded model: the text of its world).",
+            help="Text file, dataset id (org/name:config:split), finished statistics (a folder, or org/name on the"
+            " Hub), or self: text that the model generates (for an embedded model: the text of its world).",
         ),
     ] = "self",
     tokens: Annotated[

@@ -22,6 +22,7 @@ from .collecting import collect_moments, write_tensors
 from .corpora import Corpus, self_corpus
 from .experts import ExpertSlice
 from .moments import SecondMoment, SharedMoments, find_shared, push_moments, slug
+from .published_moments import PublishedMoments, find_published
 from .solve import MomentFactor, factor_beside
 from .weights import get_module, parameters_of, weight_shape
 from .workers import ALONE, Workers
@@ -102,7 +103,7 @@ class StatisticsStore:
         self._moments: dict[str, SecondMoment] = {}
         self._factors: dict[str, MomentFactor] = {}
         self._asked = False
-        self._found: SharedMoments | None = None
+        self._found: SharedMoments | PublishedMoments | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -191,13 +192,24 @@ class StatisticsStore:
         if self.corpus is None or self.corpus.place is None:
             return None
         if not self._asked:
-            self._found, self._asked = find_shared(self.corpus.place), True
+            self._found, self._asked = self._finished(self.corpus.place), True
         if self._found is None:
             return None
         self._found.check(self.fingerprint)
         moment = self._found.read(module)
+        width = weight_shape(get_module(self.model, module))[1]
+        if moment.total.shape[0] != width:
+            raise StatisticsError(
+                f"{self.corpus.place} holds statistics of {moment.total.shape[0]} dimensions for {module}, which reads"
+                f" {width}: they are another model's"
+            )
         info_once(logger, f"second moments over {moment.count:,} tokens of {moment.source} from {self.corpus.place}")
         return moment
+
+    @staticmethod
+    def _finished(place: str) -> SharedMoments | PublishedMoments | None:
+        """Finished statistics in a folder or repository, ours or those of the published codes."""
+        return find_shared(place) or (find_published(Path(place)) if Path(place).is_dir() else None)
 
     def corpus_texts(self) -> Iterator[str]:
         """The texts of the corpus: the user's, the embedded model's, or what the model makes up itself."""
