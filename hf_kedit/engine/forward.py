@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ConfigError
 from ..tokens import TokenBatch
+from .weights import uninterrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,22 +138,30 @@ def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     hooks = {id(held): set(held) for held in _hooks(model)}
+
+    def put_back(*, failed: bool) -> None:
+        with uninterrupted():
+            for held in _hooks(model) if failed else ():
+                for key in set(held) - hooks.get(id(held), set()):
+                    del held[key]
+            for module in training:
+                module.training = True
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
     try:
         for module in training:
             module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
+        put_back(failed=False)
     except BaseException:
-        for held in _hooks(model):
-            for key in set(held) - hooks.get(id(held), set()):
-                del held[key]
+        try:
+            put_back(failed=True)
+        except KeyboardInterrupt:  # a second one, in the moment before it is held back
+            put_back(failed=True)
         raise
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def _hooks(model: torch.nn.Module) -> Iterator[dict[int, Any]]:
