@@ -35,6 +35,7 @@ def main() -> None:
     options.add_argument("--first", type=int, default=0, help="the lowest of them")
     options.add_argument("--texts", type=int, default=100)
     options.add_argument("--length", type=int, default=60, help="tokens per text")
+    options.add_argument("--budget", type=int, help="padded tokens per forward of ours; default: by the device")
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     chosen = options.parse_args()
     begin(chosen)
@@ -61,7 +62,9 @@ def main() -> None:
             stages = Stages({"products": (collecting, "add_upper")}, chosen.device)
 
             def ours(model: Any = model, paths: Any = paths, named: Any = named) -> Any:
-                return collect_moments(model, tokenizer(), paths, named, show_progress=False)
+                return collect_moments(
+                    model, tokenizer(), paths, named, token_budget=chosen.budget, show_progress=False
+                )
 
             with frozen_eval(model):
                 sides = alternate(

@@ -10,9 +10,12 @@ width can be checked, and the user is told.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +65,7 @@ class PublishedMoments:
                 f"{self.folder} holds statistics of {module} in {', '.join(str(m) for m in models)}:"
                 " name the folder of one model"
             )
-        return max((_read(file) for file in files), key=lambda moment: moment.count)
+        return _read(max(files, key=_count))
 
 
 def find_published(folder: Path) -> PublishedMoments | None:
@@ -75,12 +78,24 @@ def find_published(folder: Path) -> PublishedMoments | None:
     return PublishedMoments(folder, files) if files else None
 
 
-def _read(path: Path) -> SecondMoment:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The arrays of a file, each read when it is asked for."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            total, count = torch.from_numpy(file["mom2.mom2"]).double(), int(file["mom2.count"])
+            yield file
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path} is damaged, or no file of second moments: {error}") from error
+
+
+def _count(path: Path) -> int:
+    with _opened(path) as file:
+        return int(file["mom2.count"])
+
+
+def _read(path: Path) -> SecondMoment:
+    with _opened(path) as file:
+        total, count = torch.from_numpy(file["mom2.mom2"]).double(), int(file["mom2.count"])
     if total.dim() != 2 or total.shape[0] != total.shape[1] or count < 1 or not bool(torch.isfinite(total).all()):
         raise ArtifactError(f"{path} holds no second moment: {tuple(total.shape)} over {count} tokens")
     return SecondMoment(total, count, path.parent.name.removesuffix("_stats"))

@@ -87,8 +87,9 @@ def train_outputs(
 
     def run(chunk: Sequence[int]) -> TrainedOutputs:
         chosen = [examples[i] for i in chunk]
-        begin = starts[list(chunk)]
-        return _together(model, anatomy, chosen, layer, path, begin, steps, lr, fill, watch, route)
+        rows = [ReplayRow(e.ids, e.positions[0], e.positions) for e in chosen]
+        replay = Replay(model, anatomy, rows, layer, [path], fill=fill, route=route)
+        return _descend(replay, chosen, starts[list(chunk)], steps, lr, watch)
 
     values = starts.detach().float().clone()
     losses: list[list[float]] = [[] for _ in examples]
@@ -103,21 +104,11 @@ def train_outputs(
     return TrainedOutputs(values, losses, probabilities, taken)
 
 
-def _together(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    examples: Sequence[Example],
-    layer: int,
-    path: str,
-    starts: torch.Tensor,
-    steps: int,
-    lr: float,
-    fill: int,
-    watch: Watch | None,
-    route: Route | None,
+def _descend(
+    replay: Replay, examples: Sequence[Example], starts: torch.Tensor, steps: int, lr: float, watch: Watch | None
 ) -> TrainedOutputs:
-    rows = [ReplayRow(e.ids, e.positions[0], e.positions) for e in examples]
-    replay = Replay(model, anatomy, rows, layer, [path], fill=fill, route=route)
+    """Train one batch, whose rows are the examples and whose only site is the module."""
+    (path,) = replay.sites
     own = replay.taken[Tap(path)]
     targets = torch.tensor([t for e in examples for t in e.targets], device=replay.base_logits.device).unsqueeze(1)
     value = starts.detach().float().to(own.device).clone().requires_grad_(True)

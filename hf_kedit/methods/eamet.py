@@ -26,14 +26,13 @@ import torch
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.solve import ridge_columns
 from ..engine.sweep import Sweep
 from ..engine.values import Guide, Site, Values, ValueSettings, join_values, site_path
 from ..errors import ConfigError
 from ..logging import progress_bar
 from .base import Capabilities, register_method
 from .locate import mean_key
-from .spread import LayeredRidgeConfig, SpreadMethod
+from .spread import LayeredRidgeConfig, LayeredRidgeMethod
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -114,7 +113,7 @@ class Alignment:
 
 
 @register_method
-class EAMET(SpreadMethod):
+class EAMET(LayeredRidgeMethod):
     """MEMIT with values that are aligned like their keys."""
 
     config_class = EAMETConfig
@@ -133,15 +132,16 @@ class EAMET(SpreadMethod):
         """Without MEMIT's decay: EAMET has a rule for lengths of its own."""
         return replace(super().value_settings(), weight_decay=0.0)
 
-    def optimise(
+    def _optimised(
         self,
         rows: Sequence[Sequence[Row]],
         layer: int,
         sites: Site | Sequence[Site],
         taps: Sequence[Tap],
         anatomy: Anatomy | None = None,
+        guide: Guide | None = None,
     ) -> Values:
-        """One value after the other, each aligned with those before it."""
+        """One value after the other, each guided to be aligned with those before it."""
         bench = self.bench
         keys, initial = self._before(rows, layer)
         found: list[Values] = []
@@ -150,12 +150,9 @@ class EAMET(SpreadMethod):
             for j, group in enumerate(rows):
                 offsets = torch.cat([v.offset for v in found]) if found else initial[:0]
                 guide = self.guide(Alignment(keys[:j], keys[j], offsets, self.config), keys[j], initial[j])
-                found.append(self._optimised([group], layer, sites, taps, anatomy, guide))
+                found.append(super()._optimised([group], layer, sites, taps, anatomy, guide))
                 bar.update(1)
-        values = join_values(found)
-        if bench.trace is not None:
-            self._note_values(values, values.sites)
-        return values
+        return join_values(found)
 
     def guide(self, alignment: Alignment, key: torch.Tensor, initial: torch.Tensor) -> Guide:
         """Start, limit and further terms of one value.
@@ -191,8 +188,3 @@ class EAMET(SpreadMethod):
         taken = Sweep(bench.model, bench.anatomy, flat, fill=bench.fill).read([key, block], 0)
         keys, outputs = (taken[tap].view(len(rows), -1, taken[tap].shape[-1]) for tap in (key, block))
         return mean_key(keys, self.templates()), outputs[:, 0].to(keys.device)
-
-    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
-        """``(λ_l C + K Kᵀ)⁻¹ K``, as MEMIT, with a λ for each layer."""
-        weight = self.config.weight_of(module, self.bench.anatomy)
-        return ridge_columns(self.bench.statistics.factor(module), keys, weight)

@@ -23,7 +23,6 @@ on from the value of another waits for it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -281,7 +280,5 @@ class _Plan:
 
 def _joined(parts: Sequence[TrainedOutputs]) -> TrainedOutputs:
     """Several outcomes as one."""
-    losses = [list(itertools.chain(*p.losses)) for p in parts]
-    return TrainedOutputs(
-        torch.cat([p.values for p in parts]), losses, [x for p in parts for x in p.probabilities], "full"
-    )
+    losses, probabilities = [x for p in parts for x in p.losses], [x for p in parts for x in p.probabilities]
+    return TrainedOutputs(torch.cat([p.values for p in parts]), losses, probabilities, "full")

@@ -24,10 +24,9 @@ import torch
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.solve import ridge_columns
 from ..engine.values import Values, ValueSettings, site_path
 from .base import Capabilities, register_method
-from .spread import LayeredRidgeConfig, SpreadMethod, Stop
+from .spread import LayeredRidgeConfig, LayeredRidgeMethod, Stop
 
 
 @dataclass
@@ -51,7 +50,7 @@ class NAMETConfig(LayeredRidgeConfig):
 
 
 @register_method
-class NAMET(SpreadMethod):
+class NAMET(LayeredRidgeMethod):
     """MEMIT whose targets are states behind contexts."""
 
     config_class = NAMETConfig
@@ -81,14 +80,9 @@ class NAMET(SpreadMethod):
     def initial_states(self, values: Values) -> torch.Tensor:
         """``mean a_i``."""
         states = values.taken[self._states].to(values.offset.device)
-        return states[:, 1:].mean(dim=1) if states.shape[1] > 1 else states[:, 0]
+        return states[:, 1:].mean(dim=1, keepdim=True) if states.shape[1] > 1 else states
 
     def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
         """``mean a_i + δ`` at the last edited block."""
-        target = self.initial_states(values) + values.offset
+        target = self.initial_states(values)[:, 0] + values.offset
         return [Stop(layer, i, downs[i], self._states, target) for i, layer in enumerate(self.layers)]
-
-    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
-        """``(λ_l C + K Kᵀ)⁻¹ K``, as MEMIT."""
-        weight = self.config.weight_of(module, self.bench.anatomy)
-        return ridge_columns(self.bench.statistics.factor(module), keys, weight)

@@ -262,10 +262,13 @@ class SERACEditor(Editor):
             | {"apart": torch.tensor([[prompt not in wordings for wordings in known] for prompt in apart])},
         }
 
-    def _scope_batch(self, texts: Sequence[str], name: str) -> Batch:
+    def _scope_tokenizer(self) -> ScopeTokenizer:
         if self.tokenizer is None:
             raise ConfigError("this SERAC editor has no tokenizer yet: call editor.use_tokenizer(tokenizer)")
-        rows = pad_rows(self.tokenizer(texts), 0)
+        return self.tokenizer
+
+    def _scope_batch(self, texts: Sequence[str], name: str) -> Batch:
+        rows = pad_rows(self._scope_tokenizer()(texts), 0)
         return {f"{name}_ids": rows.input_ids, f"{name}_mask": rows.attention_mask}
 
     def propose(self, model: PreTrainedModel, edit: Batch, groups: torch.Tensor) -> dict[str, LowRank]:
@@ -335,9 +338,7 @@ class SERACEditor(Editor):
         return missing
 
     def _files(self) -> dict[str, bytes]:
-        if self.tokenizer is None:
-            raise ConfigError("this SERAC editor has no tokenizer yet: call editor.use_tokenizer(tokenizer)")
-        return {TOKENIZER: self.tokenizer.tokenizer.to_str().encode("utf-8"), **super()._files()}
+        return {TOKENIZER: self._scope_tokenizer().tokenizer.to_str().encode("utf-8"), **super()._files()}
 
     def take_over(self, saved: SavedEditor) -> None:
         """Where it comes from, and its tokenizer.

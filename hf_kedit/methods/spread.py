@@ -22,6 +22,7 @@ from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.ledger import WeightDelta
 from ..engine.rows import Row
+from ..engine.solve import ridge_columns
 from ..engine.sweep import Sweep
 from ..engine.values import Site, Values, site_path
 from ..errors import ConfigError
@@ -180,8 +181,8 @@ class SpreadMethod(LocateMethod):
         return [list(group[:1]) for group in rewriting]
 
     def initial_states(self, values: Values) -> torch.Tensor:
-        """Mean state at the first value site on `state_rows` before the batch, ``[requests, d]``."""
-        return values.initial
+        """Mean states at the value sites on `state_rows` before the batch, ``[requests, sites, d]``."""
+        return values.initials
 
     def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
         """The matrices to write, in order, and what shall be true once they are.
@@ -287,7 +288,7 @@ class SpreadMethod(LocateMethod):
         if number == 0:
             for i, site in enumerate(values.sites):
                 if stop.measured == Tap(site_path(anatomy, self.value_layer(), site)):
-                    return values.initials[:, i] if i else self.initial_states(values)
+                    return self.initial_states(values)[:, i]
         found = rows.read([stop.measured], stop.layer)[stop.measured]
         return _mean_states(found, stop.target).to(stop.target.device)
 
@@ -328,6 +329,17 @@ class SpreadMethod(LocateMethod):
             " approximate; check the result, or use a single layer",
         )
         return share
+
+
+class LayeredRidgeMethod(SpreadMethod):
+    """Base of the methods that solve as MEMIT does, with a λ for each layer."""
+
+    config: LayeredRidgeConfig
+
+    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
+        """``(λ_l C + K Kᵀ)⁻¹ K``."""
+        weight = self.config.weight_of(module, self.bench.anatomy)
+        return ridge_columns(self.bench.statistics.factor(module), keys, weight)
 
 
 def _mean_states(flat: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

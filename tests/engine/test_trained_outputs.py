@@ -115,15 +115,15 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(monkeypatch: pytest.
     model, anatomy, path = setup("gpt2")
     starts = starts_for(model, path)
     expected = train(model, anatomy, path, starts)
-    real, sizes = module._together, []
+    real, sizes = module._descend, []
 
-    def small(model: Any, anatomy: Any, examples: Any, *rest: Any) -> TrainedOutputs:
+    def small(replay: Any, examples: Any, *rest: Any) -> TrainedOutputs:
         sizes.append(len(examples))
         if len(examples) > 1:
             raise torch.OutOfMemoryError("too much")
-        return real(model, anatomy, examples, *rest)
+        return real(replay, examples, *rest)
 
-    monkeypatch.setattr(module, "_together", small)
+    monkeypatch.setattr(module, "_descend", small)
     found = train(model, anatomy, path, starts)
     assert sizes == [3, 1, 1, 1] and torch.allclose(found.values, expected.values, atol=1e-4)
 
