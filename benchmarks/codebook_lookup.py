@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from benchmarks.shapes import SHAPES, build
 from benchmarks.timing import Table, alternate, begin, clock, environment, parser
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
-from hf_kedit.engine.codebook import Vectors
-from hf_kedit.engine.sitebook import SiteBook, SiteEntry
+from hf_kedit.books.site_book import SiteBook, SiteEntry
+from hf_kedit.engine.nearest import Vectors
 from hf_kedit.engine.weights import get_module, weight_shape
 from hf_kedit.methods.grace_codebook import Codebook, CodeChange, Entry, Event
 

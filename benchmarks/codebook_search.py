@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import reference
 from benchmarks.timing import Table, alternate, begin, environment, parser
-from hf_kedit.engine.codebook import Vectors
+from hf_kedit.engine.nearest import Vectors
 
 
 @torch.no_grad()

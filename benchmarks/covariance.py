@@ -13,10 +13,10 @@ from benchmarks import reference
 from benchmarks.shapes import SHAPES, build, texts, tokenizer
 from benchmarks.timing import Stages, Table, alternate, begin, difference, environment, parser
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
-from hf_kedit.engine import collecting
-from hf_kedit.engine.collecting import collect_moments
-from hf_kedit.engine.corpora import text_corpus
 from hf_kedit.engine.forward import frozen_eval
+from hf_kedit.statistics import collecting
+from hf_kedit.statistics.collecting import collect_moments
+from hf_kedit.statistics.corpora import text_corpus
 
 
 def documents(count: int, tokens: int) -> list[str]:

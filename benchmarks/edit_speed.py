@@ -23,16 +23,16 @@ from benchmarks import reference
 from benchmarks.shapes import SHAPES, build, requests, texts, tokenizer
 from benchmarks.timing import Stages, Table, alternate, begin, difference, environment, parser
 from hf_kedit import AlphaEditConfig, EditableModel, EMMETConfig, MEMITConfig, PMETConfig, ROMEConfig
-from hf_kedit.engine.collecting import collect_moments
-from hf_kedit.engine.corpora import text_corpus
+from hf_kedit.books.ledger import Ledger
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.engine.ledger import Ledger
 from hf_kedit.engine.replay import Replay
-from hf_kedit.engine.solve import MomentFactor
 from hf_kedit.engine.sweep import Sweep
 from hf_kedit.engine.values import optimise_values
 from hf_kedit.engine.weights import get_module, get_weight
-from hf_kedit.methods import locate
+from hf_kedit.methods import locate_then_edit as locate
+from hf_kedit.statistics.collecting import collect_moments
+from hf_kedit.statistics.corpora import text_corpus
+from hf_kedit.statistics.solve import MomentFactor
 
 WORDS = ("Some", "The", "An", "My", "Her")
 TEMPLATES = {

@@ -12,7 +12,7 @@ from benchmarks import reference
 from benchmarks.shapes import SHAPES, build, requests, tokenizer
 from benchmarks.timing import Table, alternate, begin, environment, parser
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.evaluation.scoring import score_pairs
+from hf_kedit.evaluation.asking.scoring import score_pairs
 
 
 def questions(cases: int) -> list[tuple[str, str]]:

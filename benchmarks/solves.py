@@ -15,8 +15,8 @@ import argparse
 import torch
 
 from benchmarks.timing import Table, alternate, begin, clock, difference, environment, parser
-from hf_kedit.engine.nullspace import KeySpace, null_space
-from hf_kedit.engine.solve import factor_moment, ridge_columns
+from hf_kedit.statistics.nullspace import KeySpace, null_space
+from hf_kedit.statistics.solve import factor_moment, ridge_columns
 
 
 def moment(width: int, condition: float, seed: int = 0, device: str = "cpu") -> torch.Tensor:

@@ -15,11 +15,11 @@ from benchmarks.shapes import requests, texts
 from benchmarks.timing import Table, begin, environment, parser
 from hf_kedit import EditableModel, MEMITConfig
 from hf_kedit.engine.capture import Tap
-from hf_kedit.engine.collecting import collect_moments
-from hf_kedit.engine.corpora import text_corpus
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.engine.moments import SecondMoment
-from hf_kedit.engine.solve import factor_moment, ridge_columns
+from hf_kedit.statistics.collecting import collect_moments
+from hf_kedit.statistics.corpora import text_corpus
+from hf_kedit.statistics.moments import SecondMoment
+from hf_kedit.statistics.solve import factor_moment, ridge_columns
 
 
 def main() -> None:

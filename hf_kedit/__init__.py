@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .peft_types import register_when_imported
+from .compat.peft_import import register_when_imported
 from .version import __version__
 
 _LAZY = {
@@ -16,7 +16,7 @@ _LAZY = {
     "EditResult": "editing",
     "EditTrainer": "training",
     "EditTrainingArguments": "training",
-    "Editor": "methods.editor",
+    "Editor": "editors.editor",
     "EditableModel": "model",
     "KeditError": "errors",
     "Probe": "requests",
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .config import AutoEditConfig, EditConfig
     from .data import load_edit_dataset
     from .editing import EditResult
+    from .editors.editor import Editor
     from .engine.weights import untie_head
     from .errors import KeditError
     from .evaluation import Comparison, collect_report, evaluate_edits, list_metrics, load_metric
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from .methods.core import COREConfig
     from .methods.defer import DEFERConfig
     from .methods.eamet import EAMETConfig
-    from .methods.editor import Editor
     from .methods.emmet import EMMETConfig
     from .methods.ft import FTLConfig, FTMConfig
     from .methods.grace import GRACEConfig

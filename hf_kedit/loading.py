@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import embedded
-from .engine.corpora import Corpus
 from .errors import UnsupportedModelError
+from .statistics.corpora import Corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

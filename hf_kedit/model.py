@@ -18,31 +18,31 @@ from torch import nn
 
 from . import embedded
 from .anatomy import Anatomy, check_anatomy, profile_of, resolve_anatomy
+from .artifact.lora_exchange import LoraExchange
+from .artifact.packs import Packs
+from .artifact.sharing import Sharing
+from .books.book import Book, all_disabled
+from .books.ledger import Ledger
+from .books.prompt_book import PromptBook
+from .books.site_book import SiteBook
+from .books.state_retrieval import StateReader
 from .config import AutoEditConfig, EditConfig, ModelProfile
 from .editing import Editing
-from .engine.books import Book, all_disabled
-from .engine.corpora import Corpus, resolve_corpus
-from .engine.ledger import Ledger
-from .engine.promptbook import PromptBook
 from .engine.quantised import keep_layout
-from .engine.sitebook import SiteBook
-from .engine.state_retrieval import StateReader
-from .engine.statistics import StatisticsStore, model_fingerprint
 from .engine.weights import tensor_digest, uninterrupted, untie_head
 from .errors import ConfigError
 from .journal import Edit, Journal
 from .loading import embedded_corpus, hub_options, load_base, load_tokenizer
 from .logging import get_logger
-from .lora.exchange import LoraExchange
 from .methods.base import Method, Workbench, method_class
-from .packs import Packs
-from .repository import cached_commit
-from .sharing import Sharing
+from .statistics.corpora import Corpus, resolve_corpus
+from .statistics.store import StatisticsStore, model_fingerprint
+from .storage.repository import cached_commit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .card import HasModelIndex
+    from .artifact.card import HasModelIndex
 
 logger = get_logger(__name__)
 
@@ -160,7 +160,7 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
             ArtifactError: if saved edits are damaged or of an unknown format.
             BaseModelMismatchError: if the base model has other weights than the edits were made on.
         """
-        from .saving import find_artifact, load_artifact
+        from .artifact.writing import find_artifact, load_artifact
 
         name = str(model_or_edits)
         artifact = None
@@ -290,7 +290,7 @@ class EditableModel(Editing, Sharing, LoraExchange, nn.Module):
             ExportError: if ``per_edit`` is asked of edits that are not all low-rank changes, or not separable.
             WeightError: if an edited weight was trained since; merge the edits then.
         """
-        from .saving import save_artifact
+        from .artifact.writing import save_artifact
 
         save_artifact(self, Path(save_directory), report=report, per_edit=per_edit)
 

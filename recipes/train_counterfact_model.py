@@ -24,9 +24,9 @@ from train_world import accuracy, make_model, make_rows, parse_settings, save, t
 
 from hf_kedit import Comparison, EditableModel, evaluate_edits, load_edit_dataset
 from hf_kedit.config import config_class
+from hf_kedit.config.hparams import find_hparams
 from hf_kedit.data.world_text import Document, filler_sentence
 from hf_kedit.evaluation import Generation, Likelihood, TeacherForced
-from hf_kedit.hparams_files import find_hparams
 from hf_kedit.requests import SLOT, EditRequest, load_requests
 
 # ------------------------------------------------------------------------------------------------ settings

@@ -9,10 +9,10 @@ import torch
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig, MEMITConfig, ROMEConfig
 from hf_kedit.engine.capture import Tap, capture_at
-from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.rows import rewrite_row
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import UnsupportedModelError
+from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.tokens import pad_rows
 from tests.golden_cases import load_model
 from tests.models import FAMILIES, tiny_model

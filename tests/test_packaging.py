@@ -179,8 +179,8 @@ def test_wheel_has_nothing_else(wheel: zipfile.ZipFile) -> None:
 
 def test_hparams_are_found_after_a_wheel_install(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
-    file = tmp_path / "hf_kedit" / "hparams_files.py"
-    spec = importlib.util.spec_from_file_location("installed_hparams_files", file)
+    file = tmp_path / "hf_kedit" / "config" / "hparams.py"
+    spec = importlib.util.spec_from_file_location("installed_hparams", file)
     assert spec is not None and spec.loader is not None
     installed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(installed)

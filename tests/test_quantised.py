@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from hf_kedit import EditableModel, FTMConfig, QLoRAConfig, ROMEConfig
+from hf_kedit.books.beside import Change
+from hf_kedit.books.deltas import WeightDelta
+from hf_kedit.books.ledger import Ledger
 from hf_kedit.config import EditConfig
-from hf_kedit.easyedit_hparams import convert_hparams
-from hf_kedit.engine.beside import Change
-from hf_kedit.engine.deltas import WeightDelta
-from hf_kedit.engine.ledger import Ledger
+from hf_kedit.config.easyedit import convert_hparams
 from hf_kedit.engine.quantised import scheme
 from hf_kedit.engine.weights import get_module, get_weight, model_digest, set_weight
 from hf_kedit.errors import BaseModelMismatchError, MergeError, UnsupportedModelError, WeightError

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from hf_kedit.config import config_class
+from hf_kedit.editors.editor import Editor, editor_class
 from hf_kedit.errors import ConfigError
-from hf_kedit.methods.editor import Editor, editor_class
 from hf_kedit.training import TrainingPlan
 
 ROOT = Path(__file__).resolve().parent.parent

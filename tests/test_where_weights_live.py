@@ -168,8 +168,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from hf_kedit.engine.deltas import WeightDelta
-from hf_kedit.engine.ledger import Ledger
+from hf_kedit.books.deltas import WeightDelta
+from hf_kedit.books.ledger import Ledger
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from tests.models import tiny_model
 

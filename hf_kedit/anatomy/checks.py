@@ -22,7 +22,7 @@ from ..errors import AnatomyError, UnsupportedModelError
 from ..logging import get_logger, warn_once
 from .experts import is_linear_memory, routing_of
 from .outputs import block_output, hooks, module_input, replace_block_output
-from .running import dense_weight, forward, sample_ids, tolerance_of, undisturbed, wide_copy
+from .probing import dense_weight, forward, sample_ids, tolerance_of, undisturbed, wide_copy
 from .structure import norm_candidates
 from .types import Anatomy, GateHalf, LayerAnatomy, Projection
 

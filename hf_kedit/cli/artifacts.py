@@ -86,8 +86,8 @@ def merge(
     """
     _check_model_folder(output)
     model = _open_edits(folder, device, trust_remote_code, base)
-    from ..engine.ledger import LOSSY
-    from ..saving import merged_files
+    from ..artifact.writing import merged_files
+    from ..books.ledger import LOSSY
 
     count, tokenizer, provenance = len(model.edits), model.tokenizer, merged_files(model)
     wanted = None if dtype in (None, Dtype.auto) else dtype
@@ -200,7 +200,7 @@ def _open_edits(name: str, device: str | None, trust_remote_code: bool, base: st
 
 
 def _check_model_folder(folder: Path) -> None:
-    from ..saving import CONFIG, holds_edits
+    from ..artifact.writing import CONFIG, holds_edits
 
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{str(folder)!r} is a file; give a folder")

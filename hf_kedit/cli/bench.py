@@ -11,7 +11,7 @@ from rich.console import Console
 from .output import FAILURE, DebugOption, Format, FormatOption, command, counted, emit
 
 if TYPE_CHECKING:
-    from ..evaluation.bench import BenchResult
+    from ..evaluation.runs.bench import BenchResult
 
 _CASES_IN_ALL = 1000
 
@@ -47,7 +47,7 @@ def bench(
     """
     if collect and shard:
         raise typer.BadParameter("--collect puts all shards together; leave --shard out", param_hint="--collect")
-    from ..evaluation.bench import BenchPlan, collect_bench, run_bench
+    from ..evaluation.runs.bench import BenchPlan, collect_bench, run_bench
 
     todo = BenchPlan.from_file(plan)
     folder = output or todo.output_dir

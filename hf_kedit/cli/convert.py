@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from .. import easyedit_hparams
+from ..config import easyedit as easyedit_hparams
 from .output import DebugOption, Format, FormatOption, command, emit, error_console
 
 

@@ -29,7 +29,7 @@ def convert_editor(
 ) -> None:
     """Convert a MEND archive. It is read without running code that it may contain; what is written is safetensors."""
     from ..loading import load_base
-    from ..methods.editor_convert import convert_mend, read_archive
+    from ..methods.mend_convert import convert_mend, read_archive
 
     hush_transformers()
     tensors = read_archive(archive)

@@ -173,9 +173,9 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     Raises:
         KeditError: if the model cannot be loaded or edited.
     """
+    from ..artifact.writing import check_destination
     from ..engine.weights import model_digest
     from ..evaluation import evaluate_edits
-    from ..saving import check_destination
 
     started = time.perf_counter()
     if options.output is not None:

@@ -14,7 +14,7 @@ from .output import DebugOption, Format, FormatOption, command, counted, emit, s
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
-    from ..saving import Artifact
+    from ..artifact.writing import Artifact
 
 _SHOWN = 50
 
@@ -38,7 +38,7 @@ def inspect(
     Neither needs weights to be loaded: a model is built from its config alone.
     """
     from .. import embedded
-    from ..saving import find_artifact
+    from ..artifact.writing import find_artifact
 
     hush_transformers()
     artifact = None

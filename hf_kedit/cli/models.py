@@ -213,8 +213,8 @@ def open_model(
 
 def _other_base(edits: str, base: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that put saved edits on another base model; its fingerprint counts unless theirs was quantised."""
+    from ..artifact.writing import find_artifact
     from ..loading import load_base
-    from ..saving import find_artifact
 
     loaded = {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "dtype", "device_map")}
     with loading(base):
@@ -226,7 +226,7 @@ def _other_base(edits: str, base: str, kwargs: Mapping[str, Any]) -> dict[str, A
 def has_saved_edits(name: str, revision: str | None = None) -> bool:
     """Whether ``name`` is a folder or repository of saved edits (and not a model)."""
     from .. import embedded
-    from ..saving import holds_edits
+    from ..artifact.writing import holds_edits
 
     if embedded.resolve(name) is not None:
         return False

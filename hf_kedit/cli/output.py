@@ -18,7 +18,7 @@ from rich.console import Console
 
 from .. import logging as kedit_logging
 from ..errors import KeditError
-from ..files import json_ready
+from ..storage.files import json_ready
 
 FAILURE, BELOW_MIN_SUCCESS, INTERRUPTED = 1, 3, 130
 

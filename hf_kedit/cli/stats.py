@@ -71,7 +71,7 @@ def stats(
         "stats_dir": None if stats_dir is None else str(stats_dir),
     }
     _check_uses_statistics(str(method))
-    from ..engine.workers import join, local_device
+    from ..statistics.workers import join, local_device
 
     workers = join()
     editable = open_model(

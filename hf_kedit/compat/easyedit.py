@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..config import read_mapping
+from ..config.easyedit import convert_hparams
 from ..data.easyedit import from_easyedit
-from ..easyedit_hparams import convert_hparams
 from ..errors import ConfigError
 from ..evaluation import evaluate_edits
 from ..logging import get_logger

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from hf_kedit.data.counterfact import labelled
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.mquake import multi_hop
-from hf_kedit.data.normalise import Record, Row, fill, grouped, make_probe, make_row
-from hf_kedit.data.sources import Source
-from hf_kedit.errors import DataError
+from ..errors import DataError
+from .counterfact import labelled
+from .loading import register_records
+from .mquake import multi_hop
+from .normalise import Record, Row, fill, grouped, make_probe, make_row
+from .sources import Source
 
 EditInput = Literal["structured", "unstructured", "triplets"]
 

@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hf_kedit.data.features import row_from_request
-from hf_kedit.data.normalise import Record, clean, groups
-from hf_kedit.data.report import LoadReport
-from hf_kedit.errors import DataError, RequestError, nearest
-from hf_kedit.requests import EditRequest
+from ..errors import DataError, RequestError, nearest
+from ..requests import EditRequest
+from .features import row_from_request
+from .normalise import Record, clean, groups
+from .report import LoadReport
 
 TEXT_FIELDS = ("prompt", "subject", "target_new", "id", "image")
 PROBE_FIELDS = ("locality", "portability")

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_kedit.data.report import LoadReport
-from hf_kedit.errors import DataError
-from hf_kedit.requests import EditRequest
+from ..errors import DataError
+from ..requests import EditRequest
+from .report import LoadReport
 
 Row = dict[str, Any]
 Key = tuple[str, str | None]

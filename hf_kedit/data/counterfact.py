@@ -23,10 +23,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, fill, flat, make_probe, make_row
-from hf_kedit.data.sources import Source
-from hf_kedit.data.zsre import mend_row
+from .loading import register_records
+from .normalise import Record, Row, fill, flat, make_probe, make_row
+from .sources import Source
+from .zsre import mend_row
 
 ROME = Source(
     {

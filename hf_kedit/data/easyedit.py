@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_kedit.errors import RequestError
-from hf_kedit.requests import EditRequest, Probe
+from ..errors import RequestError
+from ..requests import EditRequest, Probe
 
 LEGACY_TRUTH = "<|endoftext|>"
 """What older versions of EasyEdit write where no old answer is known."""

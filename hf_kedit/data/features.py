@@ -12,8 +12,8 @@ from typing import Any
 
 from datasets import Features, Json, Value
 
-from hf_kedit.errors import DataError, nearest
-from hf_kedit.requests import EditRequest, Probe
+from ..errors import DataError, nearest
+from ..requests import EditRequest, Probe
 
 _TEXT = Value("string")
 _PROBE = {"name": _TEXT, "prompt": _TEXT, "ground_truth": [[_TEXT]], "match": _TEXT, "image": _TEXT}

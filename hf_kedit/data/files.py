@@ -19,7 +19,7 @@ import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from hf_kedit.errors import DataError
+from ..errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 """What :func:`read_records` can read."""

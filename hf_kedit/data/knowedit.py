@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, axes, fill, flat, make_row
-from hf_kedit.data.sources import Source
+from .loading import register_records
+from .normalise import Record, Row, axes, fill, flat, make_row
+from .sources import Source
 
 REPO = "zjunlp/KnowEdit"
 REVISION = "6d218881e60c7c8be836bd2befd598eb3b318be4"

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, make_row
-from hf_kedit.data.plus import base_columns
-from hf_kedit.data.sources import Source
-from hf_kedit.data.zsre import Target
+from .loading import register_records
+from .normalise import Record, Row, make_row
+from .plus import base_columns
+from .sources import Source
+from .zsre import Target
 
 
 def _source(name: str) -> Source:

@@ -19,15 +19,15 @@ from typing import Any, Literal
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
-from hf_kedit.data.columns import Columns, check_columns, own_rows
-from hf_kedit.data.conflicts import Keep, Key, excluded_keys, select
-from hf_kedit.data.features import FEATURES
-from hf_kedit.data.files import SUFFIXES, read_all
-from hf_kedit.data.normalise import Record
-from hf_kedit.data.report import LoadReport
-from hf_kedit.data.sources import Located, Source
-from hf_kedit.errors import DataError, RequestError, nearest
-from hf_kedit.logging import get_logger
+from ..errors import DataError, RequestError, nearest
+from ..logging import get_logger
+from .columns import Columns, check_columns, own_rows
+from .conflicts import Keep, Key, excluded_keys, select
+from .features import FEATURES
+from .files import SUFFIXES, read_all
+from .normalise import Record
+from .report import LoadReport
+from .sources import Located, Source
 
 logger = get_logger(__name__)
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, make_probe, make_row
-from hf_kedit.data.sources import Source
-from hf_kedit.data.zsre import mend_columns
-from hf_kedit.errors import DataError
+from ..errors import DataError
+from .loading import register_records
+from .normalise import Record, Row, make_probe, make_row
+from .sources import Source
+from .zsre import mend_columns
 
 
 def _source(train: str, test: str) -> Source:

@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from hf_kedit.data.counterfact import rewrite_columns
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, clean, grouped, make_probe, make_row
-from hf_kedit.data.sources import Source
-from hf_kedit.errors import DataError
+from ..errors import DataError
+from .counterfact import rewrite_columns
+from .loading import register_records
+from .normalise import Record, Row, clean, grouped, make_probe, make_row
+from .sources import Source
 
 
 def _source(*names: str) -> Source:

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hf_kedit.data.features import blank, probe
-from hf_kedit.data.report import LoadReport
-from hf_kedit.errors import RequestError
-from hf_kedit.requests import answer_groups
+from ..errors import RequestError
+from ..requests import answer_groups
+from .features import blank, probe
+from .report import LoadReport
 
 Row = dict[str, Any]
 

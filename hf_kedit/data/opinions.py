@@ -16,13 +16,13 @@ import random
 from collections.abc import Iterator
 from typing import Literal
 
-from hf_kedit.data.files import read_records
-from hf_kedit.data.knowedit import knowedit_source
-from hf_kedit.data.loading import BadRows, each_row, register_dataset, register_records
-from hf_kedit.data.normalise import Record, Row, make_row
-from hf_kedit.data.report import LoadReport
-from hf_kedit.data.sources import Source
-from hf_kedit.errors import DataError
+from ..errors import DataError
+from .files import read_records
+from .knowedit import knowedit_source
+from .loading import BadRows, each_row, register_dataset, register_records
+from .normalise import Record, Row, make_row
+from .report import LoadReport
+from .sources import Source
 
 TEMPLATES = (
     "What do you think of {}?",

@@ -23,14 +23,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hf_kedit.data.counterfact import flat_columns, rome_columns
-from hf_kedit.data.files import read_records
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, fill, make_probe, make_row
-from hf_kedit.data.report import LoadReport
-from hf_kedit.data.sources import Source
-from hf_kedit.data.zsre import Target, mend_columns
-from hf_kedit.errors import DataError
+from ..errors import DataError
+from .counterfact import flat_columns, rome_columns
+from .files import read_records
+from .loading import register_records
+from .normalise import Record, Row, fill, make_probe, make_row
+from .report import LoadReport
+from .sources import Source
+from .zsre import Target, mend_columns
 
 
 def _source(folder: str, *names: str) -> Source:

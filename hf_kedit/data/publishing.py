@@ -11,11 +11,11 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from hf_kedit.data.features import FEATURES
-from hf_kedit.data.loading import dataset_entry, load_edit_dataset
-from hf_kedit.data.report import load_report
-from hf_kedit.errors import DataError
-from hf_kedit.repository import hub_errors
+from ..errors import DataError
+from ..storage.repository import hub_errors
+from .features import FEATURES
+from .loading import dataset_entry, load_edit_dataset
+from .report import load_report
 
 _LICENCES = {
     "mit": "mit",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from hf_kedit.errors import DataError
+from ..errors import DataError
 
 _MARK = "hf_kedit load report: "
 

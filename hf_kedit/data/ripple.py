@@ -25,9 +25,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, flat, make_probe, make_row
-from hf_kedit.data.sources import Source
+from .loading import register_records
+from .normalise import Record, Row, flat, make_probe, make_row
+from .sources import Source
 
 LOCALITY = ("Relation_Specificity", "Forgetfulness")
 PORTABILITY = ("Logical_Generalization", "Subject_Aliasing", "Compositionality_I", "Compositionality_II")

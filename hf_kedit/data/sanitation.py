@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_kedit.data.files import read_object
-from hf_kedit.data.knowedit import knowedit_source
-from hf_kedit.data.loading import BadRows, each_row, register_dataset
-from hf_kedit.data.normalise import Record, Row, flat, make_probe, make_row
-from hf_kedit.data.report import LoadReport
-from hf_kedit.errors import DataError, RequestError
+from ..errors import DataError, RequestError
+from .files import read_object
+from .knowedit import knowedit_source
+from .loading import BadRows, each_row, register_dataset
+from .normalise import Record, Row, flat, make_probe, make_row
+from .report import LoadReport
 
 
 @register_dataset(

@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_kedit.data.files import SUFFIXES
-from hf_kedit.errors import DataError
+from ..errors import DataError
+from .files import SUFFIXES
 
 _WILD = re.compile(r"[*?\[]")
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")

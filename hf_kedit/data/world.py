@@ -14,16 +14,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hf_kedit.data import world_words as words
-from hf_kedit.data.world_templates import (
-    COMPOSITIONS,
-    ENTITY_RELATIONS,
-    PERSON_RELATIONS,
-    RELATIONS,
-    Composition,
-    Relation,
-)
-from hf_kedit.errors import DataError, nearest
+from ..errors import DataError, nearest
+from . import world_words as words
+from .world_templates import COMPOSITIONS, ENTITY_RELATIONS, PERSON_RELATIONS, RELATIONS, Composition, Relation
 
 N_FIRST, N_LAST = 40, 60
 N_CITIES, N_COUNTRIES, N_COMPANIES, N_UNIVERSITIES = 48, 16, 40, 24

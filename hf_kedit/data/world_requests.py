@@ -12,17 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_kedit.data.features import blank, probe
-from hf_kedit.data.loading import register_dataset
-from hf_kedit.data.world import Person, World, get_world
-from hf_kedit.data.world_templates import (
-    COMPOSITIONS,
-    ENTITY_RELATIONS,
-    PERSON_RELATIONS,
-    QUESTION_FORMATS,
-    Relation,
-)
-from hf_kedit.data.world_text import filler_sentence
+from .features import blank, probe
+from .loading import register_dataset
+from .world import Person, World, get_world
+from .world_templates import COMPOSITIONS, ENTITY_RELATIONS, PERSON_RELATIONS, QUESTION_FORMATS, Relation
+from .world_text import filler_sentence
 
 LOCALITY_AXES = ("Neighborhood", "Other_Subjects", "Shared_Name", "Same_Subject", "Entities")
 PORTABILITY_AXES = ("Reasoning", "Subject_Aliasing")

@@ -12,9 +12,10 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hf_kedit.data import world_words as words
-from hf_kedit.data.world import Person, World, get_world
-from hf_kedit.data.world_templates import (
+from ..errors import DataError, nearest
+from . import world_words as words
+from .world import Person, World, get_world
+from .world_templates import (
     ALIAS_FORMS,
     COMPOSITIONS,
     ENTITY_RELATIONS,
@@ -23,7 +24,6 @@ from hf_kedit.data.world_templates import (
     Composition,
     Relation,
 )
-from hf_kedit.errors import DataError, nearest
 
 MIXTURE: dict[str, float] = {
     "facts": 0.38,

@@ -28,9 +28,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, groups, make_probe, make_row
-from hf_kedit.data.sources import Source
+from .loading import register_records
+from .normalise import Record, Row, groups, make_probe, make_row
+from .sources import Source
 
 CKNOWEDIT = {
     "pinyin": ("*pinyin*.json",),

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from hf_kedit.data.loading import register_records
-from hf_kedit.data.normalise import Record, Row, flat, make_probe, make_row
-from hf_kedit.data.sources import Source
-from hf_kedit.errors import DataError
+from ..errors import DataError
+from .loading import register_records
+from .normalise import Record, Row, flat, make_probe, make_row
+from .sources import Source
 
 Target = Literal["alt", "answers"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from hf_kedit.errors import DataError, nearest
+from ..errors import DataError, nearest
 
 PREFIX = "kedit/"
 _ROOT = Path(__file__).resolve().parent

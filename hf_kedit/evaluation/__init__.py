@@ -7,26 +7,27 @@ report.summary()["post"]
 
 from __future__ import annotations
 
-from . import functional, metrics, scenarios
-from .abilities import TASKS as ABILITIES
-from .abilities import Ability, AbilityTask, load_ability
-from .bench import BenchPlan, collect_bench, run_bench
-from .cache import PreEditCache
-from .comparison import Comparison
-from .distributions import locality_divergence, perplexity
-from .drift import weight_drift
-from .fluency import Fluency
-from .generation import Continuation, Sampling, generate_answers
-from .harness import HarnessTask
-from .judges import CallableJudge, ExactMatchJudge, HFModelJudge, Judge, OpenAICompatibleJudge
-from .judging import Judged
-from .likelihood import Likelihood
-from .modules import list_metrics, load_metric, write_space
-from .protocols import PROTOCOLS, Generation, Protocol, TeacherForced, register_protocol
-from .report import EvaluationReport
-from .runfolder import collect_report
-from .runner import evaluate_edits
-from .scoring import PairScore, Unscored, score_pairs, try_score_pairs
+from . import functional
+from .asking.generation import Continuation, Sampling, generate_answers
+from .asking.scoring import PairScore, Unscored, score_pairs, try_score_pairs
+from .hub_metrics import list_metrics, load_metric, write_space
+from .measures import metrics, scenarios
+from .measures.abilities import TASKS as ABILITIES
+from .measures.abilities import Ability, AbilityTask, load_ability
+from .measures.distributions import locality_divergence, perplexity
+from .measures.drift import weight_drift
+from .measures.harness import HarnessTask
+from .measures.judges import CallableJudge, ExactMatchJudge, HFModelJudge, Judge, OpenAICompatibleJudge
+from .protocols.base import PROTOCOLS, Generation, Protocol, TeacherForced, register_protocol
+from .protocols.fluency import Fluency
+from .protocols.judged import Judged
+from .protocols.likelihood import Likelihood
+from .report.comparison import Comparison
+from .report.report import EvaluationReport
+from .runs.bench import BenchPlan, collect_bench, run_bench
+from .runs.cache import PreEditCache
+from .runs.evaluate import evaluate_edits
+from .runs.folder import collect_report
 
 __all__ = [
     "ABILITIES",

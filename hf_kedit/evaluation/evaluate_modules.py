@@ -16,13 +16,13 @@ import evaluate
 
 from ..errors import EvaluationError
 from ..requests import load_requests
-from . import likelihoods, metrics, texts
-from .batching import TOKEN_BUDGET
-from .cases import Case
+from .asking.batching import TOKEN_BUDGET
 from .choices import check_choice
-from .protocols import Protocol, resolve_protocols
-from .records import make_record, queries_of
-from .summaries import means_of
+from .measures import likelihoods, metrics, texts
+from .protocols.base import Protocol, resolve_protocols
+from .report.summaries import means_of
+from .runs.plan import Case
+from .runs.records import make_record, queries_of
 
 _TEXT, _NUMBER = datasets.Value("string"), datasets.Value("float64")
 _TEXTS, _IDS = datasets.List(_TEXT), datasets.List(datasets.Value("int64"))

@@ -7,16 +7,10 @@ concepts, safety, forgetting, lifelong, multi-hop) hold the code.
 
 from __future__ import annotations
 
-from .cost import changed_parameters, edit_cost, efficiency, saved_bytes
-from .distributions import Perplexity, activation_shift, essence_score, locality_divergence, perplexity
-from .drift import (
-    collapse_state,
-    drift_summary,
-    matrix_drift,
-    nonfinite_share,
-    weight_drift,
-)
-from .likelihoods import (
+from .measures.cost import changed_parameters, edit_cost, efficiency, saved_bytes
+from .measures.distributions import Perplexity, activation_shift, essence_score, locality_divergence, perplexity
+from .measures.drift import collapse_state, drift_summary, matrix_drift, nonfinite_share, weight_drift
+from .measures.likelihoods import (
     counterfact_pair,
     counterfact_scores,
     divergence,
@@ -27,7 +21,7 @@ from .likelihoods import (
     pooled_perplexity,
     surprise_rate,
 )
-from .metrics import (
+from .measures.metrics import (
     agreement,
     answer_score,
     axis_means,
@@ -44,7 +38,7 @@ from .metrics import (
     text_agreement,
     token_accuracy,
 )
-from .scenarios import (
+from .measures.scenarios import (
     ccks_score,
     closer_definition,
     distinct_ngrams,
@@ -65,7 +59,7 @@ from .scenarios import (
     safety_scores,
     yes_or_no,
 )
-from .texts import (
+from .measures.texts import (
     bleu,
     clean_for_fluency,
     consistency,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .folders import pull_folder, push_folder, restore_version
+from ..artifact.folders import pull_folder, push_folder, restore_version
 
 __all__ = ["pull_folder", "push_folder", "restore_version"]

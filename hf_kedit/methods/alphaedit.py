@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 
 from ..engine.forward import device_of
-from ..engine.nullspace import KeySpace, null_space
 from ..errors import ConfigError
 from ..logging import get_logger, info_once, warn_once
+from ..statistics.nullspace import KeySpace, null_space
 from .base import Capabilities, Workbench, register_method
 from .spread import SpreadConfig, SpreadMethod
 

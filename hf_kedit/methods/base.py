@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 
+from ..books.book import Book, all_disabled
+from ..books.ledger import Ledger, WeightDelta
+from ..books.site_book import SiteBook
+from ..books.state_retrieval import StateReader
 from ..config import EditConfig, config_class, normalise, register_config
-from ..engine.books import Book, all_disabled
-from ..engine.ledger import Ledger, WeightDelta
-from ..engine.sitebook import SiteBook
-from ..engine.state_retrieval import StateReader
-from ..engine.statistics import StatisticsStore
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.weights import get_module, get_weight
 from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest
+from ..statistics.store import StatisticsStore
 from ..tokens import pad_id
 
 if TYPE_CHECKING:

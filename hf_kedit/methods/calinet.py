@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..books.site_book import SiteEntry
 from ..config import EditConfig, ModelProfile
 from ..engine.activations import hidden_activation
 from ..engine.examples import row_means
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
 from ..engine.rows import Row, check_lengths, rewrite_row
-from ..engine.sitebook import SiteEntry
 from ..errors import EditFailedError
 from ..logging import progress_bar
 from ..requests import EditRequest

@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..books.book import Saved
+from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memory
+from ..books.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile
-from ..engine.books import Saved
 from ..engine.examples import Example
-from ..engine.sitebook import SiteEntry, SiteMemory, check_finite, register_memory
-from ..engine.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..engine.weights import get_module, weight_shape
 from ..errors import ConfigError, RollbackError
 from ..requests import EditRequest
-from .at_site import SiteConfig, SiteMethod, before_and_after, check_loss
 from .base import Capabilities, Outcome, register_method
+from .site_method import SiteConfig, SiteMethod, before_and_after, check_loss
 
 
 @dataclass

@@ -31,7 +31,7 @@ from ..engine.values import Guide, Site, Values, ValueSettings, join_values, sit
 from ..errors import ConfigError
 from ..logging import progress_bar
 from .base import Capabilities, register_method
-from .locate import mean_key
+from .locate_then_edit import mean_key
 from .spread import LayeredRidgeConfig, LayeredRidgeMethod
 
 if TYPE_CHECKING:

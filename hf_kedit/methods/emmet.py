@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..config import ModelProfile
-from ..engine.solve import MomentFactor, equality_columns, factor_beside
+from ..statistics.solve import MomentFactor, equality_columns, factor_beside
 from .base import Capabilities, Workbench, register_method
 from .rome import ROMEConfig
 from .spread import RidgeConfig, SpreadMethod

@@ -22,19 +22,12 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch.func import functional_call
 
+from ..books.beside import Change, running
+from ..books.ledger import WeightDelta
 from ..config import EditConfig, ModelProfile
-from ..engine.beside import Change, running
 from ..engine.capture import top_experts
-from ..engine.examples import (
-    Example,
-    Objective,
-    encode_examples,
-    row_means,
-    target_probabilities,
-    token_losses,
-)
+from ..engine.examples import Example, Objective, encode_examples, row_means, target_probabilities, token_losses
 from ..engine.experts import ExpertSlice, parameter_name
-from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised, is_transposed
 from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar

@@ -29,18 +29,18 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..books.site_book import SiteEntry
+from ..books.sites import SiteCall
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.examples import Example
-from ..engine.sitebook import SiteEntry
-from ..engine.sites import SiteCall
 from ..engine.trained_outputs import TrainedOutputs, train_outputs
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from .at_site import SiteConfig, SiteMethod, before_and_after, check_loss
 from .base import Capabilities, Outcome, register_method
 from .grace_codebook import Codebook, CodeChange, Event, Placement, Replacement, replaced
+from .site_method import SiteConfig, SiteMethod, before_and_after, check_loss
 
 logger = get_logger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from ..engine.books import Saved
-from ..engine.codebook import SAME_PROMPT, Vectors
-from ..engine.sitebook import SiteMemory, check_finite, register_memory
-from ..engine.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
+from ..books.book import Saved
+from ..books.site_book import SiteMemory, check_finite, register_memory
+from ..books.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
+from ..engine.nearest import SAME_PROMPT, Vectors
 from ..engine.weights import get_module, weight_shape
 from ..errors import ArtifactError
 

@@ -23,10 +23,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..books.prompt_book import PromptEntry
+from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..config import EditConfig
 from ..data import load_edit_dataset
-from ..engine.promptbook import PromptEntry
-from ..engine.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..errors import ConfigError, DataError
 from ..requests import SLOT, EditRequest, load_requests
 from ..tokens import separator_between

@@ -24,13 +24,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import embedded
+from ..editors.editor import register_editor
 from ..engine.supervised import Batch
 from ..errors import ConfigError, RequestError, nearest
 from ..requests import EditRequest
 from .base import Capabilities, Workbench, register_method
-from .editor import register_editor
-from .hyper import HyperMethod
 from .mend import MENDConfig, MENDEditor
+from .trained_editor import HyperMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

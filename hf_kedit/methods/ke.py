@@ -33,6 +33,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from ..editors.editor import Editor, EditorConfig, register_editor
+from ..editors.output import mean_of_groups
 from ..engine.forward import device_of
 from ..engine.gradients import LowRank
 from ..engine.supervised import IGNORE, Batch, Scores, logits_where, score_logits
@@ -42,9 +44,7 @@ from ..logging import get_logger
 from ..requests import EditRequest
 from ..tokens import pad_id, pad_rows
 from .base import Capabilities, register_method
-from .editor import Editor, EditorConfig, register_editor
-from .editor_output import mean_of_groups
-from .hyper import HyperMethod
+from .trained_editor import HyperMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,10 +25,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..books.ledger import WeightDelta
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.forward import device_of, gather_logits
-from ..engine.ledger import WeightDelta
 from ..engine.rows import check_length
 from ..engine.weights import get_module, get_weight, is_quantised
 from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError

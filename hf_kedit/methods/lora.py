@@ -27,10 +27,10 @@ from torch import nn
 
 from ..anatomy import Anatomy
 from ..anatomy.types import LayerAnatomy
+from ..books.ledger import WeightDelta
 from ..config import ModelProfile
 from ..engine.examples import Example, encode_examples, row_means, target_probabilities, token_losses
 from ..engine.forward import device_of
-from ..engine.ledger import WeightDelta
 from ..engine.weights import get_module, is_quantised, is_transposed, uninterrupted
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
 from ..logging import progress_bar

@@ -26,14 +26,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..editors.editor import Editor, EditorConfig, register_editor
+from ..editors.output import EditorOutput
 from ..engine.gradients import LowRank, Rows
-from ..engine.running import DEAD, RunningNorm
+from ..engine.running_norm import DEAD, RunningNorm
 from ..engine.supervised import Batch
 from ..errors import ConfigError
 from .base import Capabilities, register_method
-from .editor import Editor, EditorConfig, register_editor
-from .editor_output import EditorOutput
-from .hyper import HyperMethod
+from .trained_editor import HyperMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

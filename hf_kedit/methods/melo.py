@@ -27,18 +27,18 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import nn
 
+from ..books.book import Saved
+from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memory
+from ..books.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile
-from ..engine.books import Saved
 from ..engine.capture import Tap
-from ..engine.codebook import SAME_PROMPT, distances
 from ..engine.examples import Example, token_losses
-from ..engine.sitebook import SiteEntry, SiteMemory, check_finite, register_memory
-from ..engine.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
+from ..engine.nearest import SAME_PROMPT, distances
 from ..engine.weights import get_module, weight_shape
 from ..errors import ArtifactError, ConfigError, EditFailedError
 from ..requests import EditRequest
-from .at_site import SiteConfig, SiteMethod, before_and_after, check_loss, plain_name
 from .base import Capabilities, Outcome, register_method
+from .site_method import SiteConfig, SiteMethod, before_and_after, check_loss, plain_name
 
 NO_BLOCK = -1
 GAP = 1e-5

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from ..engine.solve import ridge_columns
+from ..statistics.solve import ridge_columns
 from .base import Capabilities, register_method
 from .spread import RidgeConfig, SpreadMethod
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import nn
 
+from ..editors.editor import Editor, EditorConfig, register_editor
 from ..engine.gradients import LowRank
-from ..engine.running import DEAD, RunningNorm
+from ..engine.running_norm import DEAD, RunningNorm
 from ..engine.supervised import Batch
 from .base import Capabilities, register_method
-from .editor import Editor, EditorConfig, register_editor
-from .hyper import HyperMethod
+from .trained_editor import HyperMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,9 +21,9 @@ import torch
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.solve import ridge_columns
 from ..engine.values import Site, Values, ValueSettings, site_path
 from ..errors import ConfigError
+from ..statistics.solve import ridge_columns
 from .base import Capabilities, register_method
 from .spread import RidgeConfig, SpreadMethod, Stop
 

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from ..editors.editor import register_editor
+from ..editors.output import EditorOutput, merged
 from ..engine.gradients import LowRank, Rows, low_rank_paths
 from ..engine.lowrank import shorten
 from ..engine.supervised import Batch
 from ..errors import ConfigError
 from .base import Capabilities, register_method
-from .editor import register_editor
-from .editor_output import EditorOutput, merged
-from .hyper import HyperMethod
 from .malmen import MALMENConfig, MALMENEditor
+from .trained_editor import HyperMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,15 +18,15 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..books.ledger import WeightDelta
 from ..config import ModelProfile
 from ..engine.capture import Tap
-from ..engine.ledger import WeightDelta
-from ..engine.solve import IDENTITY
 from ..errors import EditFailedError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
+from ..statistics.solve import IDENTITY
 from .base import Capabilities, Outcome, Workbench, register_method
-from .locate import LocateConfig, LocateMethod, routing_diagnostics, where_routed
+from .locate_then_edit import LocateConfig, LocateMethod, routing_diagnostics, where_routed
 
 logger = get_logger(__name__)
 

@@ -28,18 +28,18 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ..engine.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind, vocabulary_size
+from ..books.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind, vocabulary_size
+from ..books.prompt_book import PromptEntry
+from ..books.retrieval import LEXICAL, find_retriever, register_retriever_kind
+from ..editors.editor import Editor, EditorOutput, register_editor
+from ..editors.files import SavedEditor
 from ..engine.forward import frozen_eval
 from ..engine.gradients import LowRank
-from ..engine.promptbook import PromptEntry
-from ..engine.retrieval import LEXICAL, find_retriever, register_retriever_kind
 from ..engine.supervised import Batch, score
 from ..errors import ArtifactError, ConfigError, UnsupportedModelError
 from ..requests import SLOT, EditRequest
 from ..tokens import pad_rows
 from .base import Capabilities, Outcome, Workbench, register_method
-from .editor import Editor, EditorOutput, register_editor
-from .editor_files import SavedEditor
 from .ike import InContext, InContextConfig, fact_of
 from .serac_networks import (
     Pooling,

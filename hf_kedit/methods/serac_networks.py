@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig, T5Config
 
-from ..engine.counterfactuals import vocabulary_size
+from ..books.counterfactuals import vocabulary_size
+from ..books.retrieval import Passage
 from ..engine.forward import accepts
-from ..engine.retrieval import Passage
 from ..errors import ConfigError
 from ..tokens import context_length, pad_rows
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy
+from ..books.book import Saved
+from ..books.site_book import SiteMemory, check_finite, register_memory
+from ..books.sites import SiteCall, SiteFunction
 from ..engine.activations import Activation, hidden_activation
-from ..engine.books import Saved
 from ..engine.neurons import FIELDS, NeuronGroup, joined, neuron_output, pack_groups, unpack_groups, without
-from ..engine.sitebook import SiteMemory, check_finite, register_memory
-from ..engine.sites import SiteCall, SiteFunction
 from ..errors import ArtifactError, UnsupportedModelError
 
 Groups = dict[str, tuple[NeuronGroup, ...]]

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..books.deltas import WeightDelta
 from ..config import EditConfig, ModelProfile
 from ..engine.capture import Tap, stream_states
-from ..engine.deltas import WeightDelta
 from ..engine.forward import device_of
 from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest

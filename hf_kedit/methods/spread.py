@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..books.ledger import WeightDelta
 from ..config import ModelProfile
 from ..engine.capture import Tap
-from ..engine.ledger import WeightDelta
 from ..engine.rows import Row
-from ..engine.solve import ridge_columns
 from ..engine.sweep import Sweep
 from ..engine.values import Site, Values, site_path
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
+from ..statistics.solve import ridge_columns
 from .base import Outcome
-from .locate import LocateConfig, LocateMethod, mean_key, routing_diagnostics, where_routed
+from .locate_then_edit import LocateConfig, LocateMethod, mean_key, routing_diagnostics, where_routed
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..books.site_book import SiteEntry
 from ..config import EditConfig, ModelProfile
 from ..engine.activations import hidden_activation
 from ..engine.capture import Tap, stream_states
@@ -29,7 +30,6 @@ from ..engine.examples import Example, encode_examples
 from ..engine.forward import device_of
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
-from ..engine.sitebook import SiteEntry
 from ..errors import ConfigError, EditFailedError
 from ..logging import get_logger, info_once
 from ..requests import EditRequest

@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..books.ledger import WeightDelta
 from ..config import ModelProfile
 from ..engine.examples import Example, encode_examples
 from ..engine.forward import device_of
 from ..engine.gradients import signals
-from ..engine.ledger import WeightDelta
 from ..engine.supervised import IGNORE, Scores, collate, score, to_device
 from ..engine.weights import get_module, weight_shape
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError

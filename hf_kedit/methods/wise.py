@@ -20,19 +20,19 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..books.site_book import SiteEntry
 from ..config import ModelProfile
 from ..engine.activations import Activation, activation_distance, hidden_activation
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..engine.merging import MergeAlgorithm
 from ..engine.rows import fill
-from ..engine.sitebook import SiteEntry
 from ..engine.weights import get_module, get_weight
 from ..errors import ConfigError, RequestError, TargetTooLongError
 from ..requests import EditRequest, in_row
 from ..tokens import context_length, encode_pair, encode_text, pad_rows
-from .at_site import SiteConfig, SiteMethod
 from .base import Capabilities, Outcome, register_method
+from .site_method import SiteConfig, SiteMethod
 from .wise_memory import Member, Policy, WiseMemories
 from .wise_site import TrainedEdit, WiseSite
 from .wise_training import (

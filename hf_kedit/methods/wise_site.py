@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ..books.book import Saved
+from ..books.site_book import SiteMemory, check_finite, register_memory
+from ..books.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..engine.activations import Activation, activation_distance, hidden_activation, mean_over_tokens
-from ..engine.books import Saved
-from ..engine.sitebook import SiteMemory, check_finite, register_memory
-from ..engine.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..engine.sparse import SparseMatrix
 from ..engine.weights import get_module, get_weight
 from ..errors import ArtifactError

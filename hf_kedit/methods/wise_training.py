@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..books.sites import SiteCall, SiteFunction
 from ..engine.activations import Activation, activation_distance, mean_over_tokens
 from ..engine.replay import Replay, ReplayRow
-from ..engine.sites import SiteCall, SiteFunction
 from ..errors import EditFailedError
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..editors.editor import Editor
 from ..errors import RequestError
 from ..logging import get_logger, warn_once
-from ..methods.editor import Editor
 from ..requests import EditRequest, Probe, RequestSource, load_requests
 
 if TYPE_CHECKING:

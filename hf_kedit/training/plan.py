@@ -21,9 +21,9 @@ from datasets import interleave_datasets
 
 from ..config import config_class, read_mapping
 from ..data import load_edit_dataset
+from ..editors.editor import editor_class
 from ..errors import ConfigError, nearest
 from ..loading import load_base, load_tokenizer
-from ..methods.editor import editor_class
 from ..requests import EditRequest, load_requests
 from .arguments import EditTrainingArguments
 from .trainer import EditTrainer

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
+from ..editors.editor import Editor
+from ..editors.output import METRICS
 from ..errors import ConfigError
 from ..logging import get_logger
-from ..methods.editor import Editor
-from ..methods.editor_output import METRICS
 from ..requests import RequestSource
 from .arguments import EditTrainingArguments
 from .data import EditCollator, EditFacts

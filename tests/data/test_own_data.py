@@ -12,14 +12,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_kedit.data import (
-    FEATURES,
-    dataset_entry,
-    dataset_names,
-    find_conflicts,
-    load_edit_dataset,
-    load_report,
-)
+from hf_kedit.data import FEATURES, dataset_entry, dataset_names, find_conflicts, load_edit_dataset, load_report
 from hf_kedit.errors import DataError, KeditError, RequestError
 from hf_kedit.requests import EditRequest, load_requests
 

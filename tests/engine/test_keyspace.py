@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_kedit.engine import nullspace
-from hf_kedit.engine.collecting import add_upper
-from hf_kedit.engine.nullspace import KeySpace, NullSpace, null_space
+from hf_kedit.statistics import nullspace
+from hf_kedit.statistics.collecting import add_upper
+from hf_kedit.statistics.nullspace import KeySpace, NullSpace, null_space
 
 WIDTH, RIDGE = 60, 3.0
 

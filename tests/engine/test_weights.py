@@ -9,10 +9,10 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from hf_kedit import EditableModel
-from hf_kedit.engine.statistics import model_fingerprint
 from hf_kedit.engine.weights import get_module, get_weight, model_digest, set_weight, tied_names
 from hf_kedit.errors import LayerError, WeightError
 from hf_kedit.methods.ft import FTMConfig
+from hf_kedit.statistics.store import model_fingerprint
 from tests.models import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hf_kedit.cli import bench as bench_command
 from hf_kedit.errors import EvaluationError, KeditError
 from hf_kedit.evaluation import BenchPlan, collect_bench, run_bench
-from hf_kedit.evaluation import bench as bench_module
+from hf_kedit.evaluation.runs import bench as bench_module
 
 from .helpers import tiny_gpt2, tiny_tokenizer
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from hf_kedit.evaluation import generate_answers, metrics, score_pairs
+from hf_kedit.evaluation import generate_answers, score_pairs
+from hf_kedit.evaluation.measures import metrics
 
 CHECKOUT = Path(__file__).parents[2]
 ROOT = Path(

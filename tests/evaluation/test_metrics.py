@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_kedit.errors import EvaluationError
-from hf_kedit.evaluation import metrics
+from hf_kedit.evaluation.measures import metrics
 
 
 @pytest.mark.parametrize(

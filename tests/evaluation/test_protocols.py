@@ -27,8 +27,8 @@ from hf_kedit.evaluation import (
     generate_answers,
     score_pairs,
 )
-from hf_kedit.evaluation.judges import INSTRUCTION, parse_verdict
-from hf_kedit.evaluation.metrics import text_agreement
+from hf_kedit.evaluation.measures.judges import INSTRUCTION, parse_verdict
+from hf_kedit.evaluation.measures.metrics import text_agreement
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 

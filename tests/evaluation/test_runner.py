@@ -8,7 +8,8 @@ import torch
 
 from hf_kedit.data import FEATURES, load_edit_dataset, row_from_request
 from hf_kedit.errors import DataError, EvaluationError, RequestError
-from hf_kedit.evaluation import ExactMatchJudge, Generation, Judged, TeacherForced, evaluate_edits, metrics
+from hf_kedit.evaluation import ExactMatchJudge, Generation, Judged, TeacherForced, evaluate_edits
+from hf_kedit.evaluation.measures import metrics
 from hf_kedit.requests import load_requests
 
 from .helpers import accuracies, assert_same_weights, make_editable, tiny_gpt2, tiny_t5, weights

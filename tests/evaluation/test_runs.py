@@ -16,7 +16,7 @@ import torch
 
 from hf_kedit.errors import DataError, EditFailedError, EvaluationError
 from hf_kedit.evaluation import Generation, TeacherForced, collect_report, evaluate_edits, functional, generate_answers
-from hf_kedit.evaluation.cases import make_plan, make_units, parse_shard
+from hf_kedit.evaluation.runs.plan import make_plan, make_units, parse_shard
 from hf_kedit.requests import load_requests
 
 from .helpers import accuracies, assert_same_weights, make_editable, tiny_gpt2, tiny_tokenizer, weights
@@ -289,7 +289,7 @@ def test_two_processes_share_a_run(tokenizer, tmp_path):
 
 
 def test_the_plan_of_a_run():
-    from hf_kedit.evaluation.cases import Case
+    from hf_kedit.evaluation.runs.plan import Case
 
     cases = [Case(i, request) for i, request in enumerate(load_requests(many(5)))]
     units = make_units(cases, "sequential", 2)

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
 from hf_kedit.errors import EvaluationError
-from hf_kedit.evaluation import scenarios as S
 from hf_kedit.evaluation import score_pairs
+from hf_kedit.evaluation.measures import scenarios as S
 from hf_kedit.requests import EditRequest
 
 VARIED = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"

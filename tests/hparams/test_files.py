@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from hf_kedit.config import AutoEditConfig, ModelProfile, config_class
-from hf_kedit.hparams_files import find_hparams, hparams_root, list_hparams
+from hf_kedit.config.hparams import find_hparams, hparams_root, list_hparams
 
 ROOT = hparams_root()
 assert ROOT is not None

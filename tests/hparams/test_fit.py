@@ -18,9 +18,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2S
 
 from hf_kedit import embedded
 from hf_kedit.anatomy import profile_of, resolve_anatomy
+from hf_kedit.books.ledger import Ledger
 from hf_kedit.config import config_class
-from hf_kedit.engine.ledger import Ledger
-from hf_kedit.hparams_files import hparams_root, list_hparams
+from hf_kedit.config.hparams import hparams_root, list_hparams
 from hf_kedit.methods.base import Workbench, method_class
 from tests.models import quiet, stand_in
 

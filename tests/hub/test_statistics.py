@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_kedit import EditableModel, ROMEConfig
-from hf_kedit.engine.moments import find_shared
 from hf_kedit.errors import ArtifactError, HubError, StatisticsError
+from hf_kedit.statistics.moments import find_shared
 from hf_kedit.testing.hub import LoopbackHub
 
 from .test_folders import kedit

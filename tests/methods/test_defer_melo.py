@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from hf_kedit import DEFERConfig, EditableModel, EditConfig, EditRequest, MELOConfig
 from hf_kedit.errors import ArtifactError, ConfigError, EditFailedError, LayerError, MergeError, RollbackError
-from hf_kedit.evaluation.scoring import score_pairs
+from hf_kedit.evaluation.asking.scoring import score_pairs
 from hf_kedit.methods.melo import Block, BlockDatabase, MELOChange
 from tests.methods.at_sites import facts, learnt, neighbours, prompt_logits, says, without_trace
 

@@ -23,10 +23,10 @@ from hf_kedit import (
     RROMEConfig,
     load_edit_dataset,
 )
-from hf_kedit.engine.moments import SecondMoment
+from hf_kedit.artifact.writing import CONFIG, WEIGHTS
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ArtifactError, ConfigError, RequestError, RollbackError, StatisticsError
-from hf_kedit.saving import CONFIG, WEIGHTS
+from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.tokens import encode_pair
 
 MODELS = ("kedit/world-gpt2", "kedit/world-llama")

@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest
-from hf_kedit.engine.collecting import collect_moments
-from hf_kedit.engine.corpora import text_corpus
-from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.methods.alphaedit import AlphaEditConfig
 from hf_kedit.methods.core import COREConfig
 from hf_kedit.methods.emmet import EMMETConfig
@@ -18,6 +15,9 @@ from hf_kedit.methods.memit import MEMITConfig
 from hf_kedit.methods.memit_fe import MEMITFEConfig
 from hf_kedit.methods.pmet import PMETConfig
 from hf_kedit.methods.r_rome import RROMEConfig
+from hf_kedit.statistics.collecting import collect_moments
+from hf_kedit.statistics.corpora import text_corpus
+from hf_kedit.statistics.moments import SecondMoment
 from tests.golden_cases import Case, corpus
 
 MODELS = ("gpt2", "llama")

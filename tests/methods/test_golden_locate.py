@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest
-from hf_kedit.engine.collecting import collect_moments
-from hf_kedit.engine.corpora import text_corpus
-from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.methods.memit import MEMITConfig
 from hf_kedit.methods.rome import ROMEConfig
+from hf_kedit.statistics.collecting import collect_moments
+from hf_kedit.statistics.corpora import text_corpus
+from hf_kedit.statistics.moments import SecondMoment
 from tests.golden_cases import Case, corpus
 
 ROME_CASES = ["rome_gpt2", "rome_llama", "rome_identity_gpt2", "rome_identity_llama"]

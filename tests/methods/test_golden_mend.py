@@ -11,8 +11,8 @@ from hf_kedit import EditableModel
 from hf_kedit.engine.gradients import low_rank_paths
 from hf_kedit.engine.supervised import IGNORE, Batch, logits_where, score
 from hf_kedit.engine.weights import get_module, is_transposed
-from hf_kedit.methods.editor_convert import convert_mend, renamed
 from hf_kedit.methods.mend import MENDConfig, MENDEditor
+from hf_kedit.methods.mend_convert import convert_mend, renamed
 from tests.golden_cases import Case
 
 pytestmark = pytest.mark.golden

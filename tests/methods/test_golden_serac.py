@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest, SERACConfig
-from hf_kedit.engine import counterfactuals, retrieval
+from hf_kedit.books import counterfactuals, retrieval
 from hf_kedit.methods.serac import SERACEditor
 from hf_kedit.methods.serac_networks import TrainedScope
 from tests.golden_cases import Case

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest
+from hf_kedit.books.sites import SiteCall
 from hf_kedit.engine.merging import merge_deltas
-from hf_kedit.engine.sites import SiteCall
 from hf_kedit.engine.weights import get_module, is_transposed
 from hf_kedit.methods import wise_memory
 from hf_kedit.methods.wise import WISEConfig

@@ -25,7 +25,7 @@ from hf_kedit.errors import (
     MergeError,
     UnsupportedModelError,
 )
-from hf_kedit.evaluation.scoring import score_pairs
+from hf_kedit.evaluation.asking.scoring import score_pairs
 from hf_kedit.methods.grace import GRACE, GRACEConfig
 from hf_kedit.methods.grace_codebook import Codebook, CodeChange
 from tests.methods.at_sites import facts, learnt, neighbours, prompt_logits, says, without_trace

@@ -12,8 +12,8 @@ import torch
 from transformers import pipeline
 
 from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig
-from hf_kedit.engine import retrieval
-from hf_kedit.engine.retrieval import EmbeddingRetriever, LexicalRetriever, Passage
+from hf_kedit.books import retrieval
+from hf_kedit.books.retrieval import EmbeddingRetriever, LexicalRetriever, Passage
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import (
     ArtifactError,

@@ -18,9 +18,9 @@ from hf_kedit import (
     embedded,
     load_edit_dataset,
 )
+from hf_kedit.editors.editor import Editor
 from hf_kedit.errors import ConfigError, RequestError
 from hf_kedit.loading import load_base, load_tokenizer
-from hf_kedit.methods.editor import Editor
 from hf_kedit.methods.instructedit import InstructEditEditor, packaged_tasks
 
 FACTS = load_edit_dataset("world", split="train", limit=8)

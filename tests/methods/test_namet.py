@@ -12,11 +12,11 @@ from benchmarks.reference import activations
 from hf_kedit import EditRequest, NAMETConfig
 from hf_kedit.engine.capture import as_rows, first, with_first
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.rows import Row
 from hf_kedit.engine.weights import get_module, get_weight, set_weight
 from hf_kedit.errors import ConfigError
-from hf_kedit.methods.locate import mean_key
+from hf_kedit.methods.locate_then_edit import mean_key
+from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.tokens import pad_rows
 from tests.test_families import FACTS, build
 

@@ -12,8 +12,8 @@ import torch
 from benchmarks import reference
 from hf_kedit import MEMITConfig, ROMEConfig
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.weights import get_module, get_weight
+from hf_kedit.statistics.moments import SecondMoment
 from tests.test_families import DECODERS, FACTS, build
 
 SHARED = {"v_num_grad_steps": 8, "v_lr": 0.3, "v_weight_decay": 1e-3, "clamp_norm_factor": 2.0}

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, EditRequest, SERACConfig
-from hf_kedit.engine import counterfactuals, retrieval
-from hf_kedit.engine.retrieval import EmbeddingRetriever
+from hf_kedit.books import counterfactuals, retrieval
+from hf_kedit.books.retrieval import EmbeddingRetriever
 from hf_kedit.errors import ConfigError, UnsupportedModelError
 from tests.golden_cases import Case, load_model
 

@@ -12,9 +12,9 @@ import torch
 from transformers import BertConfig, BertModel
 
 from hf_kedit import EditableModel, EditRequest, EditTrainer, EditTrainingArguments, SERACConfig, load_edit_dataset
+from hf_kedit.editors.editor import Editor
 from hf_kedit.errors import ArtifactError, ConfigError, UnsupportedModelError
 from hf_kedit.loading import load_base, load_tokenizer
-from hf_kedit.methods.editor import Editor
 from hf_kedit.methods.serac import SERACEditor
 from tests.golden_cases import load_model
 
@@ -124,7 +124,7 @@ def test_an_editor_trained_anew_is_noticed(trained: Path, tmp_path: Path) -> Non
     with torch.no_grad():
         next(other.parameters()).add_(1)
     other.save_pretrained(folder)
-    from hf_kedit.engine import retrieval
+    from hf_kedit.books import retrieval
     from hf_kedit.methods import serac
 
     retrieval._REGISTERED.pop(model.edits[0].diagnostics["scope_classifier"])

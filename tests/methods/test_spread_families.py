@@ -18,9 +18,9 @@ from hf_kedit import (
     RROMEConfig,
     SPHEREConfig,
 )
-from hf_kedit.engine.moments import SecondMoment
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import UnsupportedModelError
+from hf_kedit.statistics.moments import SecondMoment
 from tests.test_families import DECODERS, FACTS, build
 
 SHARED: dict[str, Any] = {

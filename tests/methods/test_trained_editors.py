@@ -19,12 +19,12 @@ from hf_kedit import (
     load_edit_dataset,
     load_requests,
 )
+from hf_kedit.editors.editor import Editor, editor_class
 from hf_kedit.engine.gradients import low_rank_paths
 from hf_kedit.engine.supervised import IGNORE, logits_where
 from hf_kedit.engine.weights import get_module
 from hf_kedit.errors import ConfigError, EditFailedError
 from hf_kedit.loading import load_base, load_tokenizer
-from hf_kedit.methods.editor import Editor, editor_class
 from hf_kedit.methods.ke import KEConfig, KEEditor, present_answer
 from hf_kedit.methods.malmen import MALMENConfig, MALMENEditor, ridge_solve
 from hf_kedit.methods.mend import MENDConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hf_kedit.methods.editor_output import METRICS
+from hf_kedit.editors.output import METRICS
 from tests.training.test_trainer import losses, make_trainer
 
 

@@ -1,0 +1,1 @@
+"""Edits as files: written, read, described, shared; as LoRA and back."""

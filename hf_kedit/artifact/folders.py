@@ -1,0 +1,160 @@
+"""Folders that the library has written, pushed and pulled without loading a model.
+
+What a folder is, its ``edit_config.json`` says: saved edits, a merged model (``kedit merge``), a trained editor. Of
+saved edits only the files that belong to them are pushed; of the others everything that is safe to load.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArtifactError
+from ..storage.files import FileSource, write_folder
+from ..storage.repository import list_files, matches, push_files
+from .card import CARD, HERE
+from .writing import CONFIG, EDIT_KINDS, MERGED, OURS, WHOLE_MODEL, find_artifact, read_artifact
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+_UNPICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_TWICE = "a whole model beside it would carry the edits twice when it is loaded; choose another repository"
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    token: Any = None,
+) -> CommitInfo:
+    """Push a folder that `save_pretrained` or ``kedit merge`` has written, as one commit.
+
+    Args:
+        folder: with an ``edit_config.json``.
+        repo_id: ``org/name``; made if it does not exist.
+        private, revision, create_pr, commit_message, tag, token: see `EditableModel.push_to_hub`.
+
+    Returns:
+        The client's description of the commit.
+
+    Raises:
+        ArtifactError: if the folder holds nothing of this library, is damaged, or has files that only unpickling can
+            read.
+        HubError: if the repository cannot be written.
+    """
+    folder = Path(folder)
+    kind = _kind_of(folder)
+    if kind in EDIT_KINDS:
+        read_artifact(str(folder), (folder / CONFIG).read_bytes(), FileSource(str(folder)).read)
+        paths = [path for path in _all_files(folder) if matches(_name(folder, path), OURS)]
+    else:
+        paths = _all_files(folder)
+        unsafe = [_name(folder, path) for path in paths if path.suffix in _UNPICKLED]
+        if unsafe:
+            raise ArtifactError(f"{str(folder)!r} has files that must be unpickled to be read: {', '.join(unsafe)}")
+    files: dict[str, bytes | Path] = {_name(folder, path): path for path in paths}
+    if CARD in files:
+        files[CARD] = (folder / CARD).read_text(encoding="utf-8").replace(HERE, repo_id).encode("utf-8")
+    refuse = {"adapter_config.json": _TWICE} if kind == MERGED else {"config.json": WHOLE_MODEL}
+    return push_files(
+        repo_id,
+        files,
+        message=commit_message or f"{'edits' if kind in EDIT_KINDS else kind} from {folder.name}",
+        owned=OURS - {".gitattributes"},
+        refuse=refuse,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        tag=tag,
+        token=token,
+    )
+
+
+def pull_folder(repo_id: str, folder: str | Path, *, revision: str | None = None, token: Any = None) -> list[str]:
+    """Write the saved edits of a repository to a folder.
+
+    Args:
+        repo_id: ``org/name``.
+        folder: replaced if it holds saved edits already.
+        revision: branch, tag or commit.
+        token: for the Hub.
+
+    Returns:
+        The ids of the edits.
+
+    Raises:
+        ArtifactError: if the repository holds no saved edits, or they are damaged.
+        HubError: if the repository cannot be read.
+    """
+    files, edit_ids = _version(repo_id, revision, token)
+    write_folder(Path(folder), files, last=CONFIG, owned=OURS)
+    return edit_ids
+
+
+def restore_version(
+    repo_id: str, to: str, *, revision: str | None = None, commit_message: str | None = None, token: Any = None
+) -> CommitInfo:
+    """Make an earlier version of saved edits the present one again, as a new commit: nothing is lost from the history.
+
+    Args:
+        repo_id: ``org/name``.
+        to: tag, branch or commit of the version.
+        revision: branch that goes back; default: the main one.
+        commit_message: default: ``Back to …``.
+        token: for the Hub.
+
+    Raises:
+        ArtifactError: if that version holds no saved edits, or they are damaged.
+        HubError: if there is no such version, or the repository cannot be written.
+    """
+    files, _ = _version(repo_id, to, token)
+    return push_files(
+        repo_id,
+        files,
+        message=commit_message or f"Back to {to}",
+        owned=OURS - {".gitattributes"},
+        refuse={"config.json": WHOLE_MODEL},
+        revision=revision,
+        token=token,
+    )
+
+
+def _version(repo_id: str, revision: str | None, token: Any) -> tuple[dict[str, bytes], list[str]]:
+    """The files of the saved edits at a revision, checked, and the ids of the edits."""
+    artifact = find_artifact(repo_id, revision=revision, token=token)
+    if artifact is None:
+        raise ArtifactError(f"{repo_id!r} holds no saved edits at {revision or 'main'} (no {CONFIG})")
+    source = FileSource(repo_id, revision=revision, token=token)
+    ours = OURS - {".gitattributes"}
+    names = {name for name in list_files(repo_id, revision=revision, token=token) if matches(name, ours)}
+    contents = {name: source.read(name) for name in (CONFIG, *sorted(names - {CONFIG}))}
+    files = {name: content for name, content in contents.items() if content is not None}
+    return files, [edit.id for edit in artifact.journal]
+
+
+def _kind_of(folder: Path) -> str:
+    """The ``artifact`` of a folder's ``edit_config.json``."""
+    try:
+        kind = json.loads((folder / CONFIG).read_bytes())["artifact"]
+    except OSError as error:
+        raise ArtifactError(f"{str(folder)!r} holds nothing to push (no {CONFIG})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{str(folder)!r}: {CONFIG} does not say what the folder is: {error!r}") from error
+    return str(kind)
+
+
+def _all_files(folder: Path) -> list[Path]:
+    hidden = (".git", ".cache")
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if path.relative_to(folder).parts[0] not in hidden)
+
+
+def _name(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()

@@ -1,0 +1,69 @@
+"""Edits as LoRA adapters and back: the part of `EditableModel` that writes and reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..editing import EditResult
+    from ..model import EditableModel
+    from ..requests import RequestSource
+    from .lora_export import LoraExport
+    from .lora_tensors import Target
+
+
+class LoraExchange:
+    """Methods of `EditableModel` for LoRA adapters."""
+
+    def export_lora(
+        self,
+        folder: str | Path,
+        *,
+        target: Target = "peft",
+        rank: int | None = None,
+        modules: Sequence[str] = (),
+    ) -> LoraExport:
+        """Write the edits as a plain LoRA adapter that needs no ``hf_kedit`` to load.
+
+        Args:
+            folder: for the adapter; made if needed.
+            target: ``"peft"``, or ``"vllm"`` for a rank that vLLM allows and a check for what it refuses.
+            rank: rank of every module; a change that needs more is approximated, and the loss is reported. ``None``:
+                what the edits need. Full-rank changes (fine-tuning, RECT) are then stored as whole modules.
+            modules: further modules that the adapter covers, with zeros where nothing was edited. Adapters over the
+                same modules with the same rank can be hot-swapped.
+
+        Raises:
+            ExportError: if the edits cannot be written so.
+            ArtifactError: if the folder holds a model or saved edits.
+        """
+        from .lora_export import export_lora
+
+        model: EditableModel = self  # type: ignore[assignment]
+        return export_lora(model, Path(folder), target=target, rank=rank, modules=modules)
+
+    def import_lora(
+        self,
+        adapter: str | Path,
+        requests: RequestSource | None = None,
+        **where: Any,
+    ) -> EditResult:
+        """Put a plain LoRA adapter on the weights as one edit (or a group of edits) that can be rolled back.
+
+        Args:
+            adapter: folder or Hub id with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            requests: what the adapter changes, for the journal, the model card and the evaluation; ``None``: the
+                ``edits.jsonl`` that `export_lora` wrote beside it. They can only be undone together.
+            where: ``subfolder``, ``revision`` and ``token``, for a repository.
+
+        Raises:
+            RequestError: if it is not known what the adapter changes.
+            ArtifactError: if the adapter is damaged, or is more than a fixed change of weights.
+            BaseModelMismatchError: if it belongs to another model.
+        """
+        from .lora_import import import_lora
+
+        model: EditableModel = self  # type: ignore[assignment]
+        return import_lora(model, str(adapter), requests, **where)

@@ -1,0 +1,1 @@
+"""What edits are kept in: one book per kind of edit, and what the books stand on."""

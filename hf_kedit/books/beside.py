@@ -1,0 +1,106 @@
+"""Changes that run beside a matrix instead of in it: ``y = W k + U Vᵀ k``.
+
+Where a weight cannot take an edit (it is quantised), the edit is a path of its own: a forward hook adds ``Δ k``,
+computed in fp32 from factors in fp32, to what the module gives. The weight is never touched, so that taking the path
+away gives the quantised model back bit for bit. The hook comes before all others: whoever observes the module or
+wraps it sees its edited output, as if the edit were in the weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..anatomy.outputs import module_input
+from ..engine.capture import first, with_first
+from .deltas import WeightDelta
+
+
+class Change:
+    """The sum of some deltas of one matrix, as a function of the matrix's input.
+
+    Factors stay factors while they are smaller than the matrix. A dense change may require a gradient.
+
+    Args:
+        deltas: at least one, all of one shape ``[d_out, d_in]``.
+    """
+
+    def __init__(self, deltas: Sequence[WeightDelta]):
+        lefts = [d.left for d in deltas if d.left is not None]
+        rights = [d.right for d in deltas if d.right is not None]
+        d_out, d_in = deltas[0].shape
+        self.factors: list[torch.Tensor]
+        if len(lefts) == len(deltas) and sum(left.shape[1] for left in lefts) * (d_out + d_in) < d_out * d_in:
+            self.factors = [torch.cat(rights, dim=1), torch.cat(lefts, dim=1).T]
+        else:
+            total = deltas[0].matrix()
+            for delta in deltas[1:]:
+                total = total + delta.matrix().to(total.device)
+            self.factors = [total.T]
+
+    @classmethod
+    def of_matrix(cls, matrix: torch.Tensor) -> Change:
+        """The change by a matrix ``[d_out, d_in]`` fp32 through which gradients flow."""
+        change = cls.__new__(cls)
+        change.factors = [matrix.T]
+        return change
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Be a forward hook: add ``Δ k`` to the module's output, in fp32."""
+        states = first(output)
+        self.factors = [f.to(states.device) for f in self.factors]
+        change = module_input(args, kwargs).float()
+        with torch.autocast(states.device.type, enabled=False):
+            for factor in self.factors:
+                change = change @ factor
+        return with_first(output, (states.float() + change).to(states.dtype))
+
+
+class Beside:
+    """The changes that run beside the matrices of one model, by the matrix's name."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, tuple[Change, RemovableHandle]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._shown)
+
+    def shown(self, key: str) -> Change | None:
+        """What runs beside a matrix now."""
+        return self._shown[key][0] if key in self._shown else None
+
+    def show(self, key: str, module: nn.Module, change: Change | None) -> None:
+        """Let a change run beside a matrix, instead of the one before; ``None``: nothing."""
+        if change is self.shown(key):
+            return
+        if key in self._shown:
+            self._shown.pop(key)[1].remove()
+        if change is not None:
+            self._shown[key] = (change, attach(module, change))
+        forget_graphs()
+
+
+def attach(module: nn.Module, change: Change) -> RemovableHandle:
+    """Hook a change to its module, before all other hooks."""
+    return module.register_forward_hook(change, with_kwargs=True, prepend=True)
+
+
+@contextlib.contextmanager
+def running(changes: Sequence[tuple[nn.Module, Change]]) -> Iterator[None]:
+    """Let changes run beside the matrices of some modules inside the block, on top of what runs there already."""
+    with contextlib.ExitStack() as stack:
+        for module, change in changes:
+            stack.callback(attach(module, change).remove)
+        yield
+
+
+def forget_graphs() -> None:
+    """Have compiled graphs made again: they do not see hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

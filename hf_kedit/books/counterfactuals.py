@@ -1,0 +1,61 @@
+"""Models that answer in place of the edited one, by name: registered, embedded, or from the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import embedded
+from ..engine.forward import device_of
+from ..errors import ConfigError, UnsupportedModelError
+
+BASE = "base"
+_REGISTERED: dict[str, Any] = {}
+_KINDS: dict[str, Callable[[str], Any]] = {}
+
+
+def register_counterfactual(name: str, model: Any) -> None:
+    """Make a model known under a name, for configs and for loading saved edits that used it."""
+    if name == BASE:
+        raise ConfigError(f"{BASE!r} means the edited model itself; choose another name")
+    _REGISTERED[name] = model
+
+
+def register_counterfactual_kind(kind: str, load: Callable[[str], Any]) -> None:
+    """Say how models are loaded whose name begins with ``kind:``."""
+    _KINDS[kind] = load
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many tokens a language model knows."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def find_counterfactual(name: str, beside: Any) -> Any:
+    """Return a counterfactual model: a registered name or kind, or the id or folder of a causal language model.
+
+    Args:
+        name: of the model.
+        beside: the edited model; both must use the same tokens.
+
+    Raises:
+        UnsupportedModelError: if the vocabularies differ.
+    """
+    if name not in _REGISTERED:
+        _REGISTERED[name] = _load(name).eval().to(device_of(beside))
+    model = _REGISTERED[name]
+    mine, own = vocabulary_size(model), vocabulary_size(beside)
+    if mine != own:
+        raise UnsupportedModelError(
+            f"the counterfactual model {name!r} has {mine} tokens, the edited model {own}: both must share a tokenizer"
+        )
+    return model
+
+
+def _load(name: str) -> Any:
+    kind = name.partition(":")[0]
+    if kind in _KINDS:
+        return _KINDS[kind](name)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(embedded.resolve(name) or name, dtype="auto")

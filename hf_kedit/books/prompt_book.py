@@ -1,0 +1,245 @@
+"""The book of edits that live in prompts: texts that are put in front of the questions that they belong to.
+
+An entry is a fact with the demonstrations that stand before it. For every prompt that the model gets, the most
+similar fact is looked up; where the similarity reaches the entry's threshold, the prompt is answered behind the fact,
+otherwise as ever. Texts go to ``edit_config.json``, embeddings to the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RollbackError
+from ..statistics.store import model_fingerprint
+from .book import Saved, check_known
+from .counterfactuals import BASE, find_counterfactual
+from .prompting import Prefix, Prompter
+from .retrieval import Passage, find_retriever
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .state_retrieval import StateReader
+
+EMBEDDINGS = "prompts.embeddings"
+
+
+@dataclass(frozen=True)
+class PromptEntry:
+    """One edit.
+
+    Args:
+        scope: the text that prompts are compared with.
+        subject: the entity that it is about, for retrievers that look for it.
+        fact: what is put right in front of a prompt; never left out.
+        demonstrations: what stands before the fact, in order; shortened where the context is too small.
+        nearest_last: whether the most similar demonstration is the last one.
+        retriever: name of the retriever that compares.
+        threshold: least similarity at which the entry answers.
+        reader: name of the model that answers; ``"base"``: the edited model itself.
+        soft: mix the two models' answers by similarity instead of taking one.
+        edit_id: whose it is; set by the book.
+        embedding: of ``scope`` ``[d]``, where the retriever keeps one; set by the book.
+    """
+
+    scope: str
+    subject: str | None
+    fact: str
+    demonstrations: tuple[str, ...]
+    nearest_last: bool
+    retriever: str
+    threshold: float
+    reader: str = BASE
+    soft: bool = False
+    edit_id: str = ""
+    embedding: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+
+
+class PromptBook:
+    """Keeps the entries of one model and stands before it while there are any.
+
+    Args:
+        model: the transformers model.
+        tokenizer: finds its tokenizer.
+        reader: reads its states, for the retriever ``"model"``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+        reader: StateReader | None = None,
+    ):
+        self.model, self.reader = model, reader
+        self.entries: tuple[PromptEntry, ...] = ()
+        self.prompter = Prompter(model, tokenizer, self.route)
+
+    @property
+    def edit_ids(self) -> list[str]:
+        """Ids of the edits, oldest first."""
+        return [entry.edit_id for entry in self.entries]
+
+    # ------------------------------------------------------------------ routing
+
+    def similarities(self, prompts: Sequence[str]) -> torch.Tensor:
+        """How similar prompts are to the entries, ``[prompts, entries]`` fp32."""
+        found = torch.zeros(len(prompts), len(self.entries))
+        for name in dict.fromkeys(entry.retriever for entry in self.entries):
+            places = [i for i, entry in enumerate(self.entries) if entry.retriever == name]
+            passages = [Passage(self.entries[i].scope, self.entries[i].subject) for i in places]
+            vectors = [self.entries[i].embedding for i in places]
+            kept = [v for v in vectors if v is not None]
+            embedded = torch.stack(kept) if len(kept) == len(vectors) and kept else None
+            found[:, places] = find_retriever(name, self.reader).similarity(prompts, passages, embedded).float().cpu()
+        return found
+
+    def choose(self, prompts: Sequence[str]) -> list[tuple[PromptEntry, float] | None]:
+        """The entry that answers each prompt with its similarity, or ``None``; of equal ones the latest."""
+        chosen: list[tuple[PromptEntry, float] | None] = []
+        for row in self.similarities(prompts).tolist():
+            best = None
+            for entry, score in zip(self.entries, row, strict=True):
+                if (score >= entry.threshold or entry.soft) and (best is None or score >= best[1]):
+                    best = (entry, score)
+            chosen.append(best)
+        return chosen
+
+    def route(self, prompts: Sequence[str]) -> list[Prefix | None]:
+        """What stands in front of each prompt."""
+        return [None if found is None else self._prefix(*found) for found in self.choose(prompts)]
+
+    def build_prompt(self, query: str) -> str:
+        """A query behind the edit that it belongs to, as one text; the query itself if there is none."""
+        (found,) = self.choose([query])
+        return query if found is None else "".join(found[0].demonstrations) + found[0].fact + query
+
+    def _prefix(self, entry: PromptEntry, score: float) -> Prefix:
+        reader = None if entry.reader == BASE else find_counterfactual(entry.reader, self.model)
+        return Prefix(entry.fact, entry.demonstrations, entry.nearest_last, reader, score if entry.soft else 1.0)
+
+    # ------------------------------------------------------------------ changes
+
+    def apply(self, batch_id: str, changes: Sequence[Any], edit_ids: Sequence[str]) -> None:
+        """Add one entry per edit."""
+        added = [
+            dataclasses.replace(change, edit_id=edit_id) for change, edit_id in zip(changes, edit_ids, strict=True)
+        ]
+        for name in dict.fromkeys(entry.retriever for entry in added):
+            places = [i for i, entry in enumerate(added) if entry.retriever == name]
+            embedded = find_retriever(name, self.reader).embed([added[i].scope for i in places])
+            if embedded is not None:
+                for i, vector in zip(places, embedded, strict=True):
+                    added[i] = dataclasses.replace(added[i], embedding=vector)
+        self.restore((*self.entries, *added))
+
+    def remove(self, edit_ids: Sequence[str]) -> None:
+        """Delete records: always exact, whatever the order.
+
+        Raises:
+            UnknownEditError: if an id owns nothing here.
+        """
+        if self.prompter.is_passing:
+            raise RollbackError("edits are switched off (disable_edits); leave that block before rolling back")
+        check_known("the prompt memory", self.edit_ids, edit_ids)
+        self.restore(tuple(entry for entry in self.entries if entry.edit_id not in set(edit_ids)))
+
+    def snapshot(self) -> tuple[PromptEntry, ...]:
+        """The present state, for `restore`."""
+        return self.entries
+
+    def restore(self, snapshot: tuple[PromptEntry, ...]) -> None:
+        """Return to an earlier state."""
+        self.entries = snapshot
+        if snapshot:
+            self.prompter.attach()
+        else:
+            self.prompter.detach()
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The model without these edits inside the block."""
+        return self.prompter.passing()
+
+    def check_mergeable(self) -> None:
+        """Raise if there are edits: they are no part of any weight.
+
+        Raises:
+            MergeError: saying what to do.
+        """
+        if self.entries:
+            raise MergeError(
+                "edits that live in prompts cannot become part of the weights; keep the EditableModel (save_pretrained"
+                " saves them), or roll them back first"
+            )
+
+    def forget(self) -> None:
+        """Drop all entries."""
+        self.restore(())
+
+    # ------------------------------------------------------------------ files
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The embeddings, one tensor per entry that has one."""
+        return {f"{EMBEDDINGS}.{i}": e.embedding for i, e in enumerate(self.entries) if e.embedding is not None}
+
+    def describe(self) -> dict[str, Any]:
+        """The texts, and the fingerprint of the model that they were made for."""
+        if not self.entries:
+            return {}
+        texts = []
+        for i, entry in enumerate(self.entries):
+            fields = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry) if f.name != "embedding"}
+            fields["demonstrations"] = list(entry.demonstrations)
+            fields["embedding"] = None if entry.embedding is None else f"{EMBEDDINGS}.{i}"
+            texts.append(fields)
+        return {"base_fingerprint": model_fingerprint(self.model), "entries": texts}
+
+    def read(self, saved: Saved) -> tuple[tuple[PromptEntry, ...], frozenset[str]]:
+        """Check a saved edit and return a state for `restore`, and the ids of its edits.
+
+        Raises:
+            ArtifactError: if something is missing or does not fit.
+            BaseModelMismatchError: if the base model is another one.
+            ConfigError: if a retriever or a counterfactual model that the edits need is not there.
+        """
+        parts = saved.description.get("entries")
+        if not isinstance(parts, list):
+            raise ArtifactError(f"{saved.source}: edit_config.json has no valid description of prompts")
+        if not saved.ignore_fingerprint and saved.description.get("base_fingerprint") != model_fingerprint(self.model):
+            raise BaseModelMismatchError(
+                f"{saved.source}: the base model's weights are not those that the edits were made for. They were made"
+                f" on {saved.made_on}. ignore_fingerprint=True uses them anyway."
+            )
+        entries = tuple(self._entry(saved, part) for part in parts)
+        found = frozenset(entry.edit_id for entry in entries)
+        if not found <= saved.edit_ids or len(found) != len(entries):
+            raise ArtifactError(f"{saved.source}: the prompts belong to other edits than edits.jsonl names")
+        for name in dict.fromkeys(entry.retriever for entry in entries):
+            find_retriever(name, self.reader)
+        for name in dict.fromkeys(entry.reader for entry in entries if entry.reader != BASE):
+            find_counterfactual(name, self.model)
+        return entries, found
+
+    @staticmethod
+    def _entry(saved: Saved, part: Any) -> PromptEntry:
+        try:
+            fields = dict(part)
+            vector = fields.pop("embedding")
+            for name in ("scope", "fact", "retriever", "reader", "edit_id"):
+                if not isinstance(fields[name], str):
+                    raise TypeError(name)
+            if not all(isinstance(text, str) for text in fields["demonstrations"]):
+                raise TypeError("demonstrations")
+            fields["demonstrations"] = tuple(fields["demonstrations"])
+            fields["threshold"] = float(fields["threshold"])
+            embedding = None if vector is None else saved.tensor(vector, [None])
+            return PromptEntry(**fields, embedding=embedding)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise ArtifactError(f"{saved.source}: damaged description of a prompt ({error!r})") from error

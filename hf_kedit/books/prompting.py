@@ -1,0 +1,431 @@
+"""Putting a text in front of what a model reads, unseen by whoever calls the model.
+
+While it is attached, a model's ``forward`` and ``generate`` ask a router about every row. A row that it knows a prefix
+for is run with the prefix behind its leading special tokens (BOS), by the model itself or by another one; logits,
+loss and returned sequences are those of the tokens that the caller gave. Rows without a prefix run as they are, and a
+call without any such row is passed on untouched, bit for bit. Nothing else of the model changes, and detaching it
+restores the model. An encoder-decoder reads the prefix in its encoder. This module knows no method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.modeling_utils import slice_logits_to_keep
+
+from ..engine.forward import model_inputs
+from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
+from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows
+from .sites import prompt_ends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMALLEST = 1.1920929e-07
+"""Added to mixed probabilities before the logarithm."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What is put in front of a row.
+
+    Args:
+        fact: the last part, always there.
+        demonstrations: what stands before it, in order.
+        nearest_last: the most similar demonstration is the last one; where space is short the others go first.
+        model: the model that reads the row instead; ``None`` for the edited model itself.
+        share: part of the answer that comes from the prefixed row, the rest from the plain one; 1 replaces it.
+    """
+
+    fact: str
+    demonstrations: tuple[str, ...] = ()
+    nearest_last: bool = True
+    model: Any | None = None
+    share: float = 1.0
+
+
+Router = Callable[[Sequence[str]], Sequence["Prefix | None"]]
+
+
+class Prompter:
+    """Stands between a model and its callers while it is attached.
+
+    Args:
+        model: a transformers language model.
+        tokenizer: of the model, looked up when it is needed.
+        router: prompts (texts) → a prefix for each, or ``None``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Callable[[], PreTrainedTokenizerBase | None], router: Router
+    ):
+        self.model, self._tokenizer, self.router = model, tokenizer, router
+        self._before: dict[str, Any] | None = None
+        self._passing = 0
+
+    # ------------------------------------------------------------------ attaching
+
+    def attach(self) -> None:
+        """Take the place of the model's ``forward`` and ``generate``."""
+        if self._before is not None:
+            return
+        own = self.model.__dict__
+        self._before = {name: own.get(name) for name in ("forward", "generate")}
+        for name, mine in (("forward", self._forward), ("generate", self._generate)):
+            plain: Any = getattr(self.model, name)
+            own[name] = functools.wraps(plain)(functools.partial(mine, plain))  # with the signature of the model's
+
+    def detach(self) -> None:
+        """Give the model its own methods back."""
+        for name, value in (self._before or {}).items():
+            del self.model.__dict__[name]
+            if value is not None:  # another wrapper of the instance (accelerate's hooks)
+                self.model.__dict__[name] = value
+        self._before = None
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Every call inside the block goes to the model as it is."""
+        self._passing += 1
+        try:
+            yield
+        finally:
+            self._passing -= 1
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether calls go to the model as they are now."""
+        return self._passing > 0
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        found = self._tokenizer()
+        if found is None:
+            raise ConfigError("edits that live in prompts need the tokenizer: EditableModel(model, …, tokenizer=...)")
+        return found
+
+    # ------------------------------------------------------------------ one forward
+
+    def _forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        names = [n for n in inspect.signature(type(self.model).forward).parameters if n != "self"]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        rows = None if self._passing else _Rows.read(given)
+        if rows is None:
+            return plain(*args, **kwargs)
+        two_stacks = self.model.config.is_encoder_decoder
+        routes = self._routes(rows, None if two_stacks else prompt_ends(self.model, rows.mask, given.get("labels")))
+        if not any(routes):
+            return plain(*args, **kwargs)
+        wanted = [n for n in ("output_hidden_states", "output_attentions") if given.get(n)]
+        if wanted:
+            raise UnsupportedModelError(
+                f"{wanted[0]}: a row that an edit puts a prompt in front of has no states of its own; ask for them"
+                " inside disable_edits()"
+            )
+        output: Any
+        if two_stacks:
+            with self.passing():
+                output = self._two_stacks(plain, given, rows, routes)
+            return output.to_tuple() if given.get("return_dict") is False else output
+        with self.passing():
+            logits = self._logits(plain, given, rows, routes)
+        loss = None
+        if given.get("labels") is not None:
+            loss = self.model.loss_function(logits=logits, labels=given["labels"], vocab_size=logits.shape[-1])
+        output = CausalLMOutputWithPast(loss=loss, logits=slice_logits_to_keep(logits, given.get("logits_to_keep", 0)))
+        return output.to_tuple() if given.get("return_dict") is False else output
+
+    def _logits(
+        self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
+    ) -> torch.Tensor:
+        """Logits at every position of the caller's rows, ``[rows, width, vocabulary]``; zero on padding."""
+        unrouted = [i for i, route in enumerate(routes) if route is None or route.share < 1]
+        merged: torch.Tensor | None = None
+        if unrouted:
+            some = {
+                k: _take(v, unrouted, rows.count) for k, v in given.items() if k not in ("labels", "logits_to_keep")
+            }
+            own = plain(**{**some, "use_cache": False, "return_dict": True}).logits
+            merged = own.new_zeros(rows.count, *own.shape[1:])
+            merged[unrouted] = own
+        for model, group in _by_model(routes).items():
+            prefixed = [self._with_prefix(rows.ids[i], routes[i], model or self.model, 0) for i in group]
+            batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer)).to(rows.input_ids.device)
+            run = plain if model is None else model
+            output = run(**model_inputs(model or self.model, batch), return_dict=True).logits
+            if merged is None:
+                merged = output.new_zeros(rows.count, rows.width, output.shape[-1])
+            for place, i in enumerate(group):
+                columns = rows.mask[i].nonzero().flatten()
+                behind = output[place, torch.tensor(prefixed[place][1], device=output.device)].to(merged.device)
+                share = routes[i].share  # type: ignore[union-attr]
+                merged = merged.clone() if merged.requires_grad else merged
+                merged[i, columns] = behind if share == 1 else _mix(merged[i, columns], behind, share)
+        assert merged is not None
+        return merged
+
+    def _two_stacks(
+        self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
+    ) -> Seq2SeqLMOutput:
+        """An encoder-decoder's answer: rows with a prefix are encoded behind it, the decoder reads what was given."""
+        labels, decoder = given.get("labels"), given.get("decoder_input_ids")
+        if decoder is None and labels is not None:
+            decoder = self.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        if decoder is None:
+            raise ConfigError("an encoder-decoder needs decoder_input_ids or labels")
+        given = {**given, "decoder_input_ids": decoder, "use_cache": False, "return_dict": True}
+        given.pop("labels", None)
+        unrouted = [i for i, route in enumerate(routes) if route is None or route.share < 1]
+        found: dict[int, torch.Tensor] = {}
+        if unrouted:
+            found = dict(
+                zip(
+                    unrouted,
+                    plain(**{k: _take(v, unrouted, rows.count) for k, v in given.items()}).logits,
+                    strict=True,
+                )
+            )
+        for model, group in _by_model(routes).items():
+            batch = self._encoder_rows(rows, routes, group, model).to(rows.input_ids.device)
+            read = {k: _take(v, group, rows.count) for k, v in given.items()}
+            read |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            logits = (plain if model is None else model)(**read).logits
+            for i, answer in zip(group, logits, strict=True):
+                share = routes[i].share  # type: ignore[union-attr]
+                found[i] = answer if share == 1 else _mix(found[i], answer, share)
+        merged = torch.stack([found[i] for i in range(rows.count)])
+        loss = None if labels is None else torch.nn.functional.cross_entropy(merged.flatten(0, 1), labels.flatten())
+        return Seq2SeqLMOutput(loss=loss, logits=merged)
+
+    def _encoder_rows(
+        self, rows: _Rows, routes: Sequence[Prefix | None], group: list[int], model: Any | None
+    ) -> TokenBatch:
+        """Rows behind their prefixes as the encoder reads them: as texts, with the tokenizer's own special tokens."""
+        limit = context_length((model or self.model).config)
+        texts = self.tokenizer.batch_decode([rows.ids[i] for i in group], skip_special_tokens=True)
+        read: list[list[int]] = []
+        for i, text in zip(group, texts, strict=True):
+            for front in _fronts(routes[i]):
+                ids = self.tokenizer(front + text)["input_ids"]
+                if limit is None or len(ids) <= limit:
+                    break
+            else:
+                raise TargetTooLongError(
+                    f"the new fact and the prompt take {len(ids)} tokens, the context has {limit}"
+                )
+            read.append(list(ids))
+        return pad_rows(read, pad_id(self.tokenizer))
+
+    # ------------------------------------------------------------------ generation
+
+    def _generate(self, plain: Callable[..., Any], inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        given = dict(kwargs)
+        if inputs is not None:
+            given["input_ids"] = inputs
+        rows = None if self._passing else _Rows.read(given)
+        routes = self._routes(rows, None) if rows is not None else []
+        with self.passing():
+            if rows is None or not any(routes):
+                return plain(inputs, *args, **kwargs)
+            if args:
+                raise ConfigError("give the arguments of generate by keyword")
+            return self._generate_groups(plain, given, rows, routes)
+
+    def _generate_groups(
+        self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
+    ) -> Any:
+        if any(route is not None and route.share < 1 for route in routes):
+            raise UnsupportedModelError(
+                "soft routing mixes the answers of two models token by token; generate needs hard"
+            )
+        groups: list[tuple[list[int], Any]] = []
+        plain_rows = [i for i, route in enumerate(routes) if route is None]
+        if plain_rows:
+            some = {k: _take(v, plain_rows, rows.count) for k, v in given.items()}
+            groups.append((plain_rows, plain(**some)))
+        for model, group in _by_model(routes).items():
+            groups.append((group, self._generate_prefixed(plain, given, rows, routes, model, group)))
+        if len(groups) == 1:
+            return groups[0][1]
+        if not all(isinstance(found, torch.Tensor) for _, found in groups):
+            raise ConfigError(
+                "return_dict_in_generate: the rows of this batch are answered in separate runs; generate them apart,"
+                " or ask for the sequences only"
+            )
+        width = max(found.shape[1] for _, found in groups)
+        each = groups[0][1].shape[0] // len(groups[0][0])
+        merged = groups[0][1].new_full((rows.count * each, width), pad_id(self.tokenizer))
+        for group, found in groups:
+            places = [i * each + n for i in group for n in range(each)]
+            merged[places, : found.shape[1]] = found.to(merged.device)
+        return merged
+
+    def _generate_prefixed(
+        self,
+        plain: Callable[..., Any],
+        given: dict[str, Any],
+        rows: _Rows,
+        routes: Sequence[Prefix | None],
+        model: Any | None,
+        group: list[int],
+    ) -> Any:
+        """Run rows with their prefixes, left-padded, and return them with the caller's tokens in front."""
+        who = model or self.model
+        kwargs = {k: _take(v, group, rows.count) for k, v in given.items()}
+        if who.config.is_encoder_decoder:
+            batch = self._encoder_rows(rows, routes, group, model).to(rows.input_ids.device)
+            kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            return plain(**kwargs) if model is None else model.generate(**kwargs)
+        settings = given.get("generation_config") or who.generation_config
+        new = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
+        prefixed = [self._with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
+        batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left").to(rows.input_ids.device)
+        kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        for name in ("position_ids", "cache_position", "past_key_values"):
+            kwargs.pop(name, None)
+        added = batch.input_ids.shape[1] - rows.width
+        for name in ("max_length", "min_length"):  # they count what the caller gave, not what stands in front of it
+            value = given.get(name) or getattr(settings, name, None)
+            if value and not new:
+                kwargs[name] = value + added
+        found = plain(**kwargs) if model is None else model.generate(**kwargs)
+        sequences = found if isinstance(found, torch.Tensor) else found.sequences
+        fresh = sequences[:, batch.input_ids.shape[1] :]
+        each = sequences.shape[0] // len(group)
+        shown = rows.input_ids[group].repeat_interleave(each, dim=0).to(fresh.device)
+        shown = torch.cat([shown, fresh], dim=1)
+        if isinstance(found, torch.Tensor):
+            return shown
+        found.sequences = shown
+        found.past_key_values = None
+        return found
+
+    # ------------------------------------------------------------------ routes and tokens
+
+    def _routes(self, rows: _Rows, ends: torch.Tensor | None) -> Sequence[Prefix | None]:
+        texts = []
+        for i, ids in enumerate(rows.ids):
+            count = len(ids) if ends is None else int(rows.mask[i, : int(ends[i]) + 1].sum())
+            texts.append(str(self.tokenizer.decode(ids[:count], skip_special_tokens=True)))
+        return self.router(texts)
+
+    def _with_prefix(
+        self, ids: Sequence[int], prefix: Prefix | None, model: Any, reserve: int
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a row behind its prefix, and where each of the row's own tokens now is."""
+        specials = set(self.tokenizer.all_special_ids)
+        lead = 0
+        while lead < len(ids) and ids[lead] in specials:
+            lead += 1
+        limit = context_length(model.config)
+        for text in _fronts(prefix):
+            front, first = self._join(text, ids[lead:])
+            row = [*ids[:lead], *front, *first, *ids[lead + len(first) :]]
+            if limit is None or len(row) + reserve <= limit:
+                break
+        else:
+            raise TargetTooLongError(
+                f"the new fact, the prompt and {reserve} new tokens take {len(row) + reserve} tokens, the model's"
+                f" context has {limit}"
+            )
+        own = [*range(lead), *range(lead + len(front), len(row))]
+        return row, own
+
+    def _join(self, text: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Tokens of the prefix, and the row's first token as it is written behind it.
+
+        A word behind a space is another token than one at the start of a text. Where that is a single token too, it
+        takes the place of the first one; elsewhere the space stays with the prefix.
+        """
+        tokenizer = self.tokenizer
+
+        def encode(part: str) -> list[int]:
+            encoded = encode_text(tokenizer, part)
+            return [i for i, special in zip(encoded.ids, encoded.special, strict=True) if not special]
+
+        if not text.endswith(" ") or not ids:
+            return encode(text), list(ids[:1])
+        word = str(tokenizer.decode(list(ids[:1])))
+        stripped, whole = encode(text[:-1]), encode(text + word)
+        if whole[: len(stripped)] == stripped and len(whole) == len(stripped) + 1:
+            return stripped, whole[-1:]
+        return encode(text), list(ids[:1])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a call: padded ids, which of them are real, and the real ones as lists."""
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    ids: list[list[int]]
+
+    @classmethod
+    def read(cls, given: dict[str, Any]) -> _Rows | None:
+        """``None`` for calls that cannot be routed: embeddings, 4-D masks, and those that go on from a cache."""
+        ids, mask, cache = (given.get(n) for n in ("input_ids", "attention_mask", "past_key_values"))
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or given.get("inputs_embeds") is not None:
+            return None
+        if isinstance(cache, Cache) and cache.get_seq_length() > 0:
+            return None
+        if mask is None:
+            mask = torch.ones_like(ids)
+        if mask.shape != ids.shape:
+            return None
+        real = mask.bool()
+        return cls(ids, real, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns, padding included."""
+        return int(self.input_ids.shape[1])
+
+
+def _fronts(prefix: Prefix | None) -> Iterator[str]:
+    """The text of a prefix, and what is left of it where space is short: one demonstration fewer each time."""
+    assert prefix is not None
+    demonstrations = list(prefix.demonstrations)
+    yield "".join(demonstrations) + prefix.fact
+    while demonstrations:
+        demonstrations.pop(0 if prefix.nearest_last else -1)
+        yield "".join(demonstrations) + prefix.fact
+
+
+def _by_model(routes: Sequence[Prefix | None]) -> dict[Any, list[int]]:
+    """Rows with a prefix by the model that reads them."""
+    groups: dict[Any, list[int]] = {}
+    for i, route in enumerate(routes):
+        if route is not None:
+            groups.setdefault(route.model, []).append(i)
+    return groups
+
+
+def _take(value: Any, rows: Sequence[int], count: int) -> Any:
+    """The rows of a per-row argument; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == count:
+        return value[list(rows)]
+    return value
+
+
+def _mix(own: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+    """``log((1 − s) p_own + s p_other)``."""
+    mixed = (1 - share) * own.float().softmax(-1) + share * other.float().softmax(-1)
+    return (mixed + SMALLEST).log().to(own.dtype)

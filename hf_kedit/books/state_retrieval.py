@@ -1,0 +1,96 @@
+"""The edited model as its own retriever: prompts are alike if it is in the same state at their last token.
+
+Words cannot tell two questions about one person apart. Two thirds up a decoder the last token of a prompt holds what
+the prompt asks for, in whatever words: there, the cosine of two prompts follows subject *and* relation. This is where
+GRACE looks too. States are always those of the unedited model, so that edits of any kind leave them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..engine.capture import Tap, capture_at
+from ..engine.forward import device_of, frozen_eval
+from ..errors import ConfigError
+from ..tokens import context_length, encode_text, pad_id, pad_rows
+from .retrieval import MODEL, EmbeddingRetriever
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..anatomy import Anatomy
+
+ROWS = 64
+"""Texts that share a forward pass."""
+
+
+class StateReader:
+    """Reads states of one model.
+
+    Args:
+        model: a decoder-only transformers model.
+        anatomy: of the model.
+        tokenizer: of the model, looked up when it is needed.
+        unedited: a block inside which the model has no edits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+        unedited: Callable[[], AbstractContextManager[None]],
+    ):
+        self.model, self.anatomy, self.tokenizer, self.unedited = model, anatomy, tokenizer, unedited
+
+    def retriever(self, name: str) -> EmbeddingRetriever:
+        """The retriever of a name: ``"model"``, or ``"model:<layer>"`` for the state behind a block of one's choice.
+
+        Raises:
+            ConfigError: if the name has no valid layer.
+        """
+        layer = self._layer(name)
+        return EmbeddingRetriever(lambda texts: self.states(texts, layer), name)
+
+    def _layer(self, name: str) -> int:
+        count = self.anatomy.num_layers
+        _, _, chosen = name.partition(":")
+        if name == MODEL:
+            return min(round(0.66 * count), count - 1)
+        if not chosen.isdecimal() or int(chosen) >= count:
+            raise ConfigError(
+                f"the retriever {name!r}: give 'model', or 'model:<layer>' with a layer from 0 to {count - 1}"
+            )
+        return int(chosen)
+
+    def states(self, texts: Sequence[str], layer: int) -> torch.Tensor:
+        """The unedited model's state at the last token of each text, behind a block.
+
+        Args:
+            texts: longer ones than the context lose their beginning.
+            layer: index of the block.
+
+        Returns:
+            ``[texts, d]`` fp32.
+
+        Raises:
+            ConfigError: if the model has no tokenizer.
+        """
+        tokenizer = self.tokenizer()
+        if tokenizer is None:
+            raise ConfigError("the retriever 'model' needs the tokenizer: EditableModel(model, …, tokenizer=...)")
+        limit, fill = context_length(self.model.config) or 0, pad_id(tokenizer)
+        ids = [encode_text(tokenizer, text).ids[-limit:] or [fill] for text in texts]
+        tap = Tap(self.anatomy.layer(layer).path)
+        found = [torch.empty(0, self.anatomy.hidden_size)]
+        with self.unedited(), frozen_eval(self.model):
+            for start in range(0, len(ids), ROWS):
+                rows = ids[start : start + ROWS]
+                batch = pad_rows(rows, fill).to(device_of(self.model))
+                columns = torch.tensor([len(row) - 1 for row in rows])
+                found.append(capture_at(self.model, batch, columns, [tap])[tap].cpu())
+        return torch.cat(found)

@@ -1,0 +1,70 @@
+"""Makes this library's adapter types known to PEFT as soon as both are imported, in whichever order.
+
+Importing `hf_kedit` stays light: PEFT (and with it torch) is not imported here. Until it is, a finder waits for it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+
+def register_when_imported() -> None:
+    """Register now if PEFT is imported, else right after its import."""
+    if "peft" in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting())
+
+
+def _register() -> None:
+    importlib.import_module("hf_kedit.methods")  # they bring the kinds of memory
+    importlib.import_module("hf_kedit.compat.peft_tuners").register()
+
+
+class _Waiting(importlib.abc.MetaPathFinder):
+    """Finds PEFT as usual and registers behind its import.
+
+    It waits until PEFT has been imported, not until it is looked for: transformers asks whether there is a PEFT long
+    before anyone imports it.
+    """
+
+    def __init__(self) -> None:
+        self._looking = False
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name != "peft" or self._looking:
+            return None
+        self._looking = True  # the others are asked the same
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking = False
+        if spec is None or spec.loader is None:
+            return None
+        spec.loader = _Registering(spec.loader, self)
+        return spec
+
+
+class _Registering(importlib.abc.Loader):
+    """A loader that does what another one does, and registers."""
+
+    def __init__(self, loader: importlib.abc.Loader, waiting: _Waiting):
+        self._loader, self._waiting = loader, waiting
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        if self._waiting in sys.meta_path:
+            sys.meta_path.remove(self._waiting)
+        _register()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

@@ -1,0 +1,361 @@
+"""`EditConfig`: the hyperparameters of an editing method, as a dataclass.
+
+A config is validated when it is made. It can be saved next to an edit (``edit_config.json``), read from a YAML
+or JSON file, and completed for a model: fields that are ``None`` because they depend on the model are filled
+from a packaged hparams file if one matches the model's name, and otherwise derived from the depth of the model.
+This module knows nothing of models; the derivation gets the few numbers it needs in a `ModelProfile`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import ConfigError, LayerError, UnknownMethodError, nearest
+from ..logging import get_logger, info_once, warn_once
+from .hparams import find_hparams
+
+logger = get_logger(__name__)
+CONFIG_NAME = "edit_config.json"
+C = TypeVar("C", bound="EditConfig")
+_REGISTRY: dict[str, type[EditConfig]] = {}
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """What the derivation of defaults may know of a model.
+
+    Args:
+        name: id or path of the model, as the user gave it.
+        num_layers: number of decoder layers.
+        hidden_size: width of the residual stream.
+        norm: ``"rms"`` or ``"layer"``, the kind of the normalisation layers.
+        model_type: transformers' ``config.model_type``.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    norm: str = "layer"
+    model_type: str | None = None
+
+
+@dataclass
+class EditConfig:
+    """Base class of the configs of all methods.
+
+    A subclass sets ``edit_type`` and adds the method's hyperparameters as fields. Fields of type ``… | None``
+    with default ``None`` depend on the model and are filled by `complete`.
+
+    Args:
+        layers: decoder layers to edit (0-based, negative counts from the end); ``None``: from the model.
+        separator: text between prompt and target; ``None`` puts one space unless the prompt ends or the target
+            begins with white space, or the target begins with a CJK character.
+        seed: seed of everything random in the method (generated context templates).
+        batch_size: how many requests are optimised together; ``None``: as many as the memory budget allows.
+
+    Raises:
+        ConfigError: for an unknown key, a wrong type or a value out of range.
+    """
+
+    edit_type: ClassVar[str] = ""
+
+    layers: list[int] | None = None
+    separator: str | None = None
+    seed: int = 0
+    batch_size: int | None = None
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Note which fields the caller sets, whatever to: `complete` leaves these alone."""
+        made = super().__new__(cls)
+        made.__dict__["_given"] = frozenset([f.name for f in fields(cls)][: len(args)]) | frozenset(values)
+        return made
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, adapter in _adapters(kind).items():
+            try:
+                setattr(self, name, adapter.validate_python(getattr(self, name)))
+            except ValidationError as error:
+                detail = error.errors()[0]["msg"]
+                raise ConfigError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}: {detail}") from error
+        self.validate()
+
+    def validate(self) -> None:
+        """Check ranges; subclasses extend it.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        if self.layers is not None:
+            if not self.layers:
+                raise ConfigError(f"{type(self).__name__}.layers is empty; leave it out to use the model's default")
+            if len(set(self.layers)) != len(self.layers):
+                raise ConfigError(f"{type(self).__name__}.layers names a layer twice: {self.layers}")
+        self._require_positive("batch_size", optional=True)
+
+    def _require_positive(self, *names: str, optional: bool = False, zero: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is None and (optional or name in self.model_dependent_fields()):
+                continue
+            if value is None or not (value > 0 or (zero and value == 0)):
+                bound = "at least 0" if zero else "greater than 0"
+                raise ConfigError(f"{type(self).__name__}.{name} must be {bound}, not {value!r}")
+
+    # ------------------------------------------------------------------ model-dependent values
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Names of the fields that `complete` fills when they are ``None``."""
+        return ("layers",)
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """Return values for the model-dependent fields of a model without an hparams file."""
+        return {}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were set when the config was made, or changed since, with their values."""
+        named: frozenset[str] = self.__dict__["_given"]
+        values = {f.name: (getattr(self, f.name), _default(f)) for f in fields(self)}
+        return {name: value for name, (value, default) in values.items() if name in named or value != default}
+
+    def complete(self: C, profile: ModelProfile) -> C:
+        """Return a copy in which every model-dependent field has a value; all its fields count as given.
+
+        The user's own values win, then the packaged file of the model, then the derivation and the class defaults.
+        A model-dependent field that is set to ``None`` is an open one. The user is told once where the values came
+        from.
+
+        Raises:
+            ConfigError: if a layer does not exist in the model.
+        """
+        dependent = self.model_dependent_fields()
+        given = {name for name, value in self.given.items() if value is not None or name not in dependent}
+        chosen: dict[str, Any] = {}
+        found = find_hparams(self.edit_type, profile.name)
+        if found is not None:
+            path, values = found
+            known = type(self)._known(values, str(path))
+            chosen = {name: value for name, value in known.items() if name not in given and value is not None}
+            if chosen:
+                info_once(logger, f"{self.edit_type}: hyperparameters for {profile.name!r} from {path.name}")
+        rest = [n for n in dependent if n not in given and n not in chosen]
+        if rest:
+            derived = self.derive(profile)
+            chosen.update({n: derived[n] for n in rest if n in derived})
+            told = ", ".join(f"{n}={chosen[n]}" for n in rest if n in chosen)
+            if told and found is None:
+                warn_once(
+                    logger,
+                    f"{self.edit_type}: there is no hparams file for {profile.name!r}; derived from its depth:"
+                    f" {told}. Set these fields of {type(self).__name__} to choose yourself.",
+                )
+        full = dataclasses.replace(self, **chosen)
+        if full.layers is not None:
+            full.layers = [_layer_index(i, profile.num_layers, type(self).__name__) for i in full.layers]
+        return full
+
+    # ------------------------------------------------------------------ files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields with ``edit_type`` first; JSON-ready."""
+        return {"edit_type": self.edit_type, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Build a config from a dict; on the base class, ``edit_type`` names the method.
+
+        Raises:
+            ConfigError: for an unknown key; the nearest known one is named.
+            UnknownMethodError: if ``edit_type`` is not registered.
+        """
+        data = dict(values)
+        edit_type = data.pop("edit_type", None)
+        target: type[Any] = cls
+        if not cls.edit_type:
+            if edit_type is None:
+                raise ConfigError("a config file needs 'edit_type', the name of the method")
+            target = config_class(edit_type)
+        elif edit_type is not None and normalise(edit_type) != cls.edit_type:
+            raise ConfigError(f"this is a config of '{edit_type}', not of '{cls.edit_type}'")
+        config: C = target(**target._known(data, "the config"))
+        return config
+
+    @classmethod
+    def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+        names = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ConfigError(f"{source}: {cls.__name__} has no field '{key}'.{nearest(str(key), names)}")
+        return dict(values)
+
+    @classmethod
+    def from_hparams(cls: type[C], path: str | Path) -> C:
+        """Read a YAML or JSON hparams file (numbers such as ``5e-1`` are understood).
+
+        Raises:
+            ConfigError: if the file is missing, unreadable, or has an unknown key or a bad value.
+        """
+        data = read_mapping(Path(path))
+        data.pop("match", None)
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_easyedit(cls: type[C], source: str | Path | Mapping[str, Any]) -> C:
+        """Read an EasyEdit hparams file (YAML or JSON) or its content; what does not carry over is logged, with why.
+
+        Raises:
+            UnknownMethodError: if its ``alg_name`` is no method of this library.
+            ConfigError: if it cannot be read, a value is unusable, or it is of another method than this class.
+        """
+        from .easyedit import convert_hparams
+
+        converted = convert_hparams(source)
+        if not isinstance(converted.config, cls):
+            raise ConfigError(f"these are hyperparameters of '{converted.config.edit_type}', not of '{cls.edit_type}'")
+        for key, reason in converted.ignored.items():
+            logger.warning("%s: ignored: %s", key, reason)
+        return converted.config
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``edit_config.json`` into a folder (made if needed)."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls: type[C], path: str | Path) -> C:
+        """Read the config from a folder with ``edit_config.json`` (a saved config or a saved edit) or from the file.
+
+        Raises:
+            ConfigError: if there is no such file, or its content is not a config.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / CONFIG_NAME
+        data = read_mapping(file)
+        if isinstance(data.get("hparams"), dict):  # a saved edit keeps its config there
+            data = data["hparams"]
+        return cls.from_dict(data)
+
+
+class AutoEditConfig:
+    """Find the config class by the name of the method."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoEditConfig is not instantiated; use for_method, for_model or from_pretrained")
+
+    @staticmethod
+    def for_method(method: str, **values: Any) -> EditConfig:
+        """Return the config of ``method`` with the given values.
+
+        Raises:
+            UnknownMethodError: if there is no such method; the nearest name is given.
+        """
+        cls = config_class(method)
+        return cls(**cls._known(values, "the call"))
+
+    @staticmethod
+    def for_model(model: str, method: str, **values: Any) -> EditConfig:
+        """Return the config of ``method`` with the packaged hyperparameters of ``model``, if there are any."""
+        cls = config_class(method)
+        found = find_hparams(cls.edit_type, model)
+        data = cls._known(found[1], str(found[0])) if found else {}
+        return cls(**{**data, **cls._known(values, "the call")})
+
+    @staticmethod
+    def from_pretrained(path: str | Path) -> EditConfig:
+        """Read a saved config or edit; ``edit_type`` in the file decides the class."""
+        return EditConfig.from_pretrained(path)
+
+
+# ---------------------------------------------------------------------- registry
+
+
+def normalise(name: str) -> str:
+    """Return the registry's spelling of a method name: lower case, words joined by ``-``."""
+    return name.strip().lower().replace("_", "-").replace(" ", "-")
+
+
+def register_config(cls: type[C]) -> type[C]:
+    """Class decorator: make the config known under its ``edit_type``."""
+    _REGISTRY[normalise(cls.edit_type)] = cls
+    return cls
+
+
+def config_class(method: str) -> type[EditConfig]:
+    """Return the config class of a method.
+
+    Raises:
+        UnknownMethodError: naming the nearest registered method.
+    """
+    _load_methods()
+    if not isinstance(method, str) or normalise(method) not in _REGISTRY:
+        known = sorted(_REGISTRY)
+        raise UnknownMethodError(f"unknown method {method!r}.{nearest(str(method), known)} Known: {', '.join(known)}.")
+    return _REGISTRY[normalise(method)]
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+@cache
+def _load_methods() -> None:
+    """Import what registers methods: the library's own, then installed plug-ins (group ``hf_kedit.methods``).
+
+    By name and at the last moment, because the methods stand above this floor.
+    """
+    importlib.import_module("hf_kedit.methods")
+    for entry in importlib.metadata.entry_points(group="hf_kedit.methods"):
+        entry.load()
+
+
+@cache
+def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(cls)
+    return {f.name: TypeAdapter(hints[f.name]) for f in fields(cls)}
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+
+
+def _layer_index(index: int, count: int, owner: str) -> int:
+    if not -count <= index < count:
+        raise LayerError(f"{owner}.layers: there is no layer {index}; the model has layers 0 … {count - 1}")
+    return index % count
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds one mapping.
+
+    Raises:
+        ConfigError: if it is missing, unreadable or something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
+        ) from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{str(path)!r} must hold a mapping of names to values")
+    return data

@@ -1,0 +1,171 @@
+"""Hyperparameters of EasyEdit as configs of this library, with a list of what does not carry over, and why.
+
+A key is taken over if the method's config has a field of that name, or of the name that `RENAMED` gives. Numbers that
+YAML reads as text (``5e-4``) are converted by the field's type. Everything else is reported, never silently dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, UnknownMethodError, nearest
+from . import EditConfig, config_class, normalise, read_mapping
+
+# Names of methods that are spelt otherwise; `FT` and `LoRA` depend on a second key.
+METHODS = {"ice": "ike", "tpatcher": "t-patcher"}
+OBJECTIVES = {"prompt_last": "ft-l", "target_new": "ft-m"}
+
+# Their key → our field, for every method that has the field.
+RENAMED = {
+    "n_iter": "num_steps",
+    "edit_lr": "lr",
+    "val_init": "value_init",
+    "lora_r": "rank",
+    "densities": "density",
+    "sentence_model_name": "retriever",
+    "cedit": "edit_weight",
+    "cloc": "locality_weight",
+    "loc_coef": "locality_weight",
+    "n_blocks": "num_blocks",
+}
+# Method → field → their word → ours.
+VALUES = {"malmen": {"token": {"ans": "answer", "mask": "attended"}}}
+
+_BY_STRUCTURE = "modules are found by structure; name them with EditableModel(anatomy=...) where that fails"
+_LOADING = "how the model is loaded is said when it is loaded (dtype=, device_map=)"
+_QUANTISING = "how the base is quantised is said when it is loaded (quantization_config=BitsAndBytesConfig(...))"
+_STATISTICS = (
+    "second moments are collected anew; to use finished ones, name the folder of the model in their stats_dir as"
+    " stats_dataset"
+)
+IGNORED = {
+    "model_class": "the class is read from the model's own config",
+    "tokenizer_class": "the class is read from the model's own config",
+    "tokenizer_name": "the tokenizer is the model's",
+    "device": _LOADING,
+    "model_parallel": _LOADING,
+    "fp16": _LOADING,
+    "bf16": _LOADING,
+    "quantization_bit": _QUANTISING,
+    "quantization_bits": _QUANTISING,
+    "double_quant": _QUANTISING,
+    "quant_type": _QUANTISING,
+    "rewrite_module_tmp": _BY_STRUCTURE,
+    "rewrite_module_tmps": _BY_STRUCTURE,
+    "layer_module_tmp": _BY_STRUCTURE,
+    "mlp_module_tmp": _BY_STRUCTURE,
+    "attn_module_tmp": _BY_STRUCTURE,
+    "ln_f_module": _BY_STRUCTURE,
+    "lm_head_module": _BY_STRUCTURE,
+    "v_loss_layer": "the loss is always read from the model's own output",
+    "mom2_dataset": _STATISTICS,
+    "mom2_n_samples": _STATISTICS,
+    "mom2_dtype": _STATISTICS,
+    "stats_dir": _STATISTICS,
+    "archive": "trained editors have another format here: `kedit convert-editor` reads theirs; name it with editor=",
+    "P_loc": "the projection is computed from the second moments",
+    "max_length": "prompts are never cut; one that is too long is an error",
+    "objective_optimization": "it chooses between ft-l and ft-m",
+    "lora_type": "it chooses between lora and adalora",
+    "results_dir": "nothing is written unless asked",
+    "batch_size": "here it is an argument of edit(requests, batch_size=...)",
+}
+# Methods whose own batch_size means the same: requests (or points) in one pass.
+_OWN_BATCH = ("ft-l", "ft-m", "lora", "qlora", "adalora", "kn", "ultraedit")
+# Their QLoRA trains towards the target alone, shifted against the prompt; one or two steps of that say nothing here.
+_OTHER_OBJECTIVE = "their QLoRA trains on another objective; steps of it are no steps of this one"
+
+
+@dataclass
+class Converted:
+    """An EasyEdit hparams file in this library's terms.
+
+    Args:
+        config: the method's config.
+        model_name: the model that the file is for; ``None`` if it does not say.
+        ignored: key → why its value does not count here.
+        source: everything that the file says.
+    """
+
+    config: EditConfig
+    model_name: str | None
+    ignored: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
+    """Read EasyEdit hyperparameters.
+
+    Args:
+        source: YAML or JSON file (``.yaml`` may be left out), or its content.
+
+    Raises:
+        UnknownMethodError: if ``alg_name`` is no method of this library.
+        ConfigError: if the file cannot be read, has no ``alg_name``, or a value is unusable.
+    """
+    data = dict(source) if isinstance(source, Mapping) else read_mapping(_existing(Path(source)))
+    cls = config_class(_method(data))
+    known = {f.name for f in fields(cls)}
+    values: dict[str, Any] = {}
+    converted = Converted(cls(), data.pop("model_name", None), source=dict(data))
+    data.pop("alg_name")
+    for key, value in data.items():
+        name = key if key in known else RENAMED.get(key, key)
+        if key == "num_steps" and cls.edit_type == "qlora":
+            converted.ignored[key] = _OTHER_OBJECTIVE
+        elif key == "mom2_update_weight" and isinstance(value, list) and "layer_weights" in known:
+            values |= {"layer_weights": value, "mom2_update_weight": value[-1]}  # EAMET and NAMET: one per layer
+        elif key == "inner_params" and value:
+            values |= _inner_params(value, known, converted.ignored)
+        elif name == "stats_dir" or name not in known or (name == "batch_size" and cls.edit_type not in _OWN_BATCH):
+            converted.ignored[key] = IGNORED.get(key) or f"{cls.__name__} has no such field"
+        elif value is False and not isinstance(getattr(converted.config, name), bool):
+            values[name] = None  # a number that is switched off (norm_constraint)
+        elif value is not None and value != []:
+            values[name] = value
+    for name, words in VALUES.get(cls.edit_type, {}).items():
+        if values.get(name) in words:
+            values[name] = words[values[name]]
+    converted.config = cls.from_dict(values)
+    return converted
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() or path.suffix in (".yaml", ".yml", ".json") else path.with_name(path.name + ".yaml")
+
+
+def _method(data: Mapping[str, Any]) -> str:
+    """Our name of the method that a file is for."""
+    name = data.get("alg_name")
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError("an EasyEdit hparams file needs 'alg_name', the name of the method")
+    if normalise(name) == "ft":
+        objective = str(data.get("objective_optimization", "prompt_last"))
+        if objective not in OBJECTIVES:
+            raise ConfigError(f"objective_optimization = {objective!r}.{nearest(objective, OBJECTIVES)}")
+        return OBJECTIVES[objective]
+    if normalise(name) == "lora":
+        return normalise(str(data.get("lora_type") or "lora"))
+    found = METHODS.get(normalise(name), normalise(name))
+    try:
+        config_class(found)
+    except UnknownMethodError as error:
+        raise UnknownMethodError(f"alg_name {name!r}: {error}") from error
+    return found
+
+
+def _inner_params(value: Any, known: set[str], ignored: dict[str, str]) -> dict[str, Any]:
+    """Parameters in the notation ``transformer.h[35].mlp.c_fc.weight`` as modules, or a module and its layers."""
+    names = [re.sub(r"\[(\d+)\]", r".\1", str(v)).removesuffix(".weight") for v in value]
+    if "modules" in known:
+        return {"modules": names}
+    templates = {re.sub(r"\.\d+\.", ".{}.", n, count=1) for n in names}
+    layers = [int(m.group(1)) for n in names if (m := re.search(r"\.(\d+)\.", n))]
+    if "module" in known and len(templates) == 1 and len(layers) == len(names):
+        return {"module": templates.pop(), "layers": layers}
+    ignored["inner_params"] = _BY_STRUCTURE
+    return {}

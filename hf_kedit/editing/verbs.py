@@ -1,0 +1,267 @@
+"""The verbs of editing: the part of `EditableModel` that makes edits, undoes them, and keeps a call all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
+from ..books.ledger import Ledger
+from ..books.prompt_book import PromptBook
+from ..books.site_book import SiteBook
+from ..config import EditConfig
+from ..engine.forward import frozen_eval
+from ..engine.weights import uninterrupted
+from ..errors import ConfigError, EditFailedError, KeditError, RequestError, RollbackError
+from ..journal import Edit, Journal, new_id, now, peak_memory
+from ..logging import get_logger, progress, warn_once
+from ..methods.base import Capabilities, Method, check_composition
+from ..requests import EditRequest, RequestSource, load_requests
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class EditResult:
+    """What `EditableModel.edit` returns.
+
+    Args:
+        edits: one per request that was applied, in order.
+        failed: (request, error) of requests that were left out (only with ``on_error="skip"``).
+        seconds: of the whole call.
+    """
+
+    edits: list[Edit]
+    failed: list[tuple[EditRequest, KeditError]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the edits."""
+        return [e.id for e in self.edits]
+
+
+class Editing:
+    """Methods of `EditableModel` that change what the model knows, and change it back."""
+
+    base_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    ledger: Ledger
+    sites: SiteBook
+    prompts: PromptBook
+    books: dict[str, Book]
+    journal: Journal
+    edit_config: EditConfig
+    trace: dict[str, torch.Tensor] | None
+    _method: Method
+
+    @property
+    def method_name(self) -> str:
+        """``edit_type`` of the current method."""
+        return self.edit_config.edit_type
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the current method can do."""
+        return self._method.capabilities
+
+    def edit(
+        self,
+        requests: RequestSource | None = None,
+        *,
+        batch_size: int | None = None,
+        on_error: str = "raise",
+        show_progress: bool = True,
+        **request: Any,
+    ) -> EditResult:
+        """Change what the model knows.
+
+        The call is all or nothing: if anything fails, or is interrupted, the weights and the journal are exactly
+        what they were before.
+
+        Args:
+            requests: one `EditRequest`, a list of requests or dicts, a ``datasets.Dataset``, or the path of a JSON,
+                JSONL or CSV file. Leave it out and give the fields of one request as keywords instead:
+                ``edit(prompt="{} was founded by", subject="Apple", target_new="Bill Gates")``.
+            batch_size: requests solved for together, for methods that can; ``None``: all at once. Batches follow
+                one another, each on the model that the one before left.
+            on_error: ``"raise"``, or ``"skip"`` to leave out batches that fail and report them in the result.
+            show_progress: show progress bars.
+
+        Returns:
+            The edits with their ids and diagnostics.
+
+        Raises:
+            RequestError: for an unusable request, naming row and field.
+            EditFailedError: if no usable update was found.
+        """
+        started = time.perf_counter()
+        if (requests is None) == (not request):
+            raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
+        todo = self.with_ids(load_requests(requests if requests is not None else request))
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
+        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
+        if self.tokenizer is None:
+            raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        method, bench = self._method, self._method.bench
+        bench.trace, bench.show_progress = self.trace, show_progress
+        if batch_size and batch_size > 1 and not method.capabilities.batch:
+            warn_once(logger, f"{method.capabilities.name} solves for one fact at a time; batch_size is ignored")
+        size = (batch_size or len(todo)) if method.capabilities.batch else 1
+        batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+        result = EditResult([])
+        # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
+        on_weights = method.capabilities.kind == "weights"
+        beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
+        with self._all_or_nothing(), frozen_eval(self.base_model), all_disabled(beside):
+            check_composition(method.capabilities.kind, self.books)
+            method.check(todo)
+            if on_weights:
+                self.sites.check_weight_edit(method.edited_modules())
+            method.prepare()
+            for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
+                try:
+                    result.edits.extend(self._edit_batch(batch))
+                except EditFailedError as error:
+                    if on_error == "raise":
+                        raise
+                    result.failed.extend((r, error) for r in batch)
+        result.seconds = time.perf_counter() - started
+        return result
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Put books, journal and the method's state back if the block fails or is interrupted."""
+        method = self._method
+        books, journal, state = snapshot_all(self.books.values()), self.journal.as_list(), method.state_dict()
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                restore_all(books)
+                method.load_state_dict(state)
+                self.journal = Journal(journal)
+            raise
+
+    def _edit_batch(self, batch: Sequence[EditRequest]) -> list[Edit]:
+        """Compute one batch and put it on the weights and into the journal."""
+        started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        outcome = self._method.compute(batch)
+        if not all(delta.finite() for delta in outcome.deltas):
+            raise EditFailedError("the computed update holds NaN or infinity; nothing was changed")
+        outcome = self._method.regularise(outcome)
+        seconds = time.perf_counter() - started
+        batch_id, created = new_id("batch"), now()
+        edits = [
+            Edit(
+                id=str(request.id),
+                request=request,
+                method=self.method_name,
+                batch_id=batch_id,
+                created=created,
+                diagnostics={
+                    **numbers,
+                    "seconds": seconds / len(batch),
+                    "peak_memory_bytes": peak_memory(),
+                    "batch_size": len(batch),
+                },
+            )
+            for request, numbers in zip(batch, outcome.diagnostics, strict=True)
+        ]
+        with uninterrupted():
+            self.books[self.capabilities.kind].apply(batch_id, outcome.changes, [e.id for e in edits])
+            self.journal.add(edits)
+        return edits
+
+    def with_ids(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+        """Give every request an id that the journal does not know yet."""
+        known = {e.id for e in self.journal}
+        named = []
+        for request in requests:
+            if request.id is not None and request.id in known:
+                raise RequestError(
+                    "the model already carries an edit with this id; roll it back first, or choose another id",
+                    row=request.row,
+                    field="id",
+                    request_id=request.id,
+                )
+            named.append(request if request.id is not None else request.with_id(new_id("edit")))
+        return named
+
+    def rollback(self, which: str | int | Sequence[str] = "all") -> list[Edit]:
+        """Undo edits exactly.
+
+        Args:
+            which: the id of an edit, a list of ids, a number (the last n), or ``"all"``.
+
+        Returns:
+            The edits that were undone.
+
+        Raises:
+            UnknownEditError: if the model carries no such edit.
+            RollbackError: if an edit was computed together with others and cannot be separated from them.
+        """
+        ids = self.journal.select(which)
+        gone = [e for e in self.journal if e.id in set(ids)]
+        weights = self.ledger.modules_of(ids)
+        with uninterrupted():
+            remove_from(self.books.values(), ids)
+            self.journal.drop(ids)
+        self.sites.warn_of_weight_rollback(weights)
+        return gone
+
+    def rebuild_without(self, edit_id: str, *, show_progress: bool = True) -> list[Edit]:
+        """Get rid of an edit that cannot be undone alone: undo all edits of its method and make the others again.
+
+        They are made in their old order and batches, under their old ids, with the present settings. Edits of other
+        methods stay. As with `edit`, nothing has changed if it fails.
+
+        Args:
+            edit_id: the edit to get rid of.
+            show_progress: show progress bars.
+
+        Returns:
+            The edits that were made again.
+
+        Raises:
+            UnknownEditError: if the model carries no such edit.
+            RollbackError: if it was made with another method than the present one.
+        """
+        method = self.journal.get(edit_id).method
+        if method != self.method_name:
+            raise RollbackError(
+                f"the edit {edit_id!r} was made with {method!r}, the present method is {self.method_name!r}; choose"
+                " the settings with which the others shall be made again with set_method(...)"
+            )
+        batches = self.journal.batches_of(method)
+        again: list[Edit] = []
+        with self._all_or_nothing():
+            self.rollback([e.id for batch in batches for e in batch])
+            for batch in batches:
+                requests = [e.request.with_id(e.id) for e in batch if e.id != edit_id]
+                again += self.edit(requests, show_progress=show_progress).edits if requests else []
+        return again
+
+    @contextlib.contextmanager
+    def disable_edits(self) -> Iterator[Self]:
+        """The original model inside the block, bit for bit; same object, no second copy of the model."""
+        with all_disabled(self.books.values()):
+            yield self
+
+    def unload(self) -> PreTrainedModel:
+        """Undo all edits and return the plain transformers model."""
+        if len(self.journal):
+            self.rollback("all")
+        return self.base_model

@@ -1,0 +1,105 @@
+"""What scoring and generation share: facts about a model, fitting texts into its context, making batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ...errors import RequestError
+from ...logging import get_logger, warn_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+H = TypeVar("H", bound=Hashable)
+
+TOKEN_BUDGET = 8192
+"""Padded tokens of one forward pass."""
+
+
+def stock_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside an `EditableModel`, or ``model`` itself."""
+    if hasattr(model, "rollback") and hasattr(model, "edit") and hasattr(model, "base_model"):
+        model = model.base_model
+    return model
+
+
+def is_encoder_decoder(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    config = model.config
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 1)
+
+
+def make_batches(
+    items: Iterable[H],
+    width: Callable[[H], int],
+    token_budget: int,
+    *,
+    max_rows: int | None = None,
+    positions: Callable[[H], int] | None = None,
+    max_positions: int | None = None,
+) -> Iterator[list[H]]:
+    """Cut ``items``, longest first, into groups (a single item always makes one).
+
+    The longest batch comes first, so that too large a budget fails at once. Equal lengths keep the order of the
+    input: the same items always give the same batches.
+
+    Args:
+        items: what is run.
+        width: padded tokens of a row, were it the longest of its group.
+        token_budget: largest number of rows × width of a group.
+        max_rows: largest number of rows.
+        positions: of an item, how many positions its logits are computed at.
+        max_positions: largest sum of them in a group.
+    """
+    group: list[H] = []
+    computed = 0
+    for item in sorted(items, key=lambda i: -width(i)):
+        more = positions(item) if positions is not None else 0
+        if group and (
+            (len(group) + 1) * width(group[0]) > token_budget
+            or (max_rows is not None and len(group) >= max_rows)
+            or (max_positions is not None and computed + more > max_positions)
+        ):
+            yield group
+            group, computed = [], 0
+        group.append(item)
+        computed += more
+    if group:
+        yield group
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                return value
+    return 0
+
+
+def stand_in_bos(tokenizer: PreTrainedTokenizerBase) -> int:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    raise RequestError("no token stands before the target and the tokenizer has neither BOS nor EOS", field="prompt")
+
+
+def cut_left(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt_length: int, limit: int | None
+) -> tuple[list[int], int]:
+    """Drop prompt tokens at the left (behind a leading special token) until ``ids`` fits into ``limit``."""
+    if limit is None or len(ids) <= limit:
+        return ids, 0
+    keep = 1 if prompt_length > 1 and ids[0] in tokenizer.all_special_ids else 0
+    excess = len(ids) - limit
+    if excess > prompt_length - keep - 1:
+        raise RequestError(f"the target has too many tokens for the model's context of {limit}", field="target")
+    warn_once(logger, f"prompts longer than the model's context of {limit} tokens are cut at the left")
+    return ids[:keep] + ids[keep + excess :], excess

@@ -1,0 +1,280 @@
+"""The scoring core: teacher-forced scores of many (prompt, target) pairs in few forward passes.
+
+Takes a stock transformers model (or an `EditableModel`, whose base model is used) and texts, and returns plain
+Python values. Results do not depend on the batch size, on the order of the input, or on the padding side of the
+tokenizer, which is never changed. This module knows nothing of edits, cases or metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...books.sites import prompt_lengths
+from ...engine.forward import accepts, device_of, frozen_eval, gather_logits
+from ...errors import EvaluationError, RequestError
+from ...tokens import context_length, encode_pair, encode_target, encode_text, pad_id, pad_rows, separator_between
+from .batching import (
+    TOKEN_BUDGET,
+    cut_left,
+    decoder_start,
+    is_encoder_decoder,
+    make_batches,
+    stand_in_bos,
+    stock_model,
+    vocabulary_size,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOGIT_BUDGET = 2**27
+"""Largest number of logits that one forward pass may produce (vocabulary × positions)."""
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """How a model answers when the target is fed to it (teacher forcing).
+
+    Args:
+        prompt: text before the target.
+        target: the text that was fed.
+        target_ids: its T token ids.
+        pred_ids: most probable id at each of these positions; -1 where the logits were not finite.
+        token_acc: share of positions where both agree.
+        exact: whether all agree.
+        nll: mean negative log-probability per target token, in nats.
+        sum_nll: the sum over the target tokens.
+        truncated: number of prompt tokens that were cut off at the left to fit the model's context.
+    """
+
+    prompt: str
+    target: str
+    target_ids: tuple[int, ...]
+    pred_ids: tuple[int, ...]
+    token_acc: float
+    exact: bool
+    nll: float
+    sum_nll: float
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A text that cannot be scored, and why."""
+
+    prompt: str
+    target: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """Token ids of one pair: what is fed, where the target's logits begin, and the target."""
+
+    inputs: tuple[int, ...]
+    decoder: tuple[int, ...] | None
+    first: int
+    target: tuple[int, ...]
+    truncated: int
+
+    @property
+    def width(self) -> int:
+        return len(self.inputs) + len(self.decoder or ())
+
+    @property
+    def columns(self) -> range:
+        return range(self.first, self.first + len(self.target))
+
+
+# ---------------------------------------------------------------------- teacher forcing
+
+
+def score_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    separator: str | None = None,
+    token_budget: int = TOKEN_BUDGET,
+    *,
+    max_batch_rows: int | None = None,
+) -> list[PairScore]:
+    """Score (prompt, target) pairs by teacher forcing.
+
+    Equal pairs are computed once. Rows are sorted by length and packed into batches by a token budget; only the
+    logits at target positions are kept, in float32.
+
+    Args:
+        model: causal or encoder-decoder language model; put into evaluation mode meanwhile.
+        tokenizer: of the model; not changed.
+        pairs: (prompt, target) texts.
+        separator: text between them; ``None``: one space where it belongs (see `separator_between`). Without
+            effect on encoder-decoder models, where the target goes to the decoder.
+        token_budget: padded tokens per forward pass.
+        max_batch_rows: upper bound of the rows per forward pass.
+
+    Returns:
+        One score per pair, in the order of ``pairs``.
+
+    Raises:
+        EvaluationError: if a pair cannot be scored (`try_score_pairs` returns the reason instead).
+    """
+    results = try_score_pairs(
+        model,
+        tokenizer,
+        pairs,
+        separator,
+        token_budget,
+        max_batch_rows=max_batch_rows,
+    )
+    scores: list[PairScore] = []
+    for i, result in enumerate(results):
+        if isinstance(result, Unscored):
+            raise EvaluationError(f"pair {i} ({result.prompt!r}, {result.target!r}): {result.reason}")
+        scores.append(result)
+    return scores
+
+
+def try_score_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    separator: str | None = None,
+    token_budget: int = TOKEN_BUDGET,
+    *,
+    max_batch_rows: int | None = None,
+) -> list[PairScore | Unscored]:
+    """Do what `score_pairs` does, with an `Unscored` in the place of each pair that cannot be scored."""
+    model = stock_model(model)
+    results: dict[tuple[str, str], PairScore | Unscored] = {}
+    rows: dict[tuple[str, str], TargetRow] = {}
+    for prompt, target in dict.fromkeys((p, t) for p, t in pairs):
+        try:
+            rows[prompt, target] = encode_row(model, tokenizer, prompt, target, separator)
+        except RequestError as error:
+            results[prompt, target] = Unscored(prompt, target, str(error))
+    at_targets = accepts(model, "logits_to_keep")
+
+    def positions(pair: tuple[str, str]) -> int:
+        # Logits are computed at the targets only where the model can do that, else everywhere.
+        row = rows[pair]
+        return len(row.target) if at_targets else len(row.decoder or row.inputs)
+
+    batches = make_batches(
+        rows,
+        lambda pair: rows[pair].width,
+        token_budget,
+        max_rows=max_batch_rows,
+        positions=positions,
+        max_positions=LOGIT_BUDGET // vocabulary_size(model),
+    )
+    with frozen_eval(model), torch.inference_mode():
+        for group in batches:
+            for pair, score in zip(group, _score_batch(model, tokenizer, group, rows), strict=True):
+                results[pair] = score
+    return [results[p, t] for p, t in pairs]
+
+
+def encode_row(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    target: str,
+    separator: str | None = None,
+) -> TargetRow:
+    """Tokenise one pair and drop what must not or need not be fed.
+
+    Raises:
+        RequestError: if there is no target, or it alone does not fit into the context.
+    """
+    if not target.strip():
+        raise RequestError("the target is empty", field="target")
+    limit = context_length(model.config)
+    if is_encoder_decoder(model):
+        source = [int(i) for i in tokenizer(prompt)["input_ids"]]
+        source, cut = cut_left(tokenizer, source, len(source), limit)
+        lead = _decoder_lead(tokenizer, target)
+        labels = [*lead, *encode_target(tokenizer, target)]
+        decoder = (decoder_start(model), *labels[:-1])  # labels shifted right by one
+        return TargetRow(tuple(source), decoder, len(lead), tuple(labels[len(lead) :]), cut)
+    try:
+        pair = encode_pair(tokenizer, prompt, target, separator)
+        ids, start = pair.ids, pair.prompt_length
+    except RequestError as error:
+        if error.field != "prompt":
+            raise
+        # Nothing stands before the target (empty prompt, no BOS): let the BOS or EOS token predict it.
+        joint = separator_between(prompt, target) if separator is None else separator
+        ids, start = [stand_in_bos(tokenizer), *encode_text(tokenizer, prompt + joint + target).ids], 1
+    wanted = tuple(ids[start:])
+    fed = ids[:-1]  # nothing is read off the last target token
+    fed, cut = cut_left(tokenizer, fed, start, limit)
+    return TargetRow(tuple(fed), None, start - 1 - cut, wanted, cut)
+
+
+def _decoder_lead(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Special tokens that the tokenizer puts before a decoder target (BART's ``<s>``, language codes)."""
+    encoded = tokenizer(text_target=target, return_special_tokens_mask=True)
+    lead: list[int] = []
+    for token, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        if not special:
+            break
+        lead.append(int(token))
+    return lead
+
+
+def target_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, members: Sequence[TargetRow]
+) -> torch.Tensor:
+    """One forward pass: the float32 logits ``[positions, vocab]`` that predict the targets, row after row."""
+    fill, device = pad_id(tokenizer), device_of(model)
+    batch = pad_rows([r.inputs for r in members], fill).to(device)
+    extra: dict[str, Any] = {}
+    if members[0].decoder is not None:
+        decoder = pad_rows([r.decoder for r in members if r.decoder is not None], fill).to(device)
+        extra["decoder_input_ids"] = decoder.input_ids
+        if accepts(model, "decoder_attention_mask"):
+            extra["decoder_attention_mask"] = decoder.attention_mask
+    index = torch.tensor([i for i, r in enumerate(members) for _ in r.target])
+    columns = torch.tensor([c for r in members for c in r.columns])
+    # Edits that route by prompts must not look at the target; the encoder's input is all prompt.
+    ends = [len(r.inputs) if r.decoder is not None else r.first + 1 for r in members]
+    with prompt_lengths(model, ends):
+        # Indices stay on the CPU: the head may be on another device than the embeddings.
+        return gather_logits(model, batch, index, columns, **extra).float()
+
+
+def _score_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    rows: dict[tuple[str, str], TargetRow],
+) -> Iterator[PairScore]:
+    """One forward pass; yields the scores in the order of ``pairs``."""
+    members = [rows[pair] for pair in pairs]
+    logits = target_logits(model, tokenizer, members)
+    wanted = torch.tensor([t for r in members for t in r.target], device=logits.device)
+    total = logits.logsumexp(-1)
+    # A collapsed model must not look right by accident: argmax over NaN is arbitrary, so it becomes -1.
+    predicted = torch.where(total.isfinite(), logits.argmax(-1), -1).tolist()
+    losses = (total - logits.gather(-1, wanted[:, None])[:, 0]).double().tolist()
+    place = 0
+    for (prompt, target), row in zip(pairs, members, strict=True):
+        count = len(row.target)
+        pred, loss = tuple(predicted[place : place + count]), losses[place : place + count]
+        place += count
+        hits = sum(a == b for a, b in zip(pred, row.target, strict=True))
+        yield PairScore(
+            prompt=prompt,
+            target=target,
+            target_ids=row.target,
+            pred_ids=pred,
+            token_acc=hits / count,
+            exact=hits == count,
+            nll=sum(loss) / count,
+            sum_nll=sum(loss),
+            truncated=row.truncated,
+        )

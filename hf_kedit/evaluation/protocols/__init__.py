@@ -1,0 +1,1 @@
+"""Protocols: what a case asks, and how answers become metrics."""

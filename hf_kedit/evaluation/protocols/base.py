@@ -1,0 +1,353 @@
+"""Protocols: what a model is asked for, and how its answer becomes a number.
+
+A protocol turns a probe into queries, runs queries in batches, and scores outputs: against the accepted answers, or
+against what the unedited model put out. Numbers of different protocols are never averaged together. A new protocol
+is a subclass with the decorator `register_protocol`; the runner and the report need no change.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from ...errors import EvaluationError, RequestError
+from ..asking.batching import TOKEN_BUDGET
+from ..asking.generation import Continuation, PromptFormat, generate_answers
+from ..asking.scoring import PairScore, Unscored, encode_row, try_score_pairs
+from ..choices import check_choice
+from ..measures import metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ...requests import EditRequest
+
+PREFIX_TOKENS = "prefix_tokens"
+"""Scorer of `Generation` that compares tokens, not texts."""
+Output = PairScore | Continuation | Unscored
+Query = tuple[str, str | None]
+"""A prompt and, where the protocol feeds one, an answer."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One probe of one case.
+
+    Args:
+        section: ``rewrite``, ``rephrase``, ``locality`` or ``portability``.
+        axis: name of the axis within locality and portability.
+        index: place within the axis.
+        prompt: filled prompt.
+        groups: accepted answers, each group the aliases of one value; may be empty.
+        match: ``any`` or ``all`` (groups).
+        contrast: what the model must not prefer to the answer: on prompts of the edit the old answer, on locality
+            probes the new one; ``None`` if there is none.
+    """
+
+    section: str
+    axis: str | None
+    index: int
+    prompt: str
+    groups: tuple[tuple[str, ...], ...]
+    match: str = "any"
+    contrast: str | None = None
+
+
+def standard_questions(request: EditRequest) -> list[Question]:
+    """The rewrite prompt, the rephrasings, and the locality and portability probes of a request."""
+    target = ((request.target_new,),)
+    old = next(iter(request.ground_truth), None)
+    questions = [Question("rewrite", None, 0, request.filled_prompt, target, contrast=old)]
+    questions += [
+        Question("rephrase", None, i, p, target, contrast=old) for i, p in enumerate(request.rephrase_prompts)
+    ]
+    for section, axes in (("locality", request.locality), ("portability", request.portability)):
+        new = request.target_new if section == "locality" else None
+        for axis, probes in axes.items():
+            for i, probe in enumerate(probes):
+                groups = tuple(tuple(group) for group in probe.ground_truth)
+                questions.append(Question(section, axis, i, probe.prompt, groups, probe.match, new))
+    return questions
+
+
+class Protocol(ABC):
+    """Base class of the protocols. Instances are immutable values; their settings are plain fields."""
+
+    name: ClassVar[str]
+    scorer: Any
+    needs_all_outputs: ClassVar[bool] = False
+    """Whether a question counts only if every one of its queries could be run (else those that could suffice)."""
+
+    def questions(self, request: EditRequest) -> list[Question]:
+        """What is asked about a request."""
+        return standard_questions(request)
+
+    @abstractmethod
+    def queries(self, question: Question) -> list[Query]:
+        """What has to be run for a question; empty if it cannot be asked under this protocol."""
+
+    @abstractmethod
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        queries: Sequence[Query],
+        separator: str | None,
+        token_budget: int,
+    ) -> list[Output]:
+        """Run queries in few batches; one output per query, in order."""
+
+    @abstractmethod
+    def accuracy(self, question: Question, outputs: Sequence[Any]) -> float | None:
+        """Score of the outputs of a question's queries against its answers; ``None`` if it has no answers."""
+
+    @abstractmethod
+    def agreement(self, before: Sequence[Any], after: Sequence[Any]) -> float:
+        """How far the outputs for one question before and after an edit agree."""
+
+    @abstractmethod
+    def payload(self, outputs: Sequence[Any]) -> Any:
+        """JSON-ready form of the outputs for one question (what locality is compared with)."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the outputs, JSON-ready; part of the key under which outputs are cached."""
+
+    def details(self, question: Question, outputs: Sequence[Any], score: float) -> dict[tuple[str, str], float]:
+        """Further numbers for a question whose `accuracy` is ``score``, by (section of the record, key in it)."""
+        return {}
+
+    def why_unscored(self, question: Question) -> str:
+        """Why a question has no queries or no score."""
+        return f"there is no answer, which protocol '{self.name}' needs"
+
+    def prepare_scores(self, items: Sequence[tuple[Question, Sequence[Any]]]) -> None:
+        """Called with everything that is about to be scored, for protocols that can score many at once better."""
+        return
+
+    @property
+    def scorer_name(self) -> str:
+        """Name of the scorer for the report."""
+        return self.scorer if isinstance(self.scorer, str) else getattr(self.scorer, "__name__", repr(self.scorer))
+
+    @property
+    def agreement_name(self) -> str:
+        """Name of the comparison before/after for the report."""
+        return "agreement"
+
+    def meta(self, section: str) -> dict[str, str]:
+        """How the numbers of a section came about; numbers of different groups are not comparable."""
+        scorer = self.agreement_name if section == "locality" else self.scorer_name
+        return {
+            "result_key": section if section.startswith("locality") else f"{section}_acc",
+            "protocol": self.name,
+            "scorer": scorer,
+            "comparable_group": f"{self.name}/{scorer}",
+        }
+
+
+class PairProtocol(Protocol):
+    """Base of the protocols whose queries are prompts with an answer that is fed."""
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        queries: Sequence[Query],
+        separator: str | None,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> list[Output]:
+        pairs = [(prompt, answer or "") for prompt, answer in queries]
+        return list(try_score_pairs(model, tokenizer, pairs, separator, token_budget))
+
+
+P = TypeVar("P", bound=type[Protocol])
+PROTOCOLS: dict[str, type[Protocol]] = {}
+
+
+def register_protocol(cls: P) -> P:
+    """Class decorator: make a protocol known under its name."""
+    PROTOCOLS[cls.name] = cls
+    return cls
+
+
+@register_protocol
+@dataclass(frozen=True)
+class TeacherForced(PairProtocol):
+    """The answer is fed and the most probable token at each of its positions is compared with it.
+
+    The usual protocol of the literature. It gives away the beginning and the length of the answer, so that a model
+    which cannot produce an answer may still score high.
+
+    Args:
+        scorer: ``token``: share of right tokens; ``exact``: 1 if all are.
+        aliases: ``best``: the best accepted answer counts; ``first``: only the first is fed.
+    """
+
+    name: ClassVar[str] = "teacher_forced"
+    scorer: Literal["token", "exact"] = "token"
+    aliases: Literal["best", "first"] = "best"
+
+    def __post_init__(self) -> None:
+        if self.scorer not in ("token", "exact"):
+            raise EvaluationError(
+                f"TeacherForced has the scorers 'token' and 'exact', not {self.scorer!r};"
+                " 'contains' and 'f1' need protocol='generation'"
+            )
+        if self.aliases not in ("best", "first"):
+            raise EvaluationError(f"TeacherForced.aliases must be 'best' or 'first', not {self.aliases!r}")
+
+    def queries(self, question: Question) -> list[Query]:
+        answers = [alias for group in question.groups for alias in group]
+        return [(question.prompt, a) for a in (answers[:1] if self.aliases == "first" else answers)]
+
+    def accuracy(self, question: Question, outputs: Sequence[PairScore]) -> float | None:
+        return metrics.best_alias(float(o.exact) if self.scorer == "exact" else o.token_acc for o in outputs)
+
+    def agreement(self, before: Sequence[PairScore], after: Sequence[PairScore]) -> float:
+        return metrics.agreement(before[0].pred_ids, after[0].pred_ids)
+
+    def payload(self, outputs: Sequence[PairScore]) -> list[int]:
+        return list(outputs[0].pred_ids)
+
+    def settings(self) -> dict[str, Any]:
+        return {}  # the outputs hold all scores; `scorer` and `aliases` only choose among them
+
+
+@register_protocol
+@dataclass(frozen=True)
+class Generation(Protocol):
+    """The model continues greedily and its text is compared with the answers; nothing is given away.
+
+    Args:
+        scorer: ``contains`` (the answer occurs as whole words; a model that goes on talking is not punished),
+            ``exact``, ``f1``, or a function ``(prediction, answer) -> float``; ``prefix_tokens``: share of the
+            answer's tokens that the continuation has at the same place (what follows does not count), as GRACE is
+            scored in the literature.
+        max_new_tokens: length limit of the continuation.
+        prompt_format: ``raw``, ``qa`` or ``chat``.
+        cut_at_newline: keep the first line only; ``None``: yes unless ``chat``.
+        stop_strings: cut before these, too.
+        agreement_tokens: locality compares so many first tokens, position by position, instead of the whole
+            normalised text. The text behind the answer drifts more easily than the answer.
+    """
+
+    name: ClassVar[str] = "generation"
+    scorer: str | Callable[[str, str], float] = "contains"
+    max_new_tokens: int = 50
+    prompt_format: PromptFormat = "raw"
+    cut_at_newline: bool | None = None
+    stop_strings: tuple[str, ...] = ()
+    agreement_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scorer != PREFIX_TOKENS:
+            metrics.answer_scorer(self.scorer)
+        elif self.prompt_format != "raw":
+            raise EvaluationError(f"scorer {PREFIX_TOKENS!r} needs prompt_format='raw', not {self.prompt_format!r}")
+        if self.prompt_format not in ("raw", "qa", "chat"):
+            raise EvaluationError(f"unknown prompt_format {self.prompt_format!r}: use 'raw', 'qa' or 'chat'")
+        if self.max_new_tokens < 1:
+            raise EvaluationError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.agreement_tokens is not None and self.agreement_tokens < 1:
+            raise EvaluationError(f"agreement_tokens must be at least 1, not {self.agreement_tokens}")
+
+    def queries(self, question: Question) -> list[Query]:
+        if self.scorer == PREFIX_TOKENS and question.groups:
+            return [(question.prompt, answer) for group in question.groups for answer in group]
+        return [(question.prompt, None)]
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        queries: Sequence[Query],
+        separator: str | None,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> list[Output]:
+        answers = generate_answers(
+            model,
+            tokenizer,
+            [prompt for prompt, _ in queries],
+            self.max_new_tokens,
+            token_budget,
+            prompt_format=self.prompt_format,
+            cut_at_newline=self.cut_at_newline,
+            stop_strings=self.stop_strings,
+        )
+        return [
+            answer if target is None else self._with_target(model, tokenizer, answer, target, separator)
+            for answer, (_, target) in zip(answers, queries, strict=True)
+        ]
+
+    def _with_target(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        answer: Continuation,
+        target: str,
+        separator: str | None,
+    ) -> Continuation | Unscored:
+        """The continuation with the tokens that the answer has behind its prompt (not those that it has alone)."""
+        try:
+            ids = encode_row(model, tokenizer, answer.prompt, target, separator).target
+        except RequestError as error:
+            return Unscored(answer.prompt, target, str(error))
+        if len(ids) > self.max_new_tokens:
+            reason = f"the answer has {len(ids)} tokens and max_new_tokens is {self.max_new_tokens}"
+            return Unscored(answer.prompt, target, reason)
+        return replace(answer, target=target, target_ids=ids)
+
+    def accuracy(self, question: Question, outputs: Sequence[Continuation]) -> float | None:
+        if not question.groups:
+            return None
+        if self.scorer == PREFIX_TOKENS:
+            scores = {o.target: metrics.prefix_share(o.ids, o.target_ids) for o in outputs}
+            best = [max((scores[a] for a in group if a in scores), default=0.0) for group in question.groups]
+            return min(best) if question.match == "all" else max(best)
+        return metrics.answer_score(outputs[0].text, question.groups, question.match, self.scorer)
+
+    def agreement(self, before: Sequence[Continuation], after: Sequence[Continuation]) -> float:
+        if self.agreement_tokens is None:
+            return metrics.text_agreement(before[0].text, after[0].text)
+        return metrics.prefix_agreement(before[0].ids, after[0].ids, self.agreement_tokens)
+
+    @property
+    def agreement_name(self) -> str:
+        """Says how many tokens are compared, if not the whole text."""
+        return "agreement" if self.agreement_tokens is None else f"agreement of {self.agreement_tokens} tokens"
+
+    def payload(self, outputs: Sequence[Continuation]) -> str:
+        return outputs[0].text
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "prompt_format": self.prompt_format,
+            "cut_at_newline": self.cut_at_newline,
+            "stop_strings": list(self.stop_strings),
+        }
+
+
+def resolve_protocols(protocol: str | Protocol | Sequence[str | Protocol]) -> list[Protocol]:
+    """Turn names and protocol objects into a list of protocols with distinct names.
+
+    Raises:
+        EvaluationError: for an unknown name (the nearest is given), none at all, or one that is named twice.
+    """
+    entries = [protocol] if isinstance(protocol, (str, Protocol)) else list(protocol)
+    chosen: list[Protocol] = []
+    for entry in entries:
+        if isinstance(entry, Protocol):
+            chosen.append(entry)
+        else:
+            check_choice("protocol", entry, PROTOCOLS)
+            chosen.append(PROTOCOLS[entry]())
+    names = [p.name for p in chosen]
+    if not names:
+        raise EvaluationError(f"no protocol was given; choose from {', '.join(sorted(PROTOCOLS))}")
+    if len(set(names)) < len(names):
+        raise EvaluationError(f"a protocol was given twice: {', '.join(names)}; evaluate its variants in two calls")
+    return chosen

@@ -1,0 +1,1 @@
+"""Runs: planning, carrying out, keeping and resuming an evaluation."""

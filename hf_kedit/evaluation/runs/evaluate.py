@@ -1,0 +1,203 @@
+"""`evaluate_edits`: edit, measure before and after, restore, report.
+
+Pre-edit results are measured once, before the first new edit, on the model as it was handed in. Every change the
+run makes is undone by the model's own journal, also when something fails in between. Here the arguments are checked
+and the run is planned; `running` carries it out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...errors import EvaluationError
+from ..asking.batching import TOKEN_BUDGET
+from ..choices import check_choice
+from ..measures.abilities import Ability
+from ..protocols.base import Protocol, resolve_protocols
+from ..report.report import EvaluationReport
+from .cache import PRE_EDIT_CACHE, PreEditCache
+from .folder import RunFolder, assemble
+from .plan import (
+    SAVED,
+    SEQUENTIAL,
+    SETTINGS,
+    Case,
+    check_requests,
+    make_plan,
+    make_units,
+    parse_at,
+    parse_moments,
+    parse_shard,
+    read_requests,
+)
+from .run import PromptTransform, Run
+from .wear import Wear
+
+if TYPE_CHECKING:
+    from ...model import EditableModel
+
+Setting = Literal["single", "batch", "sequential", "saved"]
+
+
+def evaluate_edits(
+    model: EditableModel,
+    dataset: Any = None,
+    setting: Setting = "single",
+    batch_size: int | None = None,
+    protocol: str | Protocol | Sequence[str | Protocol] = "teacher_forced",
+    when: str | Sequence[str] = ("final",),
+    limit: int | None = None,
+    progress: bool = True,
+    *,
+    at: Sequence[int] | int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    separator: str | None = None,
+    token_budget: int = TOKEN_BUDGET,
+    keep_edits: bool = False,
+    cache: PreEditCache | None = None,
+    prompt_transform: PromptTransform | None = None,
+    collapse_text: Sequence[str] | str | None = None,
+    abilities: Sequence[Ability] = (),
+    output_dir: str | Path | None = None,
+    shard: str | None = None,
+) -> EvaluationReport:
+    """Apply the edits of a data set and measure what they did.
+
+    Args:
+        model: an `EditableModel`. Edits that it already carries stay and belong to the "pre" model.
+        dataset: a ``datasets.Dataset`` with the library's columns, a list of `EditRequest` or dicts, or the path
+            of a JSON, JSONL or CSV file. In ``saved``, by default the requests of the edits that the model carries.
+        setting: ``single``: edit one, measure, restore, next. ``batch``: edit ``batch_size`` at once, measure
+            these, restore, next. ``sequential``: edit after edit (in chunks of ``batch_size``) without restoring.
+            ``saved``: edit nothing; measure the edits that the model carries, "before" being the model without them.
+        batch_size: edits made together; default: all in ``batch``, 1 in ``sequential``.
+        protocol: ``teacher_forced``, ``generation``, ``likelihood``, ``fluency``, a `Protocol` object with its own
+            settings, or several of them; each gets its own numbers.
+        when: in ``sequential``: ``immediate`` (each edit right after it was made), ``final`` (all after the last
+            edit), or both. In the other settings the two coincide.
+        limit: evaluate the first so many rows only.
+        progress: show a progress bar.
+        at: in ``sequential``: after so many edits, measure all edits made so far (moments ``at N`` of the report).
+        on_error: ``skip`` leaves out edits that cannot be made and lists them in ``report.meta["failed"]``.
+        separator: text between prompt and target; ``None``: as in the model's edit config.
+        token_budget: padded tokens per forward pass.
+        keep_edits: leave the edits of a ``sequential`` run in the model. Otherwise the model is afterwards
+            bit for bit as it was.
+        cache: where pre-edit results are kept; default: one shared by all calls in the process.
+        prompt_transform: ``(request, prompt) -> prompt``, applied to every prompt that is asked after the edit, for
+            methods that work through the prompt; default: the model's own ``prompt_transform``, if it has one.
+        collapse_text: texts whose perplexity is measured before, at each checkpoint and at the end of a
+            ``sequential`` run, and after each batch of a ``batch`` run; a warning is logged when it explodes. Weight
+            drift is measured in any case where edits pile up.
+        abilities: general tasks (`load_ability`, `HarnessTask`) that are measured at the same moments.
+        output_dir: folder for the results, written case by case. Repeating the same call there continues an
+            interrupted run: finished measurements are not repeated (the edits of a ``sequential`` run are made again,
+            because later ones build on them).
+        shard: ``"2/4"``: only the second of four parts of a ``single`` or ``batch`` run, with its own file in
+            ``output_dir`` (`collect_report` puts the parts together). ``"auto"``: as torchrun or accelerate says.
+
+    Returns:
+        The report, with one record per case, protocol and moment.
+
+    Raises:
+        EvaluationError: for an unknown setting, protocol or moment, an empty data set, or arguments that
+            contradict each other; nothing is edited then.
+        RequestError: if a row is not a usable request; nothing is edited then.
+        DataError: if a file cannot be read.
+        EditFailedError: if an edit fails; the edits of this call are undone first.
+    """
+    check_choice("setting", setting, SETTINGS)
+    check_choice("on_error", on_error, ("raise", "skip"))
+    moments = parse_moments(when, setting)
+    protocols = resolve_protocols(protocol)
+    part = parse_shard(shard, setting)
+    _check_arguments(setting, batch_size, limit, keep_edits, collapse_text is not None or bool(abilities))
+    cases = _cases(model, dataset, setting, limit)
+    checkpoints = parse_at(at, setting, len(cases))
+    if setting != SAVED:
+        check_requests(model, cases, strict=on_error == "raise")
+    if separator is None:
+        separator = getattr(getattr(model, "edit_config", None), "separator", None)
+    if prompt_transform is None:
+        prompt_transform = getattr(model, "prompt_transform", None)
+    texts = [collapse_text] if isinstance(collapse_text, str) else collapse_text
+    run = Run(
+        model,
+        protocols,
+        setting,
+        separator,
+        token_budget,
+        PRE_EDIT_CACHE if cache is None else cache,
+        on_error,
+        prompt_transform,
+        Wear(model, texts, list(abilities), token_budget),
+    )
+    units = make_units(cases, setting, batch_size)
+    plan = make_plan(units, setting, moments, checkpoints)
+    settings = run.settings(cases, batch_size, moments, checkpoints)
+    mine = [step for step in plan if step.unit % part[1] == part[0] - 1] if part[1] > 1 else plan
+    folder = None if output_dir is None else RunFolder(output_dir, settings, plan, part)
+    if folder is not None:
+        run.done = folder.done
+    by_number = {case.number: case for case in cases}
+    run.folder = folder
+    began = time.perf_counter()
+    todo = [step for step in mine if step.number not in run.done]
+    if todo or keep_edits:
+        # Everything is asked of the unedited model in the same batches, whether or not a run is continued.
+        run.measure_pre(mine, by_number)
+        seconds_pre = time.perf_counter() - began
+        run.go(units, mine, by_number, progress, keep_edits)
+        meta = {
+            **settings,
+            "batch_size": max(len(unit) for unit in units),
+            "n": len({number for step in mine for number in step.cases}),
+            "seconds": time.perf_counter() - began,
+            "seconds_pre": seconds_pre,
+            "seconds_setup": run.seconds_setup,
+            **run.describe(),
+        }
+        if folder is not None:
+            folder.finish(meta)
+    else:
+        stored = folder.read_meta() if folder is not None else {}
+        meta = {**settings, "n": len({number for step in mine for number in step.cases}), **run.describe(), **stored}
+    return assemble({s.number: run.done[s.number] for s in mine}, [meta], [step.when for step in mine])
+
+
+def _check_arguments(
+    setting: str, batch_size: int | None, limit: int | None, keep_edits: bool, measures_wear: bool
+) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise EvaluationError(f"batch_size must be at least 1, not {batch_size}")
+    if setting == "single" and batch_size not in (None, 1):
+        raise EvaluationError(
+            f"setting='single' makes one edit at a time and batch_size is {batch_size}; use setting='batch'"
+        )
+    if keep_edits and setting != SEQUENTIAL:
+        raise EvaluationError(f"keep_edits=True needs setting='sequential'; '{setting}' restores after each step")
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"limit must be at least 1, not {limit}")
+    if measures_wear and setting == "single":
+        raise EvaluationError(
+            "collapse_text and abilities would be measured after every single edit; use setting='batch' (with"
+            " batch_size=1, if that is what you want) or 'sequential'"
+        )
+
+
+def _cases(model: EditableModel, dataset: Any, setting: str, limit: int | None) -> list[Case]:
+    """The cases in order; those of saved edits lose their ids, which the model's journal holds already."""
+    if dataset is None and setting != SAVED:
+        raise EvaluationError("give the edits: a data set, a list of requests or the path of a file")
+    if dataset is None and not model.edits:
+        raise EvaluationError(
+            f"{model.base_model_id!r} carries no edits, so there are no requests to measure; give a data set"
+        )
+    requests = read_requests([edit.request for edit in model.edits] if dataset is None else dataset, limit)
+    if setting == SAVED:
+        requests = [replace(request, id=None) for request in requests]
+    return [Case(number, request) for number, request in enumerate(requests)]

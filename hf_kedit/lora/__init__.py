@@ -1,1 +1,0 @@
-"""Weight edits as plain PEFT adapters, and plain LoRA adapters as edits."""

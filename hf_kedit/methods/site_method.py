@@ -1,0 +1,161 @@
+"""What the methods that work at sites share: which module is wrapped, and requests as examples with a key token.
+
+Imported by the method files; registers nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..books.sites import prompt_lengths
+from ..config import EditConfig
+from ..engine.batches import in_batches, rows_at_once
+from ..engine.capture import Tap, capture_at
+from ..engine.examples import Example, encode_examples, row_means, token_losses
+from ..engine.forward import device_of
+from ..engine.weights import get_module, weight_shape
+from ..errors import ConfigError, EditFailedError, UnsupportedModelError, WeightError
+from ..requests import EditRequest
+from ..tokens import pad_rows
+from .base import Method
+
+_INDEX = re.compile(r"\[(\d+)\]")
+
+
+@dataclass
+class SiteConfig(EditConfig):
+    """Base of the configs of methods that wrap one linear layer.
+
+    Args:
+        module: name of the wrapped layer with ``{}`` for the layer index (``h[35]`` and ``h.35`` are the same);
+            ``None``: the projection out of the MLP.
+    """
+
+    module: str | None = None
+
+    def validate(self) -> None:
+        """Check that there is one layer."""
+        super().validate()
+        if self.layers is not None and len(self.layers) != 1:
+            raise ConfigError(f"{type(self).__name__} works at one layer; layers has {len(self.layers)}")
+
+
+class SiteMethod(Method):
+    """A method at one linear layer of a decoder."""
+
+    config: SiteConfig
+
+    @property
+    def path(self) -> str:
+        """Name of the wrapped module."""
+        (layer,) = self.config.layers or [0]
+        if self.config.module is None:
+            return self.bench.anatomy.down(layer).path
+        return plain_name(self.config.module).replace("{}", str(layer))
+
+    def sizes(self, path: str) -> tuple[int, int]:
+        """(d_in, d_out) of a linear layer.
+
+        Raises:
+            LayerError: if there is no such module.
+            UnsupportedModelError: if it is not a linear layer.
+        """
+        try:
+            shape = weight_shape(get_module(self.bench.model, path))
+        except WeightError:
+            shape = ()
+        if len(shape) != 2:
+            raise UnsupportedModelError(f"{path} is not a linear layer; {self.capabilities.name} wraps one")
+        return shape[1], shape[0]
+
+    def edited_modules(self) -> list[str]:
+        """No weight is edited."""
+        return []
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check the layer, tokens and lengths."""
+        self.sizes(self.path)
+        self.examples(requests)
+
+    def examples(self, requests: Sequence[EditRequest]) -> list[Example]:
+        """The requests as token ids."""
+        bench = self.bench
+        return encode_examples(bench.model, bench.tokenizer, requests, separator=self.config.separator)
+
+    # ------------------------------------------------------------------ measuring
+
+    @contextlib.contextmanager
+    def prompts_of(self, examples: Sequence[Example], whole: bool = False) -> Iterator[None]:
+        """Calls inside the block have the examples as rows: the key token is the one before the target, or with
+        ``whole`` the last one."""
+        with prompt_lengths(self.bench.model, [len(e.ids) if whole else prompt_length(e) for e in examples]):
+            yield
+
+    def at_key(self, examples: Sequence[Example], taps: Sequence[Tap]) -> dict[Tap, torch.Tensor]:
+        """What goes into or comes out of modules at the key tokens, ``[rows, d]`` fp32 each."""
+        model = self.bench.model
+
+        def run(part: Sequence[int]) -> dict[Tap, torch.Tensor]:
+            prompts = [examples[i].ids[: prompt_length(examples[i])] for i in part]
+            batch = pad_rows(prompts, self.bench.fill).to(device_of(model))
+            return capture_at(model, batch, torch.tensor([len(p) - 1 for p in prompts]), taps)
+
+        parts = [found for _, found in in_batches(range(len(examples)), rows_at_once(model), run)]
+        return {tap: torch.cat([found[tap] for found in parts]) for tap in taps}
+
+    def losses(self, examples: Sequence[Example], whole: bool = False) -> torch.Tensor:
+        """Mean negative log-likelihood per target token of each example, ``[rows]`` fp32; see `prompts_of`."""
+        with self.prompts_of(examples, whole):
+            losses, rows = token_losses(self.bench.model, examples, self.bench.fill)
+        return row_means(losses, rows, len(examples))
+
+    @torch.no_grad()
+    def probabilities(self, examples: Sequence[Example]) -> list[float]:
+        """Geometric mean per token of each target's probability."""
+
+        def run(part: Sequence[int]) -> list[float]:
+            found: list[float] = (-self.losses([examples[i] for i in part])).exp().tolist()
+            return found
+
+        parts = in_batches(range(len(examples)), rows_at_once(self.bench.model), run)
+        return [probability for _, found in parts for probability in found]
+
+
+def prompt_length(example: Example) -> int:
+    """Number of tokens before the target."""
+    return example.positions[0] + 1
+
+
+def plain_name(name: str) -> str:
+    """A module name without brackets: ``h[35].mlp`` is ``h.35.mlp``."""
+    return _INDEX.sub(r".\1", name)
+
+
+def check_loss(loss: torch.Tensor, method: str) -> None:
+    """Raise if a loss is not finite.
+
+    Raises:
+        EditFailedError: see above.
+    """
+    if not bool(torch.isfinite(loss)):
+        raise EditFailedError(f"the loss became NaN or infinite while {method} trained; lower lr")
+
+
+def before_and_after(before: Sequence[float], after: Sequence[float], losses: Sequence[float], **more: Any) -> Any:
+    """The usual diagnostics of every request of a batch."""
+    return [
+        {
+            "loss": [round(x, 6) for x in losses],
+            "target_probability_before": first,
+            "target_probability_after": last,
+            "steps": len(losses),
+            **more,
+        }
+        for first, last in zip(before, after, strict=True)
+    ]

@@ -1,0 +1,225 @@
+"""One pass over a corpus that collects the second moments of all modules, ``C = E[k kᵀ]``: shared, resumable.
+
+Sums are kept in float64 with their token count, so that runs can be merged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..engine.capture import Tap, stream_states
+from ..engine.forward import device_of, frozen_eval
+from ..engine.weights import get_module, weight_shape
+from ..errors import StatisticsError
+from ..logging import get_logger, progress_bar
+from ..tokens import context_length, encode_text, pad_id, pad_rows
+from .corpora import Corpus
+from .moments import SecondMoment
+from .workers import ALONE, Workers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+BLOCK_WIDTH = 384
+CHUNK_TEXTS = 64
+SAVE_EVERY = 200_000
+# Padded tokens per forward: what stays in the caches of a CPU, what fills an accelerator.
+_BUDGETS = {"cpu": 1024}
+_BUDGET_ELSEWHERE = 4096
+
+
+def collect_moments(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[str],
+    corpus: Corpus,
+    *,
+    tokens: int | None = None,
+    token_budget: int | None = None,
+    checkpoint: Path | None = None,
+    show_progress: bool = True,
+    workers: Workers = ALONE,
+) -> dict[str, SecondMoment]:
+    """Collect the second moments of the inputs of several modules in one pass over a corpus.
+
+    Several processes share the work if ``workers`` says so: all of them cut the corpus into the same batches, each
+    runs every ``count``-th of these, and the sums are added up at the end. The result is that of one process, up to
+    the order of additions in float64.
+
+    Args:
+        model: the unedited model.
+        tokenizer: of the model.
+        modules: names of the projections.
+        corpus: what to read; texts are cut at the model's context length.
+        tokens: stop after this many tokens; ``None`` reads everything.
+        token_budget: padded tokens per forward; ``None``: by the device.
+        checkpoint: a file for partial sums; a killed run that is started again with it goes on where it was.
+        show_progress: show a bar.
+        workers: the processes that share the work.
+
+    Returns:
+        Module name → `SecondMoment`, all over the same tokens; the same in every process.
+
+    Raises:
+        StatisticsError: if the corpus has no text.
+    """
+    limit = context_length(model.config) or 2048
+    device = device_of(model)
+    budget = token_budget or _BUDGETS.get(device.type, _BUDGET_ELSEWHERE)
+    taps = [Tap(m, "input") for m in modules]
+    if checkpoint is not None and workers.count > 1:
+        checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{workers.rank}-of-{workers.count}{checkpoint.suffix}")
+    totals, place = _resume(checkpoint, modules, corpus.name)
+    saved_at = place.tokens
+
+    def receive(tap: Tap, states: torch.Tensor) -> None:
+        features = states.float()
+        if tap.module not in totals:
+            totals[tap.module] = _accumulator(features.shape[1], features.device)
+        add_upper(totals[tap.module], features)
+
+    with (
+        frozen_eval(model),
+        progress_bar(
+            tokens, f"second moments of {len(modules)} modules", show=show_progress and workers.is_main, unit="tok"
+        ) as bar,
+    ):
+        bar.update(place.tokens)
+        for group in _chunks(islice(corpus.texts(), place.texts, None), CHUNK_TEXTS):
+            if tokens is not None and place.tokens >= tokens:
+                break
+            encoded = sorted((encode_text(tokenizer, text).ids[:limit] for text in group), key=len)
+            for rows in _budgeted([row for row in encoded if row], budget):
+                seen = sum(len(row) for row in rows)
+                if place.batches % workers.count == workers.rank:
+                    stream_states(model, pad_rows(rows, pad_id(tokenizer)).to(device), taps, receive)
+                    place.own += seen
+                place.batches += 1
+                place.tokens += seen
+                bar.update(seen)
+                if tokens is not None and place.tokens >= tokens:
+                    break
+            place.texts += len(group)
+            if checkpoint is not None and place.tokens - saved_at >= SAVE_EVERY:
+                _save_partial(checkpoint, totals, place, corpus.name)
+                saved_at = place.tokens
+    if place.tokens == 0:
+        raise StatisticsError(f"the corpus {corpus.name!r} has no text")
+    whole, count = [], torch.tensor(place.own, dtype=torch.float64)
+    for module in modules:
+        total = totals.pop(module, None)
+        if total is None:  # fewer batches than processes
+            total = _accumulator(_input_width(model, module), torch.device("cpu"))
+        total = total.to("cpu")
+        whole.append(total.triu_().add_(total.triu(1).mT))
+    workers.add_up([count, *whole])
+    if checkpoint is not None and checkpoint.exists():
+        checkpoint.unlink()
+    return {m: SecondMoment(total, int(count), corpus.name) for m, total in zip(modules, whole, strict=True)}
+
+
+@dataclass
+class _Place:
+    """How far a pass over a corpus has come.
+
+    Args:
+        texts: texts read.
+        batches: batches that they gave.
+        tokens: tokens in them.
+        own: those among the tokens that this process has run.
+    """
+
+    texts: int = 0
+    batches: int = 0
+    tokens: int = 0
+    own: int = 0
+
+
+def _accumulator(width: int, device: torch.device) -> torch.Tensor:
+    """Float64 zeros ``[width, width]``: beside the model if there is room (and float64), else on the CPU."""
+    if device.type == "cuda":
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return torch.zeros(width, width, dtype=torch.float64, device=device)
+    return torch.zeros(width, width, dtype=torch.float64)
+
+
+def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int | None = None) -> None:
+    """Add ``features.T @ features`` to ``total`` in place, but only from the diagonal blocks on to the right.
+
+    The matrix is symmetric: ``b (b + 1) / 2`` of ``b × b`` blocks are enough. Products are float32, the sum float64.
+
+    Args:
+        total: ``[d, d]`` float64; below the diagonal it is not meaningful until the end.
+        features: ``[tokens, d]`` float32.
+        blocks: into how many parts the width is cut; ``None``: so many that products stay large enough to be fast.
+    """
+    width = features.shape[1]
+    step = -(-width // (blocks or max(width // BLOCK_WIDTH, 4)))
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        product = features[:, start:stop].T @ features[:, start:]
+        total[start:stop, start:] += product.to(total.device)
+
+
+def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _budgeted(rows: Sequence[list[int]], budget: int) -> Iterator[list[list[int]]]:
+    """Cut rows, sorted by length, into batches whose padded size stays below the budget."""
+    batch: list[list[int]] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(row) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _save_partial(path: Path, totals: dict[str, torch.Tensor], place: _Place, corpus: str) -> None:
+    meta = {key: str(value) for key, value in vars(place).items()} | {"corpus": corpus, "form": "upper"}
+    write_tensors(path, {name: total.to("cpu") for name, total in totals.items()}, meta)
+
+
+def _resume(path: Path | None, modules: Sequence[str], corpus: str) -> tuple[dict[str, torch.Tensor], _Place]:
+    if path is None or not path.exists():
+        return {}, _Place()
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            known = meta.get("corpus") == corpus and meta.get("form") == "upper"
+            if not known or not set(file.keys()) <= set(modules):
+                return {}, _Place()
+            totals = {m: file.get_tensor(m) for m in file.keys()}  # noqa: SIM118
+            place = _Place(**{key: int(meta[key]) for key in vars(_Place())})
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return {}, _Place()
+    if place.own and set(totals) != set(modules):
+        return {}, _Place()
+    logger.info("resuming statistics at %d tokens", place.tokens)
+    return totals, place
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def _input_width(model: torch.nn.Module, module: str) -> int:
+    return weight_shape(get_module(model, module))[1]

@@ -1,0 +1,138 @@
+"""Linear algebra of weight updates: factorisations of a second moment, rank-one and ridge updates.
+
+Everything is float64. The second moment ``C`` is factored once per module; a batch of ``n`` keys then costs two
+triangular solves and an ``n × n`` system (Woodbury), not a ``d × d`` one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..engine.forward import device_of
+from ..errors import StatisticsError
+from ..logging import get_logger, warn_once
+
+logger = get_logger(__name__)
+FALLBACK_RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class MomentFactor:
+    """A factored second moment, ready to solve ``C x = b`` on the device where the factor is.
+
+    Args:
+        kind: ``"identity"``, ``"cholesky"`` or ``"lu"``.
+        factor: the factor, float64.
+        pivots: of the LU decomposition.
+        ridge: what was added to the diagonal, relative to the mean diagonal.
+    """
+
+    kind: Literal["identity", "cholesky", "lu"]
+    factor: torch.Tensor | None = None
+    pivots: torch.Tensor | None = None
+    ridge: float = 0.0
+
+    def take(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The vectors as they are solved with: float64, beside the factor (the CPU for the identity)."""
+        device = self.factor.device if self.factor is not None else torch.device("cpu")
+        return vectors.to(device).double()
+
+    def solve(self, b: torch.Tensor) -> torch.Tensor:
+        """Return ``C⁻¹ b`` for ``b`` ``[d, n]`` as `take` gives it."""
+        if self.kind == "identity" or self.factor is None:
+            return b
+        if self.kind == "cholesky":  # two triangular solves: cholesky_solve copies the factor, which costs more
+            half = torch.linalg.solve_triangular(self.factor, b, upper=False)
+            return torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        assert self.pivots is not None
+        return torch.linalg.lu_solve(self.factor, self.pivots, b)
+
+
+IDENTITY = MomentFactor("identity")
+
+
+def factor_beside(model: torch.nn.Module, moment: torch.Tensor, *, ridge: float, name: str) -> MomentFactor:
+    """`factor_moment` on the model's accelerator, if it has one that knows float64 and has room, else on the CPU."""
+    device = device_of(model)
+    if device.type in ("cuda", "xpu"):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return factor_moment(moment.to(device), ridge=ridge, name=name)
+    return factor_moment(moment.cpu(), ridge=ridge, name=name)
+
+
+def factor_moment(moment: torch.Tensor, *, ridge: float = 0.0, name: str = "the second moment") -> MomentFactor:
+    """Factor a symmetric second moment ``C [d, d]``.
+
+    Cholesky first; where rounding made ``C`` slightly indefinite, LU gives the solution of the matrix as it is;
+    where it is singular (neurons that never fire), a small ridge is added and the user is told.
+
+    Args:
+        moment: ``[d, d]``.
+        ridge: added to the diagonal, relative to its mean.
+        name: for messages.
+
+    Raises:
+        StatisticsError: if the matrix holds NaN or is zero.
+    """
+    matrix = moment.double()
+    mean = float(matrix.diagonal().mean())
+    if not bool(torch.isfinite(matrix).all()) or mean <= 0:
+        raise StatisticsError(f"{name} is empty or not finite; compute the statistics again")
+    if ridge:
+        matrix = matrix + ridge * mean * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return MomentFactor("cholesky", factor, ridge=ridge)
+    if bool((matrix.diagonal() > 1e-12 * mean).all()):
+        lu, pivots, status = torch.linalg.lu_factor_ex(matrix)
+        if int(status) == 0 and float(lu.diagonal().abs().min()) > 1e-12 * mean:
+            warn_once(
+                logger, f"{name} is not positive definite (rounding, or few tokens); using LU instead of Cholesky"
+            )
+            return MomentFactor("lu", lu, pivots, ridge)
+    warn_once(
+        logger,
+        f"{name} is singular (neurons that never fire, or few tokens): {FALLBACK_RIDGE:g} of its mean diagonal is"
+        " added. More tokens (stats_tokens) or your own stats_ridge avoid this.",
+    )
+    return factor_moment(moment, ridge=max(ridge * 10, FALLBACK_RIDGE), name=name)
+
+
+def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return ``A = (λC + K Kᵀ)⁻¹ K`` ``[d, n]`` for keys ``[d, n]`` (MEMIT eq. 14), by Woodbury.
+
+    ``A = X (λ I + Kᵀ X)⁻¹`` with ``X = C⁻¹ K``.
+    """
+    k = factor.take(keys)
+    x = factor.solve(k)
+    inner = weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ x
+    if factor.kind != "lu":  # symmetric and positive definite
+        small, info = torch.linalg.cholesky_ex(inner)
+        if int(info) == 0:
+            return torch.cholesky_solve(x.T, small).T
+    return torch.linalg.solve(inner, x, left=False)
+
+
+def equality_columns(factor: MomentFactor, keys: torch.Tensor, weight: float, ridge: float) -> torch.Tensor:
+    """Return ``A = X (Kᵀ X + ridge · I)⁻¹`` with ``X = (λC)⁻¹ K``, ``[d, n]``: ``Aᵀ K = I`` without a ridge (EMMET).
+
+    Where the ``n × n`` matrix is singular (equal keys, no ridge), its pseudo-inverse stands in.
+
+    Args:
+        factor: of ``C``.
+        keys: ``K`` ``[d, n]``.
+        weight: λ.
+        ridge: added to the diagonal of ``Kᵀ X``.
+    """
+    k = factor.take(keys)
+    x = factor.solve(k) / weight
+    inner = k.T @ x + ridge * torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
+    inner = (inner + inner.T) / 2
+    solution, info = torch.linalg.solve_ex(inner, x, left=False)
+    if int(info) == 0 and bool(torch.isfinite(solution).all()) and float(torch.linalg.cond(inner)) < 1e14:
+        return solution
+    return x @ torch.linalg.pinv(inner, hermitian=True)

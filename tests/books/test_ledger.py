@@ -1,0 +1,223 @@
+"""The ledger: any sequence of edits and rollbacks ends at the bits it should; every change is all or nothing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_kedit.books import ledger as ledger_module
+from hf_kedit.books.ledger import Ledger, WeightDelta
+from hf_kedit.engine.weights import get_weight, set_weight
+from hf_kedit.errors import NonFiniteError, RollbackError, TiedWeightError, UnknownEditError, WeightError
+
+
+class Small(nn.Module):
+    """Three matrices: a Linear, a square Conv1D, and a head tied to the embedding."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.linear = nn.Linear(5, 4)
+        self.conv = Conv1D(4, 4)
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        self.linear.weight.data[0, 0] = -0.0
+        self.to(dtype)
+        self.head.weight = self.embed.weight
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    views = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+    return {n: p.detach().clone().view(views[p.dtype]) for n, p in model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def low_rank(seed: int, owners: tuple[int, ...], module: str = "linear") -> WeightDelta:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (4, 5) if module == "linear" else (4, 4)
+    left = torch.randn(rows, len(owners), generator=generator)
+    right = torch.randn(columns, len(owners), generator=generator)
+    return WeightDelta(module, left=left, right=right, owners=owners)
+
+
+def dense(seed: int, module: str = "conv", name: str = "weight") -> WeightDelta:
+    shape = {"conv": (4, 4), "linear": (4, 5)}[module] if name == "weight" else (4,)
+    return WeightDelta(module, name, dense=torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv1d_and_linear_are_written_in_the_same_orientation(dtype: torch.dtype) -> None:
+    model = Small(dtype)
+    assert get_weight(model.conv).shape == (4, 4)
+    assert torch.equal(get_weight(model.conv), model.conv.weight.t())
+    key = torch.randn(4, dtype=torch.float32)
+    before = model.float().conv(key)
+    ledger = Ledger(model)
+    ledger.apply("b", [dense(3)], ["e"])
+    assert torch.allclose(model.conv(key) - before, dense(3).matrix() @ key, atol=1e-5)
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("low"), st.integers(1, 3), st.integers(0, 1000)),
+        st.tuples(st.just("dense"), st.integers(1, 2), st.integers(0, 1000)),
+        st.tuples(st.just("both"), st.integers(1, 2), st.integers(0, 1000)),
+        st.tuples(st.just("remove"), st.integers(0, 9), st.integers(0, 1)),
+        st.tuples(st.just("toggle"), st.just(0), st.just(0)),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(DTYPES), actions)
+def test_any_sequence_ends_at_the_bits_that_its_surviving_edits_define(dtype: torch.dtype, steps: list) -> None:
+    model = Small(dtype)
+    pristine = bits(model)
+    ledger = Ledger(model)
+    batches: list[tuple[str, list[WeightDelta], list[str], set[str]]] = []
+    counter = itertools.count()
+    for kind, number, seed in steps:
+        if kind == "toggle":
+            edited = bits(model)
+            with ledger.disabled():
+                assert same(bits(model), pristine)
+                with ledger.disabled():
+                    assert same(bits(model), pristine)
+            assert same(bits(model), edited)
+        elif kind == "remove":
+            alive = [e for _, _, ids, gone in batches for e in ids if e not in gone]
+            if not alive:
+                continue
+            victim = alive[number % len(alive)]
+            batch = next(b for b in batches if victim in b[2])
+            joint = any(d.owners is None for d in batch[1])
+            wanted = [e for e in batch[2] if e not in batch[3]] if joint else [victim]
+            if joint and len(wanted) > 1 and seed:
+                state = bits(model)
+                with pytest.raises(RollbackError, match="together"):
+                    ledger.remove([victim])
+                assert same(bits(model), state)
+                continue
+            ledger.remove(wanted)
+            batch[3].update(wanted)
+        else:
+            ids = [f"e{next(counter)}" for _ in range(number)]
+            deltas = []
+            if kind in ("low", "both"):
+                deltas.append(low_rank(seed, tuple(range(number))))
+            if kind in ("dense", "both"):
+                deltas += [dense(seed), dense(seed + 1, "linear", "bias")]
+            ledger.apply(f"b{len(batches)}", deltas, ids)
+            batches.append((f"b{len(batches)}", deltas, ids, set()))
+    # A fresh model that only ever saw the survivors must have the same bits.
+    fresh = Small(dtype)
+    other = Ledger(fresh)
+    for name, deltas, ids, gone in batches:
+        if set(ids) == gone:
+            continue
+        other.apply(name, deltas, ids)
+        if gone:
+            other.remove(sorted(gone))
+    assert same(bits(model), bits(fresh))
+    ledger.remove(ledger.edit_ids)
+    assert same(bits(model), pristine)
+    assert not ledger.accounts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_does_not_accumulate_over_edits(dtype: torch.dtype) -> None:
+    model = Small(dtype)
+    original = model.linear.weight.detach().float().clone()
+    ledger = Ledger(model)
+    step = torch.full((4, 5), 1e-3)
+    for i in range(200):
+        ledger.apply(f"b{i}", [WeightDelta("linear", dense=step)], [f"e{i}"])
+    exact = (original + 0.2).to(dtype).float()
+    assert torch.allclose(model.linear.weight.float(), exact, atol=2e-3)
+    naive = original.to(dtype)
+    for _ in range(200):
+        naive = naive + step.to(dtype)
+    assert (naive.float() - exact).abs().max() > 5 * (model.linear.weight.float() - exact).abs().max()
+
+
+def test_a_failed_write_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for failing in (1, 2):
+        for error in (RuntimeError("disk"), KeyboardInterrupt(), MemoryError()):
+            model = Small(torch.float32)
+            ledger = Ledger(model)
+            ledger.apply("first", [low_rank(1, (0,))], ["kept"])
+            state, calls = bits(model), itertools.count(1)
+
+            def broken(module, value, name="weight", calls=calls, failing=failing, error=error):  # type: ignore[no-untyped-def]
+                if next(calls) == failing:
+                    raise error
+                set_weight(module, value, name)
+
+            monkeypatch.setattr(ledger_module, "set_weight", broken)
+            with pytest.raises(type(error)):
+                ledger.apply("second", [low_rank(2, (0,)), dense(3)], ["lost"])
+            monkeypatch.undo()
+            assert same(bits(model), state)
+            assert ledger.edit_ids == ["kept"]
+            ledger.remove(["kept"])
+            assert same(bits(model), bits(Small(torch.float32)))
+
+
+def test_provisional_deltas_give_the_final_bits_and_leave_no_trace() -> None:
+    model = Small(torch.bfloat16)
+    ledger = Ledger(model)
+    ledger.apply("b0", [low_rank(5, (0,))], ["e0"])
+    state = bits(model)
+    seen = {}
+    with pytest.raises(ZeroDivisionError), ledger.provisional() as scope:
+        scope.add(low_rank(6, (0,)))
+        scope.add(low_rank(7, (0,), "conv"))
+        seen = bits(model)
+        raise ZeroDivisionError
+    assert same(bits(model), state) and not same(seen, state)
+    ledger.apply("b1", [low_rank(6, (0,)), low_rank(7, (0,), "conv")], ["e1"])
+    assert same(bits(model), seen)
+
+
+def test_what_must_not_be_written() -> None:
+    model = Small(torch.float32)
+    ledger = Ledger(model)
+    state = bits(model)
+    with pytest.raises(NonFiniteError, match="linear"):
+        ledger.apply("b", [WeightDelta("linear", dense=torch.full((4, 5), float("nan")))], ["e"])
+    with pytest.raises(TiedWeightError, match=r"embed\.weight"):
+        ledger.apply("b", [WeightDelta("head", dense=torch.ones(7, 4))], ["e"])
+    with pytest.raises(WeightError, match="shape"):
+        ledger.apply("b", [WeightDelta("linear", dense=torch.ones(5, 4))], ["e"])
+    with pytest.raises(UnknownEditError):
+        ledger.remove(["never"])
+    with ledger.disabled(), pytest.raises(WeightError, match="switched off"):
+        ledger.apply("b", [low_rank(1, (0,))], ["e"])
+    assert same(bits(model), state) and not ledger.accounts
+    model.linear.weight.data[1, 1] = float("inf")
+    with pytest.raises(NonFiniteError, match="base model"):
+        ledger.apply("b", [low_rank(1, (0,))], ["e"])
+
+
+def test_quantised_weights_are_refused() -> None:
+    model = Small(torch.float32)
+    model.linear.weight = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(WeightError, match="quantised"):
+        Ledger(model).apply("b", [low_rank(1, (0,))], ["e"])
+    with pytest.raises(WeightError, match="quantised"):
+        set_weight(model.linear, torch.ones(4, 5))

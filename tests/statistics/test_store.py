@@ -1,0 +1,235 @@
+"""Second moments: one pass for all modules, cached by weights, resumed after a kill, never silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_kedit import EditableModel, ROMEConfig
+from hf_kedit.errors import DataError, StatisticsError
+from hf_kedit.statistics import collecting
+from hf_kedit.statistics import store as module
+from hf_kedit.statistics.collecting import collect_moments
+from hf_kedit.statistics.corpora import Corpus, file_corpus, resolve_corpus, self_corpus, text_corpus
+from hf_kedit.statistics.moments import SecondMoment
+from hf_kedit.statistics.solve import factor_moment, ridge_columns
+from hf_kedit.statistics.store import StatisticsStore
+from tests.golden_cases import corpus, load_model
+
+PATHS = ["model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj", "model.layers.2.self_attn.o_proj"]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return load_model("llama")
+
+
+def direct(model: Any, tokenizer: Any, path: str, texts: list[str]) -> tuple[torch.Tensor, int]:
+    """The definition, one text at a time, in float64."""
+    total: Any = 0
+    count = 0
+    for text in texts:
+        seen: list[torch.Tensor] = []
+        handle = model.get_submodule(path).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(**tokenizer(text, return_tensors="pt"))
+        handle.remove()
+        x = seen[0][0].double()
+        total, count = total + x.T @ x, count + x.shape[0]
+    return total, count
+
+
+def test_one_padded_pass_equals_the_definition_for_every_module(llama: Any) -> None:
+    model, tokenizer = llama
+    texts = corpus()[:40]
+    found = collect_moments(model, tokenizer, PATHS, text_corpus(texts), token_budget=200)
+    for path in PATHS:
+        total, count = direct(model, tokenizer, path, texts)
+        assert found[path].count == count
+        assert torch.allclose(found[path].total, total, rtol=1e-4, atol=1e-4)
+        assert found[path].total.dtype == torch.float64
+
+
+def test_collecting_stops_at_enough_tokens_and_merges(llama: Any) -> None:
+    model, tokenizer = llama
+    few = collect_moments(model, tokenizer, PATHS[:1], text_corpus(corpus()), tokens=300, token_budget=100)[PATHS[0]]
+    assert 300 <= few.count < 420
+    texts = corpus()[:64]
+    both = collect_moments(model, tokenizer, PATHS[:1], text_corpus(texts))[PATHS[0]]
+    halves = [collect_moments(model, tokenizer, PATHS[:1], text_corpus(t))[PATHS[0]] for t in (texts[:32], texts[32:])]
+    merged = halves[0].merged(halves[1])
+    assert merged.count == both.count and torch.allclose(merged.mean(), both.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_killed_run_goes_on_where_it_was(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = llama
+    monkeypatch.setattr(collecting, "SAVE_EVERY", 500)
+    texts, read = corpus()[:256], []
+
+    def counted(limit: int | None) -> Iterator[str]:
+        for i, text in enumerate(texts):
+            if limit is not None and i == limit:
+                raise KeyboardInterrupt
+            read.append(i)
+            yield text
+
+    checkpoint = tmp_path / "partial.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        collect_moments(model, tokenizer, PATHS, Corpus("c", lambda: counted(200)), checkpoint=checkpoint)
+    assert checkpoint.exists()
+    forwards: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    resumed = collect_moments(model, tokenizer, PATHS, Corpus("c", lambda: counted(None)), checkpoint=checkpoint)
+    used, _ = len(forwards), forwards.clear()
+    whole = collect_moments(model, tokenizer, PATHS, text_corpus(texts))
+    handle.remove()
+    assert used < len(forwards), "the second run repeated everything"
+    assert not checkpoint.exists()
+    for path in PATHS:
+        assert resumed[path].count == whole[path].count
+        assert torch.allclose(resumed[path].total, whole[path].total)
+
+
+def test_statistics_are_found_again_and_belong_to_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_model("llama")
+    calls = []
+    real = module.collect_moments
+    monkeypatch.setattr(module, "collect_moments", lambda *a, **k: calls.append(1) or real(*a, **k))
+    chosen = text_corpus(corpus())
+
+    def store() -> StatisticsStore:
+        return StatisticsStore(model, tokenizer, corpus=chosen, tokens=4000, cache_dir=tmp_path, show_progress=False)
+
+    first = store().moments(PATHS[:2])
+    again = store().moments(PATHS[:2])
+    assert len(calls) == 1
+    assert all(torch.equal(first[p].total, again[p].total) and again[p].count == first[p].count for p in PATHS[:2])
+    StatisticsStore(model, tokenizer, cache_dir=tmp_path).moments(PATHS[:1])  # any cached corpus will do
+    assert len(calls) == 1
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.01)
+    store().moments(PATHS[:1])
+    assert len(calls) == 2, "other weights have other statistics"
+    for file in tmp_path.rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    store().moments(PATHS[:1])
+    assert len(calls) == 3
+
+
+def test_a_moment_is_factorised_once(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = llama
+    made = []
+    real = module.factor_beside
+    monkeypatch.setattr(module, "factor_beside", lambda *a, **k: made.append(1) or real(*a, **k))
+    store = StatisticsStore(model, tokenizer, cache_dir=tmp_path, show_progress=False)
+    store.put(PATHS[0], SecondMoment(torch.eye(160, dtype=torch.float64) * 5000, 5000))
+    first = store.factor(PATHS[0])
+    assert store.factor(PATHS[0]) is first and len(made) == 1 and first.kind == "cholesky"
+    store.put(PATHS[0], SecondMoment(torch.eye(160, dtype=torch.float64) * 20_000, 5000))
+    assert store.factor(PATHS[0]) is not first, "another moment has another factor"
+
+
+@pytest.mark.parametrize(("named", "expected"), [(True, 100 * 160), (False, 20 * 160)])
+def test_so_many_tokens_are_taken_by_default(
+    named: bool, expected: int, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred per dimension of a corpus, twenty of text that the model has to write itself."""
+    model, tokenizer = llama
+    asked = []
+
+    def collect(model: Any, tokenizer: Any, modules: Any, corpus: Any, *, tokens: int, **_: Any) -> Any:
+        asked.append(tokens)
+        return {m: SecondMoment(torch.eye(160, dtype=torch.float64) * tokens, tokens) for m in modules}
+
+    monkeypatch.setattr(module, "collect_moments", collect)
+    chosen = text_corpus(corpus()) if named else None
+    StatisticsStore(model, tokenizer, corpus=chosen, cache_dir=tmp_path, show_progress=False).moments(PATHS[:2])
+    assert asked == [expected]
+
+
+def test_statistics_are_taken_from_the_unedited_model(world_gpt2: EditableModel, tmp_path: Path) -> None:
+    from hf_kedit import load_edit_dataset
+
+    def config(layer: int, folder: str) -> ROMEConfig:
+        return ROMEConfig(layers=[layer], stats_tokens=12_000, stats_dir=str(tmp_path / folder))
+
+    pristine = world_gpt2.statistics.fingerprint
+    rows = load_edit_dataset("world", split="test", limit=2)
+    world_gpt2.set_method(config(2, "edited")).edit(rows[0])
+    # the layer above, whose keys the first edit would change
+    world_gpt2.set_method(config(3, "edited")).edit(rows[1])
+    path = world_gpt2.anatomy.down(3).path
+    edited = world_gpt2.statistics.moments([path])[path]
+    assert world_gpt2.statistics.fingerprint == pristine
+    fresh = EditableModel.from_pretrained("kedit/world-gpt2", config(3, "fresh"))
+    expected = fresh.statistics.moments([path])[path]
+    assert torch.equal(edited.total, expected.total) and edited.count == expected.count
+
+
+def test_too_few_tokens_are_refused_with_both_numbers(llama: Any, tmp_path: Path) -> None:
+    model, tokenizer = llama
+    store = StatisticsStore(
+        model, tokenizer, corpus=text_corpus(["Just a few words."]), cache_dir=tmp_path, show_progress=False
+    )
+    with pytest.raises(StatisticsError, match=r"160"):
+        store.moments(PATHS[:1])
+    empty = StatisticsStore(model, tokenizer, corpus=Corpus("none", lambda: iter([])), cache_dir=tmp_path)
+    with pytest.raises(StatisticsError, match="no text"):
+        empty.moments(PATHS[:1])
+
+
+def test_a_model_without_a_corpus_writes_its_own_text(llama: Any) -> None:
+    model, tokenizer = llama
+    texts = []
+    for text in self_corpus(model, tokenizer).texts():
+        texts.append(text)
+        if len(texts) == 20:
+            break
+    assert len(set(texts)) > 15
+    again = next(self_corpus(model, tokenizer).texts())
+    assert again == texts[0], "seeded"
+
+
+def test_corpora(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one\n\ntwo\n")
+    assert list(file_corpus(path).texts()) == ["one", "two"]
+    assert resolve_corpus(str(path)).name == file_corpus(path).name  # type: ignore[union-attr]
+    assert resolve_corpus(None) is None
+    assert resolve_corpus(["a"]).name != resolve_corpus(["b"]).name  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="no corpus file"):
+        resolve_corpus("missing.txt")
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+def test_ridge_columns_solve_the_normal_equations(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(200, 32, generator=generator, dtype=torch.float64)
+    c, k = x.T @ x / 200, torch.randn(32, n, generator=generator, dtype=torch.float64)
+    columns = ridge_columns(factor_moment(c), k, 15.0)
+    assert torch.allclose((15.0 * c + k @ k.T) @ columns, k, atol=1e-9)
+
+
+def test_awkward_moments(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(400, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 0  # a neuron that never fires
+    dead = x.T @ x / 400
+    factor = factor_moment(dead, name="dead")
+    assert factor.ridge > 0
+    assert torch.isfinite(factor.solve(torch.ones(16, 1, dtype=torch.float64))).all()
+    x[:, 3] = x[:, 2] * 0.5 + x[:, 4]  # two directions too few, but no empty row
+    good = x.T @ x / 400
+    slightly = good - torch.eye(16, dtype=torch.float64) * (torch.linalg.eigvalsh(good)[0] + 1e-6)
+    indefinite = factor_moment(slightly, name="indefinite")
+    assert indefinite.kind == "lu"
+    b = torch.ones(16, 1, dtype=torch.float64)
+    assert torch.allclose(slightly @ indefinite.solve(b), b, atol=1e-6)
+    with pytest.raises(StatisticsError):
+        factor_moment(torch.full((4, 4), float("nan")))
+    with pytest.raises(StatisticsError):
+        factor_moment(torch.zeros(4, 4))
+    assert SecondMoment(torch.eye(2, dtype=torch.float64) * 6, 3).mean()[0, 0] == 2
