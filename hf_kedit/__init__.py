@@ -13,7 +13,7 @@ _LAZY = {
     "EditConfig": "config",
     "Edit": "journal",
     "EditRequest": "requests",
-    "EditResult": "editing",
+    "EditResult": "journal",
     "EditTrainer": "training",
     "EditTrainingArguments": "training",
     "Editor": "editors.editor",
@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from . import data, embedded, errors, evaluation, locate, logging, methods, training
     from .config import AutoEditConfig, EditConfig
     from .data import load_edit_dataset
-    from .editing import EditResult
     from .editors.editor import Editor
     from .engine.weights import untie_head
     from .errors import KeditError
     from .evaluation import Comparison, collect_report, evaluate_edits, list_metrics, load_metric
-    from .journal import Edit
+    from .journal import Edit, EditResult
     from .locate import causal_trace, suggest_layers
     from .methods.alphaedit import AlphaEditConfig
     from .methods.core import COREConfig

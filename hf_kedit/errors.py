@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class KeditError(Exception):
@@ -145,6 +146,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     options = {k.lower(): k for k in known}
     hit = difflib.get_close_matches(name.lower(), list(options), n=1, cutoff=0.5)
     return f" Did you mean '{options[hit[0]]}'?" if hit else ""
+
+
+def check_choice(what: str, value: Any, known: Iterable[str]) -> None:
+    """Raise an `EvaluationError` that names the nearest choice if ``value`` is not a known one."""
+    names = list(known)
+    if value not in names:
+        raise EvaluationError(f"unknown {what} {value!r}.{nearest(str(value), names)} Known: {', '.join(names)}.")
 
 
 def require_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

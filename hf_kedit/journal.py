@@ -1,4 +1,4 @@
-"""The journal: which edits a model carries, in the order in which they were made."""
+"""The journal: which edits a model carries, in the order in which they were made; and the result of one call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArtifactError, RollbackError, UnknownEditError, nearest
+from .errors import ArtifactError, KeditError, RequestError, RollbackError, UnknownEditError, nearest
 from .requests import EditRequest
 
 
@@ -68,6 +68,26 @@ class Edit:
             raise ArtifactError(f"edits.jsonl holds a line that is not an edit: {error}") from error
 
 
+@dataclass
+class EditResult:
+    """What `EditableModel.edit` returns.
+
+    Args:
+        edits: one per request that was applied, in order.
+        failed: (request, error) of requests that were left out (only with ``on_error="skip"``).
+        seconds: of the whole call.
+    """
+
+    edits: list[Edit]
+    failed: list[tuple[EditRequest, KeditError]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the edits."""
+        return [e.id for e in self.edits]
+
+
 class Journal:
     """An ordered list of edits with unique ids."""
 
@@ -104,6 +124,25 @@ class Journal:
                 return edit
         ids = [e.id for e in self._edits]
         raise UnknownEditError(f"there is no edit {edit_id!r} in the model.{nearest(edit_id, ids)}")
+
+    def with_ids(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+        """Give every request an id that the journal does not know yet.
+
+        Raises:
+            RequestError: if the model already carries an edit with a request's id.
+        """
+        known = {e.id for e in self._edits}
+        named = []
+        for request in requests:
+            if request.id is not None and request.id in known:
+                raise RequestError(
+                    "the model already carries an edit with this id; roll it back first, or choose another id",
+                    row=request.row,
+                    field="id",
+                    request_id=request.id,
+                )
+            named.append(request if request.id is not None else request.with_id(new_id("edit")))
+        return named
 
     def batches_of(self, method: str) -> list[list[Edit]]:
         """The edits of a method, grouped by the batches in which they were made, in order."""

@@ -36,8 +36,8 @@ FLOORS: list[set[str]] = [
 
 # Imports by name at run time that point up on purpose: (who, what).
 LATE_IMPORTS = {
-    ("hf_kedit.config.base", "hf_kedit.methods"),
-    ("hf_kedit.compat.peft_import", "hf_kedit.methods"),  # they bring the kinds of memory  # looking a method up by its name loads the methods that register
+    ("hf_kedit.config.base", "hf_kedit.methods"),  # looking a method up loads the methods that register
+    ("hf_kedit.compat.peft_import", "hf_kedit.methods"),  # they bring the kinds of memory
 }
 
 CONVERTER = PACKAGE / "methods" / "mend_convert.py"  # reads others' archives with weights_only=True

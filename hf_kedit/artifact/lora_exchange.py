@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..editing import EditResult
+    from ..journal import EditResult
     from ..model import EditableModel
     from ..requests import RequestSource
     from .lora_export import LoraExport

@@ -18,11 +18,10 @@ from safetensors.torch import load as load_tensors
 
 from ..books.deltas import WeightDelta
 from ..books.ledger import Ledger
-from ..editing import EditResult
 from ..engine.experts import ExpertSlice
 from ..engine.weights import get_module, is_transposed, uninterrupted
 from ..errors import ArtifactError, BaseModelMismatchError, LayerError, RequestError
-from ..journal import Edit, Journal, new_id, now
+from ..journal import Edit, EditResult, Journal, new_id, now
 from ..model import EditableModel
 from ..requests import EditRequest, RequestSource, load_requests
 from ..storage.files import read_file
@@ -66,7 +65,7 @@ def import_lora(
     known = requests if requests is not None else read_requests(adapter, fetch)
     if not known:
         raise RequestError(f"{adapter} does not say what it changes; give requests=[EditRequest(...)]")
-    todo = model.with_ids(load_requests(known))
+    todo = model.journal.with_ids(load_requests(known))
     batch_id, created = new_id("batch"), now()
     edits = [Edit(str(r.id), r, IMPORTED, batch_id, created, {"adapter": adapter}) for r in todo]
     with uninterrupted():

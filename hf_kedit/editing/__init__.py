@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .verbs import Editing, EditResult
+from ..journal import EditResult
+from .verbs import Editing
 
 __all__ = ["EditResult", "Editing"]

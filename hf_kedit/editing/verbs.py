@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -17,8 +16,8 @@ from ..books.site_book import SiteBook
 from ..config import EditConfig
 from ..engine.forward import frozen_eval
 from ..engine.weights import uninterrupted
-from ..errors import ConfigError, EditFailedError, KeditError, RequestError, RollbackError
-from ..journal import Edit, Journal, new_id, now, peak_memory
+from ..errors import ConfigError, EditFailedError, RequestError, RollbackError
+from ..journal import Edit, EditResult, Journal, new_id, now, peak_memory
 from ..logging import get_logger, progress, warn_once
 from ..methods.base import Capabilities, Method, check_composition
 from ..requests import EditRequest, RequestSource, load_requests
@@ -27,26 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class EditResult:
-    """What `EditableModel.edit` returns.
-
-    Args:
-        edits: one per request that was applied, in order.
-        failed: (request, error) of requests that were left out (only with ``on_error="skip"``).
-        seconds: of the whole call.
-    """
-
-    edits: list[Edit]
-    failed: list[tuple[EditRequest, KeditError]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ids(self) -> list[str]:
-        """Ids of the edits."""
-        return [e.id for e in self.edits]
 
 
 class Editing:
@@ -106,7 +85,7 @@ class Editing:
         started = time.perf_counter()
         if (requests is None) == (not request):
             raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
-        todo = self.with_ids(load_requests(requests if requests is not None else request))
+        todo = self.journal.with_ids(load_requests(requests if requests is not None else request))
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
@@ -184,21 +163,6 @@ class Editing:
             self.books[self.capabilities.kind].apply(batch_id, outcome.changes, [e.id for e in edits])
             self.journal.add(edits)
         return edits
-
-    def with_ids(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
-        """Give every request an id that the journal does not know yet."""
-        known = {e.id for e in self.journal}
-        named = []
-        for request in requests:
-            if request.id is not None and request.id in known:
-                raise RequestError(
-                    "the model already carries an edit with this id; roll it back first, or choose another id",
-                    row=request.row,
-                    field="id",
-                    request_id=request.id,
-                )
-            named.append(request if request.id is not None else request.with_id(new_id("edit")))
-        return named
 
     def rollback(self, which: str | int | Sequence[str] = "all") -> list[Edit]:
         """Undo edits exactly.

@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 import datasets
 import evaluate
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, check_choice
 from ..requests import load_requests
 from .asking.batching import TOKEN_BUDGET
-from .choices import check_choice
 from .measures import likelihoods, metrics, texts
 from .protocols.base import Protocol, resolve_protocols
 from .report.summaries import means_of

@@ -10,8 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, require_extra
-from .choices import check_choice
+from ..errors import DataError, check_choice, require_extra
 
 _CLASSES = {
     "kedit": "Kedit",

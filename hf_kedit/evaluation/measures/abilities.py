@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError, EvaluationError
+from ...errors import DataError, EvaluationError, check_choice
 from ...requests import read_rows
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import generate_answers
-from ..choices import check_choice
 from . import metrics
 from .texts import rouge
 

@@ -10,9 +10,8 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, check_choice
 from ...tokens import is_cjk
-from ..choices import check_choice
 
 _ARTICLES = {"a", "an", "the"}
 

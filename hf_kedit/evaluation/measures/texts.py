@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...errors import DataError, EvaluationError, require_extra
+from ...errors import DataError, EvaluationError, check_choice, require_extra
 from ...tokens import is_cjk
-from ..choices import check_choice
 
 Words = Callable[[str], list[str]]
 

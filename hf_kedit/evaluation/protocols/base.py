@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from ...errors import EvaluationError, RequestError
+from ...errors import EvaluationError, RequestError, check_choice
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import Continuation, PromptFormat, generate_answers
 from ..asking.scoring import PairScore, Unscored, encode_row, try_score_pairs
-from ..choices import check_choice
 from ..measures import metrics
 
 if TYPE_CHECKING:

@@ -17,10 +17,9 @@ from typing import Any
 
 from ...config import config_class, read_mapping
 from ...data import load_edit_dataset
-from ...errors import DataError, EvaluationError, KeditError
+from ...errors import DataError, EvaluationError, KeditError, check_choice
 from ...logging import get_logger
 from ...model import EditableModel
-from ..choices import check_choice
 from ..measures.abilities import TASKS as ABILITIES
 from ..measures.abilities import Ability, load_ability
 from ..measures.harness import HarnessTask

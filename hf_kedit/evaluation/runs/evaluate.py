@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, check_choice
 from ..asking.batching import TOKEN_BUDGET
-from ..choices import check_choice
 from ..measures.abilities import Ability
 from ..protocols.base import Protocol, resolve_protocols
 from ..report.report import EvaluationReport

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, check_choice
 from ...requests import EditRequest, load_requests, read_rows
-from ..choices import check_choice
 
 if TYPE_CHECKING:
     from ...model import EditableModel
