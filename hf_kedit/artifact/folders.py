@@ -39,7 +39,12 @@ def push_folder(
     Args:
         folder: with an ``edit_config.json``.
         repo_id: ``org/name``; made if it does not exist.
-        private, revision, create_pr, commit_message, tag, token: see `EditableModel.push_to_hub`.
+        private: of a new repository; ``True`` also refuses to push to an existing public one.
+        revision: branch; made if it does not exist.
+        create_pr: open a pull request instead of writing to the branch.
+        commit_message: default: what the folder holds.
+        tag: name of this version.
+        token: for the Hub; default: your login.
 
     Returns:
         The client's description of the commit.
