@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .compat.peft_import import register_when_imported
+from .registry import announce
 from .version import __version__
 
 _LAZY = {
@@ -154,4 +155,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+announce("hf_kedit.methods")
 register_when_imported()

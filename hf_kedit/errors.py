@@ -7,7 +7,6 @@ A message names what was wrong, where (row, field), and what to do about it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -143,6 +142,8 @@ class EvaluationError(KeditError, ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
+    import difflib  # here: `import hf_kedit` reads this file and has no need of it
+
     options = {k.lower(): k for k in known}
     hit = difflib.get_close_matches(name.lower(), list(options), n=1, cutoff=0.5)
     return f" Did you mean '{options[hit[0]]}'?" if hit else ""

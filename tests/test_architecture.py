@@ -20,7 +20,7 @@ MAX_LINES = 600
 # From the bottom up. A file imports from its own floor and from those below it.
 FLOORS: list[set[str]] = [
     {"testing"},  # a Hub for tests: knows nothing of the library
-    {"version", "errors", "logging", "requests", "storage", "config"},
+    {"version", "errors", "registry", "logging", "requests", "storage", "config"},
     {"data", "embedded"},
     {"anatomy"},
     {"tokens"},
@@ -35,10 +35,7 @@ FLOORS: list[set[str]] = [
 ]
 
 # Imports by name at run time that point up on purpose: (who, what).
-LATE_IMPORTS = {
-    ("hf_kedit.config.base", "hf_kedit.methods"),  # looking a method up loads the methods that register
-    ("hf_kedit.compat.peft_import", "hf_kedit.methods"),  # they bring the kinds of memory
-}
+LATE_IMPORTS: set[tuple[str, str]] = set()
 
 CONVERTER = PACKAGE / "methods" / "mend_convert.py"  # reads others' archives with weights_only=True
 WEIGHT_FILE = PACKAGE / "engine" / "weights.py"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
-import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -179,12 +179,16 @@ def test_wheel_has_nothing_else(wheel: zipfile.ZipFile) -> None:
 
 def test_hparams_are_found_after_a_wheel_install(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
-    file = tmp_path / "hf_kedit" / "config" / "hparams.py"
-    spec = importlib.util.spec_from_file_location("installed_hparams", file)
-    assert spec is not None and spec.loader is not None
-    installed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(installed)
-    assert installed.hparams_root() == tmp_path / "hf_kedit" / "hparams"
-    found = installed.find_hparams("rome", "openai-community/gpt2-xl")
-    assert found is not None
-    assert found[1]["layers"] == [17]
+    code = (
+        "from hf_kedit.config.hparams import find_hparams, hparams_root\n"
+        "print(hparams_root(), find_hparams('rome', 'openai-community/gpt2-xl')[1]['layers'])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == f"{tmp_path / 'hf_kedit' / 'hparams'} [17]"

@@ -45,10 +45,8 @@ def _is_encoder_decoder(family: str) -> bool:
 
 def method_rows() -> list[dict[str, Any]]:
     """One JSON-ready dict per registered method, in alphabetical order."""
-    from ..config import config_class
     from ..methods import registered_methods
 
-    config_class(next(iter(registered_methods())))  # looking one up also loads installed plug-ins
     rows = [{"edit_type": name, **dataclasses.asdict(m.capabilities)} for name, m in registered_methods().items()]
     first = ("name", "edit_type", "kind", "batch", "sequential", "needs_subject", "needs_training", "paper")
     return [{**{key: row[key] for key in first}, **row} for row in rows]

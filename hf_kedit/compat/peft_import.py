@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from ..registry import import_sources
+
 
 def register_when_imported() -> None:
     """Register now if PEFT is imported, else right after its import."""
@@ -23,7 +25,7 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("hf_kedit.methods")  # they bring the kinds of memory
+    import_sources()  # methods bring the kinds of memory
     importlib.import_module("hf_kedit.compat.peft_tuners").register()
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from ..registry import normalise
 from .base import (
     CONFIG_NAME,
     AutoEditConfig,
     EditConfig,
     ModelProfile,
+    WeightConfig,
     config_class,
-    normalise,
-    read_mapping,
     register_config,
 )
+from .hparams import read_mapping
 
 __all__ = [
     "CONFIG_NAME",
     "AutoEditConfig",
     "EditConfig",
     "ModelProfile",
+    "WeightConfig",
     "config_class",
     "normalise",
     "read_mapping",

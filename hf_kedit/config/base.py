@@ -9,8 +9,6 @@ This module knows nothing of models; the derivation gets the few numbers it need
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -18,17 +16,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import ConfigError, LayerError, UnknownMethodError, nearest
+from ..errors import ConfigError, LayerError, nearest
 from ..logging import get_logger, info_once, warn_once
-from .hparams import find_hparams
+from ..registry import CONFIGS, normalise
+from .easyedit import convert_hparams
+from .hparams import find_hparams, read_mapping
 
 logger = get_logger(__name__)
 CONFIG_NAME = "edit_config.json"
 C = TypeVar("C", bound="EditConfig")
-_REGISTRY: dict[str, type[EditConfig]] = {}
 
 
 @dataclass(frozen=True)
@@ -220,8 +218,6 @@ class EditConfig:
             UnknownMethodError: if its ``alg_name`` is no method of this library.
             ConfigError: if it cannot be read, a value is unusable, or it is of another method than this class.
         """
-        from .easyedit import convert_hparams
-
         converted = convert_hparams(source)
         if not isinstance(converted.config, cls):
             raise ConfigError(f"these are hyperparameters of '{converted.config.edit_type}', not of '{cls.edit_type}'")
@@ -249,6 +245,25 @@ class EditConfig:
         if isinstance(data.get("hparams"), dict):  # a saved edit keeps its config there
             data = data["hparams"]
         return cls.from_dict(data)
+
+
+@dataclass
+class WeightConfig(EditConfig):
+    """Base of the configs of methods that change weights.
+
+    Args:
+        rect_keep: fraction of a matrix's entries that an edit may change: those with the largest change relative to
+            their value; the others stay (RECT, Gu et al. 2024, arXiv 2401.04700). ``None``: no restriction. A
+            restricted change has full rank, is stored densely, and edits of one batch are undone together.
+    """
+
+    rect_keep: float | None = None
+
+    def validate(self) -> None:
+        """Check the fraction."""
+        super().validate()
+        if self.rect_keep is not None and not 0 < self.rect_keep <= 1:
+            raise ConfigError(f"{type(self).__name__}.rect_keep must be above 0 and at most 1, not {self.rect_keep!r}")
 
 
 class AutoEditConfig:
@@ -281,17 +296,12 @@ class AutoEditConfig:
         return EditConfig.from_pretrained(path)
 
 
-# ---------------------------------------------------------------------- registry
-
-
-def normalise(name: str) -> str:
-    """Return the registry's spelling of a method name: lower case, words joined by ``-``."""
-    return name.strip().lower().replace("_", "-").replace(" ", "-")
+# ---------------------------------------------------------------------- by name
 
 
 def register_config(cls: type[C]) -> type[C]:
     """Class decorator: make the config known under its ``edit_type``."""
-    _REGISTRY[normalise(cls.edit_type)] = cls
+    CONFIGS.add(cls.edit_type, cls)
     return cls
 
 
@@ -301,25 +311,10 @@ def config_class(method: str) -> type[EditConfig]:
     Raises:
         UnknownMethodError: naming the nearest registered method.
     """
-    _load_methods()
-    if not isinstance(method, str) or normalise(method) not in _REGISTRY:
-        known = sorted(_REGISTRY)
-        raise UnknownMethodError(f"unknown method {method!r}.{nearest(str(method), known)} Known: {', '.join(known)}.")
-    return _REGISTRY[normalise(method)]
+    return CONFIGS.get(method)
 
 
 # ---------------------------------------------------------------------- helpers
-
-
-@cache
-def _load_methods() -> None:
-    """Import what registers methods: the library's own, then installed plug-ins (group ``hf_kedit.methods``).
-
-    By name and at the last moment, because the methods stand above this floor.
-    """
-    importlib.import_module("hf_kedit.methods")
-    for entry in importlib.metadata.entry_points(group="hf_kedit.methods"):
-        entry.load()
 
 
 @cache
@@ -338,24 +333,3 @@ def _layer_index(index: int, count: int, owner: str) -> int:
     if not -count <= index < count:
         raise LayerError(f"{owner}.layers: there is no layer {index}; the model has layers 0 … {count - 1}")
     return index % count
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds one mapping.
-
-    Raises:
-        ConfigError: if it is missing, unreadable or something else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
-    try:
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{str(path)!r} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
-        ) from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{str(path)!r} must hold a mapping of names to values")
-    return data

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnknownMethodError, nearest
-from . import EditConfig, config_class, normalise, read_mapping
+from ..registry import CONFIGS, normalise
+from .hparams import read_mapping
 
 # Names of methods that are spelt otherwise; `FT` and `LoRA` depend on a second key.
 METHODS = {"ice": "ike", "tpatcher": "t-patcher"}
@@ -85,13 +86,13 @@ class Converted:
     """An EasyEdit hparams file in this library's terms.
 
     Args:
-        config: the method's config.
+        config: the method's `EditConfig`, whose class stands above this file.
         model_name: the model that the file is for; ``None`` if it does not say.
         ignored: key → why its value does not count here.
         source: everything that the file says.
     """
 
-    config: EditConfig
+    config: Any
     model_name: str | None
     ignored: dict[str, str] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +109,7 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
         ConfigError: if the file cannot be read, has no ``alg_name``, or a value is unusable.
     """
     data = dict(source) if isinstance(source, Mapping) else read_mapping(_existing(Path(source)))
-    cls = config_class(_method(data))
+    cls = CONFIGS.get(_method(data))
     known = {f.name for f in fields(cls)}
     values: dict[str, Any] = {}
     converted = Converted(cls(), data.pop("model_name", None), source=dict(data))
@@ -152,7 +153,7 @@ def _method(data: Mapping[str, Any]) -> str:
         return normalise(str(data.get("lora_type") or "lora"))
     found = METHODS.get(normalise(name), normalise(name))
     try:
-        config_class(found)
+        CONFIGS.get(found)
     except UnknownMethodError as error:
         raise UnknownMethodError(f"alg_name {name!r}: {error}") from error
     return found

@@ -1,4 +1,4 @@
-"""Find the packaged hparams file of a method and a model.
+"""Files of hyperparameters: one is read, and the packaged one of a method and a model is found.
 
 The files live in the top-level folder ``hparams/<METHOD>/<model>.yaml``; a wheel carries them as
 ``hf_kedit/hparams``. Each names the models that it is for as patterns on the last part of the model's name. The
@@ -8,11 +8,14 @@ folder ``TRAINING`` holds plans for training editors instead.
 from __future__ import annotations
 
 import fnmatch
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ..errors import ConfigError
 
 TRAINING = "TRAINING"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -59,3 +62,24 @@ def list_hparams() -> list[Path]:
     """Return every packaged hparams file of a method."""
     root = hparams_root()
     return sorted(p for p in root.glob("*/*.yaml") if p.parent.name != TRAINING) if root else []
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file that holds one mapping.
+
+    Raises:
+        ConfigError: if it is missing, unreadable or something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
+        ) from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{str(path)!r} must hold a mapping of names to values")
+    return data

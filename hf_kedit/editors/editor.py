@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
-from ..config import CONFIG_NAME
+from ..config import CONFIG_NAME, WeightConfig
 from ..engine.examples import encode_examples
 from ..engine.forward import frozen_eval, recomputed_blocks
 from ..engine.gradients import LowRank, Reduction, Rows, Tokens, collect_rows, low_rank_paths
 from ..engine.supervised import IGNORE, Batch, Scores, all_of_row, collate, logits_where, score, score_logits
 from ..errors import ConfigError, UnsupportedModelError
-from ..methods.base import WeightConfig
 from ..requests import EditRequest
 from ..storage.files import write_folder
 from ..storage.repository import push_files

@@ -18,11 +18,12 @@ from ..books.book import Book, all_disabled
 from ..books.ledger import Ledger, WeightDelta
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
-from ..config import EditConfig, config_class, normalise, register_config
+from ..config import EditConfig, register_config
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.weights import get_module, get_weight
 from ..errors import ConfigError, UnsupportedModelError
+from ..registry import Table
 from ..requests import EditRequest
 from ..statistics.store import StatisticsStore
 from ..tokens import pad_id
@@ -33,26 +34,7 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 M = TypeVar("M", bound="Method")
-_METHODS: dict[str, type[Method]] = {}
-
-
-@dataclass
-class WeightConfig(EditConfig):
-    """Base of the configs of methods that change weights.
-
-    Args:
-        rect_keep: fraction of a matrix's entries that an edit may change: those with the largest change relative to
-            their value; the others stay (RECT, Gu et al. 2024, arXiv 2401.04700). ``None``: no restriction. A
-            restricted change has full rank, is stored densely, and edits of one batch are undone together.
-    """
-
-    rect_keep: float | None = None
-
-    def validate(self) -> None:
-        """Check the fraction."""
-        super().validate()
-        if self.rect_keep is not None and not 0 < self.rect_keep <= 1:
-            raise ConfigError(f"{type(self).__name__}.rect_keep must be above 0 and at most 1, not {self.rect_keep!r}")
+_METHODS: Table[type[Method]] = Table()
 
 
 @dataclass(frozen=True)
@@ -278,17 +260,19 @@ def check_composition(kind: str, books: Mapping[str, Book]) -> None:
 def register_method(cls: type[M]) -> type[M]:
     """Class decorator: make method and config known under the config's ``edit_type``."""
     register_config(cls.config_class)
-    _METHODS[normalise(cls.config_class.edit_type)] = cls
+    _METHODS.add(cls.config_class.edit_type, cls)
     return cls
 
 
 def method_class(config: EditConfig | str) -> type[Method]:
-    """Return the method of a config (or of a name)."""
-    edit_type = config if isinstance(config, str) else config.edit_type
-    config_class(edit_type)  # loads and checks
-    return _METHODS[normalise(edit_type)]
+    """Return the method of a config (or of a name).
+
+    Raises:
+        UnknownMethodError: naming the nearest registered method.
+    """
+    return _METHODS.get(config if isinstance(config, str) else config.edit_type)
 
 
 def registered_methods() -> dict[str, type[Method]]:
-    """All methods by ``edit_type``, in alphabetical order."""
-    return dict(sorted(_METHODS.items()))
+    """All methods by ``edit_type``, in alphabetical order; those of installed plug-ins among them."""
+    return _METHODS.all()

@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
-from ..config import EditConfig, ModelProfile
+from ..config import EditConfig, ModelProfile, WeightConfig
 from ..engine.capture import top_experts
 from ..engine.examples import Example, Objective, encode_examples, row_means, target_probabilities, token_losses
 from ..engine.experts import ExpertSlice, parameter_name
@@ -32,7 +32,7 @@ from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised,
 from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import Capabilities, Method, Outcome, WeightConfig, Workbench, register_method
+from .base import Capabilities, Method, Outcome, Workbench, register_method
 
 STOP_LOSS = 1e-2
 

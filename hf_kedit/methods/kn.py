@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..books.ledger import WeightDelta
-from ..config import ModelProfile
+from ..config import ModelProfile, WeightConfig
 from ..engine.capture import Tap
 from ..engine.forward import device_of, gather_logits
 from ..engine.rows import check_length
@@ -36,7 +36,7 @@ from ..locate.attribution import Attribution, Rule, attribute_neurons
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest, in_row
 from ..tokens import encode_pair, pad_rows
-from .base import Capabilities, Method, Outcome, WeightConfig, register_method
+from .base import Capabilities, Method, Outcome, register_method
 
 logger = get_logger(__name__)
 FEW_STEPS = 20

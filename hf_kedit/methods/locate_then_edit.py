@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ..config import ModelProfile
+from ..config import ModelProfile, WeightConfig
 from ..engine.capture import Tap, top_experts
 from ..engine.experts import expert_index
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..tokens import FactToken
-from .base import Method, WeightConfig, Workbench
+from .base import Method, Workbench
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy

@@ -28,14 +28,14 @@ from torch import nn
 from ..anatomy import Anatomy
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
-from ..config import ModelProfile
+from ..config import ModelProfile, WeightConfig
 from ..engine.examples import Example, encode_examples, row_means, target_probabilities, token_losses
 from ..engine.forward import device_of
 from ..engine.weights import get_module, is_quantised, is_transposed, uninterrupted
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import Capabilities, Method, Outcome, WeightConfig, register_method
+from .base import Capabilities, Method, Outcome, register_method
 
 if TYPE_CHECKING:  # PEFT takes seconds to import: only when an adapter is trained
     from peft import PeftConfig

@@ -23,13 +23,13 @@ from typing import Any, ClassVar
 import torch
 
 from ..books.deltas import WeightDelta
-from ..config import EditConfig, ModelProfile
+from ..config import EditConfig, ModelProfile, WeightConfig
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest
 from ..tokens import encode_pair, pad_rows
-from .base import Capabilities, Method, Outcome, WeightConfig, method_class, register_method
+from .base import Capabilities, Method, Outcome, method_class, register_method
 
 
 @dataclass

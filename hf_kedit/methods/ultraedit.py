@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..books.ledger import WeightDelta
-from ..config import ModelProfile
+from ..config import ModelProfile, WeightConfig
 from ..engine.examples import Example, encode_examples
 from ..engine.forward import device_of
 from ..engine.gradients import signals
@@ -31,7 +31,7 @@ from ..engine.weights import get_module, weight_shape
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError
 from ..logging import progress
 from ..requests import EditRequest
-from .base import Capabilities, Method, Outcome, WeightConfig, register_method
+from .base import Capabilities, Method, Outcome, register_method
 
 EPS = float(torch.finfo(torch.float32).eps)
 MICRO_BATCH = 10
