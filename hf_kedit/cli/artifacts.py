@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ArtifactError
+from ..storage.display import percent
 from .hub import back_to
 from .models import DeviceOption, Dtype, DtypeOption, TrustOption, has_saved_edits, open_model
-from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console, percent
+from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console
 
 if TYPE_CHECKING:
     from ..model import EditableModel
@@ -111,7 +112,7 @@ def merge(
     worst = max(losses.values(), default=0.0)
     if worst > LOSSY:
         error_console().print(
-            f"kedit: rounding loses up to {percent(worst)} of the change of a weight; --dtype float32 keeps it",
+            f"kedit: rounding loses up to {percent(worst, ' %')} of the change of a weight; --dtype float32 keeps it",
             style="yellow",
         )
     data = {
@@ -126,7 +127,7 @@ def merge(
             f"{count} edit{'' if count == 1 else 's'} merged into {output} ({data['dtype']})", soft_wrap=True
         )
         for key, loss in losses.items():
-            console.print(f"  {key}: {percent(loss)} of the change lost by rounding", soft_wrap=True)
+            console.print(f"  {key}: {percent(loss, ' %')} of the change lost by rounding", soft_wrap=True)
 
     emit(format, data, human=show, quiet=[str(output)])
 
@@ -170,7 +171,7 @@ def export_lora(
     def show(console: Any) -> None:
         console.print(f"{counted(len(model.edits), 'edit')} written to {output}, rank {report.rank}", soft_wrap=True)
         for key, needed in report.needed.items():
-            lost = f", {percent(report.losses[key])} of the change left out" if key in report.losses else ""
+            lost = f", {percent(report.losses[key], ' %')} of the change left out" if key in report.losses else ""
             console.print(f"  {key}: rank {needed}{lost}", soft_wrap=True)
         for module in report.whole:
             console.print(f"  {module}: stored whole", soft_wrap=True)

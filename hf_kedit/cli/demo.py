@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import typer
 
 from .. import logging as kedit_logging
 from ..errors import DataError, EvaluationError
-from .demo_view import DemoView
+from .demo_view import Answers, DemoView, opening
 from .models import DeviceOption, Dtype, DtypeOption, SetOption, hush_transformers, open_model
 from .output import DebugOption, Format, FormatOption, command, console, emit
 
@@ -68,21 +67,6 @@ model = EditableModel.from_pretrained(folder)
 text = generate_answers(model.base_model, model.tokenizer, [prompt], max_new_tokens=int(tokens))[0].text
 sys.stdout.write(json.dumps({"digest": model_digest(model.base_model), "text": text}) + "\\n")
 """
-
-
-@dataclass
-class Look:
-    """What the model says at one moment.
-
-    Args:
-        texts: prompt → greedy continuation.
-        old: probability of the old object after the prompt (of all its tokens together); ``None`` if unknown.
-        new: probability of the new object.
-    """
-
-    texts: dict[str, str]
-    old: float | None
-    new: float
 
 
 @dataclass
@@ -195,10 +179,10 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     prompts = [request.filled_prompt, *request.rephrase_prompts, *(probe.prompt for _, probe in neighbours)]
     with view.working("editing"):
         digest = model_digest(model.base_model)
-        before = look(model, request, prompts)
+        before = ask(model, request, prompts)
         report = evaluate_edits(model, [request], setting="sequential", keep_edits=True, progress=False)
         edit = model.edits[-1]
-        after = look(model, request, prompts)
+        after = ask(model, request, prompts)
     seconds_edit = float(edit.diagnostics["seconds"])
     asked = [request.filled_prompt, *request.rephrase_prompts]
     view.generations(asked, before.texts, after.texts, request, seconds_edit)
@@ -209,7 +193,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
             "prompt": probe.prompt,
             "before": before.texts[probe.prompt],
             "after": after.texts[probe.prompt],
-            "unchanged": first_sentence(before.texts[probe.prompt]) == first_sentence(after.texts[probe.prompt]),
+            "unchanged": opening(before.texts[probe.prompt]) == opening(after.texts[probe.prompt]),
         }
         for axis, probe in neighbours
     ]
@@ -232,15 +216,15 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
         # The other process loads meanwhile.
         model.rollback(edit.id)
         rollback_exact = model_digest(model.base_model) == digest
-        back = look(model, request, asked)
+        back = ask(model, request, asked)
         with view.working("loading the saved edit in a fresh process"):
-            found = finish_reload(again)
+            reloaded = finish_reload(again)
     finally:
         if again is not None and again.poll() is None:
             again.kill()
     reload_exact = None
-    if found is not None:
-        reload_exact = found["digest"] == edited_digest and found["text"] == after.texts[request.filled_prompt]
+    if reloaded is not None:
+        reload_exact = reloaded["digest"] == edited_digest and reloaded["text"] == after.texts[request.filled_prompt]
     view.saved(folder, reload_exact)
     view.undone(request, back, before, rollback_exact, size)
     seconds = time.perf_counter() - started
@@ -291,7 +275,7 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
         if options.ground_truth:
             request.ground_truth = [options.ground_truth]
         else:
-            said = first_sentence(_continue(model, [request.filled_prompt], ANSWER_TOKENS)[request.filled_prompt])
+            said = opening(_continue(model, [request.filled_prompt], ANSWER_TOKENS)[request.filled_prompt])
             request.ground_truth = [said] if said else []
         if in_world:
             (row,) = load_requests(load_edit_dataset("world", split="test", limit=1))
@@ -309,7 +293,7 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
     raise DataError(f"{options.model!r} knows none of the first {TRIED_FACTS} facts of its world")
 
 
-def look(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> Look:
+def ask(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> Answers:
     """Ask the model as it is now."""
     from ..evaluation import score_pairs
 
@@ -318,7 +302,7 @@ def look(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> 
     assert model.tokenizer is not None  # loaded by name
     scores = score_pairs(model.base_model, model.tokenizer, pairs, separator=model.edit_config.separator)
     chances = [math.exp(-score.sum_nll) for score in scores]
-    return Look(_continue(model, prompts, NEW_TOKENS), chances[1] if len(chances) > 1 else None, chances[0])
+    return Answers(_continue(model, prompts, NEW_TOKENS), chances[1] if len(chances) > 1 else None, chances[0])
 
 
 def _continue(model: EditableModel, prompts: Sequence[str], tokens: int) -> dict[str, str]:
@@ -327,11 +311,6 @@ def _continue(model: EditableModel, prompts: Sequence[str], tokens: int) -> dict
     assert model.tokenizer is not None
     answers = generate_answers(model.base_model, model.tokenizer, list(prompts), max_new_tokens=tokens)
     return {answer.prompt: answer.text for answer in answers}
-
-
-def first_sentence(text: str) -> str:
-    """What stands before the first full stop, question mark or line break."""
-    return re.split(r"[.?!\n](?:\s|$)|\n", text, maxsplit=1)[0].strip()
 
 
 # ---------------------------------------------------------------------- the fresh process
@@ -360,5 +339,5 @@ def finish_reload(process: subprocess.Popen[str] | None) -> dict[str, Any] | Non
     if process.returncode != 0:
         lines = err.strip().splitlines() or ["no message"]
         raise EvaluationError(f"loading the saved edit in a fresh process failed: {lines[-1]}")
-    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-    return found
+    said: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return said

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .output import error_console, percent
+from ..storage.display import percent
+from .output import error_console
 
 if TYPE_CHECKING:
     from ..requests import EditRequest
-    from .demo import Look
 
 OLD, NEW = "yellow", "green"
 _KINDS = {
@@ -30,6 +32,21 @@ _KINDS = {
 """Locality axis → label for people."""
 _PER_KIND = 2
 _WIDEST, _INDENT = 110, 3
+
+
+@dataclass
+class Answers:
+    """What the model says at one time.
+
+    Args:
+        texts: prompt → greedy continuation.
+        old: probability of the old object after the prompt (of all its tokens together); ``None`` if unknown.
+        new: probability of the new object.
+    """
+
+    texts: dict[str, str]
+    old: float | None
+    new: float
 
 
 class DemoView:
@@ -74,10 +91,10 @@ class DemoView:
 
     def _answer(self, text: str, request: EditRequest) -> Text:
         """A continuation with the old and the new object coloured."""
-        shown = Text(_whole_sentences(text) or "(nothing)")
-        for words, style in ((request.ground_truth[:1], OLD), ([request.target_new], NEW)):
-            shown.highlight_words(words, style=f"bold {style}")
-        return shown
+        line = Text(_whole_sentences(text) or "(nothing)")
+        for objects, style in ((request.ground_truth[:1], OLD), ([request.target_new], NEW)):
+            line.highlight_words(objects, style=f"bold {style}")
+        return line
 
     def _mark(self, good: bool) -> Text:
         return Text(self.yes, "green") if good else Text(self.no, "bold red")
@@ -98,7 +115,7 @@ class DemoView:
             self._print(Panel(text, title="kedit demo", title_align="left", border_style="cyan", expand=False))
 
     def fact(self, request: EditRequest) -> None:
-        """What shall change."""
+        """What is to change."""
         self._head("A fact, and what it shall become")
         old = request.ground_truth[0] if request.ground_truth else "?"
         line = Text.assemble(f"{request.filled_prompt} ", (old, f"bold {OLD}"), f"  {self.arrow}  ")
@@ -123,7 +140,7 @@ class DemoView:
             table.add_row(label, self._answer(before[prompt], request), self._answer(after[prompt], request))
         self._print(_indented(table))
 
-    def probabilities(self, request: EditRequest, before: Look, after: Look) -> None:
+    def probabilities(self, request: EditRequest, before: Answers, after: Answers) -> None:
         """Bars for the old and the new object."""
         if self.console is None:
             return
@@ -134,11 +151,11 @@ class DemoView:
         names = max(len(row[0]) for row in rows)
         room = max(min(self.width - names - 25, 60), 8)
         for name, style, *values in rows:
-            for number, (moment, value) in enumerate(zip(("before", "after"), values, strict=True)):
+            for number, (when, value) in enumerate(zip(("before", "after"), values, strict=True)):
                 label = f"   {'' if number else name:<{names}}  "
                 bar = self.full * round(room * value)
-                parts: list[str | tuple[str, str]] = [(label, f"bold {style}"), (f"{moment:<8}", "dim"), (bar, style)]
-                self._print(Text.assemble(*parts, " " if bar else "", percent(value)))
+                parts: list[str | tuple[str, str]] = [(label, f"bold {style}"), (f"{when:<8}", "dim"), (bar, style)]
+                self._print(Text.assemble(*parts, " " if bar else "", percent(value, " %")))
 
     def neighbours(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """What should not have changed."""
@@ -153,7 +170,7 @@ class DemoView:
         table.add_column("after", ratio=2, overflow="fold")
         table.add_column("")
         for row in self._selection(rows):
-            before, after = (_short(row[moment]) for moment in ("before", "after"))
+            before, after = (_short(row[when]) for when in ("before", "after"))
             kind = _KINDS.get(row["kind"], row["kind"])
             changed = "" if row["unchanged"] else "red"
             table.add_row(Text(kind, "dim"), row["prompt"], before, Text(after, changed), self._mark(row["unchanged"]))
@@ -162,13 +179,13 @@ class DemoView:
     @staticmethod
     def _selection(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """A few of each kind, and whatever changed: nothing that went wrong is left out."""
-        shown: list[Mapping[str, Any]] = []
+        chosen: list[Mapping[str, Any]] = []
         seen: dict[str, int] = {}
         for row in rows:
             seen[row["kind"]] = seen.get(row["kind"], 0) + 1
             if seen[row["kind"]] <= _PER_KIND or not row["unchanged"]:
-                shown.append(row)
-        return shown
+                chosen.append(row)
+        return chosen
 
     def scores(self, scores: Mapping[str, float | None], protocol: str) -> None:
         """The four numbers."""
@@ -180,7 +197,7 @@ class DemoView:
             "portability": "portability     what follows from the fact follows",
         }
         for key, label in labels.items():
-            self._print(Text.assemble(f"   {label:<52}", (f"{percent(scores[key]):>8}", "bold")))
+            self._print(Text.assemble(f"   {label:<52}", (f"{percent(scores[key], ' %'):>8}", "bold")))
         if (scores["rewrite_success"] or 0.0) < 1.0:
             hint = "The edit did not take. Other hyperparameters (--set KEY=VALUE) or another method may help."
             self._print(_indented(Text(hint, "red")))
@@ -193,7 +210,7 @@ class DemoView:
             told = "same weights, same words" if reload_exact else "the reloaded model differs"
             self._print(Text.assemble("   ", self._mark(reload_exact), f" {told}"))
 
-    def undone(self, request: EditRequest, back: Look, before: Look, exact: bool, size: int) -> None:
+    def undone(self, request: EditRequest, back: Answers, before: Answers, exact: bool, size: int) -> None:
         """The way back."""
         self._head("Undone")
         prompt = request.filled_prompt
@@ -217,7 +234,10 @@ def _whole_sentences(text: str) -> str:
     return text[: end + 1] if end > 0 else text
 
 
-def _short(text: str) -> str:
-    from .demo import first_sentence
+def opening(text: str) -> str:
+    """What stands before the first full stop, question mark or line break."""
+    return re.split(r"[.?!\n](?:\s|$)|\n", text, maxsplit=1)[0].strip()
 
-    return first_sentence(text) or text or "(nothing)"
+
+def _short(text: str) -> str:
+    return opening(text) or text or "(nothing)"

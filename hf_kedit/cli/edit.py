@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..storage.display import percent
 from .models import (
     ConfigOption,
     DeviceOption,
@@ -33,7 +34,6 @@ from .output import (
     counted,
     emit,
     error_console,
-    percent,
 )
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def edit(
     reached = (data["metrics"] or {}).get("edit_success")
     if min_success is not None and (reached is None or reached < min_success):
         error_console().print(
-            f"kedit: the edit success {percent(reached)} is below --min-success {percent(min_success)}", style="yellow"
+            f"kedit: the edit success {percent(reached, ' %')} is below --min-success {percent(min_success, ' %')}",
+            style="yellow",
         )
         raise typer.Exit(BELOW_MIN_SUCCESS)
 
@@ -212,7 +213,7 @@ def _show(
     for moment in moments:
         table.add_column(f"p {moment}", justify="right")
     for e in made[:_SHOWN]:
-        chances = [percent(_probability(e, moment)) for moment in moments]
+        chances = [percent(_probability(e, moment), " %") for moment in moments]
         table.add_row(e.id, e.request.filled_prompt, e.request.target_new, *chances)
     console.print(table)
     if len(made) > _SHOWN:

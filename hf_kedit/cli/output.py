@@ -148,8 +148,3 @@ def size_of(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
-
-
-def percent(value: float | None) -> str:
-    """A fraction of 1 as a percentage; a dash for what was not measured."""
-    return "–" if value is None else f"{100 * value:.1f} %"

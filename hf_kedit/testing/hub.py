@@ -20,13 +20,12 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from .repos import HubFault, Repository
+from .repos import HubFault
 from .routes import Answer, Call, answer
+from .state import ORGANISATION, USER, HubState
 
-USER, ORGANISATION = "user", "org"
 
-
-class LoopbackHub:
+class LoopbackHub(HubState):
     """A Hub with users, organisations and repositories, served by a thread of this process.
 
     Args:
@@ -42,24 +41,10 @@ class LoopbackHub:
         *,
         port: int = 0,
     ):
-        self.users = tuple(users)
-        self.orgs = dict(orgs) if orgs is not None else {ORGANISATION: self.users}
-        self.repos: dict[tuple[str, str], Repository] = {}
-        self.objects: dict[str, bytes] = {}
-        self.requests: list[tuple[str, str]] = []
-        self.lock = threading.Lock()
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.hub = self
+        super().__init__(f"http://127.0.0.1:{self._server.server_port}", users, orgs)
         self._thread = threading.Thread(target=self._server.serve_forever, name="loopback hub", daemon=True)
-
-    @property
-    def endpoint(self) -> str:
-        """The address."""
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def token(self, user: str | None = None) -> str:
-        """The access token of a user."""
-        return f"hf_{user or self.users[0]}"
 
     def environment(self, home: str, user: str | None = None) -> dict[str, str]:
         """The variables with which a program works against this Hub.
@@ -78,29 +63,6 @@ class LoopbackHub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-
-    def owner_of(self, token: str) -> str:
-        """The user whom a token belongs to.
-
-        Raises:
-            HubFault: if it is nobody's.
-        """
-        for user in self.users:
-            if self.token(user) == token:
-                return user
-        raise HubFault(401, "Invalid credentials in Authorization header")
-
-    def is_member(self, user: str | None, name: str) -> bool:
-        """Whether a repository of this name is a user's own, or of an organisation that the user is in."""
-        namespace = name.partition("/")[0]
-        return user is not None and (user == namespace or user in self.orgs.get(namespace, ()))
-
-    def reset(self) -> None:
-        """Forget all repositories and requests."""
-        with self.lock:
-            self.repos.clear()
-            self.objects.clear()
-            self.requests.clear()
 
     def start(self) -> LoopbackHub:
         """Begin to answer."""
@@ -148,10 +110,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 scheme, _, token = headers.get("authorization", "").partition(" ")
                 user = hub.owner_of(token) if scheme == "Bearer" else None
                 query = dict(parse_qsl(address.query, keep_blank_values=True))
-                found = answer(Call(hub, self.command, address.path, query, headers, body, user))
+                reply = answer(Call(hub, self.command, address.path, query, headers, body, user))
             except HubFault as fault:
-                found = _refusal(fault)
-        self._send(found)
+                reply = _refusal(fault)
+        self._send(reply)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 
@@ -167,10 +129,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             pass
         return b"".join(parts)
 
-    def _send(self, found: Answer) -> None:
-        body = found.body()
-        self.send_response(found.status)
-        headers = {"Content-Type": "application/json", **found.headers, "Content-Length": str(len(body))}
+    def _send(self, reply: Answer) -> None:
+        body = reply.body()
+        self.send_response(reply.status)
+        headers = {"Content-Type": "application/json", **reply.headers, "Content-Length": str(len(body))}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

@@ -164,12 +164,12 @@ class Repository:
         """
         short = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
         pulls = {d.ref: d.head for d in self.discussions.values() if d.base}
-        found = self.branches.get(short) or self.tags.get(short) or pulls.get(revision)
-        if found is None and len(revision) >= 7:
-            found = next((c for c in self.commits if c.startswith(revision)), None)
-        if found is None:
+        commit = self.branches.get(short) or self.tags.get(short) or pulls.get(revision)
+        if commit is None and len(revision) >= 7:
+            commit = next((c for c in self.commits if c.startswith(revision)), None)
+        if commit is None:
             raise HubFault(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.commits[found]
+        return self.commits[commit]
 
     def file(self, revision: str, path: str) -> tuple[Commit, Blob]:
         """A file and the commit that it is of.

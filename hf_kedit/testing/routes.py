@@ -9,16 +9,14 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import yaml
 
 from .cards import card_errors, front_matter
 from .repos import LFS_SUFFIXES, MAIN, Blob, Discussion, HubFault, Repository
-
-if TYPE_CHECKING:
-    from .hub import LoopbackHub
+from .state import HubState
 
 SAMPLE_IS_BINARY = b"\0"
 _PREFIX = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
@@ -38,7 +36,7 @@ class Call:
         user: who asks; ``None``: nobody who said so.
     """
 
-    hub: LoopbackHub
+    hub: HubState
     method: str
     path: str
     query: Mapping[str, str]
@@ -135,7 +133,7 @@ _PARTS = {
 
 def route(method: str, template: str) -> Callable[[Handler], Handler]:
     """Register a handler for a method and a path; ``{rev}`` and its like become keyword arguments."""
-    pattern = re.compile(re.sub(r"\{(\w+)\}", lambda found: _PARTS[found[1]], template))
+    pattern = re.compile(re.sub(r"\{(\w+)\}", lambda match: _PARTS[match[1]], template))
 
     def register(handler: Handler) -> Handler:
         ROUTES.append((method, pattern, handler))
@@ -152,9 +150,9 @@ def answer(call: Call) -> Answer:
     """
     method = "GET" if call.method == "HEAD" else call.method
     for wanted, pattern, handler in ROUTES:
-        found = pattern.fullmatch(call.path) if wanted == method else None
-        if found:
-            parts = {k: unquote(v) for k, v in found.groupdict().items() if v is not None}
+        match = pattern.fullmatch(call.path) if wanted == method else None
+        if match:
+            parts = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
             result = handler(call, **parts)
             return result if isinstance(result, Answer) else Answer(result)
     raise HubFault(404, f"nothing answers {call.method} {call.path}")
@@ -237,14 +235,14 @@ def auth_check(call: Call, kind: str, repo: str) -> Any:
 @route("GET", "/api/{kind}")
 def list_repos(call: Call, kind: str) -> Any:
     """The repositories that the user may see."""
-    found = []
+    infos = []
     for (of, name), repo in sorted(call.hub.repos.items()):
         visible = not repo.private or call.hub.is_member(call.user, name)
         if of == kind and visible and call.query.get("search", "") in name:
-            found.append(repo.describe())
+            infos.append(repo.describe())
     author = call.query.get("author")
-    found = [info for info in found if author in (None, info["author"])]
-    return found[: int(call.query.get("limit", len(found)))]
+    infos = [info for info in infos if author in (None, info["author"])]
+    return infos[: int(call.query.get("limit", len(infos)))]
 
 
 # ---------------------------------------------------------------------- looking into a repository
@@ -283,11 +281,11 @@ def paths_info(call: Call, kind: str, repo: str, rev: str) -> Any:
 @route("GET", "/api/{kind}/{repo}/refs")
 def refs(call: Call, kind: str, repo: str) -> Any:
     """Branches, tags and pull requests."""
-    found = call.readable(kind, repo)
-    pulls = [d for d in found.discussions.values() if d.base]
+    repository = call.readable(kind, repo)
+    pulls = [d for d in repository.discussions.values() if d.base]
     return {
-        "branches": [_ref(n, f"refs/heads/{n}", c) for n, c in found.branches.items()],
-        "tags": [_ref(n, f"refs/tags/{n}", c) for n, c in found.tags.items()],
+        "branches": [_ref(n, f"refs/heads/{n}", c) for n, c in repository.branches.items()],
+        "tags": [_ref(n, f"refs/tags/{n}", c) for n, c in repository.tags.items()],
         "converts": [],
         "pullRequests": [_ref(d.ref, d.ref, d.head) for d in pulls],
     }
@@ -332,12 +330,12 @@ def _span(header: str, size: int) -> tuple[int, int]:
     Raises:
         HubFault: if it is not of the form ``bytes=a-b``, or lies behind the end.
     """
-    found = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
-    if found is None or found[1] == found[2] == "":
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
+    if match is None or match[1] == match[2] == "":
         raise HubFault(416, f"not a range: {header}")
-    if found[1] == "":
-        return max(size - int(found[2]), 0), size - 1
-    first, last = int(found[1]), min(int(found[2] or size), size - 1)
+    if match[1] == "":
+        return max(size - int(match[2]), 0), size - 1
+    first, last = int(match[1]), min(int(match[2] or size), size - 1)
     if first > last:
         raise HubFault(416, f"{header} lies behind the end", headers={"Content-Range": f"bytes */{size}"})
     return first, last
@@ -366,12 +364,12 @@ def lfs_batch(call: Call, repo: str, kind: str = "models") -> Any:
     call.writable(kind, repo)
     objects = []
     for entry in call.json()["objects"]:
-        found = {"oid": entry["oid"], "size": entry["size"]}
+        transfer = {"oid": entry["oid"], "size": entry["size"]}
         if entry["oid"] not in call.hub.objects:
             href = f"{call.hub.endpoint}/lfs/{entry['oid']}"
             actions = {"upload": {"href": href, "header": {}}, "verify": {"href": f"{href}/verify", "header": {}}}
-            found["actions"] = actions
-        objects.append(found)
+            transfer["actions"] = actions
+        objects.append(transfer)
     return {"transfer": "basic", "objects": objects}
 
 
@@ -426,8 +424,8 @@ def commit(call: Call, kind: str, repo: str, rev: str) -> Any:
         create_pr=call.flag("create_pr"),
     )
     page = f"{call.hub.endpoint}/{_PREFIX[kind]}{repo}"
-    found = {"success": True, "commitOid": new.id, "commitUrl": f"{page}/commit/{new.id}", "hookOutput": ""}
-    return found | ({"pullRequestUrl": f"{page}/discussions/{pull.number}"} if pull else {})
+    reply = {"success": True, "commitOid": new.id, "commitUrl": f"{page}/commit/{new.id}", "hookOutput": ""}
+    return reply | ({"pullRequestUrl": f"{page}/discussions/{pull.number}"} if pull else {})
 
 
 def _checked(path: str) -> str:
@@ -497,19 +495,19 @@ def delete_tag(call: Call, kind: str, repo: str, name: str) -> Any:
 @route("GET", "/api/{kind}/{repo}/discussions")
 def discussions(call: Call, kind: str, repo: str) -> Any:
     """All discussions and pull requests, on one page."""
-    found = call.readable(kind, repo)
+    repository = call.readable(kind, repo)
     status, wanted = call.query.get("status"), call.query.get("type")
-    chosen = [d for d in found.discussions.values() if status in (None, "all", d.status)]
+    chosen = [d for d in repository.discussions.values() if status in (None, "all", d.status)]
     chosen = [d for d in chosen if wanted in (None, "all", "pull_request" if d.base else "discussion")]
-    return {"discussions": [_shown(found, d) for d in chosen], "count": len(chosen), "start": 0}
+    return {"discussions": [_described(repository, d) for d in chosen], "count": len(chosen), "start": 0}
 
 
 @route("POST", "/api/{kind}/{repo}/discussions")
 def create_discussion(call: Call, kind: str, repo: str) -> Any:
     """Open a discussion or an empty pull request."""
-    body, found = call.json(), call.readable(kind, repo)
+    body, repository = call.json(), call.readable(kind, repo)
     base = MAIN if body.get("pullRequest") else None
-    opened = found.discuss(body["title"], body.get("description", ""), call.writer(), base=base)
+    opened = repository.discuss(body["title"], body.get("description", ""), call.writer(), base=base)
     if base:
         opened.status = "draft"
     return {"num": opened.number, "url": f"{call.hub.endpoint}/{_PREFIX[kind]}{repo}/discussions/{opened.number}"}
@@ -518,20 +516,20 @@ def create_discussion(call: Call, kind: str, repo: str) -> Any:
 @route("GET", "/api/{kind}/{repo}/discussions/{number}")
 def discussion(call: Call, kind: str, repo: str, number: str) -> Any:
     """One discussion with its history."""
-    found = call.readable(kind, repo)
-    one = found.discussion(int(number))
-    details: dict[str, Any] = {**_shown(found, one), "events": one.events}
+    repository = call.readable(kind, repo)
+    one = repository.discussion(int(number))
+    details: dict[str, Any] = {**_described(repository, one), "events": one.events}
     if one.base:
         details["changes"] = {"base": f"refs/heads/{one.base}", "mergeCommitId": one.merged}
-        details["filesWithConflicts"] = found.conflicts(one) if one.merged is None else []
+        details["filesWithConflicts"] = repository.conflicts(one) if one.merged is None else []
     return details
 
 
 @route("POST", "/api/{kind}/{repo}/discussions/{number}/merge")
 def merge(call: Call, kind: str, repo: str, number: str) -> Any:
     """Merge a pull request."""
-    found = call.writable(kind, repo)
-    return _shown(found, found.merge(int(number), call.writer()))
+    repository = call.writable(kind, repo)
+    return _described(repository, repository.merge(int(number), call.writer()))
 
 
 @route("POST", "/api/{kind}/{repo}/discussions/{number}/status")
@@ -542,7 +540,7 @@ def change_status(call: Call, kind: str, repo: str, number: str) -> Any:
     return {"newStatus": one.add_event("status-change", call.writer(), {"status": one.status})}
 
 
-def _shown(repo: Repository, one: Discussion) -> dict[str, Any]:
+def _described(repo: Repository, one: Discussion) -> dict[str, Any]:
     return {
         "title": one.title,
         "num": one.number,

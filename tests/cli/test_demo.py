@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from hf_kedit import EditableModel
-from hf_kedit.cli.demo import Look, first_sentence
-from hf_kedit.cli.demo_view import DemoView
+from hf_kedit.cli.demo_view import Answers, DemoView, opening
 from hf_kedit.requests import EditRequest
 
 from .conftest import Run, data
@@ -86,8 +85,8 @@ def test_demo_refuses_a_folder_with_a_model(kedit: Run, tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_first_sentence(text: str, first: str) -> None:
-    assert first_sentence(text) == first
+def test_the_opening_of_a_text(text: str, first: str) -> None:
+    assert opening(text) == first
 
 
 # ---------------------------------------------------------------------- the view
@@ -98,7 +97,7 @@ def _shown(encoding: str = "utf-8", width: int = 80, *, exact: bool = True, good
     stream = io.TextIOWrapper(raw, encoding=encoding, errors="replace")  # as the command sets up the streams
     view = DemoView(Console(file=stream, width=width, color_system=None, markup=False, highlight=False))
     request = EditRequest("{} is", "It", "new", ground_truth=["old"])
-    before, after = Look({"It is": "old."}, 0.9, 0.1), Look({"It is": "new."}, 0.05, 0.95)
+    before, after = Answers({"It is": "old."}, 0.9, 0.1), Answers({"It is": "new."}, 0.05, 0.95)
     view.title("some/model", 1_500_000, 6, "ROME", [2])
     view.fact(request)
     view.generations(["It is"], before.texts, after.texts, request, 0.5)

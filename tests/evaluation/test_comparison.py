@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from hf_kedit.errors import DataError, EvaluationError
 from hf_kedit.evaluation import Comparison, EvaluationReport, Fluency, Generation, evaluate_edits
-from hf_kedit.evaluation.report.report.charts import COLOURS, bars, curves
+from hf_kedit.evaluation.report.charts import COLOURS, bars, curves
 
 from .helpers import make_editable, tiny_gpt2
 

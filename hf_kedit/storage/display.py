@@ -1,0 +1,49 @@
+"""Numbers and texts as they are shown to people: in terminals, in Markdown, in tables.
+
+Texts come from data sets, models and files of others. Whatever they hold, they are shown as text: nothing in them
+begins a link, a heading or a table cell, moves the cursor, or turns the direction of writing around.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_LINE_ENDS = re.compile(r"[\s\x1c-\x1f\x85\u2028\u2029]+")
+# The characters that begin something in GitHub's Markdown; an underscore inside a word begins nothing.
+_MARKDOWN = re.compile(r"[\\`*\[\]|#!~$]|(?<![^\W_])_|_(?![^\W_])")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def percent(value: float | None, sign: str = "") -> str:
+    """A fraction of 1 as a percentage with one decimal; a dash for what does not exist.
+
+    Args:
+        value: the fraction.
+        sign: put behind the number.
+    """
+    return "–" if value is None else f"{100 * value:.1f}{sign}"
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """The text with control characters, and those that turn the direction of writing, as visible escapes.
+
+    Args:
+        text: of any origin.
+        keep: control characters that may stay.
+    """
+    return "".join(c if c in keep or not _is_control(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def markdown_text(text: str) -> str:
+    """The text as one line of Markdown that shows exactly it: in a paragraph, a heading or a table cell."""
+    line = printable(_LINE_ENDS.sub(" ", text).strip())
+    line = _MARKDOWN.sub(lambda special: "\\" + special[0], line)
+    return re.sub("[&<>]", lambda special: _ENTITIES[special[0]], line)
+
+
+def _is_control(character: str) -> bool:
+    """Whether a character acts on a terminal or on the order of others instead of being shown (Cc, Cf but ZWJ)."""
+    kind = unicodedata.category(character)
+    # Emoji and Indic scripts need the joiners.
+    return kind in ("Cc", "Cs") or (kind == "Cf" and character not in "\u200c\u200d\u00ad")
