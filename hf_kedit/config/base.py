@@ -319,7 +319,7 @@ def config_class(method: str) -> type[EditConfig]:
 
 @cache
 def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)  # the ranges are in the annotations
     return {f.name: TypeAdapter(hints[f.name]) for f in fields(cls)}
 
 

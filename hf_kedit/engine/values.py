@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,13 +22,14 @@ from .batches import in_batches, rows_at_once
 from .capture import Tap, as_rows, listen
 from .replay import Replay, ReplayRow, Route
 from .rows import Row
+from .value_terms import Lane, Terms, lanes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..anatomy import Anatomy
 
-Site = Literal["block", "down", "attention_out"]
+ValuePlace = Literal["block", "down", "attention_out"]
 STOP_LOSS = 0.05
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
@@ -78,9 +79,9 @@ class Guide:
     """What a method decides about the value of one request, beyond the settings that all requests share (EAMET).
 
     Args:
-        start: δ to begin with, ``[sites, d]`` fp32.
-        limit: ``‖δ‖`` is kept below this instead of ``clamp · ‖a‖``, ``[sites]``.
-        term: one more term of the loss, ``[]``, from δ ``[sites, d]``; differentiable.
+        start: δ to begin with, ``[places, d]`` fp32.
+        limit: ``‖δ‖`` is kept below this instead of ``clamp · ‖a‖``, ``[places]``.
+        term: one more term of the loss, ``[]``, from δ ``[places, d]``; differentiable.
     """
 
     start: torch.Tensor
@@ -93,19 +94,19 @@ class Values:
     """The optimised values of a batch of requests.
 
     Args:
-        sites: where the vectors were added; all of them have outputs of one width.
-        initials: activation of each site on the bare prompt, ``[requests, sites, d]`` fp32.
-        offsets: the optimised δ of each site, ``[requests, sites, d]`` fp32.
+        places: where the vectors were added; all of them have outputs of one width.
+        initials: activation of each place on the bare prompt, ``[requests, places, d]`` fp32.
+        offsets: the optimised δ of each place, ``[requests, places, d]`` fp32.
         loss: per request, rows of (total, nll, kl, weight decay), one per evaluation until it stopped; a fifth
             column holds the term of ``together_factor`` or of the `Guide` where there is one.
-        path: per request, δ at each of these evaluations, ``[evaluations, sites, d]`` (only with ``keep_path``).
+        path: per request, δ at each of these evaluations, ``[evaluations, places, d]`` (only with ``keep_path``).
         updates: per request, number of Adam steps.
         probability: geometric mean per token of the target's probability on the bare prompt, (before, after).
         taken: what the taps recorded at the fact token of every rewriting row, ``[requests, templates, d]``.
         route: how the model was run.
     """
 
-    sites: tuple[Site, ...]
+    places: tuple[ValuePlace, ...]
     initials: torch.Tensor
     offsets: torch.Tensor
     loss: list[list[tuple[float, ...]]]
@@ -117,37 +118,37 @@ class Values:
 
     @property
     def initial(self) -> torch.Tensor:
-        """Activation before the edit at the first site, ``[requests, d]``."""
+        """Activation before the edit at the first place, ``[requests, d]``."""
         return self.initials[:, 0]
 
     @property
     def offset(self) -> torch.Tensor:
-        """δ at the first site, ``[requests, d]``."""
+        """δ at the first place, ``[requests, d]``."""
         return self.offsets[:, 0]
 
     @property
     def value(self) -> torch.Tensor:
-        """``initial + offset`` at the first site: v* of ROME, z of MEMIT."""
+        """``initial + offset`` at the first place: v* of ROME, z of MEMIT."""
         return self.initial + self.offset
 
-    def value_at(self, site: Site) -> torch.Tensor:
-        """``initial + offset`` at a site, ``[requests, d]``."""
-        i = self.sites.index(site)
+    def value_at(self, place: ValuePlace) -> torch.Tensor:
+        """``initial + offset`` at a place, ``[requests, d]``."""
+        i = self.places.index(place)
         return self.initials[:, i] + self.offsets[:, i]
 
 
-def site_path(anatomy: Anatomy, layer: int, site: Site) -> str:
-    """Name of the module at whose output a site's vector enters.
+def place_path(anatomy: Anatomy, layer: int, place: ValuePlace) -> str:
+    """Name of the module at whose output a place's vector enters.
 
     Raises:
         UnsupportedModelError: if the layer has no such module.
     """
-    if site == "block":
+    if place == "block":
         return anatomy.layers[layer].path
-    if site == "down":
+    if place == "down":
         return anatomy.down(layer).path
-    if site != "attention_out":
-        raise ValueError(f"unknown site {site!r}")
+    if place != "attention_out":
+        raise ValueError(f"unknown place {place!r}")
     out = anatomy.layers[layer].attention_out
     if out is None:
         raise UnsupportedModelError(
@@ -161,7 +162,7 @@ def optimise_values(
     anatomy: Anatomy,
     rows: Sequence[Sequence[Row]],
     layer: int,
-    sites: Site | Sequence[Site],
+    places: ValuePlace | Sequence[ValuePlace],
     settings: ValueSettings,
     *,
     taps: Sequence[Tap] = (),
@@ -179,8 +180,8 @@ def optimise_values(
         anatomy: of the model.
         rows: per request, its rewriting rows (the bare prompt first) and, if ``kl_factor > 0``, its drift row.
         layer: where the vectors enter.
-        sites: one, or several; a vector is optimised for each: ``"block"``: output of the block; ``"down"``: output of
-            the projection out of the MLP; ``"attention_out"``: output of the projection out of the attention.
+        places: one, or several; a vector is optimised for each: ``"block"``: output of the block; ``"down"``: of the
+            projection out of the MLP; ``"attention_out"``: of the projection out of the attention.
         settings: see `ValueSettings`.
         taps: more to record at the fact tokens in the first pass.
         fill: padding id.
@@ -198,8 +199,8 @@ def optimise_values(
     """
     if guide is not None and len(rows) != 1:
         raise ValueError(f"a guide is for one request, not for {len(rows)}")
-    wanted = (sites,) if isinstance(sites, str) else tuple(sites)
-    paths = {site: site_path(anatomy, layer, site) for site in wanted}
+    wanted = (places,) if isinstance(places, str) else tuple(places)
+    paths = {place: place_path(anatomy, layer, place) for place in wanted}
     taps = list(dict.fromkeys([*taps, *(Tap(p) for p in paths.values())]))
     order = sorted(range(len(rows)), key=lambda i: (_suffix(rows[i]), len(rows[i][0].ids)))
     results: dict[int, Values] = {}
@@ -207,7 +208,7 @@ def optimise_values(
 
     def run(chunk: Sequence[int]) -> Values:
         chosen = [rows[i] for i in chunk]
-        return _optimise(model, anatomy, chosen, layer, paths, settings, taps, fill, route, guide)
+        return Optimisation(model, anatomy, chosen, layer, paths, settings, taps, fill, route, guide).run()
 
     with progress_bar(len(rows), description, show=show_progress and len(rows) > 1, unit="edit") as bar:
         for chunk, part in in_batches(order, size, run):
@@ -216,131 +217,229 @@ def optimise_values(
     return join_values([results[i] for i in range(len(rows))])
 
 
-def _optimise(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    rows: Sequence[Sequence[Row]],
-    layer: int,
-    paths: Mapping[Site, str],
-    settings: ValueSettings,
-    taps: Sequence[Tap],
-    fill: int,
-    route: Route | None,
-    guide: Guide | None,
-) -> Values:
-    lanes = [lane for i, group in enumerate(rows) for lane in _lanes(group, i, drift=settings.kl_factor > 0)]
-    modules = list(paths.values())
-    runs = [ReplayRow(lane.ids, lane.fact, lane.positions) for lane in lanes]
-    replay = Replay(model, anatomy, runs, layer, modules, taps, fill=fill, route=route)
-    device = replay.base_logits.device
-    count = len(rows)
-    bare = torch.tensor([k for k, lane in enumerate(lanes) if lane.template == 0])
-    initial = torch.stack([replay.taken[Tap(m)].to(device)[bare.to(device)] for m in modules], dim=1)  # [n, sites, d]
-    terms = _Terms(lanes, count, device)
-    norm = initial.norm(dim=-1)
-    unit = norm**2  # by which the decay divides ‖δ‖; [requests, sites]
-    if settings.against_all_rows:
-        norm, unit = _norms_of_all_rows(replay, lanes, modules, count)
-    watched = [Tap(anatomy.layers[i].path) for i in settings.together_layers] if settings.together_factor else []
-    offset = torch.zeros_like(initial)
-    alive = list(range(count))  # requests that the replay still holds; the tensors of the loop have a row for each
-    active = torch.ones(count, dtype=torch.bool)  # on the host; one entry per request in alive
-    delta, limit = offset.clone(), settings.clamp * norm  # limit: [requests, sites]
-    first_moment, second_moment = torch.zeros_like(offset), torch.zeros_like(offset)
-    nll_factor = torch.full((count,), settings.nll_factor, device=device)
-    reference: torch.Tensor | None = None
-    loss_rows: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
-    steps_taken: list[list[torch.Tensor]] = [[] for _ in range(count)]
-    updates = [0] * count
-    probability = [(math.nan, math.nan)] * count
-    if guide is not None:  # the unedited model is then not what the first step measures
-        delta, limit = guide.start.to(device).unsqueeze(0), guide.limit.to(device).unsqueeze(0)
-        unedited = replay.base_logits.log_softmax(-1)
-        reference = unedited[terms.drift.at]
-        probability = [(p, p) for p in terms.bare_probability(unedited).tolist()]
+@dataclass(frozen=True)
+class _Losses:
+    """The loss of every request that still runs, at one δ; each tensor is ``[running]``.
 
-    for step in range(settings.steps):
-        last = step == settings.steps - 1
-        variable = delta.detach().requires_grad_(not last)
-        with torch.set_grad_enabled(not last):
-            per_row = variable[terms.row_slot]
-            with _watching(model, replay, watched) as states:
-                logits = replay.logits({module: per_row[:, k] for k, module in enumerate(modules)})
-            log_probs = logits.log_softmax(-1)
-            if reference is None:
-                reference = log_probs.detach()[terms.drift.at]
-            nll = nll_factor * terms.nll(log_probs)
-            kl = settings.kl_factor * terms.drift_kl(log_probs, reference)
-            lengths = torch.linalg.vector_norm(variable, dim=-1)
-            decay = settings.weight_decay * (lengths / unit).sum(dim=-1)
-            columns = [nll, kl, decay]
-            if watched:
-                spread = torch.stack([terms.spread(h.to(device)) for h in states.values()])
-                columns.append(settings.together_factor * spread.mean(dim=0))
-            if guide is not None:
-                columns.append(guide.term(variable[0]).unsqueeze(0))
-            loss = torch.stack(columns).sum(dim=0)
-        seen = [loss, *columns, terms.bare_probability(log_probs.detach())]
-        if settings.settled_factor is not None:
-            settled = terms.settled(log_probs.detach())
-            nll_factor = settings.nll_factor * torch.where(settled, settings.settled_factor, 1.0)
-            seen.append((settled & (kl.detach() <= settings.settled_kl)).float())
-        table = torch.stack(seen, dim=1).detach().cpu()  # the only thing that the host waits for in a step
+    Args:
+        total: what is differentiated: the sum of ``parts``.
+        parts: negative log-likelihood, drift, decay, and the term of CORE or of a `Guide` where there is one.
+        probability: of the target on the bare prompt, geometric mean per token.
+        settled: whether every supervised token is the model's first choice; ``None`` where no rule asks (PMET).
+    """
+
+    total: torch.Tensor
+    parts: list[torch.Tensor]
+    probability: torch.Tensor
+    settled: torch.Tensor | None
+
+
+class Optimisation:
+    """Adam on the values of one batch, with a row for every request instead of one loss for all.
+
+    A step is: `losses` runs the rows with ``a + δ`` at their fact tokens, `record` writes down what came out and
+    decides who goes on, `adam_step` moves the δ of those, `drop_finished` makes the next forward smaller. Requests
+    share forwards and nothing else. A request that has ended keeps its δ from then on.
+
+    Tensors whose first dimension is called *running* have a row for each request in ``running``, and lose rows
+    together in `drop_finished`; ``offset``, `initial` and the lists keep a row for each request of the batch.
+
+    Args:
+        rows: of every request: its rewriting rows, and its drift row.
+        paths: the modules at whose outputs the vectors enter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        rows: Sequence[Sequence[Row]],
+        layer: int,
+        paths: Mapping[ValuePlace, str],
+        settings: ValueSettings,
+        taps: Sequence[Tap],
+        fill: int,
+        route: Route | None,
+        guide: Guide | None,
+    ):
+        self.settings, self.guide, self.places, self.modules = settings, guide, tuple(paths), list(paths.values())
+        self.lanes = [
+            lane for i, group in enumerate(rows) for lane in lanes_of(group, i, drift=settings.kl_factor > 0)
+        ]
+        runs = [ReplayRow(lane.ids, lane.fact, lane.positions) for lane in self.lanes]
+        self.replay = Replay(model, anatomy, runs, layer, self.modules, taps, fill=fill, route=route)
+        self.device, count = self.replay.base_logits.device, len(rows)
+        self.terms = Terms(self.lanes, count, self.device)
+        watched = settings.together_layers if settings.together_factor else ()
+        self.watched = [Tap(anatomy.layers[i].path) for i in watched]
+
+        bare = torch.tensor([k for k, lane in enumerate(self.lanes) if lane.template == 0], device=self.device)
+        activations = [self.replay.taken[Tap(m)].to(self.device)[bare] for m in self.modules]
+        self.initial = torch.stack(activations, dim=1)  # a, [requests, places, d]
+        norm = self.initial.norm(dim=-1)
+        # two measures of a, [running, places]: ‖δ‖ is kept below the one and, in the decay, divided by the other
+        self.limit, self.unit = settings.clamp * norm, norm**2
+        if settings.against_all_rows:
+            norm, self.unit = _norms_of_all_rows(self.replay, self.lanes, self.modules, count)
+            self.limit = settings.clamp * norm
+
+        self.running = list(range(count))
+        self.active = torch.ones(count, dtype=torch.bool)  # [running], on the host: who takes another step
+        self.offset = torch.zeros_like(self.initial)  # the final δ, filled in as requests are dropped
+        self.delta = self.offset.clone()  # δ, [running, places, d]
+        self.mean, self.square = torch.zeros_like(self.delta), torch.zeros_like(self.delta)  # Adam's moments
+        self.nll_factor = torch.full((count,), settings.nll_factor, device=self.device)
+        # log p_0 at the drift positions; what the drift term compares with. The first step measures it, at δ = 0 …
+        self.unedited: torch.Tensor | None = None
+        self.loss: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
+        self.path: list[list[torch.Tensor]] = [[] for _ in range(count)]
+        self.updates = [0] * count
+        self.before, self.after = [math.nan] * count, [math.nan] * count  # probability of the target
+        if guide is not None:  # … unless a method starts elsewhere: then the pass that recorded a has seen it
+            self.delta, self.limit = (t.to(self.device).unsqueeze(0) for t in (guide.start, guide.limit))
+            log_probs = self.replay.base_logits.log_softmax(-1)
+            self.unedited = log_probs[self.terms.drift.at]
+            self.before = self.terms.bare_probability(log_probs).tolist()
+
+    def run(self) -> Values:
+        """Optimise until every request has ended or the steps are used up; the last evaluation only measures.
+
+        Raises:
+            EditFailedError: if a loss is not finite.
+        """
+        for step in range(1, self.settings.steps + 1):
+            last = step == self.settings.steps
+            with torch.set_grad_enabled(not last):
+                delta = self.delta.detach().requires_grad_(not last)
+                losses = self.losses(delta)
+            self.record(losses)
+            if last or not bool(self.active.any()):
+                break
+            # A sum, not a mean: a mean would scale every gradient by the size of the company, and Adam's ε with it.
+            # Ended requests get a gradient of zero.
+            moving = self.active.to(self.device)
+            self.adam_step(torch.autograd.grad((losses.total * moving).sum(), delta)[0], step)
+            self.drop_finished()
+        self.offset[torch.tensor(self.running, device=self.device)] = self.delta
+        return self.values()
+
+    def losses(self, delta: torch.Tensor) -> _Losses:
+        """Every request's loss with its ``delta`` ``[running, places, d]`` added at its fact tokens (ROME eq. 4)."""
+        settings, terms = self.settings, self.terms
+        per_row = delta[terms.row_slot]  # all rows of a request get its δ, the drift row too; [rows, places, d]
+        with _watching(self.replay, self.watched) as states:
+            logits = self.replay.logits({module: per_row[:, k] for k, module in enumerate(self.modules)})
+        log_probs = logits.log_softmax(-1)
+        if self.unedited is None:
+            self.unedited = log_probs.detach()[terms.drift.at]
+        nll = self.nll_factor * terms.nll(log_probs)
+        drift = settings.kl_factor * terms.drift_kl(log_probs, self.unedited)
+        # vector_norm, because its gradient at δ = 0 is 0; that of a square root of a sum would be NaN
+        length = torch.linalg.vector_norm(delta, dim=-1)
+        decay = settings.weight_decay * (length / self.unit).sum(dim=-1)
+        parts = [nll, drift, decay]
+        if self.watched:  # CORE
+            apart = torch.stack([terms.spread(h.to(self.device)) for h in states.values()])
+            parts.append(settings.together_factor * apart.mean(dim=0))
+        if self.guide is not None:  # EAMET
+            parts.append(self.guide.term(delta[0]).unsqueeze(0))
+        seen = log_probs.detach()
+        settled = None if settings.settled_factor is None else terms.settled(seen)
+        return _Losses(torch.stack(parts).sum(dim=0), parts, terms.bare_probability(seen), settled)
+
+    def record(self, losses: _Losses) -> None:
+        """Write down what a step measured, and find out which requests have ended.
+
+        Raises:
+            EditFailedError: if a loss is not finite.
+        """
+        settings = self.settings
+        columns = [losses.total, *losses.parts, losses.probability]
+        if losses.settled is not None:
+            assert settings.settled_factor is not None
+            self.nll_factor = settings.nll_factor * torch.where(losses.settled, settings.settled_factor, 1.0)
+            columns.append((losses.settled & (losses.parts[1].detach() <= settings.settled_kl)).float())
+        table = torch.stack(columns, dim=1).detach().cpu()  # the only thing that the host waits for in a step
         if not bool(torch.isfinite(table[:, 0]).all()):
             raise EditFailedError(
                 "the loss became NaN or infinite while a value was optimised; lower v_lr or load the model in float32"
             )
-        for k, (i, numbers, running) in enumerate(zip(alive, table.tolist(), active.tolist(), strict=True)):
-            if running:
-                loss_rows[i].append(tuple(numbers[: 1 + len(columns)]))
-                now = numbers[1 + len(columns)]
-                probability[i] = (probability[i][0] if step or guide is not None else now, now)
+        terms = 1 + len(losses.parts)
+        steps = zip(self.running, table.tolist(), self.active.tolist(), strict=True)
+        for k, (request, numbers, active) in enumerate(steps):
+            if active:
+                if not self.loss[request] and self.guide is None:
+                    self.before[request] = numbers[terms]
+                self.loss[request].append(tuple(numbers[:terms]))
+                self.after[request] = numbers[terms]
                 if settings.keep_path:
-                    steps_taken[i].append(delta[k].clone())
-        active = active & (table[:, 0] >= settings.stop_loss)
-        if settings.settled_factor is not None:
-            active = active & (table[:, -1] == 0)
-        if last or not bool(active.any()):
-            break
-        moving = active.to(device)
-        gradient = torch.autograd.grad((loss * moving).sum(), variable)[0]
-        moving = moving.view(-1, 1, 1)
-        first_moment = torch.where(moving, _BETAS[0] * first_moment + (1 - _BETAS[0]) * gradient, first_moment)
-        second_moment = torch.where(
-            moving, _BETAS[1] * second_moment + (1 - _BETAS[1]) * gradient * gradient, second_moment
-        )
-        unbiased = first_moment / (1 - _BETAS[0] ** (step + 1))
-        moved = delta - settings.lr * unbiased / ((second_moment / (1 - _BETAS[1] ** (step + 1))).sqrt() + _EPS)
-        length, bound = moved.norm(dim=-1, keepdim=True), limit.unsqueeze(-1)
-        delta = torch.where(moving, torch.where(length > bound, moved * (bound / length), moved), delta)
-        for i, running in zip(alive, active.tolist(), strict=True):
-            updates[i] += running
-        if int(active.sum()) <= 0.75 * len(alive):
-            offset[torch.tensor(alive, device=device)] = delta
-            keep_position = replay.select(active.to(device)[terms.row_slot])
-            reference = reference[keep_position[terms.drift.at]]
-            kept = active.nonzero().flatten().tolist()
-            alive = [alive[k] for k in kept]
-            terms = terms.select(kept)
-            picked = torch.tensor(kept, device=device)
-            delta, unit, limit, nll_factor = delta[picked], unit[picked], limit[picked], nll_factor[picked]
-            first_moment, second_moment = first_moment[picked], second_moment[picked]
-            active = active[kept]
-    offset[torch.tensor(alive, device=device)] = delta
+                    self.path[request].append(self.delta[k].clone())
+        self.active = self.active & (table[:, 0] >= settings.stop_loss)
+        if losses.settled is not None:
+            self.active = self.active & (table[:, -1] == 0)
 
-    rewriting = torch.tensor([k for k, lane in enumerate(lanes) if lane.template >= 0])
-    per_request = len(rewriting) // count
-    taken = {
-        tap: states[rewriting.to(states.device)].view(count, per_request, -1) for tap, states in replay.taken.items()
-    }
-    stacked = [torch.stack(p) if p else torch.empty(0) for p in steps_taken]
-    return Values(tuple(paths), initial, offset, loss_rows, stacked, updates, probability, taken, replay.route)
+    def adam_step(self, gradient: torch.Tensor, step: int) -> None:
+        """Move the δ of the active requests by one step of Adam, and cut it back to its limit.
+
+        ``step`` counts from 1. It may be the same number for all in Adam's bias correction: whoever is still active
+        has taken every step so far.
+        """
+        beta1, beta2 = _BETAS
+        moving = self.active.to(self.device).view(-1, 1, 1)
+        self.mean = torch.where(moving, beta1 * self.mean + (1 - beta1) * gradient, self.mean)
+        self.square = torch.where(moving, beta2 * self.square + (1 - beta2) * gradient * gradient, self.square)
+        mean, square = self.mean / (1 - beta1**step), self.square / (1 - beta2**step)
+        moved = self.delta - self.settings.lr * mean / (square.sqrt() + _EPS)
+        # ‖δ‖ is limited by projection after the step; Adam's moments do not know of it (as in the published codes)
+        length, limit = moved.norm(dim=-1, keepdim=True), self.limit.unsqueeze(-1)
+        moved = torch.where(length > limit, moved * (limit / length), moved)
+        self.delta = torch.where(moving, moved, self.delta)
+        for request, active in zip(self.running, self.active.tolist(), strict=True):
+            self.updates[request] += active
+
+    def drop_finished(self) -> None:
+        """Stop running the rows of requests that have ended, once these are a quarter of those that run.
+
+        Dropping copies every kept state of the replay, so it is not done for each single one.
+        """
+        if int(self.active.sum()) > 0.75 * len(self.running):
+            return
+        assert self.unedited is not None
+        self.offset[torch.tensor(self.running, device=self.device)] = self.delta
+        kept = self.active.nonzero().flatten().tolist()
+        positions = self.replay.select(self.active.to(self.device)[self.terms.row_slot])
+        self.unedited = self.unedited[positions[self.terms.drift.at]]  # before the terms are renumbered
+        self.terms = self.terms.select(kept)
+        picked = torch.tensor(kept, device=self.device)
+        for name in ("delta", "mean", "square", "limit", "unit", "nll_factor"):
+            setattr(self, name, getattr(self, name)[picked])
+        self.running, self.active = [self.running[k] for k in kept], self.active[kept]
+
+    def values(self) -> Values:
+        """What was found, and what the taps saw in the first pass at the fact tokens of the rewriting rows."""
+        count = len(self.offset)
+        rewriting = torch.tensor([k for k, lane in enumerate(self.lanes) if lane.template >= 0])
+        taken = {
+            tap: states[rewriting.to(states.device)].view(count, len(rewriting) // count, -1)
+            for tap, states in self.replay.taken.items()
+        }
+        return Values(
+            self.places,
+            self.initial,
+            self.offset,
+            self.loss,
+            [torch.stack(p) if p else torch.empty(0) for p in self.path],
+            self.updates,
+            list(zip(self.before, self.after, strict=True)),
+            taken,
+            self.replay.route,
+        )
 
 
 def _norms_of_all_rows(
-    replay: Replay, lanes: Sequence[_Lane], modules: Sequence[str], count: int
+    replay: Replay, lanes: Sequence[Lane], modules: Sequence[str], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``‖A‖`` and ``‖A‖ / √rows`` of the activations ``A`` of all rows of each request, ``[requests, sites]`` each."""
+    """``‖A‖`` and ``‖A‖ / √rows``, ``A`` the activations of all rows of a request, ``[requests, places]`` each."""
     owners = torch.tensor([lane.owner for lane in lanes])
     # a drift row that was taken into its bare prompt has the same activation
     times = torch.tensor([1.0 + (any(lane.drift) and lane.template >= 0) for lane in lanes])
@@ -348,14 +447,14 @@ def _norms_of_all_rows(
     sums = []
     for module in modules:
         squares = replay.taken[Tap(module)].square().sum(dim=-1)
-        found = torch.zeros(count, device=squares.device)
-        sums.append(found.index_add(0, owners.to(squares.device), squares * times.to(squares)))
+        zero = torch.zeros(count, device=squares.device)
+        sums.append(zero.index_add(0, owners.to(squares.device), squares * times.to(squares)))
     norm = torch.stack([s.to(replay.base_logits.device) for s in sums], dim=1).sqrt()
     return norm, norm / rows.to(norm).sqrt().unsqueeze(1)
 
 
 @contextlib.contextmanager
-def _watching(model: PreTrainedModel, replay: Replay, taps: Sequence[Tap]) -> Iterator[dict[Tap, torch.Tensor]]:
+def _watching(replay: Replay, taps: Sequence[Tap]) -> Iterator[dict[Tap, torch.Tensor]]:
     """Collect what taps see at the fact token of each row, ``[rows, d]`` fp32 with gradients, in this forward."""
     states: dict[Tap, torch.Tensor] = {}
     rows, width = replay.batch.input_ids.shape
@@ -369,155 +468,8 @@ def _watching(model: PreTrainedModel, replay: Replay, taps: Sequence[Tap]) -> It
     if not taps:
         yield states
         return
-    with listen(model, taps, receive):
+    with listen(replay.model, taps, receive):
         yield states
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """One sequence to run, and what is read from it.
-
-    Args:
-        ids: token ids.
-        fact: index of the fact token.
-        positions: indices whose logits are read.
-        drift: per position, whether its whole distribution is compared (else one target's probability is read).
-        targets: per position, the token it should predict (0 where ``drift``).
-        owner: the request's place in the batch.
-        template: index of the context template; -1 for a drift row.
-    """
-
-    ids: tuple[int, ...]
-    fact: int
-    positions: tuple[int, ...]
-    drift: tuple[bool, ...]
-    targets: tuple[int, ...]
-    owner: int
-    template: int
-
-
-def _lanes(rows: Sequence[Row], owner: int, *, drift: bool = True) -> list[_Lane]:
-    """What has to be run for the rows of one request, with or without its drift row.
-
-    A drift row that is read at its fact token needs nothing behind it. Where the bare prompt begins with the same
-    tokens (it starts with the subject), its own fact token gives that distribution, and no row is needed at all.
-    """
-    lanes = []
-    for row in rows:
-        if not row.is_drift:
-            nothing = (False,) * len(row.positions)
-            lanes.append(_Lane(row.ids, row.fact, row.positions, nothing, row.targets, owner, row.template))
-    for row in rows:
-        if not row.is_drift or not drift:
-            continue
-        ids = row.ids[: row.fact + 1] if row.positions == (row.fact,) else row.ids
-        bare = next(k for k, lane in enumerate(lanes) if lane.template == 0)
-        lane = lanes[bare]
-        if ids == lane.ids[: lane.fact + 1] and row.fact == lane.fact:
-            lanes[bare] = replace(
-                lane,
-                positions=(row.fact, *lane.positions),
-                drift=(True, *lane.drift),
-                targets=(0, *lane.targets),
-            )
-        else:
-            zeros = (0,) * len(row.positions)
-            lanes.append(_Lane(ids, row.fact, row.positions, (True,) * len(row.positions), zeros, owner, row.template))
-    return lanes
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Positions of one kind: where they are among the logits, whose they are, what they predict, their weight."""
-
-    at: torch.Tensor
-    slot: torch.Tensor
-    target: torch.Tensor
-    weight: torch.Tensor
-
-
-class _Terms:
-    """The loss terms of a batch as index arithmetic over the wanted positions of its lanes.
-
-    Args:
-        lanes: in the order in which the replay runs them.
-        count: number of requests; their lanes carry 0 … count - 1 as owners.
-        device: of the logits.
-    """
-
-    def __init__(self, lanes: Sequence[_Lane], count: int, device: torch.device):
-        self.lanes, self.count, self.device = list(lanes), count, device
-        templates = [sum(lane.owner == i and lane.template >= 0 for lane in lanes) for i in range(count)]
-        cells = [
-            (lane, lane.drift[k], lane.targets[k], lane.drift.count(lane.drift[k]))
-            for lane in lanes
-            for k in range(len(lane.positions))
-        ]
-
-        def read(which: Sequence[int], weights: Sequence[float]) -> _Read:
-            def index(values: Sequence[int]) -> torch.Tensor:
-                return torch.tensor(values, dtype=torch.long, device=device)
-
-            return _Read(
-                index(which),
-                index([cells[k][0].owner for k in which]),
-                index([cells[k][2] for k in which]).unsqueeze(1),
-                torch.tensor(weights, dtype=torch.float32, device=device),
-            )
-
-        rewriting = [k for k, (_, drift, _, _) in enumerate(cells) if not drift]
-        bare = [k for k in rewriting if cells[k][0].template == 0]
-        drifting = [k for k, cell in enumerate(cells) if cell[1]]
-        # mean over the target tokens of a row, then over the rows of a request
-        self.rewriting = read(rewriting, [1.0 / (cells[k][3] * templates[cells[k][0].owner]) for k in rewriting])
-        self.bare = read(bare, [1.0 / cells[k][3] for k in bare])
-        self.drift = read(drifting, [1.0] * len(drifting))
-        self.row_slot = torch.tensor([lane.owner for lane in lanes], device=device)  # [rows]
-        self.rewriting_rows = torch.tensor([k for k, lane in enumerate(lanes) if lane.template >= 0], device=device)
-
-    def _sum(self, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(self.count, device=values.device, dtype=values.dtype).index_add(0, slots, values)
-
-    def _picked(self, log_probs: torch.Tensor, read: _Read) -> torch.Tensor:
-        return log_probs[read.at].gather(1, read.target).squeeze(1) * read.weight
-
-    def nll(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Mean over templates of the mean over target tokens of −log p, ``[count]``."""
-        return -self._sum(self._picked(log_probs, self.rewriting), self.rewriting.slot)
-
-    def drift_kl(self, log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """KL(current ‖ initial) on the drift rows, ``[count]``."""
-        current = log_probs[self.drift.at]
-        return self._sum((current.exp() * (current - reference)).sum(-1), self.drift.slot)
-
-    def bare_probability(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Geometric mean per token of the target's probability on the bare prompts, ``[count]``."""
-        return self._sum(self._picked(log_probs, self.bare), self.bare.slot).exp()
-
-    def settled(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Whether every supervised token is the model's first choice, ``[count]`` bool."""
-        wrong = log_probs[self.rewriting.at].argmax(-1) != self.rewriting.target.squeeze(1)
-        return self._sum(wrong.float(), self.rewriting.slot) == 0
-
-    def spread(self, states: torch.Tensor) -> torch.Tensor:
-        """``(1/d) Σ_{a<b} ‖h_a − h_b‖²`` over the rewriting rows of each request, ``[count]``.
-
-        Equal to ``(N/d) Σ_a ‖h_a − h̄‖²``, which loses fewer digits.
-
-        Args:
-            states: ``[rows, d]``.
-        """
-        h, owner = states[self.rewriting_rows], self.row_slot[self.rewriting_rows]
-        number = self._sum(torch.ones_like(h[:, 0]), owner)
-        mean = torch.zeros(self.count, h.shape[1], device=h.device).index_add(0, owner, h) / number.unsqueeze(1)
-        squares = (h - mean[owner]).square().sum(-1)
-        return number / h.shape[1] * self._sum(squares, owner)
-
-    def select(self, kept: Sequence[int]) -> _Terms:
-        """The terms of some of the requests, renumbered, as `Replay.select` leaves the rows."""
-        place = {owner: k for k, owner in enumerate(kept)}
-        lanes = [replace(lane, owner=place[lane.owner]) for lane in self.lanes if lane.owner in place]
-        return _Terms(lanes, len(kept), self.device)
 
 
 def _suffix(rows: Sequence[Row]) -> int:
@@ -526,7 +478,7 @@ def _suffix(rows: Sequence[Row]) -> int:
 
 def _pick(values: Values, k: int) -> Values:
     return Values(
-        values.sites,
+        values.places,
         values.initials[k : k + 1],
         values.offsets[k : k + 1],
         values.loss[k : k + 1],
@@ -541,7 +493,7 @@ def _pick(values: Values, k: int) -> Values:
 def join_values(parts: Sequence[Values]) -> Values:
     """The values of several batches of requests as one."""
     return Values(
-        parts[0].sites,
+        parts[0].places,
         torch.cat([p.initials for p in parts]),
         torch.cat([p.offsets for p in parts]),
         [row for p in parts for row in p.loss],

@@ -13,16 +13,17 @@ are saved with them, and rolling an edit back takes its keys away too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field, PositiveFloat
 
 from ..engine.forward import device_of
-from ..errors import ConfigError
 from ..logging import get_logger, info_once, warn_once
 from ..statistics.nullspace import KeySpace, null_space
 from .base import Capabilities, Workbench, register_method
-from .spread import SpreadConfig, SpreadMethod
+from .locate_then_edit import LocateConfig
+from .spread import SpreadMethod
 
 logger = get_logger(__name__)
 TOKENS_PER_WIDTH = 10
@@ -30,7 +31,7 @@ RIDGE_PART = 0.5
 
 
 @dataclass
-class AlphaEditConfig(SpreadConfig):
+class AlphaEditConfig(LocateConfig):
     """Hyperparameters of AlphaEdit; see `LocateConfig` for the shared ones.
 
     Args:
@@ -45,18 +46,9 @@ class AlphaEditConfig(SpreadConfig):
 
     edit_type: ClassVar[str] = "alphaedit"
 
-    nullspace_threshold: float | None = None
-    nullspace_fraction: float = 0.05
-    L2: float | None = None
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("nullspace_threshold", "L2", optional=True)
-        if not 0 < self.nullspace_fraction < 1:
-            raise ConfigError(
-                f"AlphaEditConfig.nullspace_fraction must lie between 0 and 1, not {self.nullspace_fraction!r}"
-            )
+    nullspace_threshold: PositiveFloat | None = None
+    nullspace_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    L2: PositiveFloat | None = None
 
 
 @register_method

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 
 from ..engine.rows import Row
 from ..engine.templates import clean, sample_texts
@@ -52,18 +53,11 @@ class COREConfig(MEMITConfig):
 
     edit_type: ClassVar[str] = "core"
 
-    reg_lambda: float = 0.04
-    layer_range: int | None = None
+    reg_lambda: NonNegativeFloat = 0.04
+    layer_range: PositiveInt | None = None
     context: Literal["all", "target_true", "target_new", "subject", "target_true_n_subject"] | None = None
-    context_count: int = 5
-    context_length: int = 10
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("reg_lambda", zero=True)
-        self._require_positive("layer_range", optional=True)
-        self._require_positive("context_count", "context_length")
+    context_count: PositiveInt = 5
+    context_length: PositiveInt = 10
 
 
 @register_method

@@ -22,17 +22,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.sweep import Sweep
-from ..engine.values import Guide, Site, Values, ValueSettings, join_values, site_path
+from ..engine.values import Guide, ValuePlace, Values, ValueSettings, join_values, place_path
 from ..errors import ConfigError
 from ..logging import progress_bar
 from .base import Capabilities, register_method
 from .locate_then_edit import mean_key
-from .spread import LayeredRidgeConfig, LayeredRidgeMethod
+from .memit import MEMIT, MEMITConfig
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -42,8 +43,8 @@ LONG_ACTIVATION = 100.0
 
 
 @dataclass
-class EAMETConfig(LayeredRidgeConfig):
-    """Hyperparameters of EAMET; see `LayeredRidgeConfig` and `LocateConfig` for the shared ones.
+class EAMETConfig(MEMITConfig):
+    """Hyperparameters of EAMET: those of MEMIT and of its alignment.
 
     Args:
         cs_factor: weight of the divergence between the neighbourhoods of keys and of values.
@@ -58,20 +59,18 @@ class EAMETConfig(LayeredRidgeConfig):
 
     edit_type: ClassVar[str] = "eamet"
 
-    cs_factor: float = 2.0
-    mse_factor: float = 8.0
-    temperature: float = 0.07
+    cs_factor: NonNegativeFloat = 2.0
+    mse_factor: NonNegativeFloat = 8.0
+    temperature: PositiveFloat = 0.07
     length_rule: Literal["fix_ks", "norm"] = "fix_ks"
-    norm_factor: float = 0.05
-    clamp_ks_factor: float = 3.0
+    norm_factor: NonNegativeFloat = 0.05
+    clamp_ks_factor: PositiveFloat = 3.0
     target_init: bool = True
-    stop_loss: float = 0.01
+    stop_loss: NonNegativeFloat = 0.01
 
     def validate(self) -> None:
-        """Check ranges."""
+        """Check that all facts are put into one matrix."""
         super().validate()
-        self._require_positive("temperature", "clamp_ks_factor")
-        self._require_positive("cs_factor", "mse_factor", "norm_factor", zero=True)
         if self.expert_policy != "shared":
             raise ConfigError("EAMET compares keys of one matrix; use expert_policy='shared'")
 
@@ -113,7 +112,7 @@ class Alignment:
 
 
 @register_method
-class EAMET(LayeredRidgeMethod):
+class EAMET(MEMIT):
     """MEMIT with values that are aligned like their keys."""
 
     config_class = EAMETConfig
@@ -136,7 +135,7 @@ class EAMET(LayeredRidgeMethod):
         self,
         rows: Sequence[Sequence[Row]],
         layer: int,
-        sites: Site | Sequence[Site],
+        places: ValuePlace | Sequence[ValuePlace],
         taps: Sequence[Tap],
         anatomy: Anatomy | None = None,
         guide: Guide | None = None,
@@ -144,15 +143,15 @@ class EAMET(LayeredRidgeMethod):
         """One value after the other, each guided to be aligned with those before it."""
         bench = self.bench
         keys, initial = self._before(rows, layer)
-        found: list[Values] = []
+        done: list[Values] = []
         show = bench.show_progress and len(rows) > 1
         with progress_bar(len(rows), "optimising values", show=show, unit="edit") as bar:
             for j, group in enumerate(rows):
-                offsets = torch.cat([v.offset for v in found]) if found else initial[:0]
+                offsets = torch.cat([v.offset for v in done]) if done else initial[:0]
                 guide = self.guide(Alignment(keys[:j], keys[j], offsets, self.config), keys[j], initial[j])
-                found.append(super()._optimised([group], layer, sites, taps, anatomy, guide))
+                done.append(super()._optimised([group], layer, places, taps, anatomy, guide))
                 bar.update(1)
-        return join_values(found)
+        return join_values(done)
 
     def guide(self, alignment: Alignment, key: torch.Tensor, initial: torch.Tensor) -> Guide:
         """Start, limit and further terms of one value.
@@ -183,7 +182,7 @@ class EAMET(LayeredRidgeMethod):
     def _before(self, rows: Sequence[Sequence[Row]], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Averaged keys ``[n, d_in]`` and block outputs on the bare prompt ``[n, d]`` at the value layer."""
         bench = self.bench
-        key, block = Tap(bench.anatomy.down(layer).path, "input"), Tap(site_path(bench.anatomy, layer, "block"))
+        key, block = Tap(bench.anatomy.down(layer).path, "input"), Tap(place_path(bench.anatomy, layer, "block"))
         flat = [row for group in rows for row in group if not row.is_drift]
         taken = Sweep(bench.model, bench.anatomy, flat, fill=bench.fill).read([key, block], 0)
         keys, outputs = (taken[tap].view(len(rows), -1, taken[tap].shape[-1]) for tap in (key, block))

@@ -17,19 +17,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from ..config import ModelProfile
 from ..statistics.solve import MomentFactor, equality_columns, factor_beside
 from .base import Capabilities, Workbench, register_method
-from .rome import ROMEConfig
-from .spread import RidgeConfig, SpreadMethod
+from .locate_then_edit import LocateConfig, single_layer
+from .spread import SpreadMethod
 
 
 @dataclass
-class EMMETConfig(RidgeConfig):
-    """Hyperparameters of EMMET; see `RidgeConfig` and `LocateConfig` for the shared ones.
+class EMMETConfig(LocateConfig):
+    """Hyperparameters of EMMET; see `LocateConfig` for the shared ones.
 
     Args:
+        mom2_update_weight: λ, how many typical keys the second moment stands for.
         emmet_lambda: ridge for batches of more than one fact. A common factor of Ĉ cancels except against it: its
             effective size is ``emmet_lambda · mom2_update_weight``.
         update_norm_lambda: ν, a penalty on the size of the update.
@@ -37,18 +39,18 @@ class EMMETConfig(RidgeConfig):
 
     edit_type: ClassVar[str] = "emmet"
 
-    emmet_lambda: float = 0.1
-    update_norm_lambda: float = 0.0
+    mom2_update_weight: PositiveFloat | None = None
+    emmet_lambda: NonNegativeFloat = 0.1
+    update_norm_lambda: NonNegativeFloat = 0.0
 
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("emmet_lambda", "update_norm_lambda", zero=True)
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file or the model's depth."""
+        return (*super().model_dependent_fields(), "mom2_update_weight")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """One layer, where ROME edits, as in all published configurations."""
-        layers = ROMEConfig().derive(profile)["layers"]
-        return super().derive(profile) | {"layers": layers, "mom2_update_weight": 1.0}
+        return super().derive(profile) | {"layers": [single_layer(profile)], "mom2_update_weight": 1.0}
 
 
 @register_method

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ..config import ModelProfile, WeightConfig
+from ..config import EditConfig, ModelProfile
 from ..engine.capture import Tap, top_experts
 from ..engine.experts import expert_index
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
-from ..engine.values import Guide, Site, Values, ValueSettings, optimise_values
+from ..engine.values import Guide, ValuePlace, Values, ValueSettings, optimise_values
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
@@ -30,10 +31,12 @@ CONVERGED = 0.5
 
 
 @dataclass
-class LocateConfig(WeightConfig):
+class LocateConfig(EditConfig):
     """Fields shared by the locate-then-edit methods. Names are those of the published hparams files.
 
     Args:
+        rect_keep: fraction of a matrix's entries that an edit may change; see `WeightConfig`, which this class stands
+            beside so that a reader of a method's config has two classes to look up, not five.
         fact_token: where a fact is read and written; all published configurations use ``subject_last``.
         v_num_grad_steps: evaluations of the loss while a value is optimised (one more than updates).
         v_lr: learning rate of the value optimisation (Adam).
@@ -55,28 +58,28 @@ class LocateConfig(WeightConfig):
             prompt, before the call; other wordings may be routed elsewhere.
     """
 
+    rect_keep: Annotated[float, Field(gt=0, le=1)] | None = None
     fact_token: FactToken = "subject_last"
-    v_num_grad_steps: int | None = None
-    v_lr: float | None = None
-    v_weight_decay: float | None = None
-    clamp_norm_factor: float | None = None
-    kl_factor: float = 0.0625
+    v_num_grad_steps: PositiveInt | None = None
+    v_lr: PositiveFloat | None = None
+    v_weight_decay: NonNegativeFloat | None = None
+    clamp_norm_factor: PositiveFloat | None = None
+    kl_factor: NonNegativeFloat = 0.0625
     kl_position: Literal["subject", "end"] = "subject"
-    stop_loss: float = 0.05
+    stop_loss: NonNegativeFloat = 0.05
     context_templates: list[str] | list[list[str]] | None = None
     context_template_length_params: list[tuple[int, int]] | None = None
     stats_dataset: str | None = None
-    stats_tokens: int | None = None
+    stats_tokens: PositiveInt | None = None
     stats_dir: str | None = None
-    stats_ridge: float = 0.0
+    stats_ridge: NonNegativeFloat = 0.0
     expert_policy: Literal["shared", "top1"] = "shared"
 
     def validate(self) -> None:
-        """Check ranges and templates."""
+        """Check the templates; put the layers into the order in which they are written."""
         super().validate()
-        self._require_positive("v_num_grad_steps", "v_lr", "clamp_norm_factor")
-        self._require_positive("v_weight_decay", "kl_factor", "stop_loss", "stats_ridge", zero=True)
-        self._require_positive("stats_tokens", optional=True)
+        if self.layers is not None:
+            self.layers = sorted(self.layers)
         flat: list[Any] = []
         for entry in self.context_templates or []:
             flat.extend([entry] if isinstance(entry, str) else entry)
@@ -92,13 +95,18 @@ class LocateConfig(WeightConfig):
         return ("layers", "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
-        """Values that published configurations of similar models share."""
-        rms = profile.norm == "rms"
+        """Values that published configurations of similar models share: MEMIT's and its relatives'.
+
+        The layers are the range that those of 28- to 48-layer models share.
+        """
+        rms, n = profile.norm == "rms", profile.num_layers
+        first, last = round(0.12 * n), max(round(0.28 * n), round(0.12 * n))
         return {
+            "layers": list(range(first, min(last, n - 1) + 1)),
             "v_num_grad_steps": 25 if rms else 20,
             "v_lr": 0.5,
             "v_weight_decay": 1e-3 if rms else 0.5,
-            "clamp_norm_factor": 4.0,
+            "clamp_norm_factor": 4.0 if rms else 0.75,
         }
 
     def value_settings(self, *, keep_path: bool = False) -> ValueSettings:
@@ -116,12 +124,18 @@ class LocateConfig(WeightConfig):
         )
 
 
+def single_layer(profile: ModelProfile) -> int:
+    """The traced layer of published models: a sixth of the depth, a third in the GPT-2 and NeoX families."""
+    depth = 0.35 if profile.model_type in ("gpt2", "gpt_neox", "gpt_neo") else 0.17
+    return min(max(round(depth * profile.num_layers), 0), max(profile.num_layers - 2, 0))
+
+
 class LocateMethod(Method):
     """Base of the locate-then-edit methods."""
 
     config: LocateConfig
     default_template_lengths: ClassVar[Sequence[tuple[int, int]]]
-    _SITE_NAMES: ClassVar[dict[Site, str]] = {"block": "_block", "down": "_mlp", "attention_out": "_attn"}
+    _PLACE_NAMES: ClassVar[dict[ValuePlace, str]] = {"block": "_block", "down": "_mlp", "attention_out": "_attn"}
 
     def __init__(self, bench: Workbench, config: LocateConfig):
         super().__init__(bench, config)
@@ -203,21 +217,21 @@ class LocateMethod(Method):
         self,
         rows: Sequence[Sequence[Row]],
         layer: int,
-        sites: Site | Sequence[Site],
+        places: ValuePlace | Sequence[ValuePlace],
         taps: Sequence[Tap],
         anatomy: Anatomy | None = None,
     ) -> Values:
-        """Optimise one value per request and site (see `optimise_values`), and leave a trace if one is wanted."""
-        values = self._optimised(rows, layer, sites, taps, anatomy)
+        """Optimise one value per request and place (see `optimise_values`), and leave a trace if one is wanted."""
+        values = self._optimised(rows, layer, places, taps, anatomy)
         if self.bench.trace is not None:
-            self._note_values(values, values.sites)
+            self._note_values(values, values.places)
         return values
 
     def _optimised(
         self,
         rows: Sequence[Sequence[Row]],
         layer: int,
-        sites: Site | Sequence[Site],
+        places: ValuePlace | Sequence[ValuePlace],
         taps: Sequence[Tap],
         anatomy: Anatomy | None = None,
         guide: Guide | None = None,
@@ -229,7 +243,7 @@ class LocateMethod(Method):
             anatomy or bench.anatomy,
             rows,
             layer,
-            sites,
+            places,
             self.value_settings(),
             taps=taps,
             fill=bench.fill,
@@ -238,12 +252,12 @@ class LocateMethod(Method):
             guide=guide,
         )
 
-    def _note_values(self, values: Values, sites: Sequence[Site]) -> None:
+    def _note_values(self, values: Values, places: Sequence[ValuePlace]) -> None:
         """Leave what the optimisation found in the trace."""
         note = self.bench.note
-        for s, site in enumerate(sites):
-            suffix = "" if len(sites) == 1 else self._SITE_NAMES[site]
-            final = values.value_at(site)
+        for s, place in enumerate(places):
+            suffix = "" if len(places) == 1 else self._PLACE_NAMES[place]
+            final = values.value_at(place)
             for i, loss in enumerate(values.loss):
                 note(f"loss.{i}", torch.tensor(loss))
                 note(f"v_init{suffix}.{i}", values.initials[i, s])
@@ -280,19 +294,19 @@ def routing_diagnostics(anatomy: Anatomy, keys: Mapping[int, torch.Tensor]) -> d
         anatomy: of the request.
         keys: layer → the keys of its context templates, the bare prompt first, ``[templates, d_in]``.
     """
-    found: dict[str, Any] = {}
+    experts: dict[str, Any] = {}
     for layer, k in keys.items():
         expert = expert_index(anatomy.down(layer).path)
         if expert is not None:
             routed = (k != 0).any(dim=1)
-            found.setdefault("experts", {})[str(layer)] = {"expert": expert, "routed": float(routed.float().mean())}
+            experts[str(layer)] = {"expert": expert, "routed": float(routed.float().mean())}
             if not bool(routed[0]):
                 warn_once(
                     logger,
                     f"an edit of a lower layer changed the routing of a prompt in layer {layer}: the expert chosen for"
                     " its fact is not asked any more. Edit a single layer, or smaller steps (clamp_norm_factor).",
                 )
-    return found
+    return {"experts": experts} if experts else {}
 
 
 def where_routed(keys: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

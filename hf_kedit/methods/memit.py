@@ -8,33 +8,63 @@ the output of block ``l_m`` (eq. 15). Then, from below, each layer takes its sha
 
 ``C`` is the second moment of the layer's keys (a mean), ``λ`` stands for the number of keys to preserve.
 Column j of ``R`` and ``(λC + KKᵀ)⁻¹K`` belongs to request j, so that single facts can be taken back.
-The loop over the layers is in `spread`; this file holds the solution of one layer.
+The loop over the layers is `SpreadMethod.compute`; this file holds the solution of one layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, PositiveFloat
 
+from ..config import ModelProfile
+from ..errors import ConfigError
 from ..statistics.solve import ridge_columns
 from .base import Capabilities, register_method
-from .spread import RidgeConfig, SpreadMethod
+from .locate_then_edit import LocateConfig
+from .spread import SpreadMethod
 
 
 @dataclass
-class MEMITConfig(RidgeConfig):
-    """Hyperparameters of MEMIT; see `RidgeConfig` and `LocateConfig` for the shared ones.
+class MEMITConfig(LocateConfig):
+    """Hyperparameters of MEMIT and of the methods that solve a layer as it does; see also `LocateConfig`.
 
     Args:
+        mom2_update_weight: λ, how many typical keys the second moment stands for.
+        layer_weights: λ of each edited layer, from below; ``None``: ``mom2_update_weight`` for all.
         keep_edited_keys: also leave alone what earlier batches wrote: ``(λ C + K_e K_eᵀ + K Kᵀ)⁻¹`` with the keys
             ``K_e`` of the edits that the model carries and that were made with this switch (sequences of batches).
     """
 
     edit_type: ClassVar[str] = "memit"
 
+    mom2_update_weight: PositiveFloat | None = None
+    layer_weights: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
     keep_edited_keys: bool = False
+
+    def validate(self) -> None:
+        """Check that there is one λ per layer."""
+        super().validate()
+        if self.layer_weights and self.layers is not None and len(self.layer_weights) != len(self.layers):
+            raise ConfigError(
+                f"{type(self).__name__}.layer_weights has {len(self.layer_weights)} entries for {len(self.layers)}"
+                " layers: give one per layer, or mom2_update_weight for all"
+            )
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file or the model's depth."""
+        return (*super().model_dependent_fields(), "mom2_update_weight")
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """λ by the width of the model.
+
+        A typical key is stored to the part ``s / (1 + s)`` with ``s ≈ d_in / λ``. The published λ of 7B models,
+        15,000, is about their ``d_in``; smaller models need a smaller one, or nothing is written.
+        """
+        return super().derive(profile) | {"mom2_update_weight": float(min(15000, 4 * profile.hidden_size))}
 
 
 @register_method
@@ -60,10 +90,17 @@ class MEMIT(SpreadMethod):
 
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
         """``(λ C + K Kᵀ)⁻¹ K``, eq. 14."""
-        assert self.config.mom2_update_weight is not None
-        factor = self.bench.statistics.factor(module)
-        earlier = self.bench.ledger.keys(module) if self.config.keep_edited_keys else None
+        factor, weight = self.bench.statistics.factor(module), self.weight_of(module)
+        earlier = self.bench.ledger.keys(module) if self.keeps_keys else None
         if earlier is None:
-            return ridge_columns(factor, keys, self.config.mom2_update_weight)
+            return ridge_columns(factor, keys, weight)
         everything = torch.cat([earlier.to(keys), keys], dim=1)
-        return ridge_columns(factor, everything, self.config.mom2_update_weight)[:, earlier.shape[1] :]
+        return ridge_columns(factor, everything, weight)[:, earlier.shape[1] :]
+
+    def weight_of(self, module: str) -> float:
+        """λ of the layer that a module is in."""
+        for layer, weight in zip(self.layers, self.config.layer_weights or [], strict=False):
+            if module.startswith(self.bench.anatomy.layers[layer].path + "."):
+                return weight
+        assert self.config.mom2_update_weight is not None
+        return self.config.mom2_update_weight

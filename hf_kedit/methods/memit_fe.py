@@ -18,10 +18,10 @@ import torch
 from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.sweep import Sweep
-from ..engine.values import Values, site_path
+from ..engine.values import Values, place_path
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
-from .spread import Stop
+from .spread import Write
 
 
 @dataclass
@@ -51,19 +51,19 @@ class MEMITFE(MEMIT):
         """The first edited layer."""
         return self.layers[0]
 
-    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
+    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Write]:
         """Outputs of the edited blocks at the fact token once the first one has its value."""
         anatomy = self.bench.anatomy
-        taps = {layer: Tap(site_path(anatomy, layer, "block")) for layer in self.layers}
+        taps = {layer: Tap(place_path(anatomy, layer, "block")) for layer in self.layers}
         later = [taps[layer] for layer in self.layers[1:]]
         states = {taps[self.layers[0]]: values.value}
         if later:
             offsets = {taps[self.layers[0]].module: values.offset}
             sweep = Sweep(self.bench.model, anatomy, bare, fill=self.bench.fill)
-            found = sweep.read(later, 0, offsets=offsets)
-            states |= {t: s.to(values.value.device) for t, s in found.items()}
-        return [Stop(layer, i, downs[i], taps[layer], states[taps[layer]]) for i, layer in enumerate(self.layers)]
+            reached = sweep.read(later, 0, offsets=offsets)
+            states |= {tap: state.to(values.value.device) for tap, state in reached.items()}
+        return [Write(layer, i, downs[i], taps[layer], states[taps[layer]]) for i, layer in enumerate(self.layers)]
 
-    def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
+    def share(self, missing: torch.Tensor, write: Write) -> torch.Tensor:
         """All of it: every layer has a target of its own."""
-        return residual
+        return missing

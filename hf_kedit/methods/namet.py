@@ -20,22 +20,24 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from pydantic import NonNegativeFloat
 
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.values import Values, ValueSettings, site_path
+from ..engine.values import Values, ValueSettings, place_path
 from .base import Capabilities, register_method
-from .spread import LayeredRidgeConfig, LayeredRidgeMethod, Stop
+from .memit import MEMIT, MEMITConfig
+from .spread import Write
 
 
 @dataclass
-class NAMETConfig(LayeredRidgeConfig):
-    """Hyperparameters of NAMET: those of `LayeredRidgeConfig` and `LocateConfig`."""
+class NAMETConfig(MEMITConfig):
+    """Hyperparameters of NAMET: those of MEMIT, with its own defaults."""
 
     edit_type: ClassVar[str] = "namet"
 
-    stop_loss: float = 0.01
+    stop_loss: NonNegativeFloat = 0.01
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The two layers, the decay and the limit that the published configurations share."""
@@ -50,7 +52,7 @@ class NAMETConfig(LayeredRidgeConfig):
 
 
 @register_method
-class NAMET(LayeredRidgeMethod):
+class NAMET(MEMIT):
     """MEMIT whose targets are states behind contexts."""
 
     config_class = NAMETConfig
@@ -71,7 +73,7 @@ class NAMET(LayeredRidgeMethod):
 
     @property
     def _states(self) -> Tap:
-        return Tap(site_path(self.bench.anatomy, self.value_layer(), "block"))
+        return Tap(place_path(self.bench.anatomy, self.value_layer(), "block"))
 
     def state_rows(self, rewriting: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """The contexts; the bare prompt where there are none."""
@@ -82,7 +84,7 @@ class NAMET(LayeredRidgeMethod):
         states = values.taken[self._states].to(values.offset.device)
         return states[:, 1:].mean(dim=1, keepdim=True) if states.shape[1] > 1 else states
 
-    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
+    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Write]:
         """``mean a_i + δ`` at the last edited block."""
         target = self.initial_states(values)[:, 0] + values.offset
-        return [Stop(layer, i, downs[i], self._states, target) for i, layer in enumerate(self.layers)]
+        return [Write(layer, i, downs[i], self._states, target) for i, layer in enumerate(self.layers)]

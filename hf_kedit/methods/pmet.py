@@ -17,24 +17,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import PositiveFloat
 
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.values import Site, Values, ValueSettings, site_path
+from ..engine.values import ValuePlace, Values, ValueSettings, place_path
 from ..errors import ConfigError
-from ..statistics.solve import ridge_columns
 from .base import Capabilities, register_method
-from .spread import RidgeConfig, SpreadMethod, Stop
+from .memit import MEMIT, MEMITConfig
+from .spread import Write
 
-SITES: dict[str, Site] = {"attention": "attention_out", "mlp": "down"}
+PLACES: dict[str, ValuePlace] = {"attention": "attention_out", "mlp": "down"}
 SETTLED_FACTOR = 0.1
 SETTLED_KL = 0.01
 
 
 @dataclass
-class PMETConfig(RidgeConfig):
-    """Hyperparameters of PMET; see `RidgeConfig` and `LocateConfig` for the shared ones.
+class PMETConfig(MEMITConfig):
+    """Hyperparameters of PMET: those of MEMIT, and what is written.
 
     Args:
         nll_loss_factor: factor of the negative log-likelihood. It drops to a tenth in steps that follow one in
@@ -45,13 +46,12 @@ class PMETConfig(RidgeConfig):
 
     edit_type: ClassVar[str] = "pmet"
 
-    nll_loss_factor: float = 1.0
+    nll_loss_factor: PositiveFloat = 1.0
     rewrite: list[Literal["attention", "mlp"]] = field(default_factory=lambda: ["mlp"])
 
     def validate(self) -> None:
-        """Check ranges; put the projections into the order in which they are written."""
+        """Put the projections into the order in which they are written."""
         super().validate()
-        self._require_positive("nll_loss_factor")
         if not self.rewrite:
             raise ConfigError("PMETConfig.rewrite is empty; nothing would be written")
         self.rewrite = sorted(set(self.rewrite))
@@ -81,7 +81,7 @@ class PMETConfig(RidgeConfig):
 
 
 @register_method
-class PMET(SpreadMethod):
+class PMET(MEMIT):
     """Batch editing with separate values for attention and MLP."""
 
     config_class = PMETConfig
@@ -99,9 +99,9 @@ class PMET(SpreadMethod):
     def edited_modules(self) -> list[str]:
         """The projections in the order in which they are written."""
         anatomy = self.bench.anatomy
-        return [site_path(anatomy, layer, SITES[kind]) for layer in self.layers for kind in self.config.rewrite]
+        return [place_path(anatomy, layer, PLACES[kind]) for layer in self.layers for kind in self.config.rewrite]
 
-    def value_sites(self) -> tuple[Site, ...]:
+    def value_places(self) -> tuple[ValuePlace, ...]:
         """Both projections, whatever is written."""
         return ("down", "attention_out")
 
@@ -109,29 +109,24 @@ class PMET(SpreadMethod):
         """The inputs of what is written first: the attention's projection, if it is written at all."""
         return [Tap(self.edited_modules()[0], "input")]
 
-    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
+    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Write]:
         """Each written projection towards the value of its own kind."""
         anatomy, top = self.bench.anatomy, self.value_layer()
         names = {"attention": ".attn", "mlp": ".mlp"} if len(self.config.rewrite) > 1 else {}
         return [
-            Stop(
+            Write(
                 layer,
                 i,
-                (site_path(anatomy, layer, SITES[kind]),) * len(bare),
-                Tap(site_path(anatomy, top, SITES[kind])),
-                values.value_at(SITES[kind]),
-                SITES[kind],
+                (place_path(anatomy, layer, PLACES[kind]),) * len(bare),
+                Tap(place_path(anatomy, top, PLACES[kind])),
+                values.value_at(PLACES[kind]),
+                PLACES[kind],
                 names.get(kind, ""),
             )
             for i, layer in enumerate(self.layers)
             for kind in self.config.rewrite
         ]
 
-    def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
+    def share(self, missing: torch.Tensor, write: Write) -> torch.Tensor:
         """The square root of the layers left instead of their number."""
-        return residual / math.sqrt(len(self.layers) - stop.index)
-
-    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
-        """``(λ C + K Kᵀ)⁻¹ K``."""
-        assert self.config.mom2_update_weight is not None
-        return ridge_columns(self.bench.statistics.factor(module), keys, self.config.mom2_update_weight)
+        return missing / math.sqrt(len(self.layers) - write.index)

@@ -26,7 +26,7 @@ from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..statistics.solve import IDENTITY
 from .base import Capabilities, Outcome, Workbench, register_method
-from .locate_then_edit import LocateConfig, LocateMethod, routing_diagnostics, where_routed
+from .locate_then_edit import LocateConfig, LocateMethod, routing_diagnostics, single_layer, where_routed
 
 logger = get_logger(__name__)
 
@@ -45,10 +45,8 @@ class ROMEConfig(LocateConfig):
     mom2_adjustment: bool = True
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
-        """The traced layers of published models: a sixth of the depth, a third in the GPT-2 and NeoX families."""
-        depth = 0.35 if profile.model_type in ("gpt2", "gpt_neox", "gpt_neo") else 0.17
-        layer = min(max(round(depth * profile.num_layers), 0), max(profile.num_layers - 2, 0))
-        return super().derive(profile) | {"layers": [layer]}
+        """One layer, and the limit of published configurations."""
+        return super().derive(profile) | {"layers": [single_layer(profile)], "clamp_norm_factor": 4.0}
 
 
 @register_method

@@ -13,12 +13,12 @@ for every update ``ΔW`` of AlphaEdit. Its rank stays, so that single facts can 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from ..engine.weights import get_module, get_weight
-from ..errors import ConfigError
 from .alphaedit import AlphaEdit, AlphaEditConfig
 from .base import Capabilities, register_method
 
@@ -34,16 +34,8 @@ class SPHEREConfig(AlphaEditConfig):
 
     edit_type: ClassVar[str] = "sphere"
 
-    sphere_fraction: float = 0.5
-    sphere_strength: float = 0.5
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        for name, least in (("sphere_fraction", "above 0"), ("sphere_strength", "at least 0")):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name == "sphere_fraction" and value == 0):
-                raise ConfigError(f"SPHEREConfig.{name} must be {least} and at most 1, not {value!r}")
+    sphere_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    sphere_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 def principal_directions(weight: torch.Tensor, fraction: float) -> torch.Tensor:
@@ -85,9 +77,9 @@ class SPHERE(AlphaEdit):
 
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
         """AlphaEdit's columns ``A``, less the part α of what lies along ``U_r``."""
-        found = super().columns(module, keys)
+        columns = super().columns(module, keys)
         if not self.config.sphere_strength:
-            return found
-        weight = get_weight(get_module(self.bench.model, module)).to(found.device)
+            return columns
+        weight = get_weight(get_module(self.bench.model, module)).to(columns.device)
         directions = principal_directions(weight, self.config.sphere_fraction)
-        return found - self.config.sphere_strength * (directions @ (directions.T @ found))
+        return columns - self.config.sphere_strength * (directions @ (directions.T @ columns))

@@ -1,12 +1,12 @@
 """What MEMIT and its relatives share: values optimised once, then written layer by layer from below.
 
-For every request a target is optimised at some site of the model. Then each matrix takes its share of what is
-still missing, with keys and states measured after the matrices before it were written:
+For every request a target ``z`` is optimised at some place of the model. Then each matrix takes its share of what is
+still missing, with keys ``K`` and states ``h`` measured after the matrices before it were written:
 
-    R = share of (targets − current states),   ΔW = R Aᵀ,   A = A(K), column j belonging to request j
+    R = share of (Z − H),   ΔW = R Aᵀ,   A = A(K), column j belonging to request j
 
-A method says where its targets are (`targets`), how a residual is shared out (`share`) and how keys become the
-columns ``A`` (`columns`). Its own file reads beside its paper.
+`SpreadMethod.compute` is this loop (MEMIT's algorithm 1). A method says where its targets are (`targets`), how what is
+missing is shared out (`share`) and how keys become the columns ``A`` (`columns`); its file holds only these answers.
 """
 
 from __future__ import annotations
@@ -14,22 +14,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..books.ledger import WeightDelta
-from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.sweep import Sweep
-from ..engine.values import Site, Values, site_path
-from ..errors import ConfigError
+from ..engine.values import ValuePlace, Values, place_path
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from ..statistics.solve import ridge_columns
 from .base import Outcome
-from .locate_then_edit import LocateConfig, LocateMethod, mean_key, routing_diagnostics, where_routed
+from .locate_then_edit import LocateMethod, mean_key, routing_diagnostics, where_routed
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -37,104 +34,17 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-@dataclass
-class SpreadConfig(LocateConfig):
-    """Config of the methods that spread edits over layers; its fields are those of `LocateConfig`."""
-
-    def validate(self) -> None:
-        """Put the layers into the order in which they are written."""
-        super().validate()
-        if self.layers is not None:
-            self.layers = sorted(self.layers)
-
-    def derive(self, profile: ModelProfile) -> dict[str, Any]:
-        """The range that the published configurations of 28- to 48-layer models share."""
-        n = profile.num_layers
-        first, last = round(0.12 * n), max(round(0.28 * n), round(0.12 * n))
-        values = super().derive(profile) | {"layers": list(range(first, min(last, n - 1) + 1))}
-        if profile.norm != "rms":
-            values["clamp_norm_factor"] = 0.75
-        return values
-
-
-def derived_weight(profile: ModelProfile) -> float:
-    """λ for a model without published values.
-
-    A typical key is stored to the part ``s / (1 + s)`` with ``s ≈ d_in / λ``. The published λ of 7B models, 15,000,
-    is about their ``d_in``; smaller models need a smaller one, or nothing is written.
-    """
-    return float(min(15000, 4 * profile.hidden_size))
-
-
-@dataclass
-class RidgeConfig(SpreadConfig):
-    """Config of the methods that weigh the second moment against the new keys.
-
-    Args:
-        mom2_update_weight: λ, how many typical keys the second moment stands for.
-    """
-
-    mom2_update_weight: float | None = None
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("mom2_update_weight")
-
-    @classmethod
-    def model_dependent_fields(cls) -> tuple[str, ...]:
-        """Fields filled from an hparams file or the model's depth."""
-        return (*super().model_dependent_fields(), "mom2_update_weight")
-
-    def derive(self, profile: ModelProfile) -> dict[str, Any]:
-        """λ by the width of the model."""
-        return super().derive(profile) | {"mom2_update_weight": derived_weight(profile)}
-
-
-@dataclass
-class LayeredRidgeConfig(RidgeConfig):
-    """A `RidgeConfig` whose λ may differ from layer to layer.
-
-    Args:
-        layer_weights: λ of each edited layer, from below; ``None``: ``mom2_update_weight`` for all.
-    """
-
-    layer_weights: list[float] | None = None
-
-    def validate(self) -> None:
-        """Check that there is one per layer."""
-        super().validate()
-        if self.layer_weights is None:
-            return
-        name = type(self).__name__
-        if not all(weight > 0 for weight in self.layer_weights):
-            raise ConfigError(f"{name}.layer_weights must be above 0, not {self.layer_weights!r}")
-        if self.layers is not None and len(self.layer_weights) != len(self.layers):
-            raise ConfigError(
-                f"{name}.layer_weights has {len(self.layer_weights)} entries for {len(self.layers)} layers:"
-                " give one per layer, or mom2_update_weight for all"
-            )
-
-    def weight_of(self, module: str, anatomy: Anatomy) -> float:
-        """λ of the layer that a module is in."""
-        assert self.mom2_update_weight is not None
-        for layer, weight in zip(self.layers or [], self.layer_weights or [], strict=False):
-            if module.startswith(anatomy.layers[layer].path + "."):
-                return weight
-        return self.mom2_update_weight
-
-
 @dataclass(frozen=True)
-class Stop:
-    """One matrix on the way up.
+class Write:
+    """One matrix to write, and what is to be true once it and those after it are written.
 
     Args:
         layer: its layer.
         index: place of the layer among the edited ones, from 0.
-        modules: name of the projection that is written, for every request.
+        modules: name of the projection that is written, for every request (routed experts differ).
         measured: where current states are compared with the targets.
         target: wanted states there, ``[requests, d]``.
-        site: kind of the measured place.
+        place: kind of the measured place.
         label: suffix of the names in a trace.
     """
 
@@ -143,17 +53,69 @@ class Stop:
     modules: tuple[str, ...]
     measured: Tap
     target: torch.Tensor
-    site: Site = "block"
+    place: ValuePlace = "block"
     label: str = ""
 
 
 class SpreadMethod(LocateMethod):
     """Base of the methods that spread a batch of edits over layers."""
 
-    config: SpreadConfig
     default_template_lengths = ((10, 5),)
 
+    # ------------------------------------------------------------------ the loop
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Edit a batch of facts."""
+        bench, groups = self.bench, self.templates()
+        rows = self.rows(requests, groups)
+        anatomies = [self.anatomy_for(request) for request in requests]
+        downs = [tuple(a.down(layer).path for a in anatomies) for layer in self.layers]
+        value_rows = self.value_rows(requests, rows)
+        values = self.optimise(value_rows, self.value_layer(), self.value_places(), self.first_keys(downs))  # Z
+        writes = self.targets(values, [group[0] for group in rows], downs)
+
+        read = _Readings(self, rows, values, first_pass=value_rows is rows)
+        deltas: list[WeightDelta] = []
+        keys_seen: dict[int, torch.Tensor] = {}
+        missing_at_first: dict[Tap, torch.Tensor] = {}
+        with bench.ledger.provisional() as written:  # measured on the model as it will be, and taken off again
+            for write in writes:
+                keys = keys_seen[write.layer] = read.keys(write)  # [n, templates, d_in]
+                k = mean_key(where_routed(keys, keys), groups).T  # K, [d_in, n]
+                current = read.states(write)  # H, [n, d]
+                missing = write.target - current  # Z − H
+                r = self._at_projection(self.share(missing, write), write, anatomies[0]).T  # R, [d, n]
+                a = torch.empty_like(k)  # A, [d_in, n]
+                for module, mine in members(write.modules).items():
+                    a[:, mine] = self.columns(module, k[:, mine]).to(a)
+                    delta = WeightDelta(
+                        module,
+                        left=r[:, mine],
+                        right=a[:, mine].to(r.device),
+                        owners=tuple(mine),
+                        keys=k[:, mine] if self.keeps_keys else None,
+                    )
+                    written.add(delta)
+                    deltas.append(delta)
+                missing_at_first.setdefault(write.measured, missing.norm(dim=-1))
+                self._trace(write, k, a, r, current, missing)
+            missing_at_last = read.missing(writes)
+        before = torch.stack(list(missing_at_first.values())).sum(dim=0).clamp_min(1e-12)
+        ratio = (missing_at_last / before).tolist()
+        diagnostics = [
+            self.diagnose(values, j)
+            | {"residual_ratio": ratio[j]}
+            | routing_diagnostics(anatomies[j], {layer: keys[j] for layer, keys in keys_seen.items()})
+            for j in range(len(requests))
+        ]
+        return Outcome(deltas, diagnostics)
+
     # ------------------------------------------------------------------ what a method decides
+
+    @property
+    def layers(self) -> list[int]:
+        """The edited layers, from below."""
+        return sorted(self.config.layers or [])
 
     @property
     def keeps_keys(self) -> bool:
@@ -164,13 +126,17 @@ class SpreadMethod(LocateMethod):
         """Layer at which the values are optimised."""
         return self.layers[-1]
 
-    def value_sites(self) -> tuple[Site, ...]:
-        """Sites of that layer at which the values are optimised."""
+    def value_places(self) -> tuple[ValuePlace, ...]:
+        """Places of that layer at which the values are optimised."""
         return ("block",)
 
     def value_rows(self, requests: Sequence[EditRequest], rows: list[list[Row]]) -> list[list[Row]]:
         """Rows on which the values are optimised: those that the keys are taken from, unless a method has others."""
         return rows
+
+    def first_keys(self, downs: Sequence[tuple[str, ...]]) -> list[Tap]:
+        """Where the keys of the first written matrices are seen, in the first pass of the optimisation already."""
+        return [Tap(module, "input") for module in dict.fromkeys(downs[0])]
 
     def state_rows(self, rewriting: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """Rows at whose fact tokens states are compared with the targets, as many for each request; their mean counts.
@@ -181,23 +147,23 @@ class SpreadMethod(LocateMethod):
         return [list(group[:1]) for group in rewriting]
 
     def initial_states(self, values: Values) -> torch.Tensor:
-        """Mean states at the value sites on `state_rows` before the batch, ``[requests, sites, d]``."""
+        """Mean states at the value places on `state_rows` before the batch, ``[requests, places, d]``."""
         return values.initials
 
-    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Stop]:
-        """The matrices to write, in order, and what shall be true once they are.
+    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Write]:
+        """The matrices to write, in order, and the states that they lead to.
 
         Args:
             values: the optimised values.
             bare: row of the bare prompt of every request.
             downs: for each edited layer, the projection out of the MLP for every request.
         """
-        top = Tap(site_path(self.bench.anatomy, self.layers[-1], "block"))
-        return [Stop(layer, i, downs[i], top, values.value) for i, layer in enumerate(self.layers)]
+        top = Tap(place_path(self.bench.anatomy, self.layers[-1], "block"))
+        return [Write(layer, i, downs[i], top, values.value) for i, layer in enumerate(self.layers)]
 
-    def share(self, residual: torch.Tensor, stop: Stop) -> torch.Tensor:
-        """The part of ``residual`` ``[requests, d]`` that this matrix shall add: an equal share per layer left."""
-        return residual / (len(self.layers) - stop.index)
+    def share(self, missing: torch.Tensor, write: Write) -> torch.Tensor:
+        """The part of what is ``missing`` ``[requests, d]`` that this matrix adds: an equal share per layer left."""
+        return missing / (len(self.layers) - write.index)
 
     @abstractmethod
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
@@ -208,119 +174,37 @@ class SpreadMethod(LocateMethod):
             keys: ``K`` ``[d_in, n]`` fp32, one column per request.
         """
 
-    # ------------------------------------------------------------------ the loop
-
-    @property
-    def layers(self) -> list[int]:
-        """The edited layers, from below."""
-        return self.config.layers or []
-
-    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
-        """Edit a batch of facts."""
-        bench, deltas = self.bench, []
-        groups = self.templates()
-        rows = self.rows(requests, groups)
-        rewriting = [[r for r in group if not r.is_drift] for group in rows]
-        bare = [group[0] for group in rewriting]
-        states = self.state_rows(rewriting)
-        for_values = self.value_rows(requests, rows)
-        anatomies = [self.anatomy_for(request) for request in requests]
-        downs = [tuple(a.down(layer).path for a in anatomies) for layer in self.layers]
-        values = self.optimise(for_values, self.value_layer(), self.value_sites(), self.first_keys(downs))
-        stops = self.targets(values, bare, downs)
-        started: dict[Tap, torch.Tensor] = {}
-        seen: dict[int, torch.Tensor] = {}
-        restart = values.route != "full"
-        all_rows, state_rows = (
-            Sweep(bench.model, bench.anatomy, [row for group in r for row in group], fill=bench.fill, restart=restart)
-            for r in (rewriting, states)
-        )
-        with bench.ledger.provisional() as scope:
-            for number, stop in enumerate(stops):
-                key_taps = [Tap(module, "input") for module in dict.fromkeys(stop.modules)]
-                if number == 0 and for_values is rows:  # the optimisation's first pass has already seen both
-                    taken = values.taken
-                else:
-                    taken = all_rows.read(key_taps, stop.layer)
-                    taken = {tap: flat.view(len(requests), -1, flat.shape[-1]) for tap, flat in taken.items()}
-                keys = seen[stop.layer] = own_keys(taken, stop.modules)
-                current = self._current(stop, number, values, state_rows)
-                k = mean_key(where_routed(keys, keys), groups).T  # [d_in, n]
-                residual = stop.target - current  # [n, H]
-                share = self._at_projection(self.share(residual, stop), stop, anatomies[0]).T  # [H, n]
-                columns = torch.empty_like(k)
-                for module, mine in members(stop.modules).items():
-                    columns[:, mine] = self.columns(module, k[:, mine]).to(columns)
-                    delta = WeightDelta(
-                        module,
-                        left=share[:, mine],
-                        right=columns[:, mine].to(share.device),
-                        owners=tuple(mine),
-                        keys=k[:, mine] if self.keeps_keys else None,
-                    )
-                    scope.add(delta)
-                    deltas.append(delta)
-                started.setdefault(stop.measured, residual.norm(dim=-1))
-                self._trace(stop, k, columns, share, current, residual)
-            wanted = {stop.measured: stop.target for stop in stops}
-            reached = state_rows.read(list(wanted), stops[-1].layer if len(wanted) == 1 else 0)
-        missing = [
-            (target - _mean_states(reached[tap], target).to(target.device)).norm(dim=-1)
-            for tap, target in wanted.items()
-        ]
-        before = torch.stack(list(started.values())).sum(dim=0).clamp_min(1e-12)
-        ratio = (torch.stack(missing).sum(dim=0) / before).cpu().tolist()
-        diagnostics = [
-            self.diagnose(values, j)
-            | {"residual_ratio": ratio[j]}
-            | routing_diagnostics(anatomies[j], {layer: keys[j] for layer, keys in seen.items()})
-            for j in range(len(requests))
-        ]
-        return Outcome(deltas, diagnostics)
-
-    def first_keys(self, downs: Sequence[tuple[str, ...]]) -> list[Tap]:
-        """Where the keys of the first written matrices are seen, in the first pass of the optimisation already."""
-        return [Tap(module, "input") for module in dict.fromkeys(downs[0])]
-
-    def _current(self, stop: Stop, number: int, values: Values, rows: Sweep) -> torch.Tensor:
-        """States at the measured place as they are now, ``[requests, d]``."""
-        anatomy = self.bench.anatomy
-        if number == 0:
-            for i, site in enumerate(values.sites):
-                if stop.measured == Tap(site_path(anatomy, self.value_layer(), site)):
-                    return self.initial_states(values)[:, i]
-        found = rows.read([stop.measured], stop.layer)[stop.measured]
-        return _mean_states(found, stop.target).to(stop.target.device)
+    # ------------------------------------------------------------------ inside
 
     def _trace(
         self,
-        stop: Stop,
+        write: Write,
         keys: torch.Tensor,
         columns: torch.Tensor,
         share: torch.Tensor,
         current: torch.Tensor,
-        residual: torch.Tensor,
+        missing: torch.Tensor,
     ) -> None:
-        name = f"{stop.layer}{stop.label}"
+        name = f"{write.layer}{write.label}"
         for kind, value in (
             ("k_star", keys),
             ("left", columns),
             ("right", share),
-            ("z", stop.target.T),
+            ("z", write.target.T),
             ("cur_z", current.T),
-            ("residual_total", residual.T),
+            ("residual_total", missing.T),
         ):
             self.bench.note(f"{kind}.{name}", value)
 
-    def _at_projection(self, share: torch.Tensor, stop: Stop, anatomy: Anatomy) -> torch.Tensor:
+    def _at_projection(self, share: torch.Tensor, write: Write, anatomy: Anatomy) -> torch.Tensor:
         """Translate a wanted change of the block's output into one of the projection's output.
 
         Most blocks add the projection's output to the stream unchanged. Some scale it by a constant, which is
         divided out; behind a post-norm there is no exact translation, and the user is told.
         """
-        if stop.site != "block" or anatomy.additive is None or anatomy.additive[stop.layer]:
+        if write.place != "block" or anatomy.additive is None or anatomy.additive[write.layer]:
             return share
-        scale = anatomy.residual_scale[stop.layer] if anatomy.residual_scale is not None else None
+        scale = anatomy.residual_scale[write.layer] if anatomy.residual_scale is not None else None
         if scale:
             return share / scale
         warn_once(
@@ -331,28 +215,66 @@ class SpreadMethod(LocateMethod):
         return share
 
 
-class LayeredRidgeMethod(SpreadMethod):
-    """Base of the methods that solve as MEMIT does, with a λ for each layer."""
+class _Readings:
+    """Keys and states of a batch, read before each write on the model as it then is.
 
-    config: LayeredRidgeConfig
+    What the first write needs was seen in the first pass of the value optimisation already. Later readings go on from
+    the states that entered the last written layer (`Sweep`).
 
-    def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
-        """``(λ_l C + K Kᵀ)⁻¹ K``."""
-        weight = self.config.weight_of(module, self.bench.anatomy)
-        return ridge_columns(self.bench.statistics.factor(module), keys, weight)
+    Args:
+        method: whose batch it is.
+        rows: of every request.
+        values: the optimised ones.
+        first_pass: whether the values were optimised on these rows.
+    """
+
+    def __init__(self, method: SpreadMethod, rows: Sequence[Sequence[Row]], values: Values, *, first_pass: bool):
+        self.method, self.values, self.first_pass, self.first = method, values, first_pass, True
+        rewriting = [[row for row in group if not row.is_drift] for group in rows]
+        self.key_sweep, self.state_sweep = self._sweep(rewriting), self._sweep(method.state_rows(rewriting))
+
+    def _sweep(self, rows: Sequence[Sequence[Row]]) -> Sweep:
+        bench, flat = self.method.bench, [row for group in rows for row in group]
+        return Sweep(bench.model, bench.anatomy, flat, fill=bench.fill, restart=self.values.route != "full")
+
+    def keys(self, write: Write) -> torch.Tensor:
+        """Keys of every request at the matrix that is written for it, ``[requests, templates, d_in]``."""
+        if self.first and self.first_pass:
+            return own_keys(self.values.taken, write.modules)
+        taps = [Tap(module, "input") for module in dict.fromkeys(write.modules)]
+        taken = self.key_sweep.read(taps, write.layer)
+        count = len(write.modules)
+        return own_keys({tap: flat.view(count, -1, flat.shape[-1]) for tap, flat in taken.items()}, write.modules)
+
+    def states(self, write: Write) -> torch.Tensor:
+        """States at the measured place, ``[requests, d]``."""
+        first, self.first = self.first, False
+        if first:
+            anatomy, layer = self.method.bench.anatomy, self.method.value_layer()
+            for i, place in enumerate(self.values.places):
+                if write.measured == Tap(place_path(anatomy, layer, place)):
+                    return self.method.initial_states(self.values)[:, i]
+        return _mean_states(self.state_sweep.read([write.measured], write.layer)[write.measured], write.target)
+
+    def missing(self, writes: Sequence[Write]) -> torch.Tensor:
+        """How far every request is from its targets, ``[requests]``: the sum over the places where they are."""
+        wanted = {write.measured: write.target for write in writes}
+        reached = self.state_sweep.read(list(wanted), writes[-1].layer if len(wanted) == 1 else 0)
+        distances = [(target - _mean_states(reached[tap], target)).norm(dim=-1) for tap, target in wanted.items()]
+        return torch.stack(distances).sum(dim=0)
 
 
 def _mean_states(flat: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """States of all rows ``[requests · rows, d]`` averaged over the rows of each request, ``[requests, d]``."""
-    return flat.view(targets.shape[0], -1, flat.shape[-1]).mean(dim=1)
+    """States of all rows ``[requests · rows, d]`` averaged over the rows of each request, beside ``targets``."""
+    return flat.view(targets.shape[0], -1, flat.shape[-1]).mean(dim=1).to(targets.device)
 
 
 def members(modules: Sequence[str]) -> dict[str, list[int]]:
     """Which requests each module is written for: all of them in a dense model."""
-    found: dict[str, list[int]] = {}
+    requests: dict[str, list[int]] = {}
     for i, module in enumerate(modules):
-        found.setdefault(module, []).append(i)
-    return found
+        requests.setdefault(module, []).append(i)
+    return requests
 
 
 def own_keys(taken: Mapping[Tap, torch.Tensor], modules: Sequence[str]) -> torch.Tensor:

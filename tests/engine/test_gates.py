@@ -24,19 +24,20 @@ from hf_kedit.engine.capture import Tap
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.rows import Row
 from hf_kedit.engine.sweep import Sweep
-from hf_kedit.engine.values import Site, ValueSettings, optimise_values
+from hf_kedit.engine.value_terms import Lane
+from hf_kedit.engine.values import ValuePlace, ValueSettings, optimise_values
 from hf_kedit.statistics.collecting import collect_moments
 from hf_kedit.statistics.corpora import text_corpus
 from hf_kedit.statistics.moments import SecondMoment
 from tests.golden_cases import load_model
 from tests.models import LAYERS, VOCAB, tiny_model
 
-lanes = values_module._lanes
+lanes = values_module.lanes_of
 ALLOWED = 1.03
 STEPS, LAYER = 6, 1
 TEMPLATE_LENGTHS = (0, 4, 6)
 # FLOP of one value of `STEPS` steps, by where it enters; operations of one more step
-FLOPS: dict[str, dict[Site, int]] = {
+FLOPS: dict[str, dict[ValuePlace, int]] = {
     "gpt2": {"block": 13464576, "attention_out": 18969600},
     "llama": {"block": 12063744, "attention_out": 17003520},
 }
@@ -71,13 +72,13 @@ def prepared(request: pytest.FixtureRequest) -> Any:
     """A model whose routes have been checked, so that what is counted is the work of an edit alone."""
     model = tiny_model(request.param)
     anatomy = check_anatomy(model, resolve_anatomy(model))
-    sites: tuple[Site, ...] = ("block", "attention_out")
+    sites: tuple[ValuePlace, ...] = ("block", "attention_out")
     for site in sites:
         run(model, anatomy, [edit()], site, 1)
     return request.param, model, anatomy
 
 
-def run(model: Any, anatomy: Any, rows: list[list[Row]], site: Site = "block", steps: int = STEPS) -> Any:
+def run(model: Any, anatomy: Any, rows: list[list[Row]], site: ValuePlace = "block", steps: int = STEPS) -> Any:
     with frozen_eval(model):
         return optimise_values(model, anatomy, rows, LAYER, (site,), settings(steps), show_progress=False)
 
@@ -152,7 +153,7 @@ def test_a_value_costs_no_more_floating_point_operations(prepared: Any) -> None:
 def unfolded(rows: list[Row], owner: int, **_: Any) -> list[Any]:
     """The lanes of a request with its drift row as a lane of its own, whether that is needed or not."""
     drift = rows[-1]
-    lane = values_module._Lane(drift.ids[: drift.fact + 1], drift.fact, drift.positions, (True,), (0,), owner, -1)
+    lane = Lane(drift.ids[: drift.fact + 1], drift.fact, drift.positions, (True,), (0,), owner, -1)
     return [*lanes(rows, owner, drift=False), lane]
 
 
@@ -169,7 +170,7 @@ def test_a_prompt_that_starts_with_its_subject_needs_no_drift_row(
     ]
     assert counts[0] < 0.9 * counts[1]
     same = [run(model, anatomy, [folded])]
-    monkeypatch.setattr(values_module, "_lanes", unfolded)
+    monkeypatch.setattr(values_module, "lanes_of", unfolded)
     same.append(run(model, anatomy, [folded]))
     assert torch.allclose(torch.tensor(same[0].loss[0]), torch.tensor(same[1].loss[0]), atol=1e-5)
     assert (same[0].offset - same[1].offset).norm() <= 1e-4 * same[1].offset.norm()

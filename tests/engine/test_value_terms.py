@@ -12,7 +12,7 @@ from hf_kedit import EditableModel, EditRequest, load_edit_dataset
 from hf_kedit.engine.capture import Tap, capture_at
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.rows import drift_row, rewrite_row
-from hf_kedit.engine.values import Values, ValueSettings, optimise_values, site_path
+from hf_kedit.engine.values import Values, ValueSettings, optimise_values, place_path
 from hf_kedit.errors import UnsupportedModelError
 from hf_kedit.tokens import pad_rows
 
@@ -71,26 +71,26 @@ def test_two_sites_share_a_loss_but_not_a_limit(setup: Any) -> None:
     model, _ = setup
     settings = replace(SETTINGS, clamp=0.5)
     both = optimise(setup, settings, ("down", "attention_out"))
-    assert both.sites == ("down", "attention_out")
+    assert both.places == ("down", "attention_out")
     assert torch.equal(both.value, both.value_at("down"))
     for k in range(2):
         length, limit = both.offsets[:, k].norm(dim=-1), 0.5 * both.initials[:, k].norm(dim=-1)
         assert bool((length <= limit * (1 + 1e-5)).all()) and bool((length > 0.1 * limit).all())
-    for site in both.sites:
+    for site in both.places:
         alone = optimise(setup, settings, site)
-        assert torch.allclose(alone.initial, both.initials[:, both.sites.index(site)], atol=1e-5)
+        assert torch.allclose(alone.initial, both.initials[:, both.places.index(site)], atol=1e-5)
         assert alone.loss[0][1][0] != both.loss[0][1][0]
     full = optimise(setup, settings, ("down", "attention_out"), route="full")
     assert (full.offsets - both.offsets).norm() <= 1e-3 * full.offsets.norm()
-    with pytest.raises(ValueError, match="site"):
-        site_path(model.anatomy, LAYER, "mlp")
+    with pytest.raises(ValueError, match="unknown place"):
+        place_path(model.anatomy, LAYER, "mlp")
 
 
 def test_a_missing_attention_projection_is_named(setup: Any) -> None:
     anatomy = setup[0].anatomy
     layers = tuple(replace(layer, attention_out=None) for layer in anatomy.layers)
     with pytest.raises(UnsupportedModelError, match="attention"):
-        site_path(replace(anatomy, layers=layers), LAYER, "attention_out")
+        place_path(replace(anatomy, layers=layers), LAYER, "attention_out")
 
 
 def test_the_term_that_pulls_contexts_together(setup: Any) -> None:

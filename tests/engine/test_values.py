@@ -89,15 +89,15 @@ def test_requests_stop_on_their_own_and_leave_the_batch(setup: Any) -> None:
 
 def test_running_out_of_memory_halves_the_batch_and_goes_on(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = optimise(setup, [0, 1, 2, 3, 4])
-    real, sizes = module._optimise, []
+    real, sizes = module.Optimisation, []
 
-    def small(model: Any, anatomy: Any, rows: Any, *rest: Any, **named: Any) -> Values:
+    def small(model: Any, anatomy: Any, rows: Any, *rest: Any, **named: Any) -> Any:
         sizes.append(len(rows))
         if len(rows) > 2:
             raise torch.OutOfMemoryError("too much")
         return real(model, anatomy, rows, *rest, **named)
 
-    monkeypatch.setattr(module, "_optimise", small)
+    monkeypatch.setattr(module, "Optimisation", small)
     found = optimise(setup, [0, 1, 2, 3, 4], batch_size=5)
     assert sizes[0] == 5 and max(sizes[-2:]) <= 2
     for i in range(5):
@@ -106,13 +106,13 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(setup: Any, monkeypa
 
 def test_a_batch_holds_requests_of_similar_length(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row of a batch runs as many columns as the longest, so requests are sorted by what has to be run."""
-    real, seen = module._optimise, []
+    real, seen = module.Optimisation, []
 
-    def noting(model: Any, anatomy: Any, rows: Any, *rest: Any, **named: Any) -> Values:
+    def noting(model: Any, anatomy: Any, rows: Any, *rest: Any, **named: Any) -> Any:
         seen.append([max(len(r.ids) - r.fact for r in group if not r.is_drift) for group in rows])
         return real(model, anatomy, rows, *rest, **named)
 
-    monkeypatch.setattr(module, "_optimise", noting)
+    monkeypatch.setattr(module, "Optimisation", noting)
     order = [2, 1, 0, 3, 4]
     given = [max(len(r.ids) - r.fact for r in setup[2][i] if not r.is_drift) for i in order]
     optimise(setup, order, batch_size=2)

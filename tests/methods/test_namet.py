@@ -134,5 +134,5 @@ def test_the_bare_prompt_alone_is_enough() -> None:
 def test_a_weight_for_each_layer() -> None:
     with pytest.raises(ConfigError, match="3 entries for 2 layers"):
         NAMETConfig(layers=[0, 1], layer_weights=[1.0, 2.0, 3.0])
-    with pytest.raises(ConfigError, match="above 0"):
+    with pytest.raises(ConfigError, match="greater than 0"):
         NAMETConfig(layers=[0, 1], layer_weights=[1.0, 0.0])
