@@ -1,0 +1,272 @@
+"""What else an edit changed: the same questions before and after it, answered by free generation.
+
+An edit is judged by its target, and a method that makes a model say "English English English" to everybody reaches
+every target. So a model is asked about the fact in several forms, about its neighbours, about nothing in particular,
+and to copy the name of the subject; the answers before and after the edit are compared as texts. It takes two
+generations of a few tokens per question.
+
+    effects = SideEffects(tokenizer, requests)
+    effects.before(model); model.edit(requests); effects.after(model)
+    effects.report().harm        # plain sentences, empty where nothing was hurt
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...data.general_probes import GENERAL_PROBES
+from ...errors import EvaluationError
+from ...requests import EditRequest
+from ..asking.generation import PromptFormat, generate_answers
+from .metrics import contains, mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kind = Literal["fact", "paraphrase", "chat", "neighbour", "same subject", "general", "name"]
+REACH: tuple[Kind, ...] = ("fact", "paraphrase", "chat")
+"""Questions whose answer should hold the new target."""
+KEEP: tuple[Kind, ...] = ("neighbour", "same subject", "general", "name")
+"""Questions whose answer should be as before."""
+
+NEW_TOKENS = 10
+MOST_REQUESTS = 20
+"""Of a larger batch, so many requests (evenly spread) are asked about."""
+SMALLEST_KEPT: dict[str, float] = {"neighbour": 0.5, "same subject": 0.5, "general": 0.9, "name": 0.75}
+"""Smaller shares of unchanged answers are called harm."""
+ECHO, DISTINCT = 0.05, 0.7
+"""Harm: the new target in more than this share of unrelated answers; distinct-2 below this share of what it was."""
+
+# Other subjects for the prompt of a request that brings no neighbours: well known, of several kinds, so that whatever
+# the relation is, some of them fit it. An answer that makes no sense may still not change.
+OTHER_SUBJECTS = ("Albert Einstein", "William Shakespeare", "Marie Curie", "Brazil", "London", "Google")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that is asked before and after an edit.
+
+    Args:
+        kind: what its answer tells.
+        prompt: text, before formatting.
+        prompt_format: ``raw`` or ``chat``.
+        wanted: for kinds in `REACH` the new target; for ``name`` what should be copied.
+    """
+
+    kind: Kind
+    prompt: str
+    prompt_format: PromptFormat = "raw"
+    wanted: str | None = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with the answers before and after.
+
+    Args:
+        question: what was asked.
+        before: the continuation of the model as it was.
+        after: of the edited model.
+    """
+
+    question: Question
+    before: str
+    after: str
+
+    @property
+    def good(self) -> bool:
+        """Whether the answer is what it should be: the target is reached, or nothing changed."""
+        question = self.question
+        if question.kind == "name" and question.wanted is not None:
+            could, can = (contains(text, question.wanted) == 1 for text in (self.before, self.after))
+            return can or not could
+        if question.kind in REACH:
+            return contains(self.after, question.wanted or "") == 1
+        return self.before == self.after
+
+
+@dataclass(frozen=True)
+class SideEffectReport:
+    """What a model said before and after an edit.
+
+    Args:
+        answers: every question with both answers.
+        targets: the new targets of the requests that were asked about.
+    """
+
+    answers: tuple[Answered, ...]
+    targets: tuple[str, ...]
+
+    def of(self, kind: Kind) -> list[Answered]:
+        """The answers to questions of a kind."""
+        return [a for a in self.answers if a.question.kind == kind]
+
+    def share(self, kind: Kind) -> float | None:
+        """Share of the answers of a kind that are as they should be; ``None`` if nothing of the kind was asked."""
+        return mean(float(a.good) for a in self.of(kind))
+
+    @property
+    def distinct(self) -> tuple[float, float]:
+        """Distinct word pairs as a share of all, in the answers that should not change: before and after."""
+        kept = [a for kind in ("neighbour", "same subject", "general") for a in self.of(kind)]
+        return distinct_pairs(a.before for a in kept), distinct_pairs(a.after for a in kept)
+
+    @property
+    def echo(self) -> float:
+        """Share of the general answers that hold a new target that was not there before."""
+        general = self.of("general")
+        new = [any(contains(a.after, t) > contains(a.before, t) for t in self.targets) for a in general]
+        return sum(new) / len(new) if new else 0.0
+
+    @property
+    def harm(self) -> list[str]:
+        """What was hurt, in plain sentences; empty where nothing was."""
+        sentences = []
+        for kind, least in SMALLEST_KEPT.items():
+            share, answers = self.share(kind), self.of(kind)  # type: ignore[arg-type]
+            if share is not None and share < least:
+                what = {
+                    "neighbour": "answers about other subjects changed",
+                    "same subject": "answers about other facts of the subject changed",
+                    "general": "answers to general prompts changed",
+                    "name": "copies of the subject's name broke",
+                }[kind]
+                sentences.append(f"{sum(not a.good for a in answers)} of {len(answers)} {what}")
+        if self.echo > ECHO:
+            sentences.append(f"{self.echo:.0%} of the general answers now hold the new target")
+        before, after = self.distinct
+        if after < DISTINCT * before:
+            sentences.append(f"the model repeats itself: {after:.0%} of word pairs are distinct, {before:.0%} before")
+        return sentences
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: shares by kind, distinctness, echo, harm, and every answer."""
+        before, after = self.distinct
+        return {
+            "shares": {kind: self.share(kind) for kind in (*REACH, *KEEP) if self.of(kind)},
+            "asked": {kind: len(self.of(kind)) for kind in (*REACH, *KEEP) if self.of(kind)},
+            "distinct_before": before,
+            "distinct_after": after,
+            "echo": self.echo,
+            "harm": self.harm,
+            "answers": [
+                {**asdict(a.question), "before": a.before, "after": a.after, "good": a.good} for a in self.answers
+            ],
+        }
+
+
+class SideEffects:
+    """Asks a model before and after an edit.
+
+    Args:
+        tokenizer: of the model.
+        requests: what is edited; of many, `MOST_REQUESTS` are asked about.
+        general: beginnings of sentences that have nothing to do with the edit.
+        max_new_tokens: per answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[EditRequest],
+        *,
+        general: Sequence[str] = GENERAL_PROBES,
+        max_new_tokens: int = NEW_TOKENS,
+    ):
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        step = max(1, len(requests) / MOST_REQUESTS)
+        asked = [requests[int(i * step)] for i in range(min(len(requests), MOST_REQUESTS))]
+        self.targets = tuple(r.target_new for r in asked)
+        has_chat = bool(getattr(tokenizer, "chat_template", None))
+        questions = [q for r in asked for q in questions_about(r, chat=has_chat)]
+        questions += [Question("general", text) for text in general]
+        self.questions = list(dict.fromkeys(questions))
+        self._before: list[str] | None = None
+        self._after: list[str] | None = None
+
+    def before(self, model: PreTrainedModel) -> None:
+        """Ask the model as it is before the edit."""
+        self._before = self._ask(model)
+
+    def after(self, model: PreTrainedModel) -> None:
+        """Ask the edited model."""
+        self._after = self._ask(model)
+
+    def report(self) -> SideEffectReport:
+        """What came out.
+
+        Raises:
+            EvaluationError: if the model was not asked both times.
+        """
+        if self._before is None or self._after is None:
+            raise EvaluationError("side effects need the answers of both: call before(model) and after(model)")
+        answers = zip(self.questions, self._before, self._after, strict=True)
+        return SideEffectReport(tuple(Answered(*answer) for answer in answers), self.targets)
+
+    def _ask(self, model: PreTrainedModel) -> list[str]:
+        texts: dict[Question, str] = {}
+        for prompt_format in ("raw", "chat"):
+            asked = [q for q in self.questions if q.prompt_format == prompt_format]
+            if asked:
+                given = generate_answers(
+                    model,
+                    self.tokenizer,
+                    [q.prompt for q in asked],
+                    self.max_new_tokens,
+                    prompt_format=prompt_format,  # type: ignore[arg-type]
+                )
+                texts.update({q: answer.text for q, answer in zip(asked, given, strict=True)})
+        return [texts[q] for q in self.questions]
+
+
+def questions_about(request: EditRequest, *, chat: bool) -> list[Question]:
+    """What is asked because of one request.
+
+    Its own paraphrases and locality probes come first; without the latter, the prompt is asked of other subjects.
+
+    Args:
+        request: one fact.
+        chat: ask it as a user would, too.
+    """
+    prompt, target = request.filled_prompt, request.target_new
+    questions = [Question("fact", prompt, wanted=target)]
+    questions += [Question("paraphrase", text, wanted=target) for text in request.rephrase_prompts]
+    if chat:
+        questions.append(Question("chat", f"Complete this sentence: {prompt}", "chat", target))
+    for axis, probes in request.locality.items():
+        kind: Kind = "same subject" if "subject" in axis.lower() and "other" not in axis.lower() else "neighbour"
+        questions += [Question(kind, probe.prompt) for probe in probes]
+    if request.subject is None:
+        return questions
+    if not request.locality:
+        before, after = request.template.split("{}")
+        others = [name for name in OTHER_SUBJECTS if name.lower() not in prompt.lower()]
+        questions += [Question("neighbour", before + name + after) for name in others]
+        questions.append(Question("same subject", f"{request.subject} is known for"))
+    name = request.subject
+    questions.append(Question("name", f"Name: {name}\nName: {name}\nName:", wanted=name))
+    if chat:
+        questions.append(Question("name", f"Repeat this name: {name}", "chat", name))
+    return questions
+
+
+def distinct_pairs(texts: Iterable[str]) -> float:
+    """Distinct pairs of neighbouring words as a share of all pairs, text by text (Li et al. 2016, arXiv 1510.03055).
+
+    Pairs count as repeated within one text only: different questions may well have the same answer.
+
+    Returns:
+        1 where no text has two words.
+    """
+    pairs = distinct = 0
+    for text in texts:
+        words = text.split()
+        counts = Counter(itertools.pairwise(words))
+        pairs += sum(counts.values())
+        distinct += len(counts)
+    return distinct / pairs if pairs else 1.0
