@@ -18,6 +18,7 @@ from .measures.distributions import locality_divergence, perplexity
 from .measures.drift import weight_drift
 from .measures.harness import HarnessTask
 from .measures.judges import CallableJudge, ExactMatchJudge, HFModelJudge, Judge, OpenAICompatibleJudge
+from .measures.knowledge import known_facts
 from .protocols.base import PROTOCOLS, Generation, Protocol, TeacherForced, register_protocol
 from .protocols.fluency import Fluency
 from .protocols.judged import Judged
@@ -59,6 +60,7 @@ __all__ = [
     "evaluate_edits",
     "functional",
     "generate_answers",
+    "known_facts",
     "list_metrics",
     "load_ability",
     "load_metric",
