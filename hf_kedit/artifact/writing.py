@@ -388,7 +388,7 @@ def load_artifact(
     chosen = config if config is not None else AutoEditConfig.for_method(described["method"])
     if config is None:
         saved = {k: v for k, v in described["hparams"].items() if k != "edit_type"}
-        chosen = type(chosen).from_dict(saved) if isinstance(chosen, EditConfig) else chosen
+        chosen = type(chosen).from_dict(saved, saved=True) if isinstance(chosen, EditConfig) else chosen
     overrides = anatomy if anatomy is not None else described.get("anatomy") or None
     model = EditableModel(
         base_model,

@@ -206,8 +206,7 @@ def open_model(
     with loading(name):
         model = EditableModel.from_pretrained(name, config, **kwargs)
     if config is None and (settings or given):
-        changed = {**model.edit_config.to_dict(), **parse_settings(settings), **given}
-        model.set_method(type(model.edit_config).from_dict(changed))
+        model.set_method(model.edit_config.changed({**parse_settings(settings), **given}))
     return model
 
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
 from ..errors import ConfigError, LayerError, nearest
 from ..logging import get_logger, info_once, warn_once
@@ -27,6 +27,7 @@ from .hparams import find_hparams, read_mapping
 logger = get_logger(__name__)
 CONFIG_NAME = "edit_config.json"
 C = TypeVar("C", bound="EditConfig")
+_RENAMED = {"batch_size": "rows_per_step"}  # fields by the names that they had in 0.1.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,32 @@ class ModelProfile:
     model_type: str | None = None
 
 
+def _renamed(values: Mapping[str, Any], owner: str, *, quietly: bool = False) -> dict[str, Any]:
+    """Return values under the present names of their fields; unless quiet, say once that a name is an old one.
+
+    Raises:
+        ConfigError: if a field is given under both names.
+    """
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = _RENAMED.get(key, key) if isinstance(key, str) else key
+        if name in named or (name != key and name in values):
+            raise ConfigError(f"{owner}: '{key}' is the old name of '{name}'; give only one of them")
+        if name != key and not quietly:
+            warn_once(logger, f"{owner}: '{key}' is called '{name}' now; the old name will go")
+        named[name] = value
+    return named
+
+
+class _OldNames(type):
+    """Lets a config be made with the old names of its fields."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        return super().__call__(*args, **_renamed(values, cls.__name__))
+
+
 @dataclass
-class EditConfig:
+class EditConfig(metaclass=_OldNames):
     """Base class of the configs of all methods.
 
     A subclass sets ``edit_type`` and adds the method's hyperparameters as fields. Fields of type ``… | None``
@@ -60,7 +85,9 @@ class EditConfig:
         separator: text between prompt and target; ``None`` puts one space unless the prompt ends or the target
             begins with white space, or the target begins with a CJK character.
         seed: seed of everything random in the method (generated context templates).
-        batch_size: how many requests are optimised together; ``None``: as many as the memory budget allows.
+        rows_per_step: how many requests (with their wordings) pass the model together in one step; ``None``: as many
+            as the method's own default or the memory allows. How many are solved for together is another number, the
+            ``batch_size`` of `EditableModel.edit`.
 
     Raises:
         ConfigError: for an unknown key, a wrong type or a value out of range.
@@ -71,7 +98,7 @@ class EditConfig:
     layers: list[int] | None = None
     separator: str | None = None
     seed: int = 0
-    batch_size: int | None = None
+    rows_per_step: PositiveInt | None = None
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
         """Note which fields the caller sets, whatever to: `complete` leaves these alone."""
@@ -85,31 +112,29 @@ class EditConfig:
             try:
                 setattr(self, name, adapter.validate_python(getattr(self, name)))
             except ValidationError as error:
-                detail = error.errors()[0]["msg"]
-                raise ConfigError(f"{type(self).__name__}.{name} = {getattr(self, name)!r}: {detail}") from error
+                raise ConfigError(_what_is_wrong(f"{type(self).__name__}.{name}", error)) from error
         self.validate()
 
     def validate(self) -> None:
-        """Check ranges; subclasses extend it.
+        """Check what the types of the fields do not say; subclasses extend it.
 
         Raises:
             ConfigError: naming the field.
         """
-        if self.layers is not None:
-            if not self.layers:
-                raise ConfigError(f"{type(self).__name__}.layers is empty; leave it out to use the model's default")
-            if len(set(self.layers)) != len(self.layers):
-                raise ConfigError(f"{type(self).__name__}.layers names a layer twice: {self.layers}")
-        self._require_positive("batch_size", optional=True)
+        for f in fields(self):
+            if f.default is None and getattr(self, f.name) == []:
+                raise ConfigError(f"{type(self).__name__}.{f.name} is empty; leave it out to use the default")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise ConfigError(f"{type(self).__name__}.layers names a layer twice: {self.layers}")
 
-    def _require_positive(self, *names: str, optional: bool = False, zero: bool = False) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is None and (optional or name in self.model_dependent_fields()):
-                continue
-            if value is None or not (value > 0 or (zero and value == 0)):
-                bound = "at least 0" if zero else "greater than 0"
-                raise ConfigError(f"{type(self).__name__}.{name} must be {bound}, not {value!r}")
+    @property
+    def batch_size(self) -> int | None:
+        """The old name of ``rows_per_step``."""
+        return self.rows_per_step
+
+    @batch_size.setter
+    def batch_size(self, value: int | None) -> None:
+        (self.rows_per_step,) = _renamed({"batch_size": value}, type(self).__name__).values()
 
     # ------------------------------------------------------------------ model-dependent values
 
@@ -172,8 +197,13 @@ class EditConfig:
         return {"edit_type": self.edit_type, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+    def from_dict(cls: type[C], values: Mapping[str, Any], *, saved: bool = False) -> C:
         """Build a config from a dict; on the base class, ``edit_type`` names the method.
+
+        Args:
+            values: the fields by name.
+            saved: the values were written by this library, perhaps by an earlier version: old names of fields are
+                taken without a word.
 
         Raises:
             ConfigError: for an unknown key; the nearest known one is named.
@@ -188,8 +218,16 @@ class EditConfig:
             target = config_class(edit_type)
         elif edit_type is not None and normalise(edit_type) != cls.edit_type:
             raise ConfigError(f"this is a config of '{edit_type}', not of '{cls.edit_type}'")
-        config: C = target(**target._known(data, "the config"))
+        config: C = target(**target._known(_renamed(data, "the config", quietly=saved), "the config"))
         return config
+
+    def changed(self: C, values: Mapping[str, Any]) -> C:
+        """Return a copy with other values in some fields.
+
+        Raises:
+            ConfigError: for an unknown key or a bad value.
+        """
+        return type(self).from_dict({**self.to_dict(), **_renamed(values, "the call")})
 
     @classmethod
     def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -244,7 +282,7 @@ class EditConfig:
         data = read_mapping(file)
         if isinstance(data.get("hparams"), dict):  # a saved edit keeps its config there
             data = data["hparams"]
-        return cls.from_dict(data)
+        return cls.from_dict(data, saved=True)
 
 
 @dataclass
@@ -257,13 +295,7 @@ class WeightConfig(EditConfig):
             restricted change has full rank, is stored densely, and edits of one batch are undone together.
     """
 
-    rect_keep: float | None = None
-
-    def validate(self) -> None:
-        """Check the fraction."""
-        super().validate()
-        if self.rect_keep is not None and not 0 < self.rect_keep <= 1:
-            raise ConfigError(f"{type(self).__name__}.rect_keep must be above 0 and at most 1, not {self.rect_keep!r}")
+    rect_keep: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class AutoEditConfig:
@@ -280,7 +312,7 @@ class AutoEditConfig:
             UnknownMethodError: if there is no such method; the nearest name is given.
         """
         cls = config_class(method)
-        return cls(**cls._known(values, "the call"))
+        return cls(**cls._known(_renamed(values, "the call"), "the call"))
 
     @staticmethod
     def for_model(model: str, method: str, **values: Any) -> EditConfig:
@@ -288,7 +320,7 @@ class AutoEditConfig:
         cls = config_class(method)
         found = find_hparams(cls.edit_type, model)
         data = cls._known(found[1], str(found[0])) if found else {}
-        return cls(**{**data, **cls._known(values, "the call")})
+        return cls(**{**data, **cls._known(_renamed(values, "the call"), "the call")})
 
     @staticmethod
     def from_pretrained(path: str | Path) -> EditConfig:
@@ -321,6 +353,13 @@ def config_class(method: str) -> type[EditConfig]:
 def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(cls, include_extras=True)  # the ranges are in the annotations
     return {f.name: TypeAdapter(hints[f.name]) for f in fields(cls)}
+
+
+def _what_is_wrong(field: str, error: ValidationError) -> str:
+    """The first complaint about a field, with the value and, inside a list, its place."""
+    first = error.errors()[0]
+    place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+    return f"{field}{place} = {first['input']!r}: {first['msg']}"
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -31,6 +31,7 @@ RENAMED = {
     "cedit": "edit_weight",
     "cloc": "locality_weight",
     "loc_coef": "locality_weight",
+    "batch_size": "rows_per_step",
     "n_blocks": "num_blocks",
 }
 # Method → field → their word → ours.
@@ -75,7 +76,7 @@ IGNORED = {
     "results_dir": "nothing is written unless asked",
     "batch_size": "here it is an argument of edit(requests, batch_size=...)",
 }
-# Methods whose own batch_size means the same: requests (or points) in one pass.
+# Methods whose own batch_size means our rows_per_step: requests (or points) in one pass.
 _OWN_BATCH = ("ft-l", "ft-m", "lora", "qlora", "adalora", "kn", "ultraedit")
 # Their QLoRA trains towards the target alone, shifted against the prompt; one or two steps of that say nothing here.
 _OTHER_OBJECTIVE = "their QLoRA trains on another objective; steps of it are no steps of this one"
@@ -122,7 +123,7 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
             values |= {"layer_weights": value, "mom2_update_weight": value[-1]}  # EAMET and NAMET: one per layer
         elif key == "inner_params" and value:
             values |= _inner_params(value, known, converted.ignored)
-        elif name == "stats_dir" or name not in known or (name == "batch_size" and cls.edit_type not in _OWN_BATCH):
+        elif name == "stats_dir" or name not in known or (key == "batch_size" and cls.edit_type not in _OWN_BATCH):
             converted.ignored[key] = IGNORED.get(key) or f"{cls.__name__} has no such field"
         elif value is False and not isinstance(getattr(converted.config, name), bool):
             values[name] = None  # a number that is switched off (norm_constraint)

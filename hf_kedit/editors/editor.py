@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..config import CONFIG_NAME, WeightConfig
@@ -63,22 +64,12 @@ class EditorConfig(WeightConfig):
     """
 
     editor: str | None = None
-    max_relative_size: float | None = None
+    max_relative_size: PositiveFloat | None = None
     modules: list[str] | None = None
-    edit_weight: float = 0.1
-    locality_weight: float = 1.0
+    edit_weight: NonNegativeFloat = 0.1
+    locality_weight: NonNegativeFloat = 1.0
     locality_at: Literal["all", "answer"] = "all"
-    micro_batch: int = 32
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("edit_weight", "locality_weight", zero=True)
-        self._require_positive("micro_batch")
-        if self.max_relative_size is not None:
-            self._require_positive("max_relative_size")
-        if self.modules is not None and not self.modules:
-            raise ConfigError(f"{type(self).__name__}.modules is empty; leave it out to use the model's default")
+    micro_batch: PositiveInt = 32
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:
@@ -494,7 +485,7 @@ class Editor(nn.Module):
         kind = editor_class(saved.method)
         if not issubclass(kind, cls):
             raise ConfigError(f"{str(editor)!r} is an editor of {saved.method!r}; {cls.__name__} cannot load it")
-        config = kind.config_class.from_dict(saved.hparams)
+        config = kind.config_class.from_dict(saved.hparams, saved=True)
         made = kind(config, saved.modules, encoder_decoder=saved.encoder_decoder)
         made.take_over(saved)
         return made.eval()

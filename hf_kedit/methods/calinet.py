@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import EditConfig, ModelProfile
@@ -36,7 +37,7 @@ from .side_neurons import Calibration, mlp_path
 
 @dataclass
 class CaliNetConfig(EditConfig):
-    """Hyperparameters of CaliNet. ``batch_size`` rows share a forward pass (64 by default).
+    """Hyperparameters of CaliNet. ``rows_per_step`` rows share a forward pass (64 by default).
 
     Args:
         slots: neurons per batch of edits and layer; the paper takes 64 for 100 facts.
@@ -50,19 +51,13 @@ class CaliNetConfig(EditConfig):
 
     edit_type: ClassVar[str] = "calinet"
 
-    slots: int = 64
-    lr: float = 1e-3
-    num_steps: int = 200
-    stop_loss: float = 1e-2
+    slots: PositiveInt = 64
+    lr: PositiveFloat = 1e-3
+    num_steps: PositiveInt = 200
+    stop_loss: NonNegativeFloat = 1e-2
     gated: bool | None = None
     context_templates: list[str] | None = None
     context_lengths: list[tuple[int, int]] = field(default_factory=lambda: [(5, 2)])
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("slots", "lr", "num_steps")
-        self._require_positive("stop_loss", zero=True)
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The last layer, as published for T5-base."""
@@ -111,7 +106,7 @@ class CaliNet(Method):
         """Train new neurons on a batch."""
         bench, config, site = self.bench, self.config, self.site()
         rows = self._rows(requests)
-        size = config.batch_size or 64
+        size = config.rows_per_step or 64
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         replays = [self._replay(chunk) for chunk in chunks]
         neurons = self._start(len(site.edit_ids))

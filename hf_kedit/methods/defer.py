@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..books.book import Saved
@@ -49,18 +50,11 @@ class DEFERConfig(SiteConfig):
 
     edit_type: ClassVar[str] = "defer"
 
-    num_steps: int = 100
-    lr: float = 7e-5
-    threshold: float = 0.5
+    num_steps: PositiveInt = 100
+    lr: PositiveFloat = 7e-5
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     key_token: Literal["prompt", "sequence"] = "prompt"
     seed: int = 0
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("num_steps", "lr", "threshold")
-        if self.threshold >= 1:
-            raise ConfigError(f"DEFERConfig.threshold must be below 1, not {self.threshold!r}")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Most of the way up the stack, as in the published configurations."""

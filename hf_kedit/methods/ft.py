@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch.func import functional_call
 
 from ..books.beside import Change, running
@@ -39,7 +40,7 @@ STOP_LOSS = 1e-2
 
 @dataclass
 class FTConfig(WeightConfig):
-    """Hyperparameters of fine-tuning. ``batch_size`` requests share a step (``None``: one at a time).
+    """Hyperparameters of fine-tuning. ``rows_per_step`` requests share a step (``None``: one at a time).
 
     Args:
         num_steps: passes over the requests.
@@ -55,23 +56,16 @@ class FTConfig(WeightConfig):
         stop_loss: training ends when the mean loss of a pass falls below; smaller losses are not trained on.
     """
 
-    num_steps: int = 25
-    lr: float | None = None
-    weight_decay: float = 0.0
-    norm_constraint: float | None = None
+    num_steps: PositiveInt = 25
+    lr: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    norm_constraint: PositiveFloat | None = None
     modules: list[str] | None = None
     expert_policy: Literal["shared", "top1"] = "shared"
     train_bias: bool = False
-    stop_loss: float = STOP_LOSS
+    stop_loss: NonNegativeFloat = STOP_LOSS
 
     objective: ClassVar[Objective]
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("num_steps", "lr")
-        self._require_positive("weight_decay", "stop_loss", zero=True)
-        self._require_positive("norm_constraint", optional=True)
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:
@@ -161,7 +155,7 @@ class FineTuning(Method):
         start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
         theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
         optimiser = torch.optim.Adam(list(theta.values()), lr=config.lr, weight_decay=config.weight_decay)
-        size = config.batch_size or 1
+        size = config.rows_per_step or 1
         chunks = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
         losses: list[list[float]] = [[] for _ in examples]
         epoch_losses: list[float] = []

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..books.sites import SiteCall
@@ -62,18 +63,13 @@ class GRACEConfig(SiteConfig):
 
     edit_type: ClassVar[str] = "grace"
 
-    num_steps: int | None = None
-    lr: float = 1.0
-    eps: float = 1.0
+    num_steps: PositiveInt | None = None
+    lr: PositiveFloat = 1.0
+    eps: PositiveFloat = 1.0
     value_init: Literal["cold", "warm"] = "cold"
     replacement: Replacement = "replace_last"
     skip_if_correct: bool = False
     seed: int = 0
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("num_steps", "lr", "eps")
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeInt
 
 from ..books.prompt_book import PromptEntry
 from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
@@ -94,13 +95,8 @@ class IKEConfig(PromptConfig):
     edit_type: ClassVar[str] = "ike"
 
     demonstrations: str | list[dict[str, Any]] | None = None
-    k: int = 32
+    k: NonNegativeInt = 32
     order: Literal["records", "sentences"] = "records"
-
-    def validate(self) -> None:
-        """Check that there is something to choose from."""
-        super().validate()
-        self._require_positive("k", zero=True)
 
 
 class InContext(Method):

@@ -26,9 +26,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -77,26 +78,17 @@ class KEConfig(EditorConfig):
 
     locality_at: Literal["all", "answer"] = "answer"
     objective: Literal["constrained", "weighted"] = "constrained"
-    label_smoothing: float = 0.1
-    multiplier_lr: float = 0.1
-    margin: float = 1e-3
-    margin_min: float = 1e-5
-    margin_decay: float = 0.8
-    margin_success: float = 0.9
-    lstm_size: int = 128
-    condition_size: int = 1024
-    hidden_size: int = 128
-    max_scale: float = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, le=1)] = 0.1
+    multiplier_lr: PositiveFloat = 0.1
+    margin: PositiveFloat = 1e-3
+    margin_min: PositiveFloat = 1e-5
+    margin_decay: Annotated[float, Field(ge=0, le=1)] = 0.8
+    margin_success: Annotated[float, Field(ge=0, le=1)] = 0.9
+    lstm_size: PositiveInt = 128
+    condition_size: PositiveInt = 1024
+    hidden_size: PositiveInt = 128
+    max_scale: PositiveFloat = 1.0
     vocabulary: tuple[int, int] | None = None
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("lstm_size", "condition_size", "hidden_size", "max_scale")
-        self._require_positive("multiplier_lr", "margin", "margin_min")
-        for name in ("label_smoothing", "margin_decay", "margin_success"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"KEConfig.{name} must lie between 0 and 1, not {getattr(self, name)}")
 
 
 class Condition(nn.Module):

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..books.ledger import WeightDelta
 from ..config import ModelProfile, WeightConfig
@@ -46,7 +47,7 @@ FEW_STEPS = 20
 class KNConfig(WeightConfig):
     """Hyperparameters of KN. Names are those of the published hparams files where they have one.
 
-    ``layers`` limits the search; ``None`` searches every layer with an MLP of its own. ``batch_size`` is the number
+    ``layers`` limits the search; ``None`` searches every layer with an MLP of its own. ``rows_per_step`` is the number
     of integration points in one forward.
 
     Args:
@@ -65,25 +66,19 @@ class KNConfig(WeightConfig):
 
     edit_type: ClassVar[str] = "kn"
 
-    steps: int = FEW_STEPS
+    steps: PositiveInt = FEW_STEPS
     integration: Literal["midpoint", "trapezoid"] = "midpoint"
-    adaptive_threshold: float | None = None
+    adaptive_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
     refine: bool = False
-    p: float = 0.4
-    lambda_old: float = 1.0
-    lambda_new: float = 8.0
+    p: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    lambda_old: NonNegativeFloat = 1.0
+    lambda_new: NonNegativeFloat = 8.0
     embedding: Literal["head", "input"] = "head"
     mode: Literal["paper", "compat"] = "paper"
 
     def validate(self) -> None:
-        """Check ranges."""
+        """Check that the integral has enough points."""
         super().validate()
-        self._require_positive("steps", "adaptive_threshold")
-        self._require_positive("p", "lambda_old", "lambda_new", zero=True)
-        if self.adaptive_threshold is not None and self.adaptive_threshold >= 1:
-            raise ConfigError("KNConfig.adaptive_threshold is a fraction of the largest attribution: below 1")
-        if self.p >= 1:
-            raise ConfigError("KNConfig.p is a fraction of the wordings: below 1")
         if self.integration == "trapezoid" and self.steps < 2:
             raise ConfigError("KNConfig.steps must be at least 2 for the trapezoid rule")
 
@@ -269,7 +264,7 @@ class KN(Method):
             wording.old,
             steps=self.config.steps,
             rule=rule,
-            batch_size=self.config.batch_size,
+            batch_size=self.config.rows_per_step,
             fill=self.bench.fill,
             show_progress=self.bench.show_progress,
             anatomy=self.bench.anatomy,

@@ -247,7 +247,7 @@ class LocateMethod(Method):
             self.value_settings(),
             taps=taps,
             fill=bench.fill,
-            batch_size=self.config.batch_size,
+            batch_size=self.config.rows_per_step,
             show_progress=bench.show_progress,
             guide=guide,
         )

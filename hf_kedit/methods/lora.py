@@ -20,9 +20,10 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..anatomy import Anatomy
@@ -48,7 +49,7 @@ _QUERY_OR_VALUE = re.compile(r"(w?[qv]|query|value)(_(proj|lin|linear))?")
 
 @dataclass
 class LoRAConfig(WeightConfig):
-    """Hyperparameters of LoRA. ``batch_size`` requests share a step (``None``: one at a time).
+    """Hyperparameters of LoRA. ``rows_per_step`` requests share a step (``None``: one at a time).
 
     Args:
         layers: layers that get an adapter; ``None``: all of them, as published.
@@ -67,26 +68,13 @@ class LoRAConfig(WeightConfig):
     edit_type: ClassVar[str] = "lora"
 
     target_modules: list[str] | None = None
-    rank: int = 8
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    num_steps: int = 50
-    lr: float = 5e-3
-    weight_decay: float = 0.0
-    stop_loss: float | None = None
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("rank", "lora_alpha", "num_steps", "lr")
-        self._require_positive("weight_decay", zero=True)
-        self._require_positive("stop_loss", optional=True)
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(
-                f"{type(self).__name__}.lora_dropout must be at least 0 and below 1, not {self.lora_dropout}"
-            )
-        if self.target_modules is not None and not self.target_modules:
-            raise ConfigError(f"{type(self).__name__}.target_modules is empty; leave it out for the default")
+    rank: PositiveInt = 8
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    num_steps: PositiveInt = 50
+    lr: PositiveFloat = 5e-3
+    weight_decay: NonNegativeFloat = 0.0
+    stop_loss: PositiveFloat | None = None
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:
@@ -118,19 +106,16 @@ class AdaLoRAConfig(LoRAConfig):
 
     edit_type: ClassVar[str] = "adalora"
 
-    orth_reg_weight: float = 0.5
-    warmup: float = 0.1
-    cooldown: float = 0.3
-    beta: float = 0.85
+    orth_reg_weight: NonNegativeFloat = 0.5
+    warmup: NonNegativeFloat = 0.1
+    cooldown: NonNegativeFloat = 0.3
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.85
 
     def validate(self) -> None:
-        """Check ranges."""
+        """Check that ranks are shared out at all."""
         super().validate()
-        self._require_positive("orth_reg_weight", "warmup", "cooldown", zero=True)
         if self.warmup + self.cooldown >= 1:
             raise ConfigError("AdaLoRAConfig.warmup and cooldown leave no steps in which ranks are shared out")
-        if not 0 < self.beta < 1:
-            raise ConfigError(f"AdaLoRAConfig.beta must lie between 0 and 1, not {self.beta}")
 
 
 class _LowRankTraining(Method):
@@ -158,7 +143,7 @@ class _LowRankTraining(Method):
         """Train an adapter on a batch of requests and return its factors."""
         bench, config = self.bench, self.config
         examples, paths = self._examples(requests), self.edited_modules()
-        size = config.batch_size or 1
+        size = config.rows_per_step or 1
         chunks = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
         began = time.perf_counter()
         before = target_probabilities(bench.model, examples, bench.fill, size)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,21 +59,15 @@ class MALMENConfig(EditorConfig):
 
     edit_type: ClassVar[str] = "malmen"
 
-    edit_weight: float = 1.0
+    edit_weight: NonNegativeFloat = 1.0
     locality_at: Literal["all", "answer"] = "answer"
-    rank: int = 1920
-    num_blocks: int = 2
-    edit_lr: float = 1e-6
-    ridge: float = 1.0
+    rank: PositiveInt = 1920
+    num_blocks: PositiveInt = 2
+    edit_lr: PositiveFloat = 1e-6
+    ridge: PositiveFloat = 1.0
     token: Literal["answer", "attended"] = "answer"
-    rows: int = 1024
-    dead_std: float = DEAD
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("rank", "num_blocks", "edit_lr", "ridge", "rows")
-        self._require_positive("dead_std", zero=True)
+    rows: PositiveInt = 1024
+    dead_std: NonNegativeFloat = DEAD
 
 
 class ResidualBlock(nn.Module):

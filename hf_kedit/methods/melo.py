@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
 from ..books.book import Saved
@@ -63,20 +64,13 @@ class MELOConfig(SiteConfig):
     edit_type: ClassVar[str] = "melo"
 
     target_modules: list[str] | None = None
-    num_blocks: int = 350
-    rank: int = 2
-    radius: float = 0.5
-    num_steps: int = 50
-    lr: float = 1e-3
-    lr_step: int = 20
+    num_blocks: PositiveInt = 350
+    rank: PositiveInt = 2
+    radius: PositiveFloat = 0.5
+    num_steps: PositiveInt = 50
+    lr: PositiveFloat = 1e-3
+    lr_step: PositiveInt = 20
     seed: int = 0
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("num_blocks", "rank", "radius", "num_steps", "lr", "lr_step")
-        if self.target_modules is not None and not self.target_modules:
-            raise ConfigError("MELOConfig.target_modules is empty; leave it out to use the model's default")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The query two thirds up the stack, with room for the blocks above."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..editors.editor import Editor, EditorConfig, register_editor
@@ -48,19 +49,13 @@ class MENDConfig(EditorConfig):
 
     edit_type: ClassVar[str] = "mend"
 
-    rank: int = 1920
-    num_blocks: int = 2
+    rank: PositiveInt = 1920
+    num_blocks: PositiveInt = 2
     shared: bool = True
     combine: bool = True
-    edit_lr: float = 1e-4
+    edit_lr: PositiveFloat = 1e-4
     inner_loss: Literal["batch_mean", "example_mean"] = "batch_mean"
-    dead_std: float = DEAD
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("rank", "num_blocks", "edit_lr")
-        self._require_positive("dead_std", zero=True)
+    dead_std: NonNegativeFloat = DEAD
 
 
 class ResidualBlock(nn.Module):

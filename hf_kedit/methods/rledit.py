@@ -18,9 +18,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..editors.editor import register_editor
 from ..editors.output import EditorOutput, merged
@@ -55,24 +56,16 @@ class RLEditConfig(MALMENConfig):
 
     edit_type: ClassVar[str] = "rledit"
 
-    locality_weight: float = 0.6
-    rank: int = 1024
-    num_blocks: int = 4
-    micro_batch: int = 4
-    rows: int = 128
-    turns: int = 20
-    look_back: int = 10
-    discount: float = 0.95
-    size_weight: float = 1e-4
+    locality_weight: NonNegativeFloat = 0.6
+    rank: PositiveInt = 1024
+    num_blocks: PositiveInt = 4
+    micro_batch: PositiveInt = 4
+    rows: PositiveInt = 128
+    turns: PositiveInt = 20
+    look_back: PositiveInt = 10
+    discount: Annotated[float, Field(gt=0, le=1)] = 0.95
+    size_weight: NonNegativeFloat = 1e-4
     locality_of: Literal["previous", "original"] = "previous"
-
-    def validate(self) -> None:
-        """Check ranges."""
-        super().validate()
-        self._require_positive("turns", "look_back", "discount")
-        self._require_positive("size_weight", zero=True)
-        if self.discount > 1:
-            raise ConfigError(f"RLEditConfig.discount must not exceed 1, not {self.discount}")
 
 
 @dataclass

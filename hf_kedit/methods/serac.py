@@ -22,9 +22,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -98,30 +99,27 @@ class SERACConfig(InContextConfig):
     scope: str | None = None
     counterfactual: str | None = None
     soft: bool = False
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
     template: str = "{} "
     similarity: Similarity = "exp_square"
     scope_text: str = _PROMPT
     encoder: str | None = None
     pooling: Pooling = "mean"
     small_model: str | None = None
-    encoder_size: int = 64
-    encoder_layers: int = 2
-    model_size: int = 96
-    model_layers: int = 3
+    encoder_size: PositiveInt = 64
+    encoder_layers: PositiveInt = 2
+    model_size: PositiveInt = 96
+    model_layers: PositiveInt = 3
     all_negatives: bool = True
-    edit_weight: float = 0.1
-    locality_weight: float = 1.0
+    edit_weight: NonNegativeFloat = 0.1
+    locality_weight: NonNegativeFloat = 1.0
     networks: dict[str, dict[str, Any]] | None = None
 
     def validate(self) -> None:
-        """Check ranges and texts."""
+        """Check the texts."""
         super().validate()
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"SERACConfig.threshold must be above 0 and at most 1, not {self.threshold}")
         if _PROMPT not in self.scope_text:
             raise ConfigError(f"SERACConfig.scope_text needs {_PROMPT}: {self.scope_text!r}")
-        self._require_positive("encoder_size", "encoder_layers", "model_size", "model_layers")
-        self._require_positive("edit_weight", "locality_weight", zero=True)
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:

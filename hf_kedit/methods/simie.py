@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from pydantic import PositiveFloat
 
 from ..books.deltas import WeightDelta
 from ..config import EditConfig, ModelProfile, WeightConfig
@@ -46,13 +47,12 @@ class SimIEConfig(WeightConfig):
     edit_type: ClassVar[str] = "simie"
 
     base: Any = "rome"
-    ridge: float = 1e4
+    ridge: PositiveFloat = 1e4
     from_original: bool = True
 
     def validate(self) -> None:
-        """Check the ridge and bring the base's config into one form."""
+        """Bring the base's config into one form."""
         super().validate()
-        self._require_positive("ridge")
         if self.layers is not None:
             raise ConfigError("SimIEConfig.layers: the base method decides which layers; set them in `base`")
         if isinstance(self.base, EditConfig):

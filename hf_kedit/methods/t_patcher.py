@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import EditConfig, ModelProfile
@@ -68,29 +69,24 @@ class TPatcherConfig(EditConfig):
 
     edit_type: ClassVar[str] = "t-patcher"
 
-    lr: float = 1e-2
-    max_epochs: int = 2000
-    first_validation: int = 100
-    validate_every: int = 25
-    max_patches: int = 5
-    amplify: float = 10.0
-    act_factor: float = 1.0
+    lr: PositiveFloat = 1e-2
+    max_epochs: PositiveInt = 2000
+    first_validation: PositiveInt = 100
+    validate_every: PositiveInt = 25
+    max_patches: PositiveInt = 5
+    amplify: PositiveFloat = 10.0
+    act_factor: NonNegativeFloat = 1.0
     act_margin: float = 0.0
-    act_top: int = 5
-    memory_factor: float = 10.0
-    memory_margin: float = 3.0
-    memory_top: int = 1000
-    memory_tokens: int = 40_000
-    grad_clip: float = 5.0
+    act_top: PositiveInt = 5
+    memory_factor: NonNegativeFloat = 10.0
+    memory_margin: NonNegativeFloat = 3.0
+    memory_top: PositiveInt = 1000
+    memory_tokens: Annotated[int, Field(ge=HELD_OUT)] = 40_000
+    grad_clip: PositiveFloat = 5.0
 
     def validate(self) -> None:
-        """Check ranges."""
+        """Check that there is one layer."""
         super().validate()
-        self._require_positive("lr", "max_epochs", "first_validation", "validate_every", "max_patches", "amplify")
-        self._require_positive("act_top", "memory_top", "grad_clip")
-        self._require_positive("act_factor", "memory_factor", "memory_margin", zero=True)
-        if self.memory_tokens < HELD_OUT:
-            raise ConfigError(f"TPatcherConfig.memory_tokens must be at least {HELD_OUT}, not {self.memory_tokens}")
         if self.layers is not None and len(self.layers) != 1:
             raise ConfigError(f"TPatcherConfig.layers: T-Patcher edits one layer, not {self.layers}")
 

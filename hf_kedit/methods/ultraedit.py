@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import PositiveFloat
 
 from ..books.ledger import WeightDelta
 from ..config import ModelProfile, WeightConfig
@@ -43,8 +44,8 @@ _SPAN = re.compile(r"\{(\d+)(?:-(\d+))?\}")
 class UltraEditConfig(WeightConfig):
     """Hyperparameters of UltraEdit.
 
-    ``batch_size`` requests share one backward pass (10 as published). How many are solved for together, a *turn*, is
-    the ``batch_size`` of `EditableModel.edit`; 100 in the paper.
+    ``rows_per_step`` requests share one backward pass (10 as published). How many are solved for together, a *turn*,
+    is the ``batch_size`` of `EditableModel.edit`; 100 in the paper.
 
     Args:
         lr: η.
@@ -57,18 +58,15 @@ class UltraEditConfig(WeightConfig):
 
     edit_type: ClassVar[str] = "ultraedit"
 
-    lr: float = 1e-6
+    lr: PositiveFloat = 1e-6
     edit_modules: list[str] | None = None
     token: Literal["ans", "mask"] = "ans"
 
     def validate(self) -> None:
-        """Check ranges and the form of the module names."""
+        """Check the form of the module names."""
         super().validate()
-        self._require_positive("lr")
         if self.edit_modules is None:
             return
-        if not self.edit_modules:
-            raise ConfigError("UltraEditConfig.edit_modules is empty; leave it out to use the model's default")
         for entry in self.edit_modules:
             if entry.count("{") > 1 or (_SPAN.sub("", entry).replace("{}", "").count("{")):
                 raise ConfigError(f"UltraEditConfig.edit_modules: {entry!r} may hold one {{}}, {{5}} or {{5-9}}")
@@ -256,7 +254,7 @@ class UltraEdit(Method):
         shapes = {m: _inputs_and_outputs(bench.model, m) for m in modules}
         examples = self._examples(requests)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
-        micro = config.batch_size or MICRO_BATCH
+        micro = config.rows_per_step or MICRO_BATCH
         chunks = [order[i : i + micro] for i in range(0, len(order), micro)]
         moments = dict(self._moments)
         keys: dict[str, list[torch.Tensor]] = {m: [] for m in modules}

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import ModelProfile
@@ -52,6 +53,8 @@ LONGEST = 48
 """Irrelevant texts are cut at this many tokens."""
 LOC_PROMPT = "loc_prompt"
 """Entry of a request's metadata with an irrelevant text to use for it."""
+
+Margins = Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)]
 
 
 @dataclass
@@ -88,42 +91,34 @@ class WISEConfig(SiteConfig):
 
     edit_type: ClassVar[str] = "wise"
 
-    lr: float = 1.0
-    n_iter: int = 70
-    weight_decay: float = 1e-5
+    lr: PositiveFloat = 1.0
+    n_iter: PositiveInt = 70
+    weight_decay: NonNegativeFloat = 1e-5
     mask_weight_decay: bool = True
-    norm_constraint: float | None = 1.0
-    act_margin: list[float] = field(default_factory=lambda: [5.0, 20.0, 10.0])
-    act_ratio: float = 0.88
+    norm_constraint: PositiveFloat | None = 1.0
+    act_margin: Margins = field(default_factory=lambda: [5.0, 20.0, 10.0])
+    act_ratio: PositiveFloat = 0.88
     act_on_output: bool = True
-    mask_ratio: float = 0.2
-    save_freq: int = 500
-    merge_freq: int = 1000
+    mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    save_freq: PositiveInt = 500
+    merge_freq: PositiveInt = 1000
     retrieve: bool = True
     merge_alg: MergeAlgorithm = "ties"
-    density: float = 0.53
+    density: Annotated[float, Field(gt=0, le=1)] = 0.53
     reference_routing: bool = False
     replay: bool = False
     irrelevant_texts: list[str] | None = None
-    irrelevant_per_edit: int = 1
+    irrelevant_per_edit: PositiveInt = 1
     context_templates: list[str] | None = None
     context_lengths: list[tuple[int, int]] = field(default_factory=lambda: [(5, 5), (10, 5)])
 
     def validate(self) -> None:
-        """Check ranges."""
+        """Check what belongs together."""
         super().validate()
-        self._require_positive("lr", "n_iter", "save_freq", "merge_freq", "irrelevant_per_edit", "act_ratio")
-        self._require_positive("weight_decay", zero=True)
-        self._require_positive("norm_constraint", optional=True)
-        if len(self.act_margin) != 3 or any(m <= 0 for m in self.act_margin):
-            raise ConfigError(f"WISEConfig.act_margin is three positive numbers α, β, γ, not {self.act_margin}")
         if self.merge_freq % self.save_freq:
             raise ConfigError(
                 f"WISEConfig.merge_freq ({self.merge_freq}) must be a multiple of save_freq ({self.save_freq})"
             )
-        for name in ("mask_ratio", "density"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"WISEConfig.{name} must be above 0 and at most 1, not {getattr(self, name)!r}")
         if self.replay and not self.retrieve:
             raise ConfigError("WISEConfig.replay needs retrieve=True: WISE-Merge has no finished memories to replay")
         if self.irrelevant_texts is not None and not any(t.strip() for t in self.irrelevant_texts):

@@ -455,6 +455,15 @@ def test_convert_hparams(kedit: Run, tmp_path: Path) -> None:
     assert "edit_type: ft-l" in shown.stdout and "not carried over: device" in shown.stderr
 
 
+def test_set_takes_the_old_name_of_a_field(kedit: Run, tmp_path: Path) -> None:
+    """For a fresh config, and on top of the one that saved edits bring."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    kedit("edit", *MODEL, "--method", "ft-m", *ONE, "--set", "num_steps=2", "--set", "batch_size=2", "-o", first)
+    kedit("edit", "--model", first, *ONE, "--set", "batch_size=3", "-o", second)
+    for folder, rows in ((first, 2), (second, 3)):
+        assert json.loads((folder / "edit_config.json").read_text())["hparams"]["rows_per_step"] == rows
+
+
 # ---------------------------------------------------------------------- stats
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,12 +39,107 @@ def test_yaml_numbers_that_look_like_strings_are_coerced(tmp_path: Path) -> None
         ({"fact_token": "subject_middle"}, "fact_token"),
         ({"context_templates": ["no slot"]}, "slot"),
         ({"context_templates": ["text. {}"]}, "bare prompt"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"rows_per_step": 0}, "rows_per_step = 0.*greater than 0"),
     ],
 )
 def test_bad_values_are_refused_when_the_config_is_made(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ROMEConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "least", "wrong", "bound"),
+    [
+        # the smallest (or, for a bound above, the largest) value that is taken, one that is not, and what is said
+        ("ft-l", "num_steps", 1, 0, "greater than 0"),
+        ("ft-l", "weight_decay", 0, -1e-9, "greater than or equal to 0"),
+        ("ft-m", "norm_constraint", 1e-9, 0, "greater than 0"),
+        ("ft-m", "rect_keep", 1, 1.001, "less than or equal to 1"),
+        ("mend", "rect_keep", 1e-9, 0, "greater than 0"),
+        ("lora", "lora_dropout", 0, 1, "less than 1"),
+        ("adalora", "beta", 0.999, 1, "less than 1"),
+        ("adalora", "lora_alpha", 1, 0, "greater than 0"),
+        ("kn", "adaptive_threshold", 0.999, 1, "less than 1"),
+        ("kn", "p", 0, 1, "less than 1"),
+        ("grace", "eps", 1e-9, 0, "greater than 0"),
+        ("defer", "threshold", 0.999, 1, "less than 1"),
+        ("melo", "num_blocks", 1, 0, "greater than 0"),
+        ("wise", "density", 1, 1.5, "less than or equal to 1"),
+        ("wise", "act_margin", [1, 2, 3], [1, 2], "at least 3 items"),
+        ("t-patcher", "memory_margin", 0, -1, "greater than or equal to 0"),
+        ("calinet", "slots", 1, 0, "greater than 0"),
+        ("ike", "k", 0, -1, "greater than or equal to 0"),
+        ("serac", "threshold", 1, 0, "greater than 0"),
+        ("ke", "margin_decay", 0, 1.001, "less than or equal to 1"),
+        ("malmen", "edit_weight", 0, -1, "greater than or equal to 0"),
+        ("rledit", "discount", 1, 1.001, "less than or equal to 1"),
+        ("ultraedit", "lr", 1e-12, float("nan"), "greater than 0"),
+        ("simie", "ridge", 1e-12, 0, "greater than 0"),
+        ("memit", "rows_per_step", 1, 0, "greater than 0"),
+    ],
+)
+def test_every_range_is_checked_and_named(method: str, field: str, least: object, wrong: object, bound: str) -> None:
+    config = AutoEditConfig.for_method(method, **{field: least})
+    assert getattr(config, field) == least
+    with pytest.raises(ConfigError, match=re.escape(f"{type(config).__name__}.{field} = {wrong!r}: ") + f".*{bound}"):
+        AutoEditConfig.for_method(method, **{field: wrong})
+
+
+def test_the_place_inside_a_list_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"act_margin\[1\] = -2: .*greater than 0"):
+        AutoEditConfig.for_method("wise", act_margin=[1, -2, 3])
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [("mend", "modules"), ("melo", "target_modules"), ("ultraedit", "edit_modules"), ("wise", "irrelevant_texts")],
+)
+def test_an_empty_list_is_no_way_to_say_default(method: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is empty; leave it out"):
+        AutoEditConfig.for_method(method, **{field: []})
+
+
+# ---------------------------------------------------------------------- old names
+
+
+def _old_name_said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    said = [r.getMessage() for r in caplog.records if "'batch_size' is called 'rows_per_step' now" in r.getMessage()]
+    caplog.clear()
+    return said
+
+
+def test_the_old_name_of_a_field_is_understood_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Python, in files, in the call of `AutoEditConfig`, and as an attribute."""
+    monkeypatch.setattr("hf_kedit.logging._said", set())
+    old: dict[str, Any] = {"batch_size": 3}
+    assert FTLConfig(**old) == FTLConfig(rows_per_step=3) and len(_old_name_said(caplog)) == 1
+    assert FTLConfig(**old).given == {"rows_per_step": 3} and not _old_name_said(caplog)
+    assert AutoEditConfig.for_method("ft-l", **old) == FTLConfig(**old) and _old_name_said(caplog)
+    assert FTLConfig().changed(old).rows_per_step == 3
+    assert EditConfig.from_dict({"edit_type": "ft-l", **old}) == FTLConfig(**old) and _old_name_said(caplog)
+    (tmp_path / "ft.yaml").write_text("batch_size: 3\n")
+    assert FTLConfig.from_hparams(tmp_path / "ft.yaml") == FTLConfig(**old)
+    config = FTLConfig(**old)
+    assert config.batch_size == 3
+    config.batch_size = 5
+    assert config.rows_per_step == 5 and config.to_dict()["rows_per_step"] == 5
+    assert "batch_size" not in config.to_dict()
+
+
+def test_what_0_1_0_saved_is_read_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = {"edit_type": "ft-l", "layers": [2], "separator": None, "seed": 0, "batch_size": 3, "num_steps": 7}
+    (tmp_path / "edit_config.json").write_text(json.dumps(saved))
+    assert AutoEditConfig.from_pretrained(tmp_path) == FTLConfig(layers=[2], rows_per_step=3, num_steps=7)
+    assert not _old_name_said(caplog)
+
+
+def test_a_field_under_both_names_is_refused() -> None:
+    both: dict[str, Any] = {"batch_size": 3, "rows_per_step": 4}
+    for make in (lambda: FTLConfig(**both), lambda: FTLConfig.from_dict(both), lambda: FTLConfig().changed(both)):
+        with pytest.raises(ConfigError, match="'batch_size' is the old name of 'rows_per_step'; give only one"):
+            make()
 
 
 def test_unknown_keys_and_methods_suggest_the_nearest() -> None:
@@ -87,7 +184,7 @@ def test_a_value_of_the_user_wins_even_if_it_is_the_class_default() -> None:
     assert FTLConfig().complete(mistral).norm_constraint == 5e-5
     assert FTLConfig(layers=[3], lr=1e-3).complete(mistral).norm_constraint == 5e-5
     assert FTLConfig(norm_constraint=None).complete(mistral).norm_constraint is None
-    assert FTLConfig(None, None, 0, 3).complete(mistral).batch_size == 3
+    assert FTLConfig(None, None, 0, 3).complete(mistral).rows_per_step == 3
     changed = FTLConfig()
     changed.lr = 0.25
     assert changed.complete(mistral).lr == 0.25

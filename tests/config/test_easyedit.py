@@ -47,6 +47,7 @@ fp16: false
 """
 WITHOUT_LAYERS = ("simie", "ike", "prompt", "serac")
 FT = {"alg_name": "FT", "model_name": "gpt2", "layers": [0], "lr": "5e-4", "num_steps": 25, "batch_size": 3}
+FT_OURS: dict[str, Any] = {"layers": [0], "lr": 5e-4, "num_steps": 25, "rows_per_step": 3}
 
 
 def test_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -71,18 +72,24 @@ def test_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({**FT, "objective_optimization": "prompt_last"}, FTLConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3)),
-        ({**FT, "objective_optimization": "target_new"}, FTMConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3)),
-        ({**FT, "norm_constraint": False}, FTLConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3)),
+        (
+            {**FT, "objective_optimization": "prompt_last"},
+            FTLConfig(**FT_OURS),
+        ),
+        (
+            {**FT, "objective_optimization": "target_new"},
+            FTMConfig(**FT_OURS),
+        ),
+        ({**FT, "norm_constraint": False}, FTLConfig(**FT_OURS)),
         (
             {**FT, "norm_constraint": "5e-4"},
-            FTLConfig(layers=[0], lr=5e-4, num_steps=25, batch_size=3, norm_constraint=5e-4),
+            FTLConfig(**FT_OURS, norm_constraint=5e-4),
         ),
         (
             {"alg_name": "MEMIT", "layers": [3, 4], "mom2_update_weight": 15000, "batch_size": 10},
             MEMITConfig(layers=[3, 4], mom2_update_weight=15000.0),
         ),
-        ({"alg_name": "KN", "batch_size": 20, "p": 0.5, "lr_scale": 1.0}, KNConfig(batch_size=20, p=0.5)),
+        ({"alg_name": "KN", "batch_size": 20, "p": 0.5, "lr_scale": 1.0}, KNConfig(rows_per_step=20, p=0.5)),
     ],
 )
 def test_methods_that_need_a_rule(values: dict[str, Any], expected: EditConfig) -> None:
@@ -146,7 +153,7 @@ def test_a_converted_file_is_a_file_of_this_library(name: str, tmp_path: Path) -
         ("IKE", {"k": 16, "sentence_model_name": "all-MiniLM-L6-v2"}, {"k": 16, "retriever": "all-MiniLM-L6-v2"}),
         ("LoRA", {"lora_type": "lora", "rank": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, {"rank": 4}),
         ("PMET", {"nll_loss_factor": 1.0, "mom2_update_weight": 6000}, {"nll_loss_factor": 1.0}),
-        ("UltraEdit", {"batch_size": 100, "lr": "1e-6", "token": "ans"}, {"batch_size": 100, "lr": 1e-6}),
+        ("UltraEdit", {"batch_size": 100, "lr": "1e-6", "token": "ans"}, {"rows_per_step": 100, "lr": 1e-6}),
     ],
 )  # fmt: skip
 def test_their_words_for_our_fields(alg: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ def test_values_have_the_right_types(path: Path) -> None:
         if key == "layers":
             assert value and all(type(i) is int and i >= 0 for i in value)
             assert value == sorted(set(value))
-        elif key in ("v_num_grad_steps", "num_steps", "batch_size", "stats_tokens"):
+        elif key in ("v_num_grad_steps", "num_steps", "rows_per_step", "stats_tokens"):
             assert type(value) is int and value > 0, key
         elif isinstance(value, str):
             assert not re.fullmatch(r"[-+.\deE]+", value), f"{key}: {value!r} is a string, write the dot: 1.0e-3"

@@ -27,7 +27,7 @@ def test_fine_tuning_matches_the_reference(name: str) -> None:
         lr=h["lr"],
         weight_decay=h["weight_decay"],
         norm_constraint=h["norm_constraint"] or None,
-        batch_size=h["batch_size"],
+        rows_per_step=h["batch_size"],
         train_bias=not h["rewrite_module_tmp"].endswith(".weight"),
     )
     editable = EditableModel(model, config, tokenizer)

@@ -46,7 +46,7 @@ def test_lora_matches_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) 
         num_steps=h["num_steps"],
         lr=h["lr"],
         weight_decay=h["weight_decay"],
-        batch_size=h["batch_size"],
+        rows_per_step=h["batch_size"],
     )
     editable = EditableModel(model, config, tokenizer)
     editable.trace = {}

@@ -27,7 +27,9 @@ def target_logprobs(model: EditableModel, request: EditRequest) -> torch.Tensor:
 def case_model(case: Case) -> EditableModel:
     h = case.spec["hyperparameters"]
     model, tokenizer = case.load()
-    config = UltraEditConfig(lr=h["lr"], token=h["token"], batch_size=h["batch_size"], edit_modules=h["edit_modules"])
+    config = UltraEditConfig(
+        lr=h["lr"], token=h["token"], rows_per_step=h["batch_size"], edit_modules=h["edit_modules"]
+    )
     return EditableModel(model, config, tokenizer)
 
 

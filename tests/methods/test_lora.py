@@ -73,7 +73,7 @@ def test_it_says_the_new_object_and_everything_can_be_undone(method: str, name: 
 
 
 def test_a_batch_is_one_adapter() -> None:
-    model = EditableModel.from_pretrained("kedit/world-gpt2", LoRAConfig(batch_size=3))
+    model = EditableModel.from_pretrained("kedit/world-gpt2", LoRAConfig(rows_per_step=3))
     requests = facts(3)
     ids = model.edit(requests).ids
     assert all(says(model, r.filled_prompt, r.target_new) for r in requests)
