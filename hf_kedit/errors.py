@@ -136,6 +136,10 @@ class MissingExtraError(KeditError, ImportError):
     """An optional dependency is needed for this call."""
 
 
+class NoCounterpartError(KeditError, ImportError):
+    """A name of another library leads nowhere here; the message names the way that leads to the same."""
+
+
 class EvaluationError(KeditError, ValueError):
     """An evaluation was asked for something impossible."""
 

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from ..config import easyedit as easyedit_hparams
+from ..config import read_mapping
 from .output import DebugOption, Format, FormatOption, command, emit, error_console
 
 
@@ -22,30 +23,56 @@ def convert_hparams(
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
-    """Turn an EasyEdit hyperparameter file into one of this library."""
-    converted = easyedit_hparams.convert_hparams(source)
+    """Turn an EasyEdit hyperparameter file into one of this library, a training file into a plan of kedit train."""
+    content = read_mapping(source)
+    if "alg" in content and "alg_name" not in content:
+        data, lines = _plan(content)
+    else:
+        data, lines = _config(content)
+    model = data["model_name"]
+    # As JSON would: YAML has no tuples.
+    text = f"# From EasyEdit's {source.name}{f' for {model}' if model else ''}.\n"
+    text += yaml.safe_dump(_plain(lines), sort_keys=False)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+    data["output"] = None if output is None else str(output)
+
+    def show(console: Any) -> None:
+        console.print(text.rstrip() if output is None else f"written to {output}", soft_wrap=True)
+        for key, reason in data["ignored"].items():
+            error_console().print(f"not carried over: {key}: {reason}", soft_wrap=True)
+
+    emit(format, data, human=show, quiet=[text.rstrip() if output is None else str(output)])
+
+
+def _config(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What to tell, and the content of the file."""
+    converted = easyedit_hparams.convert_hparams(content)
     config = converted.config
     defaults = dataclasses.asdict(type(config)())
     changed = {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k]}
-    # As JSON would: YAML has no tuples.
-    lines = yaml.safe_dump({"edit_type": config.edit_type, **_plain(changed)}, sort_keys=False)
-    text = f"# From EasyEdit's {source.name}{f' for {converted.model_name}' if converted.model_name else ''}.\n{lines}"
-    if output is not None:
-        output.write_text(text, encoding="utf-8")
     data = {
         "edit_type": config.edit_type,
         "model_name": converted.model_name,
         "hparams": _plain(changed),
         "ignored": converted.ignored,
-        "output": None if output is None else str(output),
     }
+    return data, {"edit_type": config.edit_type, **changed}
 
-    def show(console: Any) -> None:
-        console.print(text.rstrip() if output is None else f"written to {output}", soft_wrap=True)
-        for key, reason in converted.ignored.items():
-            error_console().print(f"not carried over: {key}: {reason}", soft_wrap=True)
 
-    emit(format, data, human=show, quiet=[text.rstrip() if output is None else str(output)])
+def _plan(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Likewise, of a file that says how an editor is trained."""
+    from ..compat.easyedit import convert_training
+
+    converted = convert_training(content)
+    plan = converted.plan
+    data = {
+        "edit_type": plan["method"],
+        "model_name": plan["model"],
+        "plan": _plain(plan),
+        "ignored": converted.ignored,
+    }
+    return data, plan
 
 
 def _plain(value: Any) -> Any:

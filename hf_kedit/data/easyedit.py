@@ -103,19 +103,36 @@ def to_easyedit_arguments(rows: Iterable[Mapping[str, Any] | EditRequest], *, le
         rows: a dataset in the layout of ``FEATURES``, or requests.
         legacy: see :func:`to_easyedit`.
     """
-    values = [to_easyedit(row, legacy=legacy) for row in rows]
-    arguments: dict[str, Any] = {
-        "prompts": [v["prompt"] for v in values],
-        "target_new": [v["target_new"] for v in values],
-        "ground_truth": [v["ground_truth"] for v in values],
-        "rephrase_prompts": [v["rephrase_prompt"] for v in values],
-        "subject": [v["subject"] for v in values],
-    }
+    return _columns([to_easyedit(row, legacy=legacy) for row in rows])
+
+
+def from_easyedit_requests(requests: Iterable[Mapping[str, Any]]) -> list[EditRequest]:
+    """Build requests from EasyEdit's request dicts; the inverse of :func:`to_easyedit`.
+
+    Raises:
+        RequestError: a value is unusable; names the request and the field.
+    """
+    values = list(requests)
+    for row, value in enumerate(values):
+        if not isinstance(value, Mapping):
+            raise RequestError(f"must be a dict, not {type(value).__name__}", row=row)
+        for section in _SECTIONS:
+            axes = value.get(section) or {}
+            if not isinstance(axes, Mapping) or not all(isinstance(probes, Mapping) for probes in axes.values()):
+                raise RequestError("must be a dict axis → prompt and ground_truth", row=row, field=section)
+    return from_easyedit(**_columns(values))
+
+
+def _columns(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Request dicts as the arguments of EasyEdit's ``edit``."""
+    names = {"prompts": "prompt", "rephrase_prompts": "rephrase_prompt"}
+    names |= {name: name for name in ("target_new", "ground_truth", "subject")}
+    arguments: dict[str, Any] = {argument: [v.get(key) for v in values] for argument, key in names.items()}
     for section in _SECTIONS:
-        names = dict.fromkeys(axis for v in values for axis in v[section])
+        found = [v.get(section) or {} for v in values]
         arguments[f"{section}_inputs"] = {
-            axis: {key: [v[section].get(axis, {}).get(key) for v in values] for key in ("prompt", "ground_truth")}
-            for axis in names
+            axis: {key: [probes.get(axis, {}).get(key) for probes in found] for key in ("prompt", "ground_truth")}
+            for axis in dict.fromkeys(axis for probes in found for axis in probes)
         }
     return arguments
 

@@ -117,12 +117,21 @@ class TrainingPlan:
                 raise ConfigError(f"EditTrainingArguments has no field {name!r}.{nearest(name, known)}")
         return EditTrainingArguments(**self.training)
 
-    def trainer(self) -> EditTrainer:
-        """Load model and data, make the editor, and return the trainer, ready to train."""
+    def trainer(
+        self, train: Sequence[EditRequest] | None = None, held_out: Sequence[EditRequest] | None = None
+    ) -> EditTrainer:
+        """Load model and data, make the editor, and return the trainer, ready to train.
+
+        Args:
+            train: facts to train on instead of the plan's; ``held_out``, which may be ``None``, then counts as well.
+            held_out: facts to measure on.
+        """
         config: Any = config_class(self.method).from_dict(self.editor)
         kind, args = editor_class(config.edit_type), self.arguments()
         base, tokenizer = self.load()
-        return EditTrainer(kind.for_model(base, config), args, self.train_facts(), self.eval_facts(), tokenizer)
+        if train is None:
+            train, held_out = self.train_facts(), self.eval_facts()
+        return EditTrainer(kind.for_model(base, config), args, list(train), held_out and list(held_out), tokenizer)
 
     def train_facts(self) -> list[EditRequest]:
         """The facts to train on."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_kedit import EditableModel
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.methods import registered_methods
+from hf_kedit.training.plan import TrainingPlan
 
 from .conftest import FACT, Run, data
 
@@ -462,6 +463,20 @@ def test_set_takes_the_old_name_of_a_field(kedit: Run, tmp_path: Path) -> None:
     kedit("edit", "--model", first, *ONE, "--set", "batch_size=3", "-o", second)
     for folder, rows in ((first, 2), (second, 3)):
         assert json.loads((folder / "edit_config.json").read_text())["hparams"]["rows_per_step"] == rows
+
+
+def test_convert_training_hparams(kedit: Run, tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(
+        "alg: MEND\nmodel_name: kedit/world-gpt2\nrank: 8\nlr: 1e-4\nmax_iters: 20\n"
+    )
+    mine = tmp_path / "plan.yaml"
+    result = data(kedit("convert-hparams", tmp_path / "theirs.yaml", "-o", mine, "-f", "json"))
+    assert result["plan"]["training"]["max_steps"] == 20 and result["edit_type"] == "mend"
+    plan = TrainingPlan.from_file(mine)
+    assert plan.model == "kedit/world-gpt2" and plan.editor["rank"] == 8 and plan.arguments().learning_rate == 1e-4
+    (tmp_path / "theirs.yaml").write_text("alg_name: DINM\nlayers: []\n")
+    refused = kedit("convert-hparams", tmp_path / "theirs.yaml")
+    assert refused.exit_code == 2 and "safety editing" in refused.stderr
 
 
 # ---------------------------------------------------------------------- stats

@@ -1,0 +1,283 @@
+"""EasyEdit's data classes as doors to `load_edit_dataset`: the same files, read by this library, under their keys.
+
+A row is the dict that EasyEdit's scripts index (``row["prompt"]``, ``row["portability_r"]`` …). What
+makes an object is the same for all: a path, perhaps a number of rows, and hyperparameters that do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, ClassVar, overload
+
+from ...data import load_edit_dataset
+from ...data.files import read_records
+from ...errors import DataError
+from ...requests import EditRequest, load_requests
+
+Row = dict[str, Any]
+
+
+class Facts(Sequence[Row]):
+    """A file of facts.
+
+    Args:
+        data_dir: the file, or for some sets its folder.
+        size: take the first so many.
+        config: not used; texts become tokens where a model is.
+        other: arguments of a class that has some; see there.
+
+    Raises:
+        DataError: if there is no such file, or it is another set's.
+        RequestError: for an unusable row.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, data_dir: str | Path, size: int | None = None, config: Any = None, **other: Any):
+        self.config = config
+        source = self.source(Path(data_dir), other)
+        self.table = load_edit_dataset(source, path=data_dir, limit=size, **self.options(source, other))
+        self._rows = [{"case_id": number, **self.record(row)} for number, row in enumerate(self.table)]
+
+    def source(self, path: Path, other: Mapping[str, Any]) -> str:
+        """Name of the data set that the file belongs to."""
+        return self.name
+
+    def options(self, source: str, other: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of that data set."""
+        return {}
+
+    def record(self, row: Row) -> Row:
+        """EasyEdit's keys of one row."""
+        near = next(iter(row["locality"]), None)
+        return {
+            "prompt": row["prompt"],
+            "subject": row["subject"],
+            "target_new": row["target_new"],
+            "ground_truth": next(iter(row["ground_truth"]), None),
+            "rephrase_prompt": next(iter(row["rephrase_prompts"]), None),
+            "locality_prompt": near and near["prompt"],
+            "locality_ground_truth": near and _answer(near),
+        }
+
+    def requests(self) -> list[EditRequest]:
+        """The rows as this library's requests."""
+        return load_requests(self.table.remove_columns("id"))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        return self._rows[index]
+
+
+class ZsreDataset(Facts):
+    """ZsRE as MEND uses it."""
+
+    name = "zsre"
+
+
+class KnowEditDataset(Facts):
+    """KnowEdit; the sections are lists of probes by axis."""
+
+    name = "knowedit/wiki_counterfact"  # its sets share one layout
+
+    def record(self, row: Row) -> Row:
+        """Sections by the first letters of their axes."""
+        near, far = _axes(row["locality"]), _axes(row["portability"])
+        return {
+            **super().record(row),
+            "portability_r": far.get("Reasoning"),
+            "portability_s": far.get("Subject_Aliasing"),
+            "portability_l": far.get("Logical_Generalization"),
+            "locality_rs": near.get("Relation_Specificity"),
+            "locality_f": near.get("Forgetfulness"),
+        }
+
+
+class WikiRecentDataset(KnowEditDataset):
+    """The part of KnowEdit with recent facts."""
+
+    name = "knowedit/wiki_recent"
+
+
+class CounterFactDataset(Facts):
+    """CounterFact: flat, of the authors, or of AKEW, whichever the file holds."""
+
+    def source(self, path: Path, other: Mapping[str, Any]) -> str:
+        """By the first record."""
+        with closing(read_records(str(path))) as records:
+            first = next(iter(records), None)
+        rewrite = first.get("requested_rewrite") if isinstance(first, Mapping) else None
+        if not isinstance(rewrite, Mapping):
+            return "counterfact_flat"
+        return "akew/counterfact" if "prompt_full" in rewrite else "counterfact"
+
+    def record(self, row: Row) -> Row:
+        """AKEW's have a paragraph on the fact and other wordings as well."""
+        return {
+            **super().record(row),
+            "descriptive_prompt": f"Tell about {row['subject']} and {row['target_new']}.",
+            "descriptive_target": (row["extra"] or {}).get("paragraph"),
+            "portability_data": list(row["rephrase_prompts"]),
+            "locality_data": [],
+        }
+
+
+class CKnowEditDataset(Facts):
+    """CKnowEdit; the categories share one layout."""
+
+    name = "cknowedit/history"
+
+    def record(self, row: Row) -> Row:
+        """Probes are ``{"prompt": …, "answer": …}``."""
+        return {
+            **super().record(row),
+            "target_old": next(iter(row["ground_truth"]), None),
+            "rephrase": list(row["rephrase_prompts"]),
+            "portability": _answered(row["portability"]),
+            "locality": _answered(row["locality"]),
+        }
+
+
+class WikiBigEditDataset(Facts):
+    """WikiBigEdit."""
+
+    name = "wikibigedit/20240201_20240220"  # its time steps share one layout
+
+    def record(self, row: Row) -> Row:
+        """One text per key."""
+        near, far = next(iter(row["locality"]), None), next(iter(row["portability"]), None)
+        wordings = [*row["rephrase_prompts"], None, None]
+        return {
+            **super().record(row),
+            "rephrase": wordings[0],
+            "portability_personas": wordings[1],
+            "portability_hop": far and far["prompt"],
+            "portability_hop_ans": far and _answer(far),
+            "locality": near and near["prompt"],
+            "locality_ans": near and _answer(near),
+        }
+
+
+class LongFormEditDataset(WikiBigEditDataset):
+    """LEME; ``dataset_type`` is ``zsre`` or ``counterfact``."""
+
+    def source(self, path: Path, other: Mapping[str, Any]) -> str:
+        """By ``dataset_type``."""
+        return _part("leme", other, {"zsre": "zsre", "counterfact": "counterfact"}, "zsre")
+
+    def record(self, row: Row) -> Row:
+        """CounterFact has several neighbours."""
+        several = len(row["locality"]) > 1
+        lists = {"locality": [p["prompt"] for p in row["locality"]], "locality_ans": [*map(_answer, row["locality"])]}
+        return {**super().record(row), **(lists if several else {})}
+
+
+class AKEWUnifiedDataset(Facts):
+    """AKEW and UnKE; ``dataset_type`` is ``counterfact``, ``mquake``, ``wikiupdate`` or ``unke``."""
+
+    def source(self, path: Path, other: Mapping[str, Any]) -> str:
+        """By ``dataset_type``."""
+        parts = {"counterfact": "counterfact", "mquake": "mquake_cf", "wikiupdate": "wikiupdate"}
+        return "unke" if other.get("dataset_type") == "unke" else _part("akew", other, parts, "counterfact")
+
+    def options(self, source: str, other: Mapping[str, Any]) -> dict[str, Any]:
+        """Paragraphs instead of answers, if asked for."""
+        akew = source.startswith("akew/") and other.get("use_unstructured_data")
+        return {"edit_input": "unstructured"} if akew else {}
+
+    def record(self, row: Row) -> Row:
+        """Probes as lists of texts."""
+        near, far = row["locality"], row["portability"]
+        return {
+            **super().record(row),
+            "rephrase": next(iter(row["rephrase_prompts"]), None),
+            "portability_prompt": [p["prompt"] for p in far],
+            "portability_ground_truth": [_answer(p) for p in far],
+            "locality": [p["prompt"] for p in near],
+            "locality_ans": [_answer(p) for p in near],
+        }
+
+
+class AKEWDataset(CounterFactDataset):
+    """AKEW's version of CounterFact."""
+
+    name = "akew/counterfact"
+
+
+class MQuAKEDataset(KnowEditDataset):
+    """MQuAKE."""
+
+    name = "mquake/cf"
+
+
+class SafetyDataset(Facts):
+    """SafeEdit."""
+
+    name = "safeedit"
+
+    def record(self, row: Row) -> Row:
+        """The answer that is not wanted, and the prompts that the behaviour is asked at."""
+        return {
+            **super().record(row),
+            "ground_truth": row["target_neg"],
+            "general_prompt": [text for text in row["extra"]["general_prompts"].values() if text],
+        }
+
+
+class PersonalityDataset(Facts):
+    """PersonalityEdit."""
+
+    name = "personalityedit"
+
+
+class SanitizationTrainDataset(Facts):
+    """Facts of TriviaQA that are to be forgotten."""
+
+    name = "knowedit/sanitation"
+
+
+class CaptionDataset(Facts):
+    """Captions of MMEdit: texts and names of pictures."""
+
+    name = "mmedit/caption"
+
+
+class VQADataset(Facts):
+    """Questions of MMEdit: texts and names of pictures."""
+
+    name = "mmedit/vqa"
+
+
+def _part(family: str, other: Mapping[str, Any], parts: Mapping[str, str], default: str) -> str:
+    kind = str(other.get("dataset_type") or default).lower()
+    if kind not in parts:
+        raise DataError(f"dataset_type must be one of {', '.join(parts)}, not {kind!r}")
+    return f"{family}/{parts[kind]}"
+
+
+def _answer(probe: Mapping[str, Any]) -> str | None:
+    """The first wording of a probe's first answer."""
+    return next((text for group in probe["ground_truth"] for text in group), None)
+
+
+def _axes(probes: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:
+    """Axis → prompts with their answers; scripts take the first of the first."""
+    found: dict[str, list[Row]] = {}
+    for probe in probes:
+        answers = [list(group) for group in probe["ground_truth"] if group] or [[""]]
+        found.setdefault(probe["name"], []).append({"prompt": probe["prompt"], "ground_truth": answers})
+    return found
+
+
+def _answered(probes: Sequence[Mapping[str, Any]]) -> list[Row] | None:
+    return [{"prompt": probe["prompt"], "answer": _answer(probe)} for probe in probes] or None

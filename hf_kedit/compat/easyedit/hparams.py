@@ -1,0 +1,42 @@
+"""EasyEdit's hyperparameters as a script holds them: what a file says, as attributes that may be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ...config import read_mapping
+
+
+class HyperParams(SimpleNamespace):
+    """The content of an hparams file as attributes, which a script may change before it makes an editor.
+
+    EasyEdit has a class per method, and all of them are this one: what a file is for, it says itself (``alg_name``, or
+    ``alg`` where an editor is trained).
+    """
+
+    @classmethod
+    def from_hparams(cls, path: str | Path) -> HyperParams:
+        """Read a YAML or JSON file; ``.yaml`` may be left out.
+
+        Raises:
+            ConfigError: if it cannot be read.
+        """
+        file = Path(path)
+        known = file.suffix in (".yaml", ".yml", ".json")
+        content = read_mapping(file if known else file.with_name(file.name + ".yaml"))
+        return cls(**{str(key): value for key, value in content.items()})
+
+    from_json = from_hparams
+
+    @property
+    def base_hparams(self) -> HyperParams:
+        """SimIE's base method, which edits the same model."""
+        return HyperParams(**{**vars(self), "alg_name": vars(self).get("base_method")})
+
+
+def values_of(hparams: HyperParams | Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of what hyperparameters say now."""
+    return dict(hparams) if isinstance(hparams, Mapping) else dict(vars(hparams))
