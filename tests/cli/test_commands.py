@@ -476,7 +476,7 @@ def test_convert_training_hparams(kedit: Run, tmp_path: Path) -> None:
     assert plan.model == "kedit/world-gpt2" and plan.editor["rank"] == 8 and plan.arguments().learning_rate == 1e-4
     (tmp_path / "theirs.yaml").write_text("alg_name: DINM\nlayers: []\n")
     refused = kedit("convert-hparams", tmp_path / "theirs.yaml")
-    assert refused.exit_code == 2 and "safety editing" in refused.stderr
+    assert refused.exit_code == 1 and "safety editing" in refused.stderr
 
 
 # ---------------------------------------------------------------------- stats
