@@ -61,9 +61,10 @@ def test_the_tests_that_pages_name_exist() -> None:
         assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
-def test_the_method_written_on_the_page_works(tmp_path: Path) -> None:
-    """In a process of its own, because the page registers a method."""
+def test_the_methods_written_on_the_page_work(tmp_path: Path) -> None:
+    """In a process of its own, because the page registers methods; they need no import from inside."""
     code = "\n".join(block for _, block in _blocks((DOCS / "add_a_method.md").read_text(encoding="utf-8"), "python"))
+    assert set(re.findall(r"^from (hf_kedit\S*) import", code, flags=re.MULTILINE)) == {"hf_kedit", "hf_kedit.methods"}
     script = tmp_path / "page.py"
     script.write_text(code, encoding="utf-8")
     done = _run(str(script), cwd=tmp_path)
