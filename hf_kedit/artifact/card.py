@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,10 +14,11 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from ..errors import HubError
 from ..journal import Edit
 from ..logging import get_logger
+from ..storage.display import markdown_code, markdown_text, printable
 from ..storage.files import read_file
+from .layout import ADAPTER_CONFIG, CARD, EVAL_RESULTS
 
-CARD, EVAL_RESULTS = "README.md", ".eval_results/kedit.yaml"
-HERE = "path/or/id of this folder"
+HERE, IN_MEMORY = "path/or/id of this folder", "a model that was in memory"
 logger = get_logger(__name__)
 _SHOWN = 50
 _TASK_ID = "knowledge-editing"
@@ -80,7 +82,7 @@ def model_card(
     """
     base = config["base_model_name_or_path"]
     at_sites = bool(config.get("tensors_in_adapter"))
-    is_adapter = "adapter_config.json" in config["files"] and not at_sites
+    is_adapter = ADAPTER_CONFIG in config["files"] and not at_sites
     data = ModelCardData(
         library_name="hf_kedit",
         **_origin(base, config["base_model_revision"], "adapter"),
@@ -92,11 +94,10 @@ def model_card(
         eval_results=list(results) or None,
     )
     touched = "\n".join(
-        f"- `{key}` {tuple(m['shape'])}, {'rank ' + str(m['rank']) if m['rank'] else 'dense'}"
+        f"- {markdown_code(key)} {tuple(m['shape'])}, {'rank ' + str(m['rank']) if m['rank'] else 'dense'}"
         for key, m in config["modules"].items()
-    ) or "\n".join(f"- none; edits act at run time at `{path}`" for path in _sites(config))
-    shown_base = base or "a model that was in memory"
-    first = edits[0].id if edits else "edit-id"
+    ) or "\n".join(f"- none; edits act at run time at {markdown_code(path)}" for path in _sites(config))
+    undo_first = f"model.rollback({_quoted(edits[0].id if edits else 'edit-id')})"
     here = repo_id or HERE
     load_base = "" if base else ", base_model=model"
     if at_sites:
@@ -109,7 +110,7 @@ def model_card(
 {data.to_yaml()}
 ---
 
-# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {shown_base}
+# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {markdown_text(base or IN_MEMORY)}
 
 This folder holds changes to single facts, not a whole model. They are laid on the base model when it is loaded,
 and every one of them can be taken back.
@@ -121,7 +122,7 @@ and every one of them can be taken back.
 ```python
 from hf_kedit import EditableModel
 
-model = EditableModel.from_pretrained("{here}"{load_base})
+model = EditableModel.from_pretrained({_quoted(here)}{load_base})
 model.edits                      # what was changed
 with model.disable_edits():      # the original model, for comparison
     ...
@@ -130,13 +131,13 @@ with model.disable_edits():      # the original model, for comparison
 {elsewhere}
 ## Undo
 
-`model.rollback("all")` restores the bits of the base model, `model.rollback("{first}")` takes one edit back. An
-earlier version of a repository is loaded with `from_pretrained(…, revision="its tag or commit")`.
+`model.rollback("all")` restores the bits of the base model, {markdown_code(undo_first)} takes one edit back.
+An earlier version of a repository is loaded with `from_pretrained(…, revision="its tag or commit")`.
 
 ## What it was made on
 
-- base model: `{shown_base}`, revision `{config["base_model_revision"] or "not recorded"}`, {config["base_dtype"]}
-- method: {config["method"]} (hyperparameters in `edit_config.json`)
+- base model: {markdown_code(base or IN_MEMORY)}, {_revision(config["base_model_revision"])}, {config["base_dtype"]}
+- method: {markdown_text(config["method"])} (hyperparameters in `edit_config.json`)
 - changed weights (checked by their SHA-256 when the edits are loaded):
 {touched}
 
@@ -151,7 +152,7 @@ def _with_peft(here: str) -> str:
 import hf_kedit
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base, "{here}")      # or base.load_adapter("{here}")
+model = PeftModel.from_pretrained(base, {_quoted(here)})      # or base.load_adapter({_quoted(here)})
 ```
 
 Without `import hf_kedit` PEFT does not know the type of this adapter.
@@ -183,7 +184,7 @@ def merged_card(config: dict[str, Any], edits: Sequence[Edit]) -> str:
 {data.to_yaml()}
 ---
 
-# {base or "A model"} with {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"}
+# {markdown_text(base or "A model")} with {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"}
 
 A whole model: it loads with transformers alone, and the edits are part of its weights.
 
@@ -200,8 +201,8 @@ tokenizer = AutoTokenizer.from_pretrained("{HERE}")
 
 ## Undo
 
-These edits cannot be taken back: use the base model `{base or "that it was made from"}`, revision
-`{config["base_model_revision"] or "not recorded"}`, or the saved edits that this model was merged from.
+These edits cannot be taken back: use the base model {markdown_code(base) if base else "that it was made from"},
+{_revision(config["base_model_revision"])}, or the saved edits that this model was merged from.
 Editing a fact can change others. Measure it on your own questions before you rely on it.
 """
 
@@ -247,8 +248,9 @@ def _pipeline_tag(config: dict[str, Any]) -> str | None:
 
 def _edit_table(edits: Sequence[Edit]) -> str:
     rows = "\n".join(
-        f"| `{e.id}` | {_cell(e.request.filled_prompt)} | {_cell(', '.join(e.request.ground_truth)) or '?'}"
-        f" | {_cell(e.request.target_new)} | {e.method} |"
+        f"| {markdown_code(e.id, cell=True)} | {markdown_text(e.request.filled_prompt)}"
+        f" | {markdown_text(', '.join(e.request.ground_truth)) or '?'} | {markdown_text(e.request.target_new)}"
+        f" | {markdown_text(e.method)} |"
         for e in edits[:_SHOWN]
     )
     more = f"\n\n… and {len(edits) - _SHOWN} more" if len(edits) > _SHOWN else "\n\nThey are"
@@ -258,15 +260,16 @@ def _edit_table(edits: Sequence[Edit]) -> str:
 
 def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingProxyType({})) -> str:
     example = next(iter(singles.values()), "")
-    alone = f'Each edit alone is an adapter too: `PeftModel.from_pretrained(base, "{here}", subfolder="{example}")`.\n'
+    load = f'PeftModel.from_pretrained(base, {_quoted(here)}, subfolder="{example}")'
+    alone = f"Each edit alone is an adapter too: {markdown_code(load)}.\n"
     return f"""Without `hf_kedit`, the same edits are a LoRA adapter of scaling 1:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base or "the base model"}")
-model = PeftModel.from_pretrained(base, "{here}")
+base = AutoModelForCausalLM.from_pretrained({_quoted(base or "the base model")})
+model = PeftModel.from_pretrained(base, {_quoted(here)})
 ```
 {alone if singles else ""}"""
 
@@ -277,8 +280,9 @@ def _only_with_library(config: Mapping[str, Any], here: str) -> str:
         return (
             "Without `hf_kedit` this folder cannot be loaded: part of these edits is computed while the model runs.\n"
         )
-    return f"""Without `hf_kedit` this folder cannot be loaded. `kedit merge "{here}" --output DIR` writes the
-base model with the edits as a plain transformers model.
+    command = markdown_code(f"kedit merge {_quoted(here)} --output DIR")
+    return f"""Without `hf_kedit` this folder cannot be loaded. {command} writes
+the base model with the edits as a plain transformers model.
 """
 
 
@@ -286,7 +290,8 @@ def _numbers(results: Sequence[EvalResult]) -> str:
     if not results:
         return "Editing a fact can change others. Measure it on your own questions before you rely on it.\n"
     rows = "\n".join(
-        f"| {_cell(str(r.metric_name))} | {r.metric_value:.3f} | {_cell(str(r.dataset_config))} |" for r in results
+        f"| {markdown_text(str(r.metric_name))} | {r.metric_value:.3f} | {markdown_text(str(r.dataset_config))} |"
+        for r in results
     )
     return f"""## What it does to the model
 
@@ -294,7 +299,8 @@ def _numbers(results: Sequence[EvalResult]) -> str:
 | --- | --- | --- |
 {rows}
 
-Fractions of 1, on `{results[0].dataset_name}`. Locality is what stays as it was: editing a fact can change others.
+Fractions of 1, on {markdown_code(results[0].dataset_name)}. Locality is what stays as it was: editing a fact can
+change others.
 """
 
 
@@ -312,21 +318,22 @@ def adapter_card(base: str, revision: str | None, edits: Sequence[Edit], losses:
         **_origin(base, revision, "adapter"),
         tags=["knowledge-editing", "lora"],
     )
-    lost = "".join(f"\n- `{key}`: {100 * loss:.1f} % of the change is left out" for key, loss in losses.items())
+    lost = "".join(
+        f"\n- {markdown_code(key)}: {100 * loss:.1f} % of the change is left out" for key, loss in losses.items()
+    )
     note = f"\nThe rank was cut, so that the adapter is close to the edits, not equal:{lost}\n" if lost else ""
-    shown_base = base or "a model that was in memory"
     return f"""---
 {data.to_yaml()}
 ---
 
-# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {shown_base}, as a LoRA adapter
+# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {markdown_text(base or IN_MEMORY)}, as a LoRA adapter
 
 {_edit_table(edits)}
 {note}
 ## Use
 
-{_without_library(base, "path/or/id of this folder")}
-Valid on the unedited base model only, revision `{revision or "not recorded"}`. Merging
+{_without_library(base, HERE)}
+Valid on the unedited base model only, {_revision(revision)}. Merging
 gives the edited weights. Two such adapters are added with
 `add_weighted_adapter(…, combination_type="cat")`; the other combinations mix the factors of different edits.
 
@@ -334,5 +341,11 @@ Editing a fact can change others. Measure it on your own questions before you re
 """
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _revision(commit: str | None) -> str:
+    """The base model's commit, in a sentence."""
+    return f"revision {markdown_code(commit) if commit else 'not recorded'}"
+
+
+def _quoted(text: str) -> str:
+    """A text as a string in a line of code."""
+    return json.dumps(printable(text, keep=""), ensure_ascii=False)

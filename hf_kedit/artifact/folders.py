@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArtifactError
 from ..storage.files import FileSource, write_folder
 from ..storage.repository import list_files, matches, push_files
-from .card import CARD, HERE
-from .writing import CONFIG, EDIT_KINDS, MERGED, OURS, WHOLE_MODEL, find_artifact, read_artifact
+from .card import HERE
+from .layout import ADAPTER_CONFIG, CARD, CONFIG, EDIT_KINDS, MERGED, OWN_FILES, WHOLE_MODEL, is_merged
+from .reading import read_artifact
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -55,24 +56,31 @@ def push_folder(
         HubError: if the repository cannot be written.
     """
     folder = Path(folder)
-    kind = _kind_of(folder)
-    if kind in EDIT_KINDS:
-        read_artifact(str(folder), (folder / CONFIG).read_bytes(), FileSource(str(folder)).read)
-        paths = [path for path in _all_files(folder) if matches(_name(folder, path), OURS)]
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"{str(folder)!r} holds nothing to push (no {CONFIG})")
+    config_file = (folder / CONFIG).read_bytes()
+    kind = _kind_of(folder, config_file)
+    paths = {path.relative_to(folder).as_posix(): path for path in _all_files(folder)}
+    files: dict[str, bytes | Path]
+    if kind in EDIT_KINDS:  # what is checked is what is pushed
+        own = {name: path.read_bytes() for name, path in paths.items() if matches(name, OWN_FILES) and name != CONFIG}
+        read_artifact(str(folder), config_file, own.get)
+        files = {CONFIG: config_file, **own}
     else:
-        paths = _all_files(folder)
-        unsafe = [_name(folder, path) for path in paths if path.suffix in _UNPICKLED]
+        unsafe = [name for name, path in paths.items() if path.suffix in _UNPICKLED]
         if unsafe:
             raise ArtifactError(f"{str(folder)!r} has files that must be unpickled to be read: {', '.join(unsafe)}")
-    files: dict[str, bytes | Path] = {_name(folder, path): path for path in paths}
+        files = {**paths}
     if CARD in files:
-        files[CARD] = (folder / CARD).read_text(encoding="utf-8").replace(HERE, repo_id).encode("utf-8")
-    refuse = {"adapter_config.json": _TWICE} if kind == MERGED else {"config.json": WHOLE_MODEL}
+        card = files[CARD]
+        card = card.read_bytes() if isinstance(card, Path) else card
+        files[CARD] = card.replace(HERE.encode(), repo_id.encode())
+    refuse = {ADAPTER_CONFIG: _TWICE} if kind == MERGED else {"config.json": WHOLE_MODEL}
     return push_files(
         repo_id,
         files,
         message=commit_message or f"{'edits' if kind in EDIT_KINDS else kind} from {folder.name}",
-        owned=OURS - {".gitattributes"},
+        owned=OWN_FILES,
         refuse=refuse,
         private=private,
         revision=revision,
@@ -99,7 +107,7 @@ def pull_folder(repo_id: str, folder: str | Path, *, revision: str | None = None
         HubError: if the repository cannot be read.
     """
     files, edit_ids = _version(repo_id, revision, token)
-    write_folder(Path(folder), files, last=CONFIG, owned=OURS)
+    write_folder(Path(folder), files, last=CONFIG, owned=OWN_FILES)
     return edit_ids
 
 
@@ -124,7 +132,7 @@ def restore_version(
         repo_id,
         files,
         message=commit_message or f"Back to {to}",
-        owned=OURS - {".gitattributes"},
+        owned=OWN_FILES,
         refuse={"config.json": WHOLE_MODEL},
         revision=revision,
         token=token,
@@ -133,33 +141,25 @@ def restore_version(
 
 def _version(repo_id: str, revision: str | None, token: Any) -> tuple[dict[str, bytes], list[str]]:
     """The files of the saved edits at a revision, checked, and the ids of the edits."""
-    artifact = find_artifact(repo_id, revision=revision, token=token)
-    if artifact is None:
-        raise ArtifactError(f"{repo_id!r} holds no saved edits at {revision or 'main'} (no {CONFIG})")
+    names = [name for name in list_files(repo_id, revision=revision, token=token) if matches(name, OWN_FILES)]
     source = FileSource(repo_id, revision=revision, token=token)
-    ours = OURS - {".gitattributes"}
-    names = {name for name in list_files(repo_id, revision=revision, token=token) if matches(name, ours)}
-    contents = {name: source.read(name) for name in (CONFIG, *sorted(names - {CONFIG}))}
+    contents = {name: source.read(name) for name in sorted(names, key=lambda name: (name != CONFIG, name))}
     files = {name: content for name, content in contents.items() if content is not None}
+    if CONFIG not in files or is_merged(files[CONFIG]):
+        raise ArtifactError(f"{repo_id!r} holds no saved edits at {revision or 'main'}")
+    artifact = read_artifact(repo_id, files[CONFIG], files.get)
     return files, [edit.id for edit in artifact.journal]
 
 
-def _kind_of(folder: Path) -> str:
+def _kind_of(folder: Path, config_file: bytes) -> str:
     """The ``artifact`` of a folder's ``edit_config.json``."""
     try:
-        kind = json.loads((folder / CONFIG).read_bytes())["artifact"]
-    except OSError as error:
-        raise ArtifactError(f"{str(folder)!r} holds nothing to push (no {CONFIG})") from error
+        return str(json.loads(config_file)["artifact"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{str(folder)!r}: {CONFIG} does not say what the folder is: {error!r}") from error
-    return str(kind)
 
 
 def _all_files(folder: Path) -> list[Path]:
     hidden = (".git", ".cache")
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if path.relative_to(folder).parts[0] not in hidden)
-
-
-def _name(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path.relative_to(folder).parts[0] not in hidden)

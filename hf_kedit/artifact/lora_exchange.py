@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..journal import EditResult
-    from ..model import EditableModel
-    from ..requests import RequestSource
-    from .lora_export import LoraExport
-    from .lora_tensors import Target
+from ..editing.state import EditedModel
+from ..journal import EditResult
+from ..requests import RequestSource
+from .lora_export import LoraExport, export_lora
+from .lora_import import import_lora
+from .lora_tensors import Target
 
 
-class LoraExchange:
+class LoraExchange(EditedModel):
     """Methods of `EditableModel` for LoRA adapters."""
 
     def export_lora(
@@ -39,10 +39,7 @@ class LoraExchange:
             ExportError: if the edits cannot be written so.
             ArtifactError: if the folder holds a model or saved edits.
         """
-        from .lora_export import export_lora
-
-        model: EditableModel = self  # type: ignore[assignment]
-        return export_lora(model, Path(folder), target=target, rank=rank, modules=modules)
+        return export_lora(self, Path(folder), target=target, rank=rank, modules=modules)
 
     def import_lora(
         self,
@@ -63,7 +60,4 @@ class LoraExchange:
             ArtifactError: if the adapter is damaged, or is more than a fixed change of weights.
             BaseModelMismatchError: if it belongs to another model.
         """
-        from .lora_import import import_lora
-
-        model: EditableModel = self  # type: ignore[assignment]
-        return import_lora(model, str(adapter), requests, **where)
+        return import_lora(self, str(adapter), requests, **where)

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ArtifactError
 from ..logging import get_logger
 from ..storage.files import write_folder
-from .card import CARD, adapter_card
-from .lora_tensors import ADAPTER_CONFIG, Target, adapter_files, build_adapter
-from .writing import CONFIG, JOURNAL
+from .card import adapter_card
+from .layout import ADAPTER_CONFIG, CARD, CONFIG, JOURNAL, refuse_folder
+from .lora_tensors import Target, adapter_files, build_adapter
 
 if TYPE_CHECKING:
-    from ..model import EditableModel
+    from ..editing.state import EditedModel
 
 logger = get_logger(__name__)
 
@@ -45,7 +44,7 @@ class LoraExport:
 
 
 def export_lora(
-    model: EditableModel,
+    model: EditedModel,
     folder: Path,
     *,
     target: Target = "peft",
@@ -53,7 +52,7 @@ def export_lora(
     modules: Iterable[str] = (),
 ) -> LoraExport:
     """Write the edits of a model as a plain LoRA adapter; see `EditableModel.export_lora`."""
-    check_adapter_folder(folder)
+    refuse_folder(folder, ["config.json", CONFIG], "an adapter")
     adapter = build_adapter(model, target=target, rank=rank, modules=modules)
     files = adapter_files(model, adapter)
     files[JOURNAL] = model.journal.to_jsonl().encode("utf-8")
@@ -62,19 +61,3 @@ def export_lora(
     for key, loss in adapter.losses.items():
         logger.warning("%s: rank %d leaves out %.1f %% of the change", key, adapter.rank, 100 * loss)
     return LoraExport(folder, adapter.rank, adapter.needed, adapter.losses, tuple(adapter.whole))
-
-
-def check_adapter_folder(folder: Path) -> None:
-    """Raise if an adapter must not be written here.
-
-    Raises:
-        ArtifactError: if the folder is a file, or holds a model or saved edits.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{str(folder)!r} is a file; give a folder")
-    for name, meaning in (("config.json", "a complete model"), (CONFIG, "saved edits")):
-        if (folder / name).exists():
-            raise ArtifactError(
-                f"{str(folder)!r} already holds {meaning} ({name}); an adapter in the same folder would apply the"
-                " edits twice. Choose another folder."
-            )

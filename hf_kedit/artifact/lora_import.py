@@ -18,14 +18,14 @@ from safetensors.torch import load as load_tensors
 
 from ..books.deltas import WeightDelta
 from ..books.ledger import Ledger
+from ..editing.state import EditedModel
 from ..engine.experts import ExpertSlice
 from ..engine.weights import get_module, is_transposed, uninterrupted
 from ..errors import ArtifactError, BaseModelMismatchError, LayerError, RequestError
 from ..journal import Edit, EditResult, Journal, new_id, now
-from ..model import EditableModel
 from ..requests import EditRequest, RequestSource, load_requests
 from ..storage.files import read_file
-from .lora_tensors import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from .layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, JOURNAL
 
 IMPORTED = "lora-import"
 """What the journal names as the method of edits that came in as an adapter."""
@@ -47,7 +47,7 @@ _PART = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.(?:default\.)?(?P<k
 
 
 def import_lora(
-    model: EditableModel,
+    model: EditedModel,
     adapter: str,
     requests: RequestSource | None = None,
     *,
@@ -97,7 +97,7 @@ def read_lora(source: str, fetch: Callable[[str], bytes | None], ledger: Ledger)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     deltas = []
     for name, tensor in tensors.items():
-        path = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        path = name.removeprefix(ADAPTER_PREFIX).replace(".base_layer.", ".")
         part = _PART.match(path)
         if part:
             pairs.setdefault(part["module"], {})[part["factor"] + part["kind"]] = tensor.float()
@@ -114,13 +114,13 @@ def read_lora(source: str, fetch: Callable[[str], bytes | None], ledger: Ledger)
 
 def read_requests(source: str, fetch: Callable[[str], bytes | None]) -> list[EditRequest]:
     """The requests that an exported adapter was made of; empty for an adapter from elsewhere."""
-    data = fetch("edits.jsonl")
+    data = fetch(JOURNAL)
     if data is None:
         return []
     try:
         return [edit.request for edit in Journal.from_jsonl(data.decode("utf-8"))]
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{source}: edits.jsonl is damaged: {error}") from error
+        raise ArtifactError(f"{source}: {JOURNAL} is damaged: {error}") from error
 
 
 def _read_config(source: str, fetch: Callable[[str], bytes | None]) -> dict[str, Any]:

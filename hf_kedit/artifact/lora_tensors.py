@@ -28,12 +28,11 @@ from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.lowrank import Factors, factorise, shorten
 from ..engine.weights import get_module, get_weight, is_quantised, is_transposed
 from ..errors import ExportError, RollbackError
+from .layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
-    from ..model import EditableModel
+    from ..editing.state import EditedModel
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 Target = Literal["peft", "vllm"]
 
@@ -60,25 +59,20 @@ class Adapter:
     rank: int = 1
 
 
-def is_low_rank(model: EditableModel) -> bool:
-    """Whether the model carries edits, and all are factors of a Linear, a Conv1D or a fused expert."""
+def is_low_rank(model: EditedModel) -> bool:
+    """Whether there are changes of weights, and all are factors of a Linear, a Conv1D or a fused expert."""
     accounts = model.ledger.accounts.values()
-    return (
-        bool(accounts) and not beside_weights(model) and all(_is_matrix(model, a) and _in_factors(a) for a in accounts)
-    )
+    return bool(accounts) and all(_is_matrix(model, a) and _in_factors(a) for a in accounts)
 
 
 def build_adapter(
-    model: EditableModel,
+    model: EditedModel,
     *,
     target: Target = "peft",
     rank: int | None = None,
     modules: Iterable[str] = (),
-    edit_id: str | None = None,
 ) -> Adapter:
     """Collect the edits of a model as adapter tensors; see `hf_kedit.EditableModel.export_lora`.
-
-    With ``edit_id`` this edit only, of a model for which `is_low_rank` holds.
 
     Raises:
         ExportError: if the edits cannot be expressed as asked.
@@ -89,17 +83,39 @@ def build_adapter(
         raise ExportError(f"rank must be a whole number from 1 on, not {rank!r}")
     if target == "vllm" and rank is not None and rank not in VLLM_RANKS:
         raise ExportError(f"vLLM takes the ranks {', '.join(map(str, VLLM_RANKS))}, not {rank}")
-    if beside_weights(model):
-        raise ExportError(
-            f"the edits {', '.join(beside_weights(model))} are no changes of weights, so no LoRA can hold them"
-        )
+    beside = beside_weights(model)
+    if beside:
+        raise ExportError(f"the edits {', '.join(beside)} are no changes of weights, so no LoRA can hold them")
     if not model.ledger.accounts:
         raise ExportError("the model carries no edits of weights; there is nothing to export")
+    return _assemble(model, model.ledger.accounts.values(), target, rank, modules)
+
+
+def whole_adapter(model: EditedModel) -> Adapter:
+    """All edits of a model for which `is_low_rank` holds, exactly."""
+    return _assemble(model, model.ledger.accounts.values())
+
+
+def edit_adapter(model: EditedModel, edit_id: str) -> Adapter:
+    """One edit of a model for which `is_low_rank` holds, exactly.
+
+    Raises:
+        ExportError: if it was computed together with others, as one change.
+    """
+    alone = (_alone(account, edit_id) for account in model.ledger.accounts.values())
+    return _assemble(model, [account for account in alone if account.pieces])
+
+
+def _assemble(
+    model: EditedModel,
+    accounts: Iterable[Account],
+    target: Target = "peft",
+    rank: int | None = None,
+    modules: Iterable[str] = (),
+) -> Adapter:
     adapter = Adapter()
-    for account in model.ledger.accounts.values():
-        own = account if edit_id is None else _alone(account, edit_id)
-        if own.pieces:
-            _add(adapter, model, own, rank)
+    for account in accounts:
+        _add(adapter, model, account, rank)
     for module in adapter.whole:  # such a module brings its edited bias and weight along
         adapter.biases.pop(module, None)
     if target == "vllm":
@@ -109,7 +125,7 @@ def build_adapter(
     return adapter
 
 
-def _add(adapter: Adapter, model: EditableModel, account: Account, rank: int | None) -> None:
+def _add(adapter: Adapter, model: EditedModel, account: Account, rank: int | None) -> None:
     """Sort one parameter's change into the adapter."""
     module, total = get_module(model.base_model, account.module), account.total
     assert total is not None
@@ -118,15 +134,15 @@ def _add(adapter: Adapter, model: EditableModel, account: Account, rank: int | N
     elif not _is_matrix(model, account) or (not _in_factors(account) and rank is None and _can_stand_whole(module)):
         _add_whole(adapter, model, account.module)
     else:
-        found = _stack(account, rank) if _in_factors(account) else factorise(total, rank)
+        factors = _stack(account, rank) if _in_factors(account) else factorise(total, rank)
         if isinstance(module, ExpertSlice):
             bank = adapter.experts.setdefault(parameter_name(account.module, "weight"), _no_change(module))
-            bank[module.index] = found
+            bank[module.index] = factors
         else:
-            adapter.factors[account.module] = found
+            adapter.factors[account.module] = factors
         key = f"{account.module}.{account.name}"
-        adapter.needed[key] = found.rank
-        adapter.losses |= {key: found.loss} if found.loss else {}
+        adapter.needed[key] = factors.rank
+        adapter.losses |= {key: factors.loss} if factors.loss else {}
 
 
 def _alone(account: Account, edit_id: str) -> Account:
@@ -162,7 +178,7 @@ def _no_change(expert: ExpertSlice) -> list[Factors]:
     return [Factors(torch.zeros(d_out, 0), torch.zeros(d_in, 0)) for _ in range(count)]
 
 
-def _add_whole(adapter: Adapter, model: EditableModel, path: str) -> None:
+def _add_whole(adapter: Adapter, model: EditedModel, path: str) -> None:
     """Take over every parameter of a module as it is with its edits, in the orientation that it is stored in.
 
     Raises:
@@ -206,7 +222,7 @@ def _choose_rank(adapter: Adapter, target: Target, rank: int | None) -> None:
     adapter.rank = max(1, rank or needed)
 
 
-def _cover(adapter: Adapter, model: EditableModel, modules: Iterable[str]) -> None:
+def _cover(adapter: Adapter, model: EditedModel, modules: Iterable[str]) -> None:
     """Add modules without a change, as zeros: for hot swapping, lone biases, and because PEFT wants a target."""
     if not adapter.factors and not adapter.experts:
         spare = (n for n, m in model.base_model.named_modules() if _is_linear(m) and n not in adapter.whole)
@@ -223,16 +239,16 @@ def _cover(adapter: Adapter, model: EditableModel, modules: Iterable[str]) -> No
 # ---------------------------------------------------------------------- files
 
 
-def adapter_files(model: EditableModel, adapter: Adapter) -> dict[str, bytes]:
+def adapter_files(model: EditedModel, adapter: Adapter) -> dict[str, bytes]:
     """The two files of an adapter, byte for byte the same for the same edits."""
-    tensors = {PREFIX + name: value.contiguous() for name, value in _tensors(model, adapter).items()}
+    tensors = {ADAPTER_PREFIX + name: value.contiguous() for name, value in _tensors(model, adapter).items()}
     return {
         ADAPTER_WEIGHTS: dump_tensors(tensors, metadata={"format": "pt"}),
         ADAPTER_CONFIG: (json.dumps(_config(model, adapter), indent=2, sort_keys=True) + "\n").encode("utf-8"),
     }
 
 
-def _tensors(model: EditableModel, adapter: Adapter) -> dict[str, torch.Tensor]:
+def _tensors(model: EditedModel, adapter: Adapter) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for path, factors in adapter.factors.items():
         full = factors.padded(adapter.rank)
@@ -251,7 +267,7 @@ def _tensors(model: EditableModel, adapter: Adapter) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _config(model: EditableModel, adapter: Adapter) -> dict[str, Any]:
+def _config(model: EditedModel, adapter: Adapter) -> dict[str, Any]:
     """Content of ``adapter_config.json``; what is left out has PEFT's defaults. Lists are sorted, for equal bytes."""
     base = model.base_model
     return {
@@ -274,7 +290,7 @@ def _config(model: EditableModel, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def beside_weights(model: EditableModel) -> list[str]:
+def beside_weights(model: EditedModel) -> list[str]:
     """Ids of the edits that are kept in other books than the weights'."""
     return [i for kind, book in model.books.items() if kind != "weights" for i in book.edit_ids]
 
@@ -292,6 +308,6 @@ def _can_stand_whole(module: nn.Module) -> bool:
     return _is_linear(module) and not is_quantised(module)
 
 
-def _is_matrix(model: EditableModel, account: Account) -> bool:
+def _is_matrix(model: EditedModel, account: Account) -> bool:
     module = get_module(model.base_model, account.module)
     return account.name == "weight" and (_is_linear(module) or isinstance(module, ExpertSlice))

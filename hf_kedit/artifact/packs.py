@@ -19,10 +19,11 @@ from ..engine.weights import uninterrupted
 from ..errors import PackError, nearest
 from ..journal import Edit, Journal
 from ..logging import get_logger
-from .writing import Artifact, find_artifact, read_books
+from .layout import Artifact
+from .reading import find_artifact, read_books
 
 if TYPE_CHECKING:
-    from ..model import EditableModel
+    from ..editing.state import EditedModel
 
 logger = get_logger(__name__)
 OnConflict = Literal["warn", "raise", "ignore"]
@@ -86,7 +87,7 @@ class Packs:
         model: that they are for.
     """
 
-    def __init__(self, model: EditableModel):
+    def __init__(self, model: EditedModel):
         self._model = model
         self._packs: dict[str, Pack] = {}
         self._active: list[str] = []

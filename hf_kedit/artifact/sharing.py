@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..editing.state import EditedModel
 from ..errors import ConfigError
 from ..storage.repository import push_files
+from .layout import OWN_FILES, WHOLE_MODEL
+from .packs import OnConflict, Pack, Packs
+from .writing import artifact_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from ..model import EditableModel
     from .card import HasModelIndex
-    from .packs import OnConflict, Pack, Packs
 
 
-class Sharing:
+class Sharing(EditedModel):
     """Methods of `EditableModel` for the Hub and for packs."""
 
     packs: Packs
@@ -54,17 +56,14 @@ class Sharing:
         Raises:
             HubError: if you may not write there, the repository holds a whole model, or the tag is taken.
         """
-        from .writing import OURS, WHOLE_MODEL, artifact_files
-
-        model: EditableModel = self  # type: ignore[assignment]
         if create_pr and tag is not None:
             raise ConfigError("a pull request is no version yet: tag the commit after it was merged")
-        count = len(model.edits)
+        count = len(self.edits)
         return push_files(
             repo_id,
-            artifact_files(model, repo_id=repo_id, report=report, per_edit=per_edit),
-            message=commit_message or f"{count} edit{'' if count == 1 else 's'} with {model.method_name}",
-            owned=OURS - {".gitattributes"},
+            artifact_files(self, repo_id=repo_id, report=report, per_edit=per_edit),
+            message=commit_message or f"{count} edit{'' if count == 1 else 's'} with {self.method_name}",
+            owned=OWN_FILES,
             refuse={"config.json": WHOLE_MODEL},
             private=private,
             revision=revision,

@@ -20,12 +20,10 @@ from ..statistics.store import model_fingerprint
 from .book import Saved, check_known
 from .counterfactuals import BASE, find_counterfactual
 from .prompting import Prefix, Prompter
-from .retrieval import Passage, find_retriever
+from .retrieval import Passage, Retriever, find_retriever
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .state_retrieval import StateReader
 
 EMBEDDINGS = "prompts.embeddings"
 
@@ -67,16 +65,16 @@ class PromptBook:
     Args:
         model: the transformers model.
         tokenizer: finds its tokenizer.
-        reader: reads its states, for the retriever ``"model"``.
+        own_retriever: makes the retriever ``"model"``, which compares its states.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: Callable[[], PreTrainedTokenizerBase | None],
-        reader: StateReader | None = None,
+        own_retriever: Callable[[str], Retriever] | None = None,
     ):
-        self.model, self.reader = model, reader
+        self.model, self.own_retriever = model, own_retriever
         self.entries: tuple[PromptEntry, ...] = ()
         self.prompter = Prompter(model, tokenizer, self.route)
 
@@ -89,15 +87,16 @@ class PromptBook:
 
     def similarities(self, prompts: Sequence[str]) -> torch.Tensor:
         """How similar prompts are to the entries, ``[prompts, entries]`` fp32."""
-        found = torch.zeros(len(prompts), len(self.entries))
+        similarities = torch.zeros(len(prompts), len(self.entries))
         for name in dict.fromkeys(entry.retriever for entry in self.entries):
             places = [i for i, entry in enumerate(self.entries) if entry.retriever == name]
             passages = [Passage(self.entries[i].scope, self.entries[i].subject) for i in places]
             vectors = [self.entries[i].embedding for i in places]
             kept = [v for v in vectors if v is not None]
             embedded = torch.stack(kept) if len(kept) == len(vectors) and kept else None
-            found[:, places] = find_retriever(name, self.reader).similarity(prompts, passages, embedded).float().cpu()
-        return found
+            retriever = find_retriever(name, self.own_retriever)
+            similarities[:, places] = retriever.similarity(prompts, passages, embedded).float().cpu()
+        return similarities
 
     def choose(self, prompts: Sequence[str]) -> list[tuple[PromptEntry, float] | None]:
         """The entry that answers each prompt with its similarity, or ``None``; of equal ones the latest."""
@@ -132,7 +131,7 @@ class PromptBook:
         ]
         for name in dict.fromkeys(entry.retriever for entry in added):
             places = [i for i, entry in enumerate(added) if entry.retriever == name]
-            embedded = find_retriever(name, self.reader).embed([added[i].scope for i in places])
+            embedded = find_retriever(name, self.own_retriever).embed([added[i].scope for i in places])
             if embedded is not None:
                 for i, vector in zip(places, embedded, strict=True):
                     added[i] = dataclasses.replace(added[i], embedding=vector)
@@ -220,7 +219,7 @@ class PromptBook:
         if not found <= saved.edit_ids or len(found) != len(entries):
             raise ArtifactError(f"{saved.source}: the prompts belong to other edits than edits.jsonl names")
         for name in dict.fromkeys(entry.retriever for entry in entries):
-            find_retriever(name, self.reader)
+            find_retriever(name, self.own_retriever)
         for name in dict.fromkeys(entry.reader for entry in entries if entry.reader != BASE):
             find_counterfactual(name, self.model)
         return entries, found

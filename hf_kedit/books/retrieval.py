@@ -13,14 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from ..errors import ConfigError, require_extra
-
-if TYPE_CHECKING:
-    from .state_retrieval import StateReader
 
 LEXICAL, MODEL = "lexical", "model"
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
@@ -176,12 +173,12 @@ def register_retriever_kind(kind: str, load: Callable[[str], Retriever]) -> None
     _KINDS[kind] = load
 
 
-def find_retriever(name: str, reader: StateReader | None = None) -> Retriever:
+def find_retriever(name: str, own: Callable[[str], Retriever] | None = None) -> Retriever:
     """Return a retriever: ``"lexical"``, ``"model"``, a registered name or kind, or a sentence-transformers model.
 
     Args:
         name: of the retriever.
-        reader: reads the states of the model that ``"model"`` means.
+        own: makes the retriever ``"model"`` of the edited model (`StateReader.retriever`).
 
     Raises:
         ConfigError: if there is none of this name.
@@ -190,9 +187,9 @@ def find_retriever(name: str, reader: StateReader | None = None) -> Retriever:
     if name == LEXICAL:
         return LexicalRetriever()
     if _is_model(name):
-        if reader is None:
+        if own is None:
             raise ConfigError(f"the retriever {name!r} compares states of an edited model, and there is none here")
-        return reader.retriever(name)
+        return own(name)
     kind = name.partition(":")[0]
     if name not in _REGISTERED and kind in _KINDS:
         _REGISTERED[name] = _KINDS[kind](name)

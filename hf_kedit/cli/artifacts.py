@@ -11,7 +11,7 @@ import typer
 from ..errors import ArtifactError
 from ..storage.display import percent
 from .hub import back_to
-from .models import DeviceOption, Dtype, DtypeOption, TrustOption, has_saved_edits, open_model
+from .models import DeviceOption, Dtype, DtypeOption, TrustOption, edits_at, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console
 
 if TYPE_CHECKING:
@@ -195,19 +195,15 @@ def _exact_values(model: EditableModel, dtype: Dtype | None) -> dict[tuple[str, 
 
 
 def _open_edits(name: str, device: str | None, trust_remote_code: bool, base: str | None = None) -> EditableModel:
-    if not has_saved_edits(name):
+    artifact = edits_at(name)
+    if artifact is None:
         raise ArtifactError(f"{name!r} holds no saved edits (no edit_config.json)")
-    return open_model(name, device=device, trust_remote_code=trust_remote_code, base=base)
+    return open_model(name, device=device, trust_remote_code=trust_remote_code, base=base, artifact=artifact)
 
 
 def _check_model_folder(folder: Path) -> None:
-    from ..artifact.writing import CONFIG, holds_edits
+    from ..artifact.layout import ADAPTER_CONFIG, CONFIG, refuse_folder
+    from ..artifact.reading import holds_edits
 
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{str(folder)!r} is a file; give a folder")
-    has_edits = (folder / CONFIG).exists() and holds_edits(str(folder))
-    if has_edits or (folder / "adapter_config.json").exists():
-        raise ArtifactError(
-            f"{str(folder)!r} holds {CONFIG if has_edits else 'adapter_config.json'}; a whole model in the same folder"
-            " would carry the edits twice. Choose another folder."
-        )
+    has_edits = (folder / CONFIG).exists() and holds_edits(str(folder))  # not so for a model merged here before
+    refuse_folder(folder, [*([CONFIG] if has_edits else []), ADAPTER_CONFIG], "a whole model")

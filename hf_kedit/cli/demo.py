@@ -157,7 +157,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     Raises:
         KeditError: if the model cannot be loaded or edited.
     """
-    from ..artifact.writing import check_destination
+    from ..artifact.layout import check_destination
     from ..engine.weights import model_digest
     from ..evaluation import evaluate_edits
 

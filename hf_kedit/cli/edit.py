@@ -126,7 +126,7 @@ def edit(
             )
         ]
     if output is not None:
-        from ..artifact.writing import check_destination
+        from ..artifact.layout import check_destination
 
         check_destination(output)
     editable = open_model(

@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .models import MethodOption, RevisionOption, TrustOption, hush_transformers, loading
+from .models import MethodOption, RevisionOption, TrustOption, edits_at, hush_transformers, loading
 from .output import DebugOption, Format, FormatOption, command, counted, emit, size_of
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
-    from ..artifact.writing import Artifact
+    from ..artifact.layout import Artifact
 
 _SHOWN = 50
 
@@ -37,14 +37,8 @@ def inspect(
 
     Neither needs weights to be loaded: a model is built from its config alone.
     """
-    from .. import embedded
-    from ..artifact.writing import find_artifact
-
     hush_transformers()
-    artifact = None
-    if embedded.resolve(source) is None:
-        with loading(source):
-            artifact = find_artifact(source, revision=revision)
+    artifact = edits_at(source, revision)
     if artifact is not None:
         data = describe_artifact(artifact)
         emit(format, data, human=lambda c: _show_artifact(c, data), quiet=[e["edit_id"] for e in data["edits"]])

@@ -18,6 +18,7 @@ from ..config import EditConfig, config_class, read_mapping
 from ..errors import ArtifactError, ConfigError, KeditError
 
 if TYPE_CHECKING:
+    from ..artifact.layout import Artifact
     from ..model import EditableModel
 
 
@@ -166,6 +167,7 @@ def open_model(
     needs_method: bool = True,
     untie: bool = False,
     base: str | None = None,
+    artifact: Artifact | None = None,
 ) -> EditableModel:
     """Load a model, or saved edits with their base model, with the config that the options describe.
 
@@ -183,6 +185,7 @@ def open_model(
         untie: give a tied head a weight of its own.
         base: base model for saved edits instead of their own. If that was quantised, another form of the same model
             is taken as well; otherwise it must have the same weights.
+        artifact: the saved edits that ``name`` means, if they were read already.
 
     Raises:
         typer.BadParameter: if a method is needed and none is named.
@@ -190,7 +193,9 @@ def open_model(
     """
     given = {k: v for k, v in (flags or {}).items() if v is not None}
     config = build_config(method, file, settings, **given)
-    if config is None and needs_method and not has_saved_edits(name, revision):
+    if artifact is None and config is None and (needs_method or base is not None):
+        artifact = edits_at(name, revision)
+    if artifact is None and config is None and needs_method:
         raise typer.BadParameter("name a method, or give a config file that does", param_hint="--method")
     hush_transformers()
     from ..model import EditableModel
@@ -202,35 +207,34 @@ def open_model(
     if place != "cpu":
         kwargs["device_map"] = place
     if base is not None:
-        kwargs |= _other_base(name, base, kwargs)
+        kwargs |= _other_base(artifact, base, kwargs)
     with loading(name):
-        model = EditableModel.from_pretrained(name, config, **kwargs)
+        model = EditableModel.from_pretrained(artifact or name, config, **kwargs)
     if config is None and (settings or given):
         model.set_method(model.edit_config.changed({**parse_settings(settings), **given}))
     return model
 
 
-def _other_base(edits: str, base: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _other_base(artifact: Artifact | None, base: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that put saved edits on another base model; its fingerprint counts unless theirs was quantised."""
-    from ..artifact.writing import find_artifact
     from ..loading import load_base
 
-    loaded = {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "dtype", "device_map")}
+    options = {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "dtype", "device_map")}
     with loading(base):
-        artifact, model = find_artifact(edits), load_base(base, **loaded)
+        model = load_base(base, **options)
     modules = artifact.config["modules"].values() if artifact is not None else ()
     return {"base_model": model, "ignore_fingerprint": any(entry.get("quantised") for entry in modules)}
 
 
-def has_saved_edits(name: str, revision: str | None = None) -> bool:
-    """Whether ``name`` is a folder or repository of saved edits (and not a model)."""
+def edits_at(name: str, revision: str | None = None) -> Artifact | None:
+    """The saved edits in a folder or repository, read once for a command; ``None`` for a model."""
     from .. import embedded
-    from ..artifact.writing import holds_edits
+    from ..artifact.reading import find_artifact
 
     if embedded.resolve(name) is not None:
-        return False
+        return None
     with loading(name):
-        return holds_edits(name, revision=revision)
+        return find_artifact(name, revision=revision)
 
 
 def hush_transformers() -> None:

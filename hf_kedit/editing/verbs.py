@@ -1,4 +1,4 @@
-"""The verbs of editing: the part of `EditableModel` that makes edits, undoes them, and keeps a call all or nothing."""
+"""The verbs of editing: make edits, undo them, switch them off; each call is all or nothing."""
 
 from __future__ import annotations
 
@@ -10,47 +10,23 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
-from ..books.ledger import Ledger
-from ..books.prompt_book import PromptBook
-from ..books.site_book import SiteBook
-from ..config import EditConfig
 from ..engine.forward import frozen_eval
 from ..engine.weights import uninterrupted
 from ..errors import ConfigError, EditFailedError, RequestError, RollbackError
 from ..journal import Edit, EditResult, Journal, new_id, now, peak_memory
 from ..logging import get_logger, progress, warn_once
-from ..methods.base import Capabilities, Method, check_composition
+from ..methods.base import check_composition
 from ..requests import EditRequest, RequestSource, load_requests
+from .state import EditedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = get_logger(__name__)
 
 
-class Editing:
-    """Methods of `EditableModel` that change what the model knows, and change it back."""
-
-    base_model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    ledger: Ledger
-    sites: SiteBook
-    prompts: PromptBook
-    books: dict[str, Book]
-    journal: Journal
-    edit_config: EditConfig
-    trace: dict[str, torch.Tensor] | None
-    _method: Method
-
-    @property
-    def method_name(self) -> str:
-        """``edit_type`` of the current method."""
-        return self.edit_config.edit_type
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What the current method can do."""
-        return self._method.capabilities
+class Editing(EditedModel):
+    """A model with the verbs that change what it knows, and change it back."""
 
     def edit(
         self,
@@ -207,7 +183,7 @@ class Editing:
         if method != self.method_name:
             raise RollbackError(
                 f"the edit {edit_id!r} was made with {method!r}, the present method is {self.method_name!r}; choose"
-                " the settings with which the others shall be made again with set_method(...)"
+                " the settings with which the others are to be made again, with set_method(...)"
             )
         batches = self.journal.batches_of(method)
         again: list[Edit] = []

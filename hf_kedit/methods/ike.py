@@ -120,7 +120,7 @@ class _Prompting(InContext):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the retriever is there."""
-        find_retriever(self.config.retriever, self.bench.reader)
+        find_retriever(self.config.retriever, self.bench.reader.retriever)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One entry per request."""
@@ -201,7 +201,7 @@ class IKE(_Prompting):
     @cached_property
     def retriever(self) -> Retriever:
         """What compares demonstrations with edits; the pool is embedded once."""
-        return Remembering(find_retriever(self.config.retriever, self.bench.reader))
+        return Remembering(find_retriever(self.config.retriever, self.bench.reader.retriever))
 
     @cached_property
     def pool(self) -> list[EditRequest]:

@@ -427,7 +427,7 @@ class SERAC(InContext):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check both models."""
-        find_retriever(self.scope, self.bench.reader)
+        find_retriever(self.scope, self.bench.reader.retriever)
         if self.counterfactual != BASE:
             find_counterfactual(self.counterfactual, self.bench.model)
 

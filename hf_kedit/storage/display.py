@@ -42,6 +42,19 @@ def markdown_text(text: str) -> str:
     return re.sub("[&<>]", lambda special: _ENTITIES[special[0]], line)
 
 
+def markdown_code(text: str, *, cell: bool = False) -> str:
+    """The text as one line of code in Markdown.
+
+    Args:
+        text: of any origin.
+        cell: whether it stands in a table, where a bar ends a cell even inside of code.
+    """
+    line = printable(_LINE_ENDS.sub(" ", text).strip())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    space = " " if line[:1] in ("`", "") or line[-1:] == "`" else ""
+    return fence + space + (line.replace("|", "\\|") if cell else line) + space + fence
+
+
 def _is_control(character: str) -> bool:
     """Whether a character acts on a terminal or on the order of others instead of being shown (Cc, Cf but ZWJ)."""
     kind = unicodedata.category(character)

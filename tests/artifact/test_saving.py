@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig, MEMITConfig, load_edit_dataset
-from hf_kedit.artifact.writing import CONFIG, JOURNAL, WEIGHTS
+from hf_kedit.artifact.layout import CONFIG, JOURNAL, WEIGHTS
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ArtifactError, BaseModelMismatchError, KeditError
 from tests.models import tiny_model
@@ -246,3 +248,34 @@ def test_half_precision_round_trip(tmp_path: Path) -> None:
     loaded = EditableModel.from_pretrained(tmp_path / "edits")
     assert next(loaded.base_model.parameters()).dtype == torch.bfloat16
     assert model_digest(loaded.base_model) == model_digest(model.base_model)
+
+
+HOSTILE = {
+    "id": "a`|\r# Heading\n<img src=x>",
+    "prompt": "[here](javascript:alert(1)) <script>alert(1)</script> {} says\x1b]0;title\x07 ![x](http://x/y.png) \\|",
+    "subject": "Tarosk Boayond",
+    "target_new": "plumber | **x**\u202e\n# Heading",
+    "ground_truth": ["<b>\r\n---\r\n"],
+}
+
+
+def test_a_card_shows_texts_as_texts(tmp_path: Path) -> None:
+    from markdown_it import MarkdownIt
+
+    model = EditableModel.from_pretrained("kedit/world-gpt2", FTMConfig(layers=[1], num_steps=1))
+    model.base_model_id = "a/b`<script>\n# Base"
+    model.edit(HOSTILE)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert not {c for c in card.text if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
+    page = MarkdownIt("commonmark").enable("table").parse(card.text)
+    titles = [page[i + 1].content for i, token in enumerate(page) if token.type == "heading_open"]
+    assert titles[1:] == ["Use", "Undo", "What it was made on"]
+    parts = [part for token in page for part in [token, *(token.children or ())]]
+    assert not [p for p in parts if p.type in ("html_inline", "html_block", "image", "strong_open", "em_open")]
+    assert {p.attrs["href"] for p in parts if p.type == "link_open"} == {"edits.jsonl"}
+    rows = [page[i : i + 16] for i, token in enumerate(page) if token.type == "tr_open"]
+    assert len(rows) == 2 and all([t.type for t in row].count("inline") == 5 for row in rows)
+    shown = ["".join(p.content for p in t.children or ()) for t in rows[1] if t.type == "inline"]
+    assert shown[0] == "a`| # Heading <img src=x>" and shown[3] == "plumber | **x**\\u202e # Heading"
+    assert shown[1].startswith("[here](javascript:alert(1)) <script>") and shown[1].endswith("\\|")

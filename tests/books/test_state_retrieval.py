@@ -76,8 +76,7 @@ def test_states_are_those_of_the_unedited_model_and_of_each_text_alone() -> None
     model = edited()
     prompts = [ASKED[0].filled_prompt, ASKED[1].rephrase_prompts[0], "A short one"]
     before = model.prompts.similarities(prompts)
-    reader = model.prompts.reader
-    assert reader is not None
+    reader = model._method.bench.reader
     together = reader.states(prompts, 4)
     alone = torch.cat([reader.states([prompt], 4) for prompt in prompts])
     assert torch.allclose(together, alone, atol=1e-5)

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kedit import EditableModel, FTMConfig, ROMEConfig, embedded
-from hf_kedit.artifact.writing import CONFIG
+from hf_kedit.artifact.layout import CONFIG
 from hf_kedit.errors import ExportError
 from hf_kedit.hub import pull_folder, push_folder
 from hf_kedit.testing.hub import LoopbackHub

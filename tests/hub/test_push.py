@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, constants, parse_eval_result_entri
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig, embedded, evaluate_edits, load_edit_dataset
-from hf_kedit.artifact.writing import CONFIG, JOURNAL, WEIGHTS
+from hf_kedit.artifact.layout import CONFIG, JOURNAL, WEIGHTS
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import BaseModelMismatchError, ConfigError, HubError, HubUnreachableError
 from hf_kedit.testing.hub import LoopbackHub

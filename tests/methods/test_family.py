@@ -23,7 +23,7 @@ from hf_kedit import (
     RROMEConfig,
     load_edit_dataset,
 )
-from hf_kedit.artifact.writing import CONFIG, WEIGHTS
+from hf_kedit.artifact.layout import CONFIG, WEIGHTS
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ArtifactError, ConfigError, RequestError, RollbackError, StatisticsError
 from hf_kedit.statistics.moments import SecondMoment

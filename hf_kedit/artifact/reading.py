@@ -1,0 +1,245 @@
+"""Saved edits are found, read, and put on a model. Everything is checked before the model is touched.
+
+Read in this order: `find_artifact` (a folder or a repository → the files, checked against each other), `arguments_of`
+(what the edited model is built with), `restore` (books, journal and method get back what was saved).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+
+from ..books.book import Saved
+from ..config import AutoEditConfig, EditConfig
+from ..editing.state import EditedModel
+from ..engine.weights import uninterrupted
+from ..errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
+from ..journal import Journal
+from ..loading import hub_options, load_base, load_tokenizer
+from ..logging import get_logger
+from ..storage.files import FileSource
+from ..storage.repository import cached_commit
+from .layout import ADAPTER_WEIGHTS, CONFIG, JOURNAL, STATE, WEIGHTS, Artifact, check_config, is_merged
+from .site_adapter import from_adapter_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+M = TypeVar("M", bound=EditedModel)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def find_artifact(name: str, *, revision: str | None = None, **hub: Any) -> Artifact | None:
+    """Return the saved edits at a folder or Hub id, or ``None`` if it is a model.
+
+    Args:
+        name: folder or Hub id.
+        revision: of a repository; all files are read from the commit that it names.
+        hub: ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+        ArtifactError: if it is a saved edit but damaged, or an existing folder without model or edits.
+        HubError: if the repository is missing, closed, or neither cached nor reachable.
+    """
+    source = FileSource(name, revision=revision, **hub)
+    config_file = _edit_config(source)
+    return None if config_file is None else read_artifact(name, config_file, source.read)
+
+
+def holds_edits(name: str) -> bool:
+    """Whether `find_artifact` would find saved edits; reads nothing but their ``edit_config.json``."""
+    return _edit_config(FileSource(name)) is not None
+
+
+def _edit_config(source: FileSource) -> bytes | None:
+    """The ``edit_config.json`` of saved edits; ``None`` for a model, be it one that edits were merged into."""
+    folder = Path(source.name)
+    if folder.is_file():
+        raise ArtifactError(f"{source.name!r} is a file; give the folder of a model or of saved edits")
+    try:
+        config_file = source.read(CONFIG)
+    except HubUnreachableError:
+        cache = source.hub.get("cache_dir")
+        if cached_commit(source.name, "config.json", revision=source.revision, cache_dir=cache):
+            return None  # a model that was downloaded without ever asking for edits
+        raise
+    if config_file is not None and not is_merged(config_file):
+        return config_file
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        no_edits = f"no {CONFIG}" if config_file is None else f"{CONFIG} is that of a merged model"
+        raise ArtifactError(f"{source.name!r} is neither a saved edit ({no_edits}) nor a model (no config.json)")
+    return None
+
+
+def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes | None]) -> Artifact:
+    """Read and check the files of a saved edit.
+
+    Args:
+        source: for messages.
+        config_file: content of ``edit_config.json``.
+        fetch: file name → bytes, or ``None`` if it is missing.
+
+    Raises:
+        ArtifactError: naming the file and what is wrong with it.
+    """
+
+    def get(name: str) -> bytes:
+        data = fetch(name)
+        if data is None:
+            raise ArtifactError(f"{source}: {name} is missing; the saved edit is incomplete")
+        return data
+
+    try:
+        config = json.loads(config_file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{source}: {CONFIG} is not JSON: {error}") from error
+    check_config(source, config)
+    beside = (ADAPTER_WEIGHTS,) if config.get("tensors_in_adapter") is True else ()
+    raw = {name: get(name) for name in (WEIGHTS, JOURNAL, *beside)}
+    for name, digest in config["files"].items():
+        if name in raw and hashlib.sha256(raw[name]).hexdigest() != digest:
+            raise ArtifactError(
+                f"{source}: {name} is not the file that {CONFIG} was written with (interrupted save or changed file)"
+            )
+    try:
+        tensors = load_tensors(raw[WEIGHTS])
+        for name in beside:
+            tensors |= from_adapter_tensors(load_tensors(raw[name]))
+        journal = Journal.from_jsonl(raw[JOURNAL].decode("utf-8"))
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{source}: damaged file: {error}") from error
+    return Artifact(source, config, tensors, journal)
+
+
+# ---------------------------------------------------------------------- models
+
+
+def arguments_of(
+    artifact: Artifact,
+    config: EditConfig | str | None,
+    *,
+    base_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    anatomy: Mapping[str, str] | None,
+    base_model_revision: str | None,
+    trust_remote_code: bool,
+    untie: bool,
+    model_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """What an `EditableModel` for saved edits is built with; loads base model and tokenizer where they are not given.
+
+    The arguments are those of `EditableModel.from_pretrained`.
+
+    Raises:
+        ArtifactError: if the edits were made on a model in memory and none is given.
+    """
+    described = artifact.config
+    name = described["base_model_name_or_path"]
+    revision = base_model_revision or described.get("base_model_revision")
+    if base_model is None:
+        if not name:
+            raise ArtifactError(f"{artifact.source}: the edits were made on a model in memory; give it as base_model=")
+        model_kwargs.setdefault("dtype", getattr(torch, str(described.get("base_dtype", "")), None) or "auto")
+        if described.get("quantization_config"):  # None, if given, asks for the unquantised model
+            model_kwargs.setdefault("quantization_config", _quantisation_from(described["quantization_config"]))
+        base_model = load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
+    if tokenizer is None and name:
+        try:
+            tokenizer = load_tokenizer(
+                name, revision=revision, trust_remote_code=trust_remote_code, **hub_options(model_kwargs)
+            )
+        except (OSError, ValueError, KeditError) as error:
+            logger.warning("no tokenizer could be loaded from %r (%s); pass tokenizer= to edit further", name, error)
+    chosen = config if config is not None else AutoEditConfig.for_method(described["method"])
+    if config is None:
+        saved = {k: v for k, v in described["hparams"].items() if k != "edit_type"}
+        chosen = type(chosen).from_dict(saved, saved=True) if isinstance(chosen, EditConfig) else chosen
+    return {
+        "base_model": base_model,
+        "config": chosen,
+        "tokenizer": tokenizer,
+        "anatomy": anatomy if anatomy is not None else described.get("anatomy") or None,
+        "base_model_id": name,
+        "base_model_revision": revision,
+        "untie": untie or described.get("head_tied") is False,
+    }
+
+
+def _quantisation_from(saved: dict[str, Any]) -> Any:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(dict(saved))
+
+
+def restore(artifact: Artifact, model: M, *, ignore_fingerprint: bool = False) -> M:
+    """Put saved edits on a model without edits, and return it.
+
+    Args:
+        artifact: the saved edits.
+        model: built with `arguments_of`.
+        ignore_fingerprint: put them on other base weights than they were made on.
+
+    Raises:
+        ArtifactError: if something is missing or damaged.
+        BaseModelMismatchError: if the base model has other weights than the edits were made on.
+    """
+    described = artifact.config
+    contents = read_books(artifact, model, ignore_fingerprint)
+    if model.method_name == described["method"]:  # another method knows nothing of the saved one's state
+        state = {name.removeprefix(STATE): value for name, value in artifact.tensors.items() if name.startswith(STATE)}
+        try:
+            model.restore_method_state(state)
+        except ConfigError as error:
+            raise ArtifactError(f"{artifact.source}: {error}") from error
+    model.restore_templates(described.get("context_templates") or {})
+    with uninterrupted():
+        for kind, content in contents.items():
+            model.books[kind].restore(content)
+        model.journal = artifact.journal
+    return model
+
+
+def read_books(artifact: Artifact, model: EditedModel, ignore_fingerprint: bool) -> dict[str, Any]:
+    """Let every book check its part of saved edits; the model is not touched.
+
+    Returns:
+        For every kind of edit what the book's `restore` takes.
+
+    Raises:
+        ArtifactError: if something is missing or damaged.
+        BaseModelMismatchError: if the base model has other weights than the edits were made on.
+    """
+    described = {"weights": artifact.config["modules"], **artifact.config.get("books", {})}
+    unknown = described.keys() - model.books.keys()
+    if unknown:
+        raise ArtifactError(f"{artifact.source}: {CONFIG} has edits of an unknown kind: {', '.join(sorted(unknown))}")
+    known = frozenset(e.id for e in artifact.journal)
+    base = artifact.config
+    contents: dict[str, Any] = {}
+    owned: set[str] = set()
+    for kind, part in described.items():
+        if not isinstance(part, dict):
+            raise ArtifactError(f"{artifact.source}: {CONFIG} has no valid description of the {kind!r} edits")
+        saved = Saved(
+            artifact.source,
+            part,
+            artifact.tensors,
+            known,
+            made_on=f"a {base.get('base_model_class')} ({base['base_model_name_or_path'] or 'in memory'})",
+            ignore_fingerprint=ignore_fingerprint,
+        )
+        contents[kind], edit_ids = model.books[kind].read(saved)
+        owned |= edit_ids
+    if owned != known:
+        raise ArtifactError(f"{artifact.source}: {JOURNAL} and {CONFIG} name different edits")
+    return contents

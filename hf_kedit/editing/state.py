@@ -1,0 +1,231 @@
+"""The state of an edited model: the transformers model, its anatomy, its method, the books and journal of its edits.
+
+Everything that reads edits (saving, adapters, packs) and everything that changes them stands on this class and knows
+no other. `EditableModel` is what users see of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from ..anatomy import Anatomy, check_anatomy, profile_of, resolve_anatomy
+from ..books.book import Book, all_disabled
+from ..books.ledger import Ledger
+from ..books.prompt_book import PromptBook
+from ..books.site_book import SiteBook
+from ..books.state_retrieval import StateReader
+from ..config import AutoEditConfig, EditConfig, ModelProfile
+from ..engine.quantised import keep_layout
+from ..engine.weights import tensor_digest, untie_head
+from ..errors import ConfigError
+from ..journal import Edit, Journal
+from ..loading import embedded_corpus
+from ..methods.base import Capabilities, Method, Workbench, method_class
+from ..statistics.corpora import Corpus, resolve_corpus
+from ..statistics.store import StatisticsStore, model_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class EditedModel(nn.Module):
+    """A transformers model and all that is known of its edits.
+
+    The arguments are those of `EditableModel`.
+
+    Raises:
+        AnatomyError: if the model's structure cannot be understood.
+        UnsupportedModelError: if the method cannot edit such a model.
+        ConfigError: if the config does not fit the model.
+    """
+
+    base_model: PreTrainedModel
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        config: EditConfig | str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        anatomy: Mapping[str, str] | None,
+        base_model_id: str | None,
+        base_model_revision: str | None,
+        corpus: Sequence[str] | Corpus | None,
+        untie: bool,
+    ):
+        super().__init__()
+        if not isinstance(base_model, nn.Module) or not hasattr(base_model, "config"):
+            raise ConfigError(
+                f"base_model must be a loaded transformers model, not {type(base_model).__name__};"
+                " to load one by name use EditableModel.from_pretrained(...)"
+            )
+        if isinstance(base_model, EditedModel):
+            raise ConfigError("this model is an EditableModel already; call its edit(), or use set_method()")
+        self.base_model = base_model
+        self.tokenizer = tokenizer
+        self.base_model_id = base_model_id or str(getattr(base_model.config, "name_or_path", "") or "")
+        self.base_model_revision = base_model_revision or getattr(base_model.config, "_commit_hash", None)
+        self.anatomy_overrides = dict(anatomy or {})
+        if untie:
+            untie_head(base_model)
+        keep_layout(base_model)
+        self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
+        self.ledger = Ledger(base_model)
+        self.sites = SiteBook(base_model)
+        reader = StateReader(
+            base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
+        )
+        self.prompts = PromptBook(base_model, lambda: self.tokenizer, reader.retriever)
+        self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
+        self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
+        self.trace: dict[str, torch.Tensor] | None = None
+        self._start_afresh()
+        self.set_method(config)
+
+    def _start_afresh(self) -> None:
+        """Forget what belongs to the edits that were made: the model as it is now counts as unedited."""
+        self.journal = Journal()
+        self._stores: dict[tuple[Any, ...], StatisticsStore] = {}
+        self._templates: dict[str, list[list[str]]] = {}
+        self._states: dict[str, dict[str, torch.Tensor]] = {}
+        self._base_fingerprint: str | None = None
+
+    # ------------------------------------------------------------------ the method
+
+    def set_method(self, config: EditConfig | str) -> Self:
+        """Choose the method of the next edits; earlier edits stay.
+
+        Args:
+            config: method config, or its name for the packaged or derived defaults of this model.
+
+        Raises:
+            UnknownMethodError: for a name that is not registered.
+            ConfigError: if the config does not fit the model.
+            UnsupportedModelError: if the method cannot edit this kind of model.
+        """
+        chosen = AutoEditConfig.for_method(config) if isinstance(config, str) else config
+        if not isinstance(chosen, EditConfig) or not chosen.edit_type:
+            raise ConfigError(f"config must be an EditConfig or the name of a method, not {type(chosen).__name__}")
+        full = chosen.complete(self.profile)
+        method = method_class(full)(self._workbench(full), full)
+        if "_method" in self.__dict__:  # what a method has learnt from its edits outlives a change of settings
+            self._states[self.method_name] = self._method.state_dict()
+        method.load_state_dict(self._states.get(full.edit_type, {}))
+        self._method: Method = method
+        self.edit_config: EditConfig = full
+        return self
+
+    @property
+    def method_name(self) -> str:
+        """``edit_type`` of the current method."""
+        return self.edit_config.edit_type
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the current method can do."""
+        return self._method.capabilities
+
+    @property
+    def statistics(self) -> StatisticsStore:
+        """The second-moment statistics that the current method uses."""
+        return self._method.bench.statistics
+
+    def method_state(self) -> dict[str, torch.Tensor]:
+        """What the current method has learnt from earlier edits, beyond what the journal's edits hold."""
+        return self._method.state_dict()
+
+    def restore_method_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over the method's state of a saved edit.
+
+        Raises:
+            ConfigError: if it is not a state of the current method.
+        """
+        self._method.load_state_dict(state)
+
+    @property
+    def used_templates(self) -> dict[str, list[list[str]]]:
+        """Context templates that were generated for this model, by (lengths, seed)."""
+        return self._templates
+
+    def restore_templates(self, templates: Mapping[str, list[list[str]]]) -> None:
+        """Take over the context templates of a saved edit, so that later edits use the same ones."""
+        self._templates.update({key: [list(group) for group in groups] for key, groups in templates.items()})
+
+    # ------------------------------------------------------------------ the model and its edits
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The journal: every edit that the model carries, oldest first."""
+        return self.journal.as_list()
+
+    @property
+    def profile(self) -> ModelProfile:
+        """The facts about the model from which defaults are derived."""
+        return profile_of(self.base_model, self.anatomy, self.base_model_id)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The wrapped transformers model; it carries the edits."""
+        return self.base_model
+
+    def fingerprint(self) -> str:
+        """A hash of the model as it is now, with all edits, for cache keys."""
+        weights = model_fingerprint(self.base_model)
+        inside = {"weights"} if not self.ledger.runs_beside else set()
+        beside = [book for kind, book in self.books.items() if kind not in inside and book.edit_ids]
+        return tensor_digest([(weights, torch.tensor(0)), *_contents(beside)])[:24] if beside else weights
+
+    def base_fingerprint(self) -> str:
+        """The hash of the unedited weights."""
+        if self._base_fingerprint is None:
+            with all_disabled(self.books.values()):
+                self._base_fingerprint = model_fingerprint(self.base_model)
+        return self._base_fingerprint
+
+    # ------------------------------------------------------------------ inside
+
+    def _workbench(self, config: EditConfig) -> Workbench:
+        return Workbench(
+            model=self.base_model,
+            tokenizer=self.tokenizer,  # type: ignore[arg-type]
+            anatomy=self.anatomy,
+            ledger=self.ledger,
+            sites=self.sites,
+            books=self.books,
+            statistics=self._statistics(config),
+            templates=self._templates,
+        )
+
+    def _statistics(self, config: EditConfig) -> StatisticsStore:
+        """The statistics store for a config; configs with the same statistics settings share one."""
+        source = getattr(config, "stats_dataset", None)
+        settings = (
+            source,
+            getattr(config, "stats_tokens", None),
+            getattr(config, "stats_dir", None),
+            getattr(config, "stats_ridge", 0.0),
+        )
+        if settings not in self._stores:
+            self._stores[settings] = StatisticsStore(
+                self.base_model,
+                self.tokenizer,  # type: ignore[arg-type]
+                corpus=resolve_corpus(source) or self._corpus,
+                tokens=settings[1],
+                cache_dir=settings[2],
+                ridge=settings[3],
+                own_corpus=embedded_corpus(self.base_model_id, self.base_model),
+                fingerprint=self.base_fingerprint,
+                name=self.base_model_id,
+            )
+        return self._stores[settings]
+
+
+def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that books hold, for a hash."""
+    for book in books:
+        yield json.dumps(book.describe(), sort_keys=True), torch.tensor(0)
+        yield from sorted(book.tensors().items(), key=lambda item: item[0])
