@@ -14,7 +14,7 @@ import torch
 
 from ..requests import EditRequest, in_row
 from ..tokens import encode_pair, encode_target, pad_rows
-from .forward import accepts, device_of, logits_at, model_inputs
+from .forward import Positions, device_of, logits_at, model_inputs
 from .rows import check_length
 
 if TYPE_CHECKING:
@@ -94,43 +94,59 @@ def _encode(
     return Example(tuple(pair.ids[:-1]), positions, tuple(pair.target_ids))
 
 
-def token_losses(model: Any, examples: Sequence[Example], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of every target token, in one forward.
+@dataclass(frozen=True)
+class ExampleBatch:
+    """Examples on the device of a model's inputs, ready to be scored again and again.
 
     Args:
-        model: a transformers model, or something that is called like one.
-        examples: of one kind, decoder-only or encoder-decoder.
-        fill: padding id.
-
-    Returns:
-        The losses of all target tokens ``[tokens]`` fp32, and the example that each belongs to ``[tokens]`` int64.
+        inputs: arguments of a forward.
+        positions: where the target tokens are predicted, example after example.
+        targets: the target tokens, ``[tokens]`` int64.
+        count: number of examples.
     """
-    device = device_of(model)
-    batch = pad_rows([e.ids for e in examples], fill).to(device)
-    rows = torch.tensor([i for i, e in enumerate(examples) for _ in e.targets], device=device)
-    columns = torch.tensor([p for e in examples for p in e.positions], device=device)
-    targets = torch.tensor([t for e in examples for t in e.targets], device=device)
-    shape = tuple(batch.input_ids.shape)
-    kwargs = model_inputs(model, batch)
-    if examples[0].decoder_ids:
-        decoder = pad_rows([e.decoder_ids for e in examples], fill).to(device)
-        kwargs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "decoder_input_ids": decoder.input_ids,
-            "decoder_attention_mask": decoder.attention_mask,
-        }
-        if accepts(model, "use_cache"):
-            kwargs["use_cache"] = False
-        shape = tuple(decoder.input_ids.shape)
-    logits = logits_at(model, kwargs, rows, columns, shape).float()
-    return -logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1), rows
+
+    inputs: dict[str, Any]
+    positions: Positions
+    targets: torch.Tensor
+    count: int
+
+    @classmethod
+    def of(cls, model: Any, examples: Sequence[Example], fill: int) -> ExampleBatch:
+        """Pad examples and bring them to the model.
+
+        Args:
+            model: a transformers model, or something that is called like one.
+            examples: of one kind, decoder-only or encoder-decoder.
+            fill: padding id.
+        """
+        device = device_of(model)
+        batch = pad_rows([e.ids for e in examples], fill).to(device)
+        inputs, scored = model_inputs(model, batch), batch.input_ids
+        if examples[0].decoder_ids:
+            decoder = pad_rows([e.decoder_ids for e in examples], fill).to(device)
+            inputs, scored = {k: v for k, v in inputs.items() if k != "position_ids"}, decoder.input_ids
+            inputs |= {"decoder_input_ids": scored, "decoder_attention_mask": decoder.attention_mask}
+        targets = torch.tensor([t for e in examples for t in e.targets], device=device)
+        return cls(inputs, Positions.of([e.positions for e in examples], scored), targets, len(examples))
+
+    def token_losses(self, model: Any) -> torch.Tensor:
+        """Negative log-likelihood of every target token in one forward, ``[tokens]`` fp32."""
+        logits = logits_at(model, self.inputs, self.positions).float()
+        return -logits.log_softmax(-1).gather(1, self.targets.to(logits.device).unsqueeze(1)).squeeze(1)
+
+    def means(self, losses: torch.Tensor) -> torch.Tensor:
+        """Mean per example of what `token_losses` returned, ``[examples]``."""
+        return row_means(losses, self.positions.rows, self.count)
+
+    def losses(self, model: Any) -> torch.Tensor:
+        """Mean negative log-likelihood per target token of each example in one forward, ``[examples]`` fp32."""
+        return self.means(self.token_losses(model))
 
 
 def row_means(losses: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """Mean loss of each of ``count`` examples, ``[count]``."""
-    total = torch.zeros(count, device=losses.device).index_add(0, rows, losses)
-    return total / torch.bincount(rows, minlength=count)
+    rows, none = rows.to(losses.device), losses.new_zeros(count)
+    return none.index_add(0, rows, losses) / none.index_add(0, rows, torch.ones_like(losses))
 
 
 @torch.no_grad()
@@ -139,5 +155,5 @@ def target_probabilities(model: Any, examples: Sequence[Example], fill: int, siz
     found: list[float] = []
     for i in range(0, len(examples), size):
         chunk = examples[i : i + size]
-        found.extend((-row_means(*token_losses(model, chunk, fill), len(chunk))).exp().tolist())
+        found.extend((-ExampleBatch.of(model, chunk, fill).losses(model)).exp().tolist())
     return found

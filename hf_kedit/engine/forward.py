@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..anatomy.outputs import hooks, replace_block_output
 from ..errors import ConfigError
 from ..tokens import TokenBatch
-from .weights import uninterrupted
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .weights import compute_device, uninterrupted
 
 
 @lru_cache(maxsize=256)
@@ -24,23 +24,23 @@ def _parameters(forward_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(forward_class.forward).parameters)
 
 
+def _inner(model: Any) -> Any:
+    """The transformers model inside a wrapper that is called like one."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
 def accepts(model: torch.nn.Module, name: str) -> bool:
     """Whether ``model.forward`` has an argument of this name (``**kwargs`` does not count)."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    inner: Any = unwrap() if callable(unwrap) else model
-    kind: Any = type(inner)
+    kind: Any = type(_inner(model))
     return name in _parameters(kind)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Device on which inputs are expected."""
+    """Device on which inputs are expected: where the input embeddings are looked up."""
     find: Any = getattr(model, "get_input_embeddings", None)
-    for source in (find() if callable(find) else None, model):
-        if source is not None:
-            for parameter in source.parameters():
-                if parameter.device.type != "meta":
-                    return parameter.device
-    return torch.device("cpu")
+    embeddings = find() if callable(find) else None
+    return compute_device(model if embeddings is None else embeddings)
 
 
 def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
@@ -53,45 +53,104 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     return kwargs
 
 
-def gather_logits(
-    model: PreTrainedModel, batch: TokenBatch, rows: torch.Tensor, columns: torch.Tensor, **extra: Any
-) -> torch.Tensor:
-    """Run the model and return logits at ``(rows[i], columns[i])``, ``[n, vocab]`` in the model's dtype.
+@dataclass(frozen=True)
+class Positions:
+    """Positions of a padded batch whose logits are wanted, row after row.
 
-    Where the model can, it computes the head only at the union of the columns.
+    They are laid out on the host, once: a loop that asks for the same positions again uploads nothing. How they are
+    handed to a model depends on where it runs. On a CPU a mask gives exactly these positions. An accelerator would
+    have to tell the host how many a mask holds, which makes it wait in every forward; there each row asks for as many
+    columns as the row that wants most, and what is too much is dropped.
+
+    Args:
+        rows: row of each position, ``[n]`` int64.
+        columns: column of each position, ``[n]`` int64.
+        kept: what ``logits_to_keep`` takes: a mask ``[rows, width]``, or columns ``[rows, k]`` int64.
+        places: where each position stands among those that are kept, for the mask ``[n]``, else in its row; int64.
     """
-    kwargs = {**model_inputs(model, batch), **extra}
-    return logits_at(model, kwargs, rows, columns, tuple(batch.input_ids.shape))
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    kept: torch.Tensor
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, wanted: Sequence[Sequence[int]], inputs: torch.Tensor, *, masked: bool | None = None) -> Positions:
+        """Lay out positions.
+
+        Args:
+            wanted: the wanted columns of every row.
+            inputs: ids of the stack whose logits are meant, ``[…, width]``; the positions come to their device.
+            masked: as a mask; ``None``: on a CPU.
+        """
+        rows = [i for i, row in enumerate(wanted) for _ in row]
+        columns = [column for row in wanted for column in row]
+        if masked if masked is not None else inputs.device.type == "cpu":
+            kept = torch.zeros(len(wanted), inputs.shape[-1], dtype=torch.bool)
+            kept[rows, columns] = True
+            places = (kept.flatten().cumsum(0) - 1).view_as(kept)[rows, columns]
+        else:
+            most = max(map(len, wanted))
+            filled = [[*row, *[row[-1] if row else 0] * (most - len(row))] for row in wanted]
+            kept = torch.tensor(filled, dtype=torch.long)
+            places = torch.tensor([place for row in wanted for place in range(len(row))], dtype=torch.long)
+        found = (torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long), kept, places)
+        return cls(*(tensor.to(inputs.device) for tensor in found))
 
 
-def keep_mask(rows: torch.Tensor, columns: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which positions of a ``[rows, width]`` input are wanted (bool), and where each wanted one comes among them."""
-    place, inverse = (rows * shape[1] + columns).unique(return_inverse=True)
-    keep = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=rows.device)
-    keep[place] = True
-    return keep.view(shape[0], shape[1]), inverse
+def gather_logits(model: PreTrainedModel, batch: TokenBatch, positions: Positions, **extra: Any) -> torch.Tensor:
+    """Run the model over a padded batch and return the logits at some positions, ``[n, vocab]`` in its dtype."""
+    return logits_at(model, {**model_inputs(model, batch), **extra}, positions)
 
 
-def logits_at(
-    model: PreTrainedModel,
-    kwargs: dict[str, Any],
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    shape: tuple[int, ...],
-    mask: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Call the model with ``kwargs`` and return logits at ``(rows[i], columns[i])`` of a ``[rows, width]`` input.
+def logits_at(model: PreTrainedModel, kwargs: dict[str, Any], positions: Positions) -> torch.Tensor:
+    """Call the model with ``kwargs`` and return the logits at some positions, ``[n, vocab]``.
 
-    ``mask`` is the `keep_mask` of these positions, for callers that ask for them many times.
+    Where the model can, it computes its head there only.
     """
-    if accepts(model, "logits_to_keep"):
-        keep, inverse = mask or keep_mask(rows, columns, shape)
-        logits = model(**kwargs, logits_to_keep=keep).logits
+    rows, columns, kept, places = vars(positions).values()
+    masked = kept.dtype == torch.bool
+    width = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"].shape[1]
+    if accepts(model, "logits_to_keep") and (masked or kept.shape[1] < width):
+        with _last_states_brought_back(model):
+            logits = model(**kwargs, logits_to_keep=kept).logits
         if logits.dim() == 2:
-            return cast(torch.Tensor, logits[inverse])
+            return cast(torch.Tensor, logits[places.to(logits.device)])
+        if logits.shape[1] == kept.shape[1] < width:
+            return cast(torch.Tensor, logits[rows.to(logits.device), places.to(logits.device)])
     else:
         logits = model(**kwargs).logits
-    return cast(torch.Tensor, logits[rows, columns])
+    return cast(torch.Tensor, logits[rows.to(logits.device), columns.to(logits.device)])
+
+
+@contextlib.contextmanager
+def _last_states_brought_back(model: Any) -> Iterator[None]:
+    """Inside the block, the stacks of a model that is spread over devices return their states where they were asked.
+
+    A model's forward picks the wanted positions from what its last block returns, before the head. accelerate has
+    moved everything that the forward was called with to one device, those positions among them, and leaves the states
+    on the last block's. Moving them back costs one copy, which accelerate would make at the head at the latest.
+    """
+    inner = _inner(model)
+    if len(set((getattr(inner, "hf_device_map", None) or {}).values())) < 2:
+        yield
+        return
+
+    def back(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        if given is None:
+            return None
+        if isinstance(output, tuple):
+            return replace_block_output(output, output[0].to(given.device))
+        if getattr(output, "last_hidden_state", None) is not None:
+            output.last_hidden_state = output.last_hidden_state.to(given.device)
+        return output
+
+    with hooks() as add:
+        for module in inner.modules():
+            if isinstance(module, PreTrainedModel) and module is not inner:
+                add(module.register_forward_hook(back, with_kwargs=True))
+        yield
 
 
 @contextlib.contextmanager

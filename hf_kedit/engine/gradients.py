@@ -119,7 +119,8 @@ def collect_rows(
         model: frozen, in evaluation mode.
         modules: names of linear modules.
         batch: rows with labels.
-        groups: rows of the same number belong together, ``[rows]`` int64.
+        groups: rows of the same number belong together, ``[rows]`` int64. What is found comes to their device,
+            wherever the modules are.
         reduction: the loss whose gradient is taken: the mean over the labelled tokens of each group
             (``batch_mean``), of each row (``example_mean``), or of each forward pass (``chunk_mean``).
         at: which tokens count: those where neither input nor gradient is zero (``speaking``), those that are no
@@ -137,8 +138,8 @@ def collect_rows(
         heard = signals(model, modules, len(labelled), partial(_weighted_loss, model, part, weights))
         for module, signal in heard.items():
             mask = signal.speaking() if at == "speaking" else _mask(model, module, part, at)
-            inputs, gradients = signal.at(mask)
-            found[module].append(Rows(inputs, gradients, mask.nonzero()[:, 0] + start))
+            inputs, gradients = (states.to(groups.device) for states in signal.at(mask))
+            found[module].append(Rows(inputs, gradients, mask.nonzero()[:, 0].to(groups.device) + start))
     return {
         module: Rows(
             torch.cat([p.inputs for p in parts]),
@@ -230,11 +231,11 @@ def low_rank_paths(
 
     def add(module: str, output: torch.Tensor) -> torch.Tensor:
         change = changes[module]
-        parts = inputs.pop(module).float() @ change.right  # [..., n]
+        parts = inputs.pop(module).float() @ change.right.to(output.device)  # [..., n]
         if groups is not None and seen_by is not None:
             mine = seen_by.unsqueeze(1) == groups[change.owners].unsqueeze(0)  # [rows, n]
-            parts = (as_rows(parts, len(seen_by)) * mine.unsqueeze(1)).view_as(parts)
-        return output + (parts @ change.left.T).to(output.dtype)
+            parts = (as_rows(parts, len(seen_by)) * mine.to(parts.device).unsqueeze(1)).view_as(parts)
+        return output + (parts @ change.left.to(output.device).T).to(output.dtype)
 
     adding = {Tap(m): partial(add, m) for m in changes}
     with listen(model, [Tap(m, "input") for m in changes], keep), rewritten(model, adding):

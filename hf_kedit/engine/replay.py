@@ -25,7 +25,7 @@ from ..anatomy.outputs import hooks
 from ..logging import get_logger, warn_once
 from ..tokens import TokenBatch, pad_rows
 from .capture import Tap, as_rows, listen, rewritten, with_first
-from .forward import accepts, device_of, gather_logits, keep_mask, logits_at, model_inputs
+from .forward import Positions, accepts, device_of, gather_logits, logits_at, model_inputs
 from .weights import get_module
 
 if TYPE_CHECKING:
@@ -109,21 +109,19 @@ class Replay:
         width = max(len(r.ids) for r in rows)
         self.batch: TokenBatch = pad_rows([r.ids for r in rows], fill, side="left").to(device)
         shift = [width - len(r.ids) for r in rows]
-        self.facts = torch.tensor([r.fact + s for r, s in zip(rows, shift, strict=True)], device=device)
-        self.rows = torch.tensor([i for i, r in enumerate(rows) for _ in r.positions], device=device)
-        self.columns = torch.tensor(
-            [p + s for r, s in zip(rows, shift, strict=True) for p in r.positions], device=device
-        )
+        facts = [r.fact + s for r, s in zip(rows, shift, strict=True)]
+        self.facts = torch.tensor(facts, device=device)
+        self._wanted = [[p + s for p in r.positions] for r, s in zip(rows, shift, strict=True)]
+        self._positions: dict[int, Positions] = {}
         block = anatomy.layers[layer].path
         additive = anatomy.additive is not None and anatomy.additive[layer]
         down = anatomy.layers[layer].down
         unchanged = {block} | ({down.path} if additive and down is not None else set())
         self.behind = len(self.sites) == 1 and self.sites[0] in unchanged
-        self.start = int(self.facts.min())
+        self.start = min(facts)
         self._hidden: torch.Tensor | None = None
         self._prefix: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._tuples: dict[int, Any] = {}
-        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.route: Route = route or self._checked_route()
         self.taken: dict[Tap, torch.Tensor] = {}
         self.base_logits = self._prefill(list(dict.fromkeys([*taps, *(Tap(s) for s in self.sites)])))
@@ -140,9 +138,7 @@ class Replay:
         """
         if self.route == "full":
             with added_at(self.model, self.sites, offsets, self.facts, self.facts.shape[0]):
-                kwargs = model_inputs(self.model, self.batch)
-                mask = self._mask(0)
-                return logits_at(self.model, kwargs, self.rows, self.columns, _shape(self.batch), mask).float()
+                return gather_logits(self.model, self.batch, self.positions()).float()
         start = self.start if self.route == "prefix" else 0
         kwargs = self._suffix_inputs(start)
         shape = (self.batch.input_ids.shape[0], self.batch.input_ids.shape[1] - start)
@@ -160,8 +156,7 @@ class Replay:
                     assert self._hidden is not None
                     stack.enter_context(self._passed_through(self.layer - 1, self._hidden[:, start:]))
                 stack.enter_context(added_at(self.model, self.sites, offsets, self.facts - start, shape[0]))
-            columns = self.columns - start
-            return logits_at(self.model, kwargs, self.rows, columns, shape, self._mask(start)).float()
+            return logits_at(self.model, kwargs, self.positions(start)).float()
 
     def select(self, keep: torch.Tensor) -> torch.Tensor:
         """Drop rows for good (finished requests).
@@ -173,18 +168,23 @@ class Replay:
             ``[positions]`` bool: which logits remain.
         """
         keep = keep.to(self.facts.device)
-        kept_positions = keep[self.rows]
-        self._masks = {}
-        renumber = torch.cumsum(keep, 0) - 1
-        self.rows = renumber[self.rows[kept_positions]]
-        self.columns, self.facts = self.columns[kept_positions], self.facts[keep]
-        self.batch = self.batch.select(keep)
+        kept_positions = keep[self.positions().rows]
+        self._wanted = [row for row, kept in zip(self._wanted, keep.tolist(), strict=True) if kept]
+        self._positions = {}
+        self.facts, self.batch = self.facts[keep], self.batch.select(keep)
         if self._hidden is not None:
             self._hidden = self._hidden[keep.to(self._hidden.device)]
         self._prefix = [
             None if kv is None else (kv[0][keep.to(kv[0].device)], kv[1][keep.to(kv[1].device)]) for kv in self._prefix
         ]
         return kept_positions
+
+    def positions(self, start: int = 0) -> Positions:
+        """The wanted positions in a window from column ``start`` on; laid out once."""
+        if start not in self._positions:
+            shifted = [[column - start for column in row] for row in self._wanted]
+            self._positions[start] = Positions.of(shifted, self.batch.input_ids[:, start:])
+        return self._positions[start]
 
     # ------------------------------------------------------------------ first pass
 
@@ -208,7 +208,7 @@ class Replay:
         if cache is not None:
             kwargs.update(use_cache=True, past_key_values=cache)
         with torch.no_grad(), listen(model, [*taps, *([cut] if cut else [])], receive), self._structures(cut):
-            logits = logits_at(model, kwargs, self.rows, self.columns, _shape(self.batch)).float()
+            logits = logits_at(model, kwargs, self.positions()).float()
         if cache is not None:
             lowest = self.layer + 1 if self.behind else self.layer
             self._prefix = [
@@ -228,13 +228,6 @@ class Replay:
         return recorded_structures(self.model, self.anatomy, count, self._tuples)
 
     # ------------------------------------------------------------------ later passes
-
-    def _mask(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`keep_mask` of the wanted positions in a window from column ``start`` on; made once."""
-        if start not in self._masks:
-            rows, width = self.batch.input_ids.shape
-            self._masks[start] = keep_mask(self.rows, self.columns - start, (rows, width - start))
-        return self._masks[start]
 
     def _suffix_inputs(self, start: int) -> dict[str, Any]:
         batch = self.batch
@@ -318,6 +311,7 @@ class LastColumn:
         self._structures: dict[int, Any] = {}
         self._entering: dict[int, torch.Tensor] = {}
         self._logits: torch.Tensor | None = None
+        self._positions: dict[tuple[int, int], Positions] = {}
         if anatomy is not None and not anatomy.is_encoder_decoder and accepts(model, "past_key_values"):
             self._prefill(anatomy)
 
@@ -331,9 +325,8 @@ class LastColumn:
         cache = DynamicCache()
         recorded = recorded_structures(self.model, anatomy, depth, self._structures)
         with torch.no_grad(), listen(self.model, list(number), receive), recorded:
-            rows = torch.arange(count, device=self.batch.input_ids.device)
-            last = torch.full_like(rows, self.width - 1)
-            self._logits = gather_logits(self.model, self.batch, rows, last, use_cache=True, past_key_values=cache)
+            last = self._last(count, self.width)
+            self._logits = gather_logits(self.model, self.batch, last, use_cache=True, past_key_values=cache)
         self._cache = list(cache.layers)
 
     def columns(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
@@ -350,9 +343,13 @@ class LastColumn:
         return self._run(layer, picked) if self._restartable(layer) else self._whole(picked)
 
     def _whole(self, picked: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(len(picked), device=picked.device)
-        columns = torch.full_like(rows, self.width - 1)
-        return gather_logits(self.model, self.batch.select(picked), rows, columns)
+        return gather_logits(self.model, self.batch.select(picked), self._last(len(picked), self.width))
+
+    def _last(self, rows: int, width: int) -> Positions:
+        """The last column of so many rows of a width; laid out once."""
+        if (rows, width) not in self._positions:
+            self._positions[rows, width] = Positions.of([[width - 1]] * rows, self.batch.input_ids[:, :width])
+        return self._positions[rows, width]
 
     def _run(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
         assert self.anatomy is not None
@@ -372,12 +369,11 @@ class LastColumn:
         }
         if accepts(self.model, "position_ids"):
             kwargs["position_ids"] = batch.position_ids[picked, -1:]
-        rows = torch.arange(len(picked), device=picked.device)
         with contextlib.ExitStack() as stack:
             if layer > 0:
                 entering = self._entering[layer][picked.to(self._entering[layer].device)]
                 stack.enter_context(passed_through(self.model, self.anatomy, layer - 1, entering, self._structures))
-            return logits_at(self.model, kwargs, rows, torch.zeros_like(rows), (len(picked), 1))
+            return logits_at(self.model, kwargs, self._last(len(picked), 1))
 
     def _restartable(self, layer: int) -> bool:
         if self._logits is None or layer not in self._entering:
@@ -396,10 +392,6 @@ class LastColumn:
                 exact = False
             known[key] = "prefix" if exact else "full"
         return known[key] == "prefix"
-
-
-def _shape(batch: TokenBatch) -> tuple[int, ...]:
-    return tuple(batch.input_ids.shape)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from ..tokens import pad_rows
 from .examples import Example, row_means
-from .forward import accepts, logits_at
+from .forward import Positions, accepts, logits_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,8 +55,8 @@ def logits_where(model: PreTrainedModel, batch: Batch, mask: torch.Tensor) -> to
     kwargs: dict[str, Any] = {k: v for k, v in batch.items() if k in _READ}
     if accepts(model, "use_cache"):
         kwargs["use_cache"] = False
-    rows, columns = mask.nonzero(as_tuple=True)
-    return logits_at(model, kwargs, rows, columns, tuple(mask.shape)).float()
+    wanted = [[column for column, on in enumerate(row) if on] for row in mask.tolist()]
+    return logits_at(model, kwargs, Positions.of(wanted, mask)).float()
 
 
 _READ = ("input_ids", "attention_mask", "decoder_input_ids")

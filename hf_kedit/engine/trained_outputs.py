@@ -118,7 +118,7 @@ def _descend(
         with torch.set_grad_enabled(step < steps):
             # adding the difference puts the value in the place of the module's own output
             log_probs = replay.logits({path: value - own}).log_softmax(-1)
-            loss = row_means(-log_probs.gather(1, targets).squeeze(1), replay.rows, len(examples))
+            loss = row_means(-log_probs.gather(1, targets).squeeze(1), replay.positions().rows, len(examples))
         numbers: list[float] = loss.tolist()  # the only thing that the host waits for in a step
         if not all(map(_finite, numbers)):
             raise EditFailedError("the loss became NaN or infinite while an output was trained; lower lr")

@@ -41,6 +41,22 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
         raise LayerError(f"the model has no module {path!r}.{nearest(path, names)}") from None
 
 
+def compute_device(module: nn.Module) -> torch.device:
+    """Device on which a module computes: where its parameters are or, if they are offloaded, are brought to.
+
+    The CPU for a module without parameters, and for one whose parameters have no values.
+    """
+    owner = module.bank if isinstance(module, ExpertSlice) else module
+    for parameter in owner.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    for part in owner.modules():
+        for hook in _accelerate_hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    return torch.device("cpu")
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its matrix as ``[d_in, d_out]``; decided by its type, never by its shape."""
     inner = getattr(module, "get_base_layer", None)  # of a layer that PEFT has put around it
@@ -168,8 +184,15 @@ def is_offloaded(module: nn.Module, name: str = "weight") -> bool:
     return getattr(getattr(module, name, None), "device", None) == torch.device("meta")
 
 
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
+    """What accelerate has hung on a module: nothing, one hook, or several behind one another."""
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
+
+
 def _offload_map(module: nn.Module) -> Any | None:
-    return getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    maps = (getattr(hook, "weights_map", None) for hook in _accelerate_hooks(module))
+    return next((found for found in maps if found is not None), None)
 
 
 def _write_offloaded(weights_map: Any, name: str, value: torch.Tensor) -> None:

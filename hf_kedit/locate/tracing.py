@@ -29,7 +29,7 @@ from ..anatomy import check_anatomy, resolve_anatomy
 from ..anatomy.structure import unwrap
 from ..engine.batches import in_batches
 from ..engine.capture import Tap, as_rows, listen, rewritten
-from ..engine.forward import device_of, frozen_eval, logits_at, model_inputs
+from ..engine.forward import Positions, device_of, frozen_eval, logits_at, model_inputs
 from ..engine.weights import get_module
 from ..errors import AnatomyError, ConfigError, UnsupportedModelError
 from ..logging import get_logger, progress
@@ -387,13 +387,11 @@ class _Tracer:
         ids, decoder, columns = text.inputs(answer)
         batch = pad_rows([ids], self.fill).to(self.device).select(torch.zeros(rows, dtype=torch.long))
         kwargs = model_inputs(self.model, batch)
-        shape = tuple(batch.input_ids.shape)
+        scored = batch.input_ids
         if decoder:
-            kwargs["decoder_input_ids"] = torch.tensor([decoder] * rows, device=self.device)
-            shape = tuple(kwargs["decoder_input_ids"].shape)
-        row = torch.arange(rows, device=self.device).repeat_interleave(len(columns))
-        column = torch.tensor(columns, device=self.device).repeat(rows)
-        return logits_at(self.model, kwargs, row, column, shape).float().view(rows, len(columns), -1)
+            scored = kwargs["decoder_input_ids"] = torch.tensor([decoder] * rows, device=self.device)
+        positions = Positions.of([columns] * rows, scored)
+        return logits_at(self.model, kwargs, positions).float().view(rows, len(columns), -1)
 
     def _probability(self, logits: torch.Tensor, text: _Text) -> torch.Tensor:
         """Joint probability of the answer's tokens, ``[rows]``."""

@@ -28,7 +28,7 @@ from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memo
 from ..books.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile
 from ..engine.examples import Example
-from ..engine.weights import get_module, weight_shape
+from ..engine.weights import compute_device, get_module, weight_shape
 from ..errors import ConfigError, RollbackError
 from ..requests import EditRequest
 from .base import Capabilities, Outcome, register_method
@@ -225,7 +225,7 @@ class DEFER(SiteMethod):
     def _train(self, examples: Sequence[Example], memory: Deferral) -> tuple[Network, list[float]]:
         """Adam on gate and map; returns them and the loss of every step."""
         config = self.config
-        start = memory.network.to(self.bench.model.device)
+        start = memory.network.to(compute_device(get_module(self.bench.model, self.path)))
         network = Network(*(t.detach().clone().requires_grad_(True) for t in start))
         optimiser = torch.optim.Adam(list(network), lr=config.lr)
         losses: list[float] = []
@@ -238,11 +238,11 @@ class DEFER(SiteMethod):
         rows = list(examples)
         if config.key_token == "sequence":  # all of it counts as the prompt
             rows = [replace(e, ids=(*e.ids, e.targets[-1])) for e in rows]
+        score = self.scorer(rows, whole=config.key_token == "sequence")
         with self.bench.sites.trying({self.path: blended}, instead_of=memory):
             for _ in range(config.num_steps):
-                loss = self.losses(rows, whole=config.key_token == "sequence").mean()
-                check_loss(loss, "DEFER")
-                losses.append(float(loss.detach()))
+                loss = score().mean()
+                losses.append(check_loss(loss, "DEFER"))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

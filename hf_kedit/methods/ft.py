@@ -14,6 +14,7 @@ FT-M is the better choice. The weights are trained as fp32 copies outside the mo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
 from ..config import EditConfig, ModelProfile, WeightConfig
 from ..engine.capture import top_experts
-from ..engine.examples import Example, Objective, encode_examples, row_means, target_probabilities, token_losses
+from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, target_probabilities
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised, is_transposed
 from ..errors import EditFailedError, WeightError
@@ -156,7 +157,8 @@ class FineTuning(Method):
         theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
         optimiser = torch.optim.Adam(list(theta.values()), lr=config.lr, weight_decay=config.weight_decay)
         size = config.rows_per_step or 1
-        chunks = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
+        parts = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
+        chunks = [(part, ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill)) for part in parts]
         losses: list[list[float]] = [[] for _ in examples]
         epoch_losses: list[float] = []
         backward_passes = 0
@@ -164,14 +166,16 @@ class FineTuning(Method):
         before = self._probability(teacher_forced, {}, size)
         with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress and len(examples) > 1) as bar:
             for _ in range(config.num_steps):
-                for chunk in chunks:
-                    per_row = self._loss([examples[i] for i in chunk], theta)
+                for chunk, batch in chunks:
+                    per_row = batch.losses(_Substituted(bench.model, theta))
                     loss = per_row.mean()
-                    if not bool(torch.isfinite(loss)):
+                    # the only thing that the host waits for in a step
+                    *numbers, mean = torch.cat([per_row.detach(), loss.detach().unsqueeze(0)]).tolist()
+                    if not math.isfinite(mean):
                         raise EditFailedError("the loss became NaN or infinite while fine-tuning; lower lr")
-                    for i, value in zip(chunk, per_row.detach().tolist(), strict=True):
+                    for i, value in zip(chunk, numbers, strict=True):
                         losses[i].append(value)
-                    if float(loss.detach()) >= config.stop_loss:
+                    if mean >= config.stop_loss:
                         optimiser.zero_grad()
                         loss.backward()
                         backward_passes += 1
@@ -205,11 +209,6 @@ class FineTuning(Method):
         return encode_examples(
             bench.model, bench.tokenizer, requests, separator=self.config.separator, objective=objective
         )
-
-    def _loss(self, examples: Sequence[Example], theta: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Loss per request under the trained copies, ``[requests]`` fp32."""
-        losses, rows = token_losses(_Substituted(self.bench.model, theta), examples, self.bench.fill)
-        return row_means(losses, rows, len(examples))
 
     def _probability(self, examples: Sequence[Example], theta: dict[str, torch.Tensor], size: int) -> list[float]:
         return target_probabilities(_Substituted(self.bench.model, theta), examples, self.bench.fill, size)

@@ -34,7 +34,8 @@ from ..books.site_book import SiteEntry
 from ..books.sites import SiteCall
 from ..config import ModelProfile
 from ..engine.capture import Tap
-from ..engine.examples import Example
+from ..engine.examples import Example, ExampleBatch
+from ..engine.forward import logits_at
 from ..engine.trained_outputs import TrainedOutputs, train_outputs
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
@@ -208,11 +209,11 @@ class GRACE(SiteMethod):
         def in_place(call: SiteCall) -> torch.Tensor:
             return replaced(call, value[None], config.replacement)
 
+        score = self.scorer([example])
         with self.bench.sites.trying({self.path: in_place}, instead_of=book):
             for _ in range(config.num_steps):
-                loss = self.losses([example])[0]
-                check_loss(loss, "GRACE")
-                losses.append(float(loss.detach()))
+                loss = score()[0]
+                losses.append(check_loss(loss, "GRACE"))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -223,8 +224,8 @@ class GRACE(SiteMethod):
         """Whether every target token is the model's first choice already, with ``draft`` for the codebook."""
         site = self.bench.sites.trying(draft.functions(), instead_of=book)
         with site, self.prompts_of([example]), torch.no_grad():
-            ids = torch.tensor([example.ids], device=self.bench.model.device)
-            best = self.bench.model(input_ids=ids).logits[0, list(example.positions)].argmax(-1)
+            batch = ExampleBatch.of(self.bench.model, [example], self.bench.fill)
+            best = logits_at(self.bench.model, batch.inputs, batch.positions).argmax(-1)
         return tuple(best.tolist()) == example.targets
 
 

@@ -29,7 +29,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from ..books.ledger import WeightDelta
 from ..config import ModelProfile, WeightConfig
 from ..engine.capture import Tap
-from ..engine.forward import device_of, gather_logits
+from ..engine.forward import Positions, device_of, gather_logits
 from ..engine.rows import check_length
 from ..engine.weights import get_module, get_weight, is_quantised
 from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError
@@ -306,8 +306,7 @@ class KN(Method):
         """Logits at some positions of one sequence, ``[positions, vocab]`` fp32."""
         model = self.bench.model
         batch = pad_rows([ids], self.bench.fill).to(device_of(model))
-        columns = torch.tensor(list(positions), device=batch.input_ids.device)
-        return gather_logits(model, batch, torch.zeros_like(columns), columns).float()
+        return gather_logits(model, batch, Positions.of([positions], batch.input_ids)).float()
 
     def _greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The tokens that the model now says after a prompt."""

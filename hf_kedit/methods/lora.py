@@ -16,6 +16,7 @@ the edits that the model carries already.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from ..anatomy import Anatomy
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
 from ..config import ModelProfile, WeightConfig
-from ..engine.examples import Example, encode_examples, row_means, target_probabilities, token_losses
+from ..engine.examples import Example, ExampleBatch, encode_examples, target_probabilities
 from ..engine.forward import device_of
 from ..engine.weights import get_module, is_quantised, is_transposed, uninterrupted
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
@@ -181,20 +182,24 @@ class _LowRankTraining(Method):
         bench, config = self.bench, self.config
         trained = [p for p in tuner.parameters() if p.requires_grad]
         optimiser = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
+        batches = [(part, ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill)) for part in chunks]
         losses: list[list[float]] = [[] for _ in examples]
         batch_losses: list[float] = []
         with progress_bar(config.num_steps, "training the adapter", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
-                for chunk in chunks:
-                    nll, rows = token_losses(bench.model, [examples[i] for i in chunk], bench.fill)
-                    if not bool(torch.isfinite(nll).all()):
+                for chunk, batch in batches:
+                    nll = batch.token_losses(bench.model)
+                    loss = nll.mean()
+                    # the only thing that the host waits for in a step
+                    *numbers, mean = torch.cat([batch.means(nll).detach(), loss.detach().unsqueeze(0)]).tolist()
+                    if not math.isfinite(mean):
                         raise EditFailedError("the loss became NaN or infinite while training; lower lr")
                     optimiser.zero_grad()
-                    (nll.mean() + self.penalty(tuner)).backward()
+                    (loss + self.penalty(tuner)).backward()
                     optimiser.step()
-                    batch_losses.append(float(nll.detach().mean()))
+                    batch_losses.append(mean)
                     self.after_step(tuner, len(batch_losses))
-                    for i, value in zip(chunk, row_means(nll.detach(), rows, len(chunk)).tolist(), strict=True):
+                    for i, value in zip(chunk, numbers, strict=True):
                         losses[i].append(value)
                 bar.update(1)
                 if config.stop_loss is not None and sum(x[-1] for x in losses) / len(losses) < config.stop_loss:

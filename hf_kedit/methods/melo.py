@@ -33,9 +33,9 @@ from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memo
 from ..books.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile
 from ..engine.capture import Tap
-from ..engine.examples import Example, token_losses
+from ..engine.examples import Example, ExampleBatch
 from ..engine.nearest import SAME_PROMPT, distances
-from ..engine.weights import get_module, weight_shape
+from ..engine.weights import compute_device, get_module, weight_shape
 from ..errors import ArtifactError, ConfigError, EditFailedError
 from ..requests import EditRequest
 from .base import Capabilities, Outcome, register_method
@@ -508,20 +508,19 @@ class MELO(SiteMethod):
         self, examples: Sequence[Example], database: BlockDatabase, block: int
     ) -> tuple[dict[str, Block], list[float]]:
         """Adam on one block; returns it and the loss of every step."""
-        config, device = self.config, self.bench.model.device
-        start = {path: self.initial_block(path, block) for path in database.paths[1:]}
-        factors = {
-            path: Block(*(t.detach().clone().to(device).requires_grad_(True) for t in one))
-            for path, one in start.items()
-        }
+        config, bench = self.config, self.bench
+        factors = {}
+        for path in database.paths[1:]:
+            place = compute_device(get_module(bench.model, path))
+            factors[path] = Block(*(t.to(place).requires_grad_(True) for t in self.initial_block(path, block)))
         optimiser = torch.optim.Adam([t for one in factors.values() for t in one], lr=config.lr)
         schedule = torch.optim.lr_scheduler.StepLR(optimiser, step_size=config.lr_step, gamma=0.5)
         losses: list[float] = []
-        with self.bench.sites.trying(_adding(factors, database.num_blocks), instead_of=database):
+        batch = ExampleBatch.of(bench.model, examples, bench.fill)
+        with bench.sites.trying(_adding(factors, database.num_blocks), instead_of=database):
             for _ in range(config.num_steps):
-                loss = token_losses(self.bench.model, examples, self.bench.fill)[0].mean()
-                check_loss(loss, "MELO")
-                losses.append(float(loss.detach()))
+                loss = batch.token_losses(bench.model).mean()
+                losses.append(check_loss(loss, "MELO"))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

@@ -6,8 +6,9 @@ Imported by the method files; registers nothing.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..books.sites import prompt_lengths
 from ..config import EditConfig
 from ..engine.batches import in_batches, rows_at_once
 from ..engine.capture import Tap, capture_at
-from ..engine.examples import Example, encode_examples, row_means, token_losses
+from ..engine.examples import Example, ExampleBatch, encode_examples
 from ..engine.forward import device_of
 from ..engine.weights import get_module, weight_shape
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError, WeightError
@@ -109,18 +110,26 @@ class SiteMethod(Method):
         parts = [found for _, found in in_batches(range(len(examples)), rows_at_once(model), run)]
         return {tap: torch.cat([found[tap] for found in parts]) for tap in taps}
 
-    def losses(self, examples: Sequence[Example], whole: bool = False) -> torch.Tensor:
-        """Mean negative log-likelihood per target token of each example, ``[rows]`` fp32; see `prompts_of`."""
-        with self.prompts_of(examples, whole):
-            losses, rows = token_losses(self.bench.model, examples, self.bench.fill)
-        return row_means(losses, rows, len(examples))
+    def scorer(self, examples: Sequence[Example], whole: bool = False) -> Callable[[], torch.Tensor]:
+        """A function that runs the examples, for loops that do so at every step; see `prompts_of`.
+
+        Returns:
+            () → mean negative log-likelihood per target token of each example, ``[rows]`` fp32.
+        """
+        batch = ExampleBatch.of(self.bench.model, examples, self.bench.fill)
+
+        def losses() -> torch.Tensor:
+            with self.prompts_of(examples, whole):
+                return batch.losses(self.bench.model)
+
+        return losses
 
     @torch.no_grad()
     def probabilities(self, examples: Sequence[Example]) -> list[float]:
         """Geometric mean per token of each target's probability."""
 
         def run(part: Sequence[int]) -> list[float]:
-            found: list[float] = (-self.losses([examples[i] for i in part])).exp().tolist()
+            found: list[float] = (-self.scorer([examples[i] for i in part])()).exp().tolist()
             return found
 
         parts = in_batches(range(len(examples)), rows_at_once(self.bench.model), run)
@@ -137,14 +146,16 @@ def plain_name(name: str) -> str:
     return _INDEX.sub(r".\1", name)
 
 
-def check_loss(loss: torch.Tensor, method: str) -> None:
-    """Raise if a loss is not finite.
+def check_loss(loss: torch.Tensor, method: str) -> float:
+    """Read a loss: the one thing in a step that waits for the device.
 
     Raises:
-        EditFailedError: see above.
+        EditFailedError: if it is not finite.
     """
-    if not bool(torch.isfinite(loss)):
+    number = float(loss.detach())
+    if not math.isfinite(number):
         raise EditFailedError(f"the loss became NaN or infinite while {method} trained; lower lr")
+    return number
 
 
 def before_and_after(before: Sequence[float], after: Sequence[float], losses: Sequence[float], **more: Any) -> Any:

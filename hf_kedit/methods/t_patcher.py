@@ -14,6 +14,7 @@ Everything else, earlier patches included, stays frozen. Patches of a gated laye
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -288,14 +289,12 @@ class TPatcher(Method):
             for epoch in range(1, config.max_epochs + 1):
                 logits = replay.logits({})
                 own = patches.own()
-                loss = (
-                    torch.nn.functional.cross_entropy(logits, targets)
-                    + config.act_factor * activation_loss(own, config.act_margin, config.act_top)
-                    + config.memory_factor * self._memory_loss(own, patches.activations(trained_on))
-                )
-                if not bool(torch.isfinite(loss)):
+                beside = config.act_factor * activation_loss(own, config.act_margin, config.act_top)
+                beside = beside + config.memory_factor * self._memory_loss(own, patches.activations(trained_on))
+                loss = torch.nn.functional.cross_entropy(logits, targets) + beside.to(logits.device)
+                losses.append(float(loss.detach()))  # the only thing that the host waits for in a step
+                if not math.isfinite(losses[-1]):
                     raise EditFailedError("T-Patcher: the loss became NaN or infinite; lower lr or amplify")
-                losses.append(float(loss.detach()))
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(patches.parameters, config.grad_clip)

@@ -28,7 +28,7 @@ from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..engine.merging import MergeAlgorithm
 from ..engine.rows import fill
-from ..engine.weights import get_module, get_weight
+from ..engine.weights import compute_device, get_module, get_weight
 from ..errors import ConfigError, RequestError, TargetTooLongError
 from ..requests import EditRequest, in_row
 from ..tokens import context_length, encode_pair, encode_text, pad_rows
@@ -196,7 +196,8 @@ class WISE(SiteMethod):
         """Train one edit into the open shard."""
         (request,) = requests
         bench, config, site = self.bench, self.config, self.site()
-        weight = get_weight(get_module(bench.model, self.path))
+        layer = get_module(bench.model, self.path)
+        weight = get_weight(layer).to(compute_device(layer))
         delta, mask, drawn = site.state.side((weight.shape[0], weight.shape[1]))
         rows = [self._row(t, request.filled_prompt, request.target_new) for t in self.templates()]
         number = len(site.state.members)

@@ -14,6 +14,7 @@ What enters the layer does not depend on Δ: rows are run from the edited block 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -196,40 +197,51 @@ def train_side_memory(
             sums, distances = path.run(delta)
             token_loss = target_loss(sums, path.counts)
             margin = margin_loss(distances[:count], distances[count:], settings.margins)
-            loss = token_loss + margin if extra is None else token_loss + margin + extra(step, delta)
-            if not bool(torch.isfinite(loss)):
-                raise EditFailedError("WISE: the loss became NaN or infinite; lower lr")
-            _record(result, token_loss, margin, distances.detach(), sums.detach(), path)
+            loss = token_loss + margin.to(token_loss.device)  # the head and the layer may be on different devices
+            if extra is not None:
+                loss = loss + extra(step, delta).to(loss.device)
+            number = _record(result, loss, token_loss, margin, distances, sums, path)
             if settled(history):
                 break
             (gradient,) = torch.autograd.grad(loss, delta)
-            history.append(float(loss.detach()))
+            history.append(number)
             delta = descend(delta.detach(), gradient, mask, weight, settings)
             if step == 0:
                 result.first_gradient, result.first_delta = gradient.cpu(), delta.cpu()
         with torch.no_grad():
             sums, _ = path.run(delta.detach())
-            result.probability.append(float((-sums[0] / path.counts[0]).exp()))
+            result.probability.append(math.exp(-float(sums[0]) / len(path.rows[0].targets)))
     result.delta = delta.detach().cpu()
     return result
 
 
 def _record(
     result: Training,
+    loss: torch.Tensor,
     token_loss: torch.Tensor,
     margin: torch.Tensor,
     distances: torch.Tensor,
     sums: torch.Tensor,
     path: SidePath,
-) -> None:
-    """Note one evaluation."""
-    edited, others = distances[: len(path.rows)], distances[len(path.rows) :]
-    result.activation = float(edited.mean())
-    result.token_losses.append(float(token_loss.detach()))
-    result.margin_losses.append(float(margin.detach()))
-    result.edit_distances.append(edited.cpu())
-    result.irrelevant_distances.append(others.cpu())
-    result.probability.append(float((-sums[0] / path.counts[0]).exp()))
+) -> float:
+    """Note one evaluation and return its loss; all of it is read from the device at once.
+
+    Raises:
+        EditFailedError: if the loss is not finite.
+    """
+    count = len(path.rows)
+    read = [loss, token_loss, margin, sums[0], distances[:count].mean(), distances]
+    flat = torch.cat([x.detach().to(loss.device).reshape(-1) for x in read])
+    number, token, hinges, first, apart, *each = flat.tolist()
+    if not math.isfinite(number):
+        raise EditFailedError("WISE: the loss became NaN or infinite; lower lr")
+    result.activation = apart
+    result.token_losses.append(token)
+    result.margin_losses.append(hinges)
+    result.edit_distances.append(torch.tensor(each[:count]))
+    result.irrelevant_distances.append(torch.tensor(each[count:]))
+    result.probability.append(math.exp(-first / len(path.rows[0].targets)))
+    return number
 
 
 def settled(history: Sequence[float]) -> bool:

@@ -1,4 +1,4 @@
-"""What `frozen_eval` puts back."""
+"""What `frozen_eval` puts back, and logits at chosen positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit.engine.forward import frozen_eval
+from hf_kedit.engine.forward import Positions, frozen_eval, logits_at
 from tests.models import tiny_model
 
 
@@ -51,3 +51,39 @@ def test_ctrl_c_while_flags_are_put_back_is_held_until_all_are() -> None:
         assert not any(p.requires_grad for p in model.parameters()) and not model[1].training
         armed.append(1)
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
+WANTED = [[4, 1, 4], [], [0, 1, 2, 3], [2]]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("wanted", [WANTED, [[0, 1, 2, 3, 4]] * 4, [[], [], [], []]])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "t5"])
+def test_logits_at_positions_are_those_of_a_full_forward(family: str, wanted: Any, masked: bool) -> None:
+    """In the order that was asked for, twice where asked twice, none of a row that wants none."""
+    model = tiny_model(family)
+    ids = torch.arange(20).reshape(4, 5) + 5
+    kwargs = {"input_ids": ids} | ({"decoder_input_ids": ids + 30} if model.config.is_encoder_decoder else {})
+    with torch.no_grad():
+        whole = model(**kwargs).logits
+        found = logits_at(model, kwargs, Positions.of(wanted, ids, masked=masked))
+    expected = [whole[row, column] for row, columns in enumerate(wanted) for column in columns]
+    assert found.shape == (len(expected), whole.shape[-1])
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_head_is_computed_at_the_wanted_positions_only(masked: bool) -> None:
+    model, ids, seen = tiny_model("llama"), torch.arange(20).reshape(4, 5) + 5, []
+    model.lm_head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:-1].numel()))
+    with torch.no_grad():
+        logits_at(model, {"input_ids": ids}, Positions.of(WANTED, ids, masked=masked))
+    # a mask of 7 positions; or as many columns of each of 4 rows as the longest wish has
+    assert seen == [7 if masked else 16]
+
+
+def test_positions_are_a_mask_on_a_cpu_only() -> None:
+    """The number of positions in a mask is known to the device alone: reading it would stop the host."""
+    ids = torch.zeros(4, 5, dtype=torch.long)
+    assert Positions.of(WANTED, ids).kept.dtype == torch.bool
+    assert Positions.of(WANTED, ids, masked=False).kept.tolist() == [[4, 1, 4, 4], [0] * 4, [0, 1, 2, 3], [2] * 4]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...books.sites import prompt_lengths
-from ...engine.forward import accepts, device_of, frozen_eval, gather_logits
+from ...engine.forward import Positions, accepts, device_of, frozen_eval, gather_logits
 from ...errors import EvaluationError, RequestError
 from ...tokens import context_length, encode_pair, encode_target, encode_text, pad_id, pad_rows, separator_between
 from .batching import (
@@ -238,13 +238,12 @@ def target_logits(
         extra["decoder_input_ids"] = decoder.input_ids
         if accepts(model, "decoder_attention_mask"):
             extra["decoder_attention_mask"] = decoder.attention_mask
-    index = torch.tensor([i for i, r in enumerate(members) for _ in r.target])
-    columns = torch.tensor([c for r in members for c in r.columns])
+    scored = extra.get("decoder_input_ids", batch.input_ids)
+    positions = Positions.of([r.columns for r in members], scored)
     # Edits that route by prompts must not look at the target; the encoder's input is all prompt.
     ends = [len(r.inputs) if r.decoder is not None else r.first + 1 for r in members]
     with prompt_lengths(model, ends):
-        # Indices stay on the CPU: the head may be on another device than the embeddings.
-        return gather_logits(model, batch, index, columns, **extra).float()
+        return gather_logits(model, batch, positions, **extra).float()
 
 
 def _score_batch(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...engine.capture import Tap, as_rows, listen
-from ...engine.forward import device_of, frozen_eval, gather_logits, model_inputs
+from ...engine.forward import Positions, device_of, frozen_eval, gather_logits, model_inputs
 from ...errors import EvaluationError, RequestError
 from ...tokens import context_length, encode_text, pad_id, pad_rows
 from ..asking.batching import TOKEN_BUDGET, is_encoder_decoder, make_batches, stock_model, vocabulary_size
@@ -92,9 +92,8 @@ def perplexity(
     with frozen_eval(model), torch.inference_mode():
         for group in make_batches(windows, lambda w: len(w.ids), min(token_budget, LOGIT_BUDGET // vocabulary)):
             batch = pad_rows([w.ids for w in group], pad_id(tokenizer)).to(device_of(model))
-            rows = torch.tensor([i for i, w in enumerate(group) for _ in w.ids[w.first :]])
-            columns = torch.tensor([c for w in group for c in range(w.first - 1, len(w.ids) - 1)])
-            logits = gather_logits(model, batch, rows, columns).float()
+            positions = Positions.of([range(w.first - 1, len(w.ids) - 1) for w in group], batch.input_ids)
+            logits = gather_logits(model, batch, positions).float()
             wanted = torch.tensor([t for w in group for t in w.ids[w.first :]], device=logits.device)
             losses = (logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0]).double().tolist()
             place = 0
