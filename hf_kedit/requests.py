@@ -96,10 +96,10 @@ class EditRequest:
     Args:
         prompt: text before the answer; either a template with exactly one ``{}`` for the subject, or filled.
         subject: the entity that the fact is about. Needed by locate-then-edit methods (ROME, MEMIT …).
-        target_new: what the model shall say after the prompt. Leading white space is dropped; the separator
+        target_new: what the model is to say after the prompt. Leading white space is dropped; the separator
             between prompt and target is the library's business.
         ground_truth: what it says now (the old or true answers), may be empty.
-        rephrase_prompts: other wordings that shall give the new target.
+        rephrase_prompts: other wordings that should give the new target.
         locality: axis name → probes that must not change.
         portability: axis name → probes whose answer follows from the edit.
         image: path of an image relative to an image root.

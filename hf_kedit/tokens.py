@@ -292,3 +292,8 @@ def context_length(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many tokens a language model knows: the width of its logits."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)

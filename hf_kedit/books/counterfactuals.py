@@ -8,6 +8,7 @@ from typing import Any
 from .. import embedded
 from ..engine.forward import device_of
 from ..errors import ConfigError, UnsupportedModelError
+from ..tokens import vocabulary_size
 
 BASE = "base"
 _REGISTERED: dict[str, Any] = {}
@@ -24,11 +25,6 @@ def register_counterfactual(name: str, model: Any) -> None:
 def register_counterfactual_kind(kind: str, load: Callable[[str], Any]) -> None:
     """Say how models are loaded whose name begins with ``kind:``."""
     _KINDS[kind] = load
-
-
-def vocabulary_size(model: Any) -> int:
-    """How many tokens a language model knows."""
-    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 def find_counterfactual(name: str, beside: Any) -> Any:

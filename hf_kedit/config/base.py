@@ -167,9 +167,9 @@ class EditConfig(metaclass=_OldNames):
         dependent = self.model_dependent_fields()
         given = {name for name, value in self.given.items() if value is not None or name not in dependent}
         chosen: dict[str, Any] = {}
-        found = find_hparams(self.edit_type, profile.name)
-        if found is not None:
-            path, values = found
+        packaged = find_hparams(self.edit_type, profile.name)
+        if packaged is not None:
+            path, values = packaged
             known = type(self)._known(values, str(path))
             chosen = {name: value for name, value in known.items() if name not in given and value is not None}
             if chosen:
@@ -179,7 +179,7 @@ class EditConfig(metaclass=_OldNames):
             derived = self.derive(profile)
             chosen.update({n: derived[n] for n in rest if n in derived})
             told = ", ".join(f"{n}={chosen[n]}" for n in rest if n in chosen)
-            if told and found is None:
+            if told and packaged is None:
                 warn_once(
                     logger,
                     f"{self.edit_type}: there is no hparams file for {profile.name!r}; derived from its depth:"
@@ -318,8 +318,8 @@ class AutoEditConfig:
     def for_model(model: str, method: str, **values: Any) -> EditConfig:
         """Return the config of ``method`` with the packaged hyperparameters of ``model``, if there are any."""
         cls = config_class(method)
-        found = find_hparams(cls.edit_type, model)
-        data = cls._known(found[1], str(found[0])) if found else {}
+        packaged = find_hparams(cls.edit_type, model)
+        data = cls._known(packaged[1], str(packaged[0])) if packaged else {}
         return cls(**{**data, **cls._known(_renamed(values, "the call"), "the call")})
 
     @staticmethod

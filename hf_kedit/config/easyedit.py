@@ -179,12 +179,12 @@ def _method(data: Mapping[str, Any]) -> str:
         return OBJECTIVES[objective]
     if normalise(name) == "lora":
         return normalise(str(data.get("lora_type") or "lora"))
-    found = METHODS.get(normalise(name), normalise(name))
+    ours = METHODS.get(normalise(name), normalise(name))
     try:
-        CONFIGS.get(found)
+        CONFIGS.get(ours)
     except UnknownMethodError as error:
         raise UnknownMethodError(f"alg_name {name!r}: {error}") from error
-    return found
+    return ours
 
 
 def module_names(parameters: Iterable[Any]) -> list[str]:

@@ -34,14 +34,14 @@ def _files(method: str) -> tuple[tuple[Path, tuple[str, ...], dict[str, Any]], .
     root = hparams_root()
     if root is None:
         return ()
-    found = []
+    files = []
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and folder.name.lower() == method.lower():
             for path in sorted(folder.glob("*.yaml")):
                 data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
                 patterns = tuple(str(p).lower() for p in data.pop("match", [path.stem]))
-                found.append((path, patterns, data))
-    return tuple(found)
+                files.append((path, patterns, data))
+    return tuple(files)
 
 
 def find_hparams(method: str, model_name: str) -> tuple[Path, dict[str, Any]] | None:

@@ -69,12 +69,12 @@ def find_conflicts(rows: Iterable[Mapping[str, Any] | EditRequest], *, repetitio
             (row.filled_prompt, row.target_new) if isinstance(row, EditRequest) else (row["prompt"], row["target_new"])
         )
         seen.setdefault(key_of(row), []).append((number, prompt, target))
-    found = [
+    conflicts = [
         Conflict(same[0][1], tuple(n for n, _, _ in same), tuple(t for _, _, t in same))
         for same in seen.values()
         if len(same) > 1
     ]
-    return [c for c in found if repetitions or c.contradictory]
+    return [c for c in conflicts if repetitions or c.contradictory]
 
 
 def excluded_keys(exclude: Iterable[Any] | None) -> frozenset[Key | str]:

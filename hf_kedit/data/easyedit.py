@@ -129,10 +129,10 @@ def _columns(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names |= {name: name for name in ("target_new", "ground_truth", "subject")}
     arguments: dict[str, Any] = {argument: [v.get(key) for v in values] for argument, key in names.items()}
     for section in _SECTIONS:
-        found = [v.get(section) or {} for v in values]
+        sections = [v.get(section) or {} for v in values]
         arguments[f"{section}_inputs"] = {
-            axis: {key: [probes.get(axis, {}).get(key) for probes in found] for key in ("prompt", "ground_truth")}
-            for axis in dict.fromkeys(axis for probes in found for axis in probes)
+            axis: {key: [probes.get(axis, {}).get(key) for probes in sections] for key in ("prompt", "ground_truth")}
+            for axis in dict.fromkeys(axis for probes in sections for axis in probes)
         }
     return arguments
 
@@ -168,9 +168,9 @@ def _per_request(value: Any, count: int, name: str, single: bool = False) -> lis
 
 def _probes(inputs: Any, count: int, name: str, single: bool) -> list[dict[str, list[Probe]]]:
     """Return axis → probes for every request."""
-    found: list[dict[str, list[Probe]]] = [{} for _ in range(count)]
+    rows: list[dict[str, list[Probe]]] = [{} for _ in range(count)]
     if inputs is None:
-        return found
+        return rows
     if not isinstance(inputs, Mapping):
         raise RequestError(f"must be a dict axis → prompts and answers, not {type(inputs).__name__}", field=name)
     for axis, value in inputs.items():
@@ -197,5 +197,5 @@ def _probes(inputs: Any, count: int, name: str, single: bool) -> list[dict[str, 
                 if p is not None
             ]
             if probes:
-                found[i][str(axis)] = probes
-    return found
+                rows[i][str(axis)] = probes
+    return rows

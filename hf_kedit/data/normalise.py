@@ -90,8 +90,8 @@ class Record:
         if value is None:
             return []
         entries = value if isinstance(value, list) else [value]
-        found = [as_text(entry, self, name).rstrip() for entry in entries if not _missing(entry)]
-        return [text.strip() if strip else text for text in found]
+        texts = [as_text(entry, self, name).rstrip() for entry in entries if not _missing(entry)]
+        return [text.strip() if strip else text for text in texts]
 
     def groups(self, *names: str) -> list[list[str]]:
         """Return a field with answers as groups of aliases (see :func:`groups`)."""

@@ -138,8 +138,8 @@ def _piqa(place: str) -> tuple[tuple[str, str, str], ...]:
     ]
     if not records or len(records) != len(labels) or not set(labels) <= {"0", "1"}:
         raise DataError(f"{labels_file.name} must have a label 0 or 1 for each of the {len(records)} questions.")
-    found = []
+    pairs = []
     for record, label in zip(records, labels, strict=True):
         solutions = (record.need("sol1").strip(), record.need("sol2").strip())
-        found.append((record.need("goal").strip(), solutions[int(label)], solutions[1 - int(label)]))
-    return tuple(found)
+        pairs.append((record.need("goal").strip(), solutions[int(label)], solutions[1 - int(label)]))
+    return tuple(pairs)

@@ -127,16 +127,16 @@ class Source:
         if not path.is_dir():
             raise DataError(f"{name!r}: there is no file or folder {str(path)!r}.")
         present = [str(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.is_file()]
-        found = self._matching(present, self.files[split])
-        if not found:
+        files = self._matching(present, self.files[split])
+        if not files:
             readable = sorted(p for p in present if PurePosixPath(p).suffix.lower() in SUFFIXES)
             raise DataError(
                 f"{name!r}: the folder {str(path)!r} has no file {' or '.join(self.files[split])} for the split "
                 f"{split!r}; it has {_listed(readable)}. Pass the file itself if it has another name."
             )
-        if len(found) > 1 and not self.many:
-            raise DataError(f"{name!r}: several files fit: {_listed(found)}. Pass one of them as path=.")
-        return tuple(str(path / p) for p in found)
+        if len(files) > 1 and not self.many:
+            raise DataError(f"{name!r}: several files fit: {_listed(files)}. Pass one of them as path=.")
+        return tuple(str(path / p) for p in files)
 
     def _matching(self, present: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
         """Return the files with the best fitting name; also mirrors that write folders into the name."""
@@ -159,7 +159,7 @@ class Source:
         """Return local paths of the files with this name, downloaded if need be; none if there are none.
 
         Raises:
-            LocalEntryNotFoundError: the Hub cannot be reached (or shall not be), and the cache does not know.
+            LocalEntryNotFoundError: the Hub cannot be reached (or must not be), and the cache does not know.
         """
         assert self.repo is not None
         inside = str(PurePosixPath(self.folder) / pattern)
@@ -191,12 +191,12 @@ class Source:
         missing: LocalEntryNotFoundError | None = None
         for pattern in patterns:
             try:
-                found = self._get(pattern, revision, local_only or missing is not None)
+                copies = self._get(pattern, revision, local_only or missing is not None)
             except LocalEntryNotFoundError as error:
                 missing = missing or error
             else:
-                if found:
-                    return _located(found if self.many else found[:1])
+                if copies:
+                    return _located(copies if self.many else copies[:1])
         if missing is not None:
             raise missing
         return None
@@ -229,11 +229,11 @@ class Source:
             EntryNotFoundError: none fits; the message lists what there is.
         """
         names = list(present)
-        found = self._matching(names, patterns)
-        if not found:
+        files = self._matching(names, patterns)
+        if not files:
             readable = sorted(p for p in names if PurePosixPath(p).suffix.lower() in SUFFIXES)
             raise EntryNotFoundError(f"the repository has no such file; it has {_listed(readable)}")
-        return found if self.many else found[:1]
+        return files if self.many else files[:1]
 
 
 def _located(files: list[str]) -> Located:

@@ -73,9 +73,9 @@ def _cknowedit(names: tuple[str, ...]) -> Source:
 def cknowedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
     """Yield the row of one CKnowEdit record."""
     probes: dict[str, list[Row]] = {"locality": [], "portability": []}
-    for section, found in probes.items():
+    for section, of_section in probes.items():
         for item in record.children(section):
-            found += make_probe(item, section, item.text("prompt"), item.groups("answer", "ground_truth"))
+            of_section += make_probe(item, section, item.text("prompt"), item.groups("answer", "ground_truth"))
     yield make_row(
         record,
         dataset,

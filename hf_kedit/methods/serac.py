@@ -29,7 +29,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ..books.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind, vocabulary_size
+from ..books.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind
 from ..books.prompt_book import PromptEntry
 from ..books.retrieval import LEXICAL, find_retriever, register_retriever_kind
 from ..editors.editor import Editor, EditorOutput, register_editor
@@ -39,7 +39,7 @@ from ..engine.gradients import LowRank
 from ..engine.supervised import Batch, score
 from ..errors import ArtifactError, ConfigError, UnsupportedModelError
 from ..requests import SLOT, EditRequest
-from ..tokens import pad_rows
+from ..tokens import pad_rows, vocabulary_size
 from .base import Capabilities, Outcome, Workbench, register_method
 from .ike import InContext, InContextConfig, fact_of
 from .serac_networks import (

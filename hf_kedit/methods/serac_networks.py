@@ -18,11 +18,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig, T5Config
 
-from ..books.counterfactuals import vocabulary_size
 from ..books.retrieval import Passage
 from ..engine.forward import accepts
 from ..errors import ConfigError
-from ..tokens import context_length, pad_rows
+from ..tokens import context_length, pad_rows, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -107,8 +107,8 @@ class SiteMethod(Method):
             batch = pad_rows(prompts, self.bench.fill).to(device_of(model))
             return capture_at(model, batch, torch.tensor([len(p) - 1 for p in prompts]), taps)
 
-        parts = [found for _, found in in_batches(range(len(examples)), rows_at_once(model), run)]
-        return {tap: torch.cat([found[tap] for found in parts]) for tap in taps}
+        parts = [taken for _, taken in in_batches(range(len(examples)), rows_at_once(model), run)]
+        return {tap: torch.cat([taken[tap] for taken in parts]) for tap in taps}
 
     def scorer(self, examples: Sequence[Example], whole: bool = False) -> Callable[[], torch.Tensor]:
         """A function that runs the examples, for loops that do so at every step; see `prompts_of`.
@@ -129,11 +129,11 @@ class SiteMethod(Method):
         """Geometric mean per token of each target's probability."""
 
         def run(part: Sequence[int]) -> list[float]:
-            found: list[float] = (-self.scorer([examples[i] for i in part])()).exp().tolist()
-            return found
+            likely: list[float] = (-self.scorer([examples[i] for i in part])()).exp().tolist()
+            return likely
 
         parts = in_batches(range(len(examples)), rows_at_once(self.bench.model), run)
-        return [probability for _, found in parts for probability in found]
+        return [probability for _, likely in parts for probability in likely]
 
 
 def prompt_length(example: Example) -> int:

@@ -81,10 +81,10 @@ class FileSource:
         folder = Path(self.name)
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
-        found = download(self.name, name, revision=self.commit or self.revision, repo_type=self.repo_type, **self.hub)
-        if found is not None and self.commit is None:
-            self.commit = found.parents[name.count("/")].name
-        return found
+        local = download(self.name, name, revision=self.commit or self.revision, repo_type=self.repo_type, **self.hub)
+        if local is not None and self.commit is None:
+            self.commit = local.parents[name.count("/")].name
+        return local
 
     def read(self, name: str) -> bytes | None:
         """Content of a file; ``None`` if it is missing.
@@ -92,8 +92,8 @@ class FileSource:
         Raises:
             HubError: if the repository cannot be read.
         """
-        found = self.path(name)
-        return found.read_bytes() if found is not None else None
+        local = self.path(name)
+        return local.read_bytes() if local is not None else None
 
 
 def read_file(source: str, name: str, *, revision: str | None = None, token: Any = None) -> bytes | None:

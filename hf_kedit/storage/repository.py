@@ -132,8 +132,8 @@ def cached_commit(repo: str, name: str, *, revision: str | None = None, cache_di
 
     if Path(repo).is_dir():
         return None
-    found = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
-    return Path(found).parents[name.count("/")].name if isinstance(found, str) else None
+    cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
+    return Path(cached).parents[name.count("/")].name if isinstance(cached, str) else None
 
 
 def list_files(repo: str, *, revision: str | None = None, repo_type: str = "model", token: Any = None) -> list[str]:

@@ -29,12 +29,6 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
-    config = model.config
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 1)
-
-
 def make_batches(
     items: Iterable[H],
     width: Callable[[H], int],

@@ -16,7 +16,16 @@ import torch
 from ...books.sites import prompt_lengths
 from ...engine.forward import Positions, accepts, device_of, frozen_eval, gather_logits
 from ...errors import EvaluationError, RequestError
-from ...tokens import context_length, encode_pair, encode_target, encode_text, pad_id, pad_rows, separator_between
+from ...tokens import (
+    context_length,
+    encode_pair,
+    encode_target,
+    encode_text,
+    pad_id,
+    pad_rows,
+    separator_between,
+    vocabulary_size,
+)
 from .batching import (
     TOKEN_BUDGET,
     cut_left,
@@ -25,7 +34,6 @@ from .batching import (
     make_batches,
     stand_in_bos,
     stock_model,
-    vocabulary_size,
 )
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from ...engine.capture import Tap, as_rows, listen
 from ...engine.forward import Positions, device_of, frozen_eval, gather_logits, model_inputs
 from ...errors import EvaluationError, RequestError
-from ...tokens import context_length, encode_text, pad_id, pad_rows
-from ..asking.batching import TOKEN_BUDGET, is_encoder_decoder, make_batches, stock_model, vocabulary_size
+from ...tokens import context_length, encode_text, pad_id, pad_rows, vocabulary_size
+from ..asking.batching import TOKEN_BUDGET, is_encoder_decoder, make_batches, stock_model
 from ..asking.scoring import LOGIT_BUDGET, TargetRow, encode_row, target_logits
 from . import likelihoods
 
