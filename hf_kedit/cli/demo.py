@@ -97,7 +97,7 @@ def demo(
         str | None, typer.Option("--prompt", "-p", help="A fact of your own; {} stands for the subject.")
     ] = None,
     subject: Annotated[str | None, typer.Option("--subject", help="The entity that it is about.")] = None,
-    target: Annotated[str | None, typer.Option("--target", "-t", help="What the model shall say.")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="What the model should say.")] = None,
     ground_truth: Annotated[
         str | None, typer.Option("--ground-truth", help="What it says now; default: what it generates.")
     ] = None,
@@ -159,7 +159,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     """
     from ..artifact.layout import check_destination
     from ..engine.weights import model_digest
-    from ..evaluation import evaluate_edits
+    from ..evaluation import BeforeAndAfter
 
     started = time.perf_counter()
     if options.output is not None:
@@ -180,8 +180,10 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     with view.working("editing"):
         digest = model_digest(model.base_model)
         before = ask(model, request, prompts)
-        report = evaluate_edits(model, [request], setting="sequential", keep_edits=True, progress=False)
-        edit = model.edits[-1]
+        measured = BeforeAndAfter(model, [request])
+        result = model.edit(measured.requests, show_progress=False)
+        (edit,) = result.edits
+        summary = measured.report(result).summary()
         after = ask(model, request, prompts)
     seconds_edit = float(edit.diagnostics["seconds"])
     asked = [request.filled_prompt, *request.rephrase_prompts]
@@ -198,14 +200,14 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
         for axis, probe in neighbours
     ]
     view.neighbours(rows)
-    post = report.summary()["post"]
+    post = summary["post"]
     scores = {
         "rewrite_success": post.get("rewrite_acc"),
         "rephrase_success": post.get("rephrase_acc"),
         "locality": post.get("locality"),
         "portability": post.get("portability"),
     }
-    view.scores(scores, report.summary()["protocol"])
+    view.scores(scores, summary["protocol"])
 
     folder = options.output or Path(tempfile.mkdtemp(prefix="kedit-demo-")) / "edit"
     model.save_pretrained(folder)
@@ -250,7 +252,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
         ],
         "neighbours": rows,
         **scores,
-        "protocol": report.summary()["protocol"],
+        "protocol": summary["protocol"],
         "rollback_exact": rollback_exact,
         "reload_exact": reload_exact,
         "edit_id": edit.id,

@@ -116,7 +116,7 @@ class DemoView:
 
     def fact(self, request: EditRequest) -> None:
         """What is to change."""
-        self._head("A fact, and what it shall become")
+        self._head("A fact, and what it is to become")
         old = request.ground_truth[0] if request.ground_truth else "?"
         line = Text.assemble(f"{request.filled_prompt} ", (old, f"bold {OLD}"), f"  {self.arrow}  ")
         self._print(_indented(line.append(request.target_new, f"bold {NEW}")))

@@ -39,7 +39,6 @@ from .output import (
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
     from ..journal import Edit
-    from ..requests import EditRequest
 
 SUCCESS_NAMES = {
     "edit_success": "rewrite_acc",
@@ -63,7 +62,7 @@ def edit(
         str | None, typer.Option("--prompt", "-p", help="The fact as a text to complete; {} stands for the subject.")
     ] = None,
     subject: Annotated[str | None, typer.Option("--subject", help="The entity that the fact is about.")] = None,
-    target: Annotated[str | None, typer.Option("--target", "-t", help="What the model shall say.")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="What the model should say.")] = None,
     ground_truth: Annotated[
         list[str] | None, typer.Option("--ground-truth", help="What is true, or what it says now; may be repeated.")
     ] = None,
@@ -81,7 +80,12 @@ def edit(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to save the edits in.")] = None,
     min_success: Annotated[
         float | None,
-        typer.Option("--min-success", min=0.0, max=1.0, help="Leave with exit code 3 if fewer targets are reached."),
+        typer.Option(
+            "--min-success",
+            min=0.0,
+            max=1.0,
+            help="End with exit code 3 if fewer targets are reached.",
+        ),
     ] = None,
     protocol: Annotated[
         str, typer.Option("--protocol", help="How success is measured: teacher_forced or generation.")
@@ -141,9 +145,14 @@ def edit(
         trust_remote_code=trust_remote_code,
         untie=untie,
     )
-    carried = {e.id for e in editable.edits}
-    report = _apply(editable, todo, batch_size, protocol, evaluation)
-    made = [e for e in editable.edits if e.id not in carried]
+    measured = None
+    if evaluation:
+        from ..evaluation import BeforeAndAfter
+
+        measured = BeforeAndAfter(editable, todo, protocol)
+    result = editable.edit(todo if measured is None else measured.requests, batch_size=batch_size)
+    report = None if measured is None else measured.report(result)
+    made = result.edits
     if output is not None:
         editable.save_pretrained(output)
     data = _result(editable, made, report, output)
@@ -160,21 +169,6 @@ def edit(
             style="yellow",
         )
         raise typer.Exit(BELOW_MIN_SUCCESS)
-
-
-def _apply(
-    editable: Any, requests: list[EditRequest], batch_size: int | None, protocol: str, evaluation: bool
-) -> EvaluationReport | None:
-    """Make the edits and leave them in the model; measured before and after unless told otherwise."""
-    if not evaluation:
-        editable.edit(requests, batch_size=batch_size)
-        return None
-    from ..evaluation import evaluate_edits
-
-    together = (batch_size or len(requests)) if editable.capabilities.batch else 1
-    return evaluate_edits(
-        editable, requests, setting="sequential", batch_size=together, protocol=protocol, keep_edits=True
-    )
 
 
 def _result(editable: Any, made: list[Edit], report: EvaluationReport | None, output: Path | None) -> dict[str, Any]:
@@ -209,11 +203,11 @@ def _show(
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("edit", "prompt", "new target"):
         table.add_column(name)
-    moments = [m for m in ("before", "after") if any(_probability(e, m) is not None for e in made)]
-    for moment in moments:
-        table.add_column(f"p {moment}", justify="right")
+    times = [when for when in ("before", "after") if any(_probability(e, when) is not None for e in made)]
+    for when in times:
+        table.add_column(f"p {when}", justify="right")
     for e in made[:_SHOWN]:
-        chances = [percent(_probability(e, moment), " %") for moment in moments]
+        chances = [percent(_probability(e, when), " %") for when in times]
         table.add_row(e.id, e.request.filled_prompt, e.request.target_new, *chances)
     console.print(table)
     if len(made) > _SHOWN:
@@ -229,6 +223,6 @@ def _show(
         console.print(f"saved to {output}   (kedit inspect {output})", soft_wrap=True)
 
 
-def _probability(edit: Edit, moment: str) -> float | None:
+def _probability(edit: Edit, when: str) -> float | None:
     """The target's probability as the method saw it; fine-tuning does not report it."""
-    return edit.diagnostics.get(f"target_probability_{moment}")
+    return edit.diagnostics.get(f"target_probability_{when}")

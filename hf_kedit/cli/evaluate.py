@@ -217,8 +217,8 @@ def _counts(text: str | None) -> list[int]:
 
 
 def _result(report: EvaluationReport, dataset: str | None, split: str | None, output: Path | None) -> dict[str, Any]:
-    """The JSON result: the summary of the first protocol at the last moment, and all of them in ``results``."""
-    results = [report.summary(p, w) for p in report.protocols for w in report.moments]
+    """The JSON result: the summary of the first protocol at the last time, and all of them in ``results``."""
+    results = [report.summary(p, w) for p in report.protocols for w in report.times]
     first = report.summary()
     return {
         "model": report.meta.get("model"),

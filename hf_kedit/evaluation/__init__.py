@@ -27,13 +27,14 @@ from .report.comparison import Comparison
 from .report.report import EvaluationReport
 from .runs.bench import BenchPlan, collect_bench, run_bench
 from .runs.cache import PreEditCache
-from .runs.evaluate import evaluate_edits
+from .runs.evaluate import BeforeAndAfter, evaluate_edits
 from .runs.folder import collect_report
 
 __all__ = [
     "ABILITIES",
     "Ability",
     "AbilityTask",
+    "BeforeAndAfter",
     "BenchPlan",
     "CallableJudge",
     "Comparison",

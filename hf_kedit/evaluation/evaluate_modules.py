@@ -20,12 +20,14 @@ from .asking.batching import TOKEN_BUDGET
 from .measures import likelihoods, metrics, texts
 from .protocols.base import Protocol, resolve_protocols
 from .report.summaries import means_of
+from .runs.asked import Asked, queries_of
 from .runs.plan import Case
-from .runs.records import make_record, queries_of
 
 _TEXT, _NUMBER = datasets.Value("string"), datasets.Value("float64")
 _TEXTS, _IDS = datasets.List(_TEXT), datasets.List(datasets.Value("int64"))
 _INTEGER = datasets.Value("int64")
+_ACCURACIES = {"token": "token_acc", "exact": "exact_acc", "contains": "contains_acc", "f1": "f1_acc"}
+"""Variant of `KeditAccuracy` → name of its number."""
 
 
 class KeditMetric(evaluate.Metric):
@@ -91,7 +93,7 @@ class KeditAccuracy(KeditMetric):
         else:
             scorer = metrics.answer_scorer(self.variant)
             scores = [max((scorer(text, answer) for answer in answers), default=0.0) for text, answers in pairs]
-        return {f"{self.variant}_acc": metrics.mean(scores), "n": len(scores)}
+        return {_ACCURACIES[self.variant]: metrics.mean(scores), "n": len(scores)}
 
 
 class KeditLocality(KeditMetric):
@@ -248,10 +250,12 @@ class Kedit(KeditMetric):
         if model is None or tokenizer is None:
             raise EvaluationError("the metric 'kedit' asks a model: compute(requests=…, model=…, tokenizer=…)")
         (chosen,) = resolve_protocols(protocol)
-        asked = load_requests([json.loads(text) for text in requests])
-        cases = [Case(number, request) for number, request in enumerate(asked)]
-        queries = queries_of(chosen, cases)
+        given = load_requests([json.loads(text) for text in requests])
+        cases = [Asked(Case(number, request), chosen) for number, request in enumerate(given)]
+        queries = queries_of(cases)
         answers = dict(zip(queries, chosen.run(model, tokenizer, queries, None, TOKEN_BUDGET), strict=True))
-        halves = [make_record(case, chosen, answers, answers)["pre"] for case in cases]
+        for case in cases:
+            case.answer(answers, answers)
+        halves = [case.result("now").pre for case in cases]
         means, _counts = means_of(halves, pre=True)
         return {**{k: v for k, v in means.items() if isinstance(v, float)}, "n": len(cases)}

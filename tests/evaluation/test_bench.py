@@ -95,7 +95,7 @@ def without_times(value):
 
 def kill_when(file, enough):
     """Start a sweep in a process of its own and kill it as soon as ``enough()``."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(bench_module.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(bench_module.__file__).parents[3])}
     command = [sys.executable, "-m", "hf_kedit.cli", "bench", str(file), "--format", "quiet"]
     with (
         (file.parent / "stderr").open("w+") as said,

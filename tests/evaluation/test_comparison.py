@@ -210,7 +210,7 @@ def test_a_sweep_is_grouped_by_what_is_not_the_method(comparison):
     assert "one: teacher_forced" in page and "two: teacher_forced" in page
     assert "one: edit by edit" in page and "two: edit by edit" not in page  # one run has nothing beside it
     text = both.to_markdown(max_cases=0)
-    assert "**B · two** failed: ConfigError: no &lt;editor>" in text and "## two: teacher_forced" in text
+    assert "**B · two** failed: ConfigError: no &lt;editor&gt;" in text and "## two: teacher_forced" in text
     # What differs in nothing but the method, or in the model alone, is one group.
     assert [g.title for g in Comparison({k: runs[k] for k in ("A · one", "B · one")}).groups] == [""]
     assert [g.title for g in Comparison({k: runs[k] for k in ("A · one", "A · two")}).groups] == [""]

@@ -219,8 +219,8 @@ def test_every_group_must_be_judged_right(editable, rows, cache):
     judge = CallableJudge(lambda q, r, p: verdicts.get(tuple(r), 1.0), name="table")
     report = evaluate_edits(editable, rows[1:2], protocol=Judged(judge, 6), cache=cache)
     written = next(t for t in report.cases[0]["texts"] if t["section"] == "portability")
-    for moment in ("pre", "post"):
-        assert report.cases[0][moment]["portability"]["both_acc"] == [0.25 if written[moment] else 0.0]
+    for half in ("pre", "post"):
+        assert report.cases[0][half]["portability"]["both_acc"] == [0.25 if written[half] else 0.0]
 
 
 def test_judges_that_need_no_model():

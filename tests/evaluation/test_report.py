@@ -79,9 +79,9 @@ def test_protocols_are_kept_apart():
     assert report.protocols == ["teacher_forced", "generation"]
     with pytest.raises(EvaluationError, match="Did you mean 'generation'"):
         report.summary("generate")
-    with pytest.raises(EvaluationError, match="no moment"):
+    with pytest.raises(EvaluationError, match="no when='immediate'"):
         report.summary(when="immediate")
-    with pytest.raises(EvaluationError, match="both moments"):
+    with pytest.raises(EvaluationError, match="two times"):
         report.retention()
     with pytest.raises(EvaluationError, match="empty"):
         EvaluationReport([]).summary()

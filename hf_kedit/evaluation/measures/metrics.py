@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ...errors import EvaluationError, check_choice
 from ...tokens import is_cjk
@@ -156,7 +157,7 @@ def mean(values: Iterable[float]) -> float | None:
     return sum(items) / len(items) if items else None
 
 
-def case_mean(scores: Sequence[float] | Mapping[str, Sequence[float]] | None) -> float | None:
+def case_mean(scores: Sequence[float] | Mapping[Any, Sequence[float]] | None) -> float | None:
     """One case's value of a section: mean over the probes of an axis, then over the axes that have any.
 
     Args:
@@ -171,14 +172,14 @@ def case_mean(scores: Sequence[float] | Mapping[str, Sequence[float]] | None) ->
 
 
 def dataset_mean(
-    cases: Iterable[Sequence[float] | Mapping[str, Sequence[float]] | None],
+    cases: Iterable[Sequence[float] | Mapping[Any, Sequence[float]] | None],
 ) -> tuple[float | None, int]:
     """Mean over the cases that have the section at all, and how many these are."""
     values = [value for value in map(case_mean, cases) if value is not None]
     return mean(values), len(values)
 
 
-def axis_means(cases: Iterable[Mapping[str, Sequence[float]] | None]) -> dict[str, tuple[float, int]]:
+def axis_means(cases: Iterable[Mapping[Any, Sequence[float]] | None]) -> dict[str, tuple[float, int]]:
     """For each axis: mean over the cases that have it (of the mean over its probes), and how many these are."""
     by_axis: dict[str, list[float]] = {}
     for case in cases:

@@ -140,7 +140,6 @@ class Protocol(ABC):
         """How the numbers of a section came about; numbers of different groups are not comparable."""
         scorer = self.agreement_name if section == "locality" else self.scorer_name
         return {
-            "result_key": section if section.startswith("locality") else f"{section}_acc",
             "protocol": self.name,
             "scorer": scorer,
             "comparable_group": f"{self.name}/{scorer}",

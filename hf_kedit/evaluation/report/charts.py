@@ -49,14 +49,14 @@ def bars(
         parts.append(f'<text x="{margin - 8}" y="{y + 13}" text-anchor="end">{escape(text)}</text>')
         if after is not None:
             length = max(0.0, min(1.0, after / top)) * _BAR_WIDTH
-            shown = f"{after:.2f}" if bits else f"{100 * after:.1f}"
+            number = f"{after:.2f}" if bits else f"{100 * after:.1f}"
             old = "" if before is None else f"; before {before:.2f}" if bits else f"; before {100 * before:.1f}"
             ink = colour(0 if alike else _place(places, label, index))
             parts.append(
                 f'<rect x="{margin}" y="{y + 1}" width="{length:.1f}" height="{_ROW - 8}" rx="2"'
-                f' fill="{ink}"><title>{escape(label)}: {shown}{old}</title></rect>'
+                f' fill="{ink}"><title>{escape(label)}: {number}{old}</title></rect>'
             )
-            parts.append(f'<text x="{margin + _BAR_WIDTH + 8}" y="{y + 13}">{shown}</text>')
+            parts.append(f'<text x="{margin + _BAR_WIDTH + 8}" y="{y + 13}">{number}</text>')
         if before is not None:
             x = margin + max(0.0, min(1.0, before / top)) * _BAR_WIDTH
             parts.append(f'<line class="before" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 1}" y2="{y + _ROW - 5}"/>')

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...storage.display import percent
 from .charts import COLOURS, LONG_LABEL, bars, curves, legend
+from .groups import Group, Runs
 from .html_cases import run_cases, side_by_side
-from .report import EvaluationReport
-from .summaries import LABELS, SHORT, percent, shown
-
-if TYPE_CHECKING:
-    from .comparison import Comparison, Group
+from .results import Results
+from .summaries import LABELS, SHORT, axis_means, formatted, in_charts, label_of, means_by_name
 
 _MANY_RUNS = 4
 """Runs from which on their cases are behind a line that opens them."""
@@ -51,36 +50,36 @@ input[type=search] { font: inherit; padding: .35rem .6rem; width: min(26rem, 100
 _SCRIPT = """
 document.querySelectorAll('input[type=search]').forEach(function (field) {
   field.addEventListener('input', function () {
-    var words = field.value.toLowerCase();
+    var typed = field.value.toLowerCase();
     document.getElementById(field.dataset.list).querySelectorAll('details.case').forEach(function (entry) {
-      entry.hidden = entry.textContent.toLowerCase().indexOf(words) < 0;
+      entry.hidden = entry.textContent.toLowerCase().indexOf(typed) < 0;
     });
   });
 });
 """
 
 
-def render(comparison: Comparison, title: str, max_cases: int) -> str:
+def render(runs: Runs[Any], title: str, max_cases: int) -> str:
     """The page as text."""
-    parts = [f"<h1>{escape(title)}</h1>", _subtitle(comparison)]
-    groups = comparison.groups
+    parts = [f"<h1>{escape(title)}</h1>", _subtitle(runs)]
+    groups = runs.groups
     # A run keeps its colour in all charts, and a method in all groups.
     places = {name: place for place, name in enumerate(dict.fromkeys(n for g in groups for n in g.reports))}
     for group in groups:
-        for protocol in comparison.protocols:
-            for when in comparison.moments:
+        for protocol in runs.protocols:
+            for when in runs.times:
                 parts.append(_means(group, protocol, when, places))
-        for protocol in comparison.protocols:
+        for protocol in runs.protocols:
             parts.append(_curves(group, protocol, places))
-    parts.append(_health(comparison))
+    parts.append(_health(runs))
     parts += [_abilities(group, places) for group in groups]
-    parts.append(_runs(comparison))
+    parts.append(_runs(runs))
     if max_cases:
         parts += [side_by_side(number, group) for number, group in enumerate(groups)]
-    closed = len(comparison.reports) > _MANY_RUNS
+    closed = len(runs.reports) > _MANY_RUNS
     if closed and max_cases:
         parts.append("<h2>Run by run <span class='soft'>(every probe and text)</span></h2>")
-    for number, (label, report) in enumerate(comparison.reports.items()):
+    for number, (label, report) in enumerate(runs.reports.items()):
         parts.append(run_cases(number, label, report, max_cases, closed))
     body = "\n".join(part for part in parts if part)
     return (
@@ -91,14 +90,14 @@ def render(comparison: Comparison, title: str, max_cases: int) -> str:
     )
 
 
-def _subtitle(comparison: Comparison) -> str:
-    models = dict.fromkeys(str(r.meta.get("model") or "a model in memory") for r in comparison.reports.values())
-    count = len(comparison.reports)
-    runs = "1 run" if count == 1 else f"{count} runs"
-    lost = [f"{label}: no edit could be made ({_first_reason(report)})" for label, report in comparison.empty.items()]
-    lost += [f"{label}: failed ({reason})" for label, reason in comparison.failed.items()]
+def _subtitle(runs: Runs[Any]) -> str:
+    models = dict.fromkeys(str(r.meta.get("model") or "a model in memory") for r in runs.reports.values())
+    number = len(runs.reports)
+    count = "1 run" if number == 1 else f"{number} runs"
+    lost = [f"{label}: no edit could be made ({_first_reason(report)})" for label, report in runs.empty.items()]
+    lost += [f"{label}: failed ({reason})" for label, reason in runs.failed.items()]
     return (
-        f'<p class="soft">{runs} on {escape(", ".join(models))}</p>'
+        f'<p class="soft">{count} on {escape(", ".join(models))}</p>'
         + "".join(f'<p class="warning">{escape(line)}</p>' for line in lost)
         + '<p class="note">Reliability: does the edited prompt give the new answer? Generalization: do other wordings?'
         " Locality: does everything else stay as the unedited model had it (agreement; whether it was right plays no"
@@ -106,33 +105,31 @@ def _subtitle(comparison: Comparison) -> str:
     )
 
 
-def _first_reason(report: EvaluationReport) -> str:
-    return next((str(failed["reason"]) for failed in report.meta.get("failed") or ()), "nothing was measured")
+def _first_reason(report: Results) -> str:
+    return next((str(failed["reason"]) for failed in report.failed), "nothing was measured")
 
 
 # ---------------------------------------------------------------------- means
 
 
-def _means(group: Group, protocol: str, when: str, places: Mapping[str, int]) -> str:
+def _means(group: Group[Any], protocol: str, when: str, places: Mapping[str, int]) -> str:
     """Charts, one per mean with one bar per report, and the tables with the same numbers."""
-    from .comparison import in_charts, label_of, means_by_name
-
     summaries = group.column(protocol, when)
     if not summaries:
         return ""
-    found = {label: means_by_name(summary) for label, summary in summaries.items()}
-    columns = list(dict.fromkeys(key for row in found.values() for key in row))
+    means = {label: means_by_name(summary) for label, summary in summaries.items()}
+    columns = list(dict.fromkeys(key for row in means.values() for key in row))
     panels = []
     for key in columns:
         if not in_charts(*key):
             continue
-        rows = [(label, *row.get(key, (None, None))) for label, row in found.items()]
+        rows = [(label, *row.get(key, (None, None))) for label, row in means.items()]
         chart = bars(rows, bits=key[0] == "fluency", places=places)
         panels.append(f'<div class="panel"><strong>{escape(label_of(*key))}</strong>{chart}</div>')
-    wide = " wide" if any(len(label) > LONG_LABEL for label in found) else ""
+    wide = " wide" if any(len(label) > LONG_LABEL for label in means) else ""
     unit = "Bits." if all(section == "fluency" for section, _ in columns) else "Percentages."
     body = []
-    for label, row in found.items():
+    for label, row in means.items():
         summary = summaries[label]
         failed = f' <span class="warning">{summary["n_failed"]} failed</span>' if summary["n_failed"] else ""
         cells = [f'<td class="n">{summary["n"]}{failed}</td>']
@@ -148,22 +145,20 @@ def _means(group: Group, protocol: str, when: str, places: Mapping[str, int]) ->
     )
 
 
-def _heading(group: Group, protocol: str, scorer: object, when: str) -> str:
+def _heading(group: Group[Any], protocol: str, scorer: object, when: str) -> str:
     about = f"<span class='soft'>({escape(str(scorer))}), {escape(when)}</span>"
     return (f"{escape(group.title)}: " if group.title else "") + f"{escape(protocol)} {about}"
 
 
 def _axes(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """The means of the axes one by one."""
-    from .comparison import axis_means
-
-    found = axis_means(summaries)
-    names = list(dict.fromkeys(key for row in found.values() for key in row))
+    means = axis_means(summaries)
+    names = list(dict.fromkeys(key for row in means.values() for key in row))
     if not names:
         return ""
     body = [
         (label, "".join(f'<td class="n">{percent(row.get(key))}</td>' for key in names))
-        for label, row in found.items()
+        for label, row in means.items()
     ]
     head = [f"{SHORT[section]}: {axis.replace('_', ' ')}" for section, axis in names]
     return f'<details class="more"><summary>Axis by axis</summary>{_table(head, body)}</details>'
@@ -182,21 +177,21 @@ def _table(head: Sequence[str], rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _mean_cell(section: str, before: float | None, after: float | None) -> str:
-    old = "" if before is None else f' <span class="soft">({shown(section, before)})</span>'
-    return f'<td class="n">{shown(section, after)}{old}</td>'
+    old = "" if before is None else f' <span class="soft">({formatted(section, before)})</span>'
+    return f'<td class="n">{formatted(section, after)}{old}</td>'
 
 
-def _curves(group: Group, protocol: str, places: Mapping[str, int]) -> str:
+def _curves(group: Group[Any], protocol: str, places: Mapping[str, int]) -> str:
     """The means along the number of edits."""
-    found = {
+    points = {
         SHORT[name]: {
             label: report.curve(name, protocol)
             for label, report in group.reports.items()
-            if protocol in report.protocols and any(w.startswith("at ") for w in report.moments)
+            if protocol in report.protocols and any(when.startswith("at ") for when in report.times)
         }
         for name in LABELS
     }
-    panels = _line_panels(found, places)
+    panels = _line_panels(points, places)
     title = f"{group.title}: along" if group.title else "Along"
     return (
         f"<h2>{escape(title)} the number of edits <span class='soft'>({escape(protocol)})</span></h2>{panels}"
@@ -205,14 +200,14 @@ def _curves(group: Group, protocol: str, places: Mapping[str, int]) -> str:
     )
 
 
-def _line_panels(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], places: Mapping[str, int]) -> str:
+def _line_panels(points: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], places: Mapping[str, int]) -> str:
     """Charts of curves: one per number with a line per run, or, with many runs, one per run with a line per number.
 
     Args:
-        found: number → run → points; runs with less than two points are left out.
+        points: number → run → points; runs with less than two points are left out.
         places: run → index of its colour.
     """
-    lines = {name: {run: p for run, p in runs.items() if len(p) > 1} for name, runs in found.items()}
+    lines = {name: {run: p for run, p in runs.items() if len(p) > 1} for name, runs in points.items()}
     lines = {name: runs for name, runs in lines.items() if runs}
     runs = list(dict.fromkeys(run for by_run in lines.values() for run in by_run))
     if not lines:
@@ -233,17 +228,17 @@ def _line_panels(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
     return f'{key}<div class="panels{" small" if key else ""}">{boxes}</div>'
 
 
-def _health(comparison: Comparison) -> str:
+def _health(runs: Runs[Any]) -> str:
     """Weight drift and perplexity where edits pile up: at the end, and at every checkpoint."""
     ends, all_points = [], []
-    for label, report in comparison.reports.items():
-        points = [p for p in report.meta.get("checkpoints") or () if p.get("drift") or "perplexity" in p]
+    for label, report in runs.reports.items():
+        points = [p for p in report.checkpoints if p.get("drift") or "perplexity" in p]
         all_points += [(label, _wear_cells(point)) for point in points]
         ends += [(label, _wear_cells(point)) for point in points[-1:]]
     if not ends:
         return ""
     head = ["edits", "relative weight drift", "spectral norm", "changed weights"]
-    if any("perplexity" in p for r in comparison.reports.values() for p in r.meta.get("checkpoints") or ()):
+    if any("perplexity" in p for r in runs.reports.values() for p in r.checkpoints):
         head += ["activations", "perplexity", "before", "state"]
     more = ""
     if len(all_points) > len(ends):
@@ -270,25 +265,25 @@ def _wear_cells(point: Mapping[str, Any]) -> str:
     )
 
 
-def _abilities(group: Group, places: Mapping[str, int]) -> str:
+def _abilities(group: Group[Any], places: Mapping[str, int]) -> str:
     """General abilities before and at every checkpoint: charts, and the table with the same numbers."""
     names = list(dict.fromkeys(name for report in group.reports.values() for name in report.abilities))
     if not names:
         return ""
-    found = {
+    points = {
         name: {label: report.curve(f"abilities/{name}") for label, report in group.reports.items()} for name in names
     }
     rows = []
     for label in group.reports:
-        scores = {name: dict(found[name][label]) for name in names}
-        for count in sorted({n for points in scores.values() for n in points} - {0}):
+        scores = {name: dict(points[name][label]) for name in names}
+        for count in sorted({n for by_count in scores.values() for n in by_count} - {0}):
             cells = "".join(_mean_cell("abilities", scores[name].get(0), scores[name].get(count)) for name in names)
             rows.append((label, f'<td class="n">{count}</td>{cells}'))
     title = f"{group.title}: general" if group.title else "General"
     return (
         f"<h2>{escape(title)} abilities</h2><p class='note'>Percentages on tasks that have nothing to do with the"
         " edits; in brackets: before them. After several batches of one size: their mean.</p>"
-        f"{_line_panels(found, places)}{_table(['edits', *names], rows)}"
+        f"{_line_panels(points, places)}{_table(['edits', *names], rows)}"
     )
 
 
@@ -304,10 +299,10 @@ def _seconds(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3g}"
 
 
-def _runs(comparison: Comparison) -> str:
+def _runs(runs: Runs[Any]) -> str:
     """What was run, and what it cost; what is the same for all runs is said once."""
     table: dict[str, dict[str, str]] = {}
-    for label, report in comparison.reports.items():
+    for label, report in runs.reports.items():
         meta, cost, size = report.meta, report.efficiency(), report.meta.get("batch_size") or 1
         together = "one by one" if size == 1 else f"batches of {size}"
         memory = cost["peak_memory_bytes"]
@@ -327,9 +322,9 @@ def _runs(comparison: Comparison) -> str:
     same = [n for n in names if len(table) > 1 and len({row[n] for row in table.values()}) == 1]
     first = next(iter(table.values()))
     common = ", ".join(f"{n} {first[n]}" for n in same if first[n] != "–")
-    shown_names = [n for n in names if n not in same]
-    body = [(label, "".join(f"<td>{escape(row[n])}</td>" for n in shown_names)) for label, row in table.items()]
-    head = "".join(f"<th>{escape(n)}</th>" for n in shown_names)
+    columns = [n for n in names if n not in same]
+    body = [(label, "".join(f"<td>{escape(row[n])}</td>" for n in columns)) for label, row in table.items()]
+    head = "".join(f"<th>{escape(n)}</th>" for n in columns)
     rows = "".join(f"<tr><td>{escape(label)}</td>{cells}</tr>" for label, cells in body)
     note = f'<p class="note">All runs: {escape(common)}.</p>' if common else ""
     return f'<h2>Runs</h2>{note}<div class="scroll"><table><tr><th>run</th>{head}</tr>{rows}</table></div>'

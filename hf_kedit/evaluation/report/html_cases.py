@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...storage.display import percent
 from ..measures import metrics
-from .summaries import LABELS, SHORT, extra_sections, flat_row, percent, shown
+from .case_result import CaseResult
+from .groups import Group
+from .results import Results
+from .summaries import LABELS, NAMES, SHORT, exists, flat_row, formatted
 
-if TYPE_CHECKING:
-    from .comparison import Group
-    from .report import EvaluationReport
-
+Edit = tuple[str, str]
+"""Prompt and new answer."""
 _SIDE_BY_SIDE = 100
 """Edits that are shown under every method; their tables are small."""
 _SECTIONS = {
@@ -35,7 +37,7 @@ def search_field(list_id: str) -> str:
 # ---------------------------------------------------------------------- one edit under every method
 
 
-def side_by_side(number: int, group: Group) -> str:
+def side_by_side(number: int, group: Group[Any]) -> str:
     """The first edits, each with what every run of a group made of it; nothing for fewer than two runs.
 
     Args:
@@ -44,16 +46,15 @@ def side_by_side(number: int, group: Group) -> str:
     """
     if len(group.reports) < 2:
         return ""
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    by_edit: dict[Edit, dict[str, CaseResult]] = {}
     for label, report in group.reports.items():
-        for record in report.select():
-            request = record["requested_rewrite"]
-            found.setdefault((str(request["prompt"]), str(request["target_new"])), {})[label] = record
+        for result in report.chosen():
+            by_edit.setdefault(_edit(result), {})[label] = result
     written = {label: _written_after(report) for label, report in group.reports.items()}
-    shared = [(edit, records) for edit, records in found.items() if len(records) > 1]
+    shared = [(edit, results) for edit, results in by_edit.items() if len(results) > 1]
     if not shared:
         return ""
-    entries = [_compared(edit, records, written) for edit, records in shared[:_SIDE_BY_SIDE]]
+    entries = [_compared(edit, results, written) for edit, results in shared[:_SIDE_BY_SIDE]]
     more = f", the first {len(entries)} of {len(shared)}" if len(entries) < len(shared) else ""
     title = f"{group.title}: edit by edit" if group.title else "Edit by edit"
     protocol = next(iter(group.reports.values())).protocols[0]
@@ -63,26 +64,25 @@ def side_by_side(number: int, group: Group) -> str:
     )
 
 
-def _written_after(report: EvaluationReport) -> dict[tuple[str, str], str]:
+def _edit(result: CaseResult) -> Edit:
+    return str(result.request["prompt"]), str(result.request["target_new"])
+
+
+def _written_after(report: Results) -> dict[Edit, str]:
     """Edit → what the model writes behind its prompt at the end, where a protocol generates."""
-    texts = {}
-    for record in report.records:
-        if record["when"] == report.moments[-1]:
-            request = record["requested_rewrite"]
-            for text in record.get("texts") or ():
-                if text["section"] == "rewrite":
-                    texts[str(request["prompt"]), str(request["target_new"])] = str(text["post"])
-    return texts
+    return {
+        _edit(result): str(text["post"])
+        for result in report.results
+        if result.when == report.times[-1]
+        for text in result.texts
+        if text["section"] == "rewrite"
+    }
 
 
-def _compared(
-    edit: tuple[str, str],
-    records: Mapping[str, Mapping[str, Any]],
-    written: Mapping[str, Mapping[tuple[str, str], str]],
-) -> str:
-    flat = {label: flat_row(record) for label, record in records.items()}
+def _compared(edit: Edit, results: Mapping[str, CaseResult], written: Mapping[str, Mapping[Edit, str]]) -> str:
+    flat = {label: flat_row(result) for label, result in results.items()}
     names = [n for n in LABELS if any(row[f"post_{n}"] is not None for row in flat.values())]
-    texts = {label: written[label][edit] for label in records if edit in written[label]}
+    texts = {label: written[label][edit] for label in results if edit in written[label]}
     right = sum(1 for row in flat.values() if (row["post_rewrite_acc"] or 0) >= 1)
     before = next(iter(flat.values()))["pre_rewrite_acc"]
     head = "".join(f'<th class="n">{escape(SHORT[n])}</th>' for n in names)
@@ -92,7 +92,7 @@ def _compared(
         cells = "".join(f'<td class="n">{percent(row[f"post_{n}"])}</td>' for n in names)
         cells += f'<td class="text">{escape(texts.get(label, ""))}</td>' if texts else ""
         rows.append(f"<tr><td>{escape(label)}</td>{cells}</tr>")
-    request = next(iter(records.values()))["requested_rewrite"]
+    request = next(iter(results.values())).request
     return (
         f'<details class="case"><summary>{asked(request)} '
         f'<span class="soft">{percent(before)} before; right with</span> {right} of {len(flat)}</summary>'
@@ -110,7 +110,7 @@ def asked(request: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------- one run with everything
 
 
-def run_cases(number: int, label: str, report: EvaluationReport, max_cases: int, closed: bool) -> str:
+def run_cases(number: int, label: str, report: Results, max_cases: int, closed: bool) -> str:
     """All probes and texts of the edits of one run.
 
     Args:
@@ -122,77 +122,68 @@ def run_cases(number: int, label: str, report: EvaluationReport, max_cases: int,
     """
     if not max_cases:
         return ""
-    moment = report.moments[-1]
-    by_case: dict[int, list[Mapping[str, Any]]] = {}
-    for record in report.records:
-        if record["when"] == moment:
-            by_case.setdefault(record["case_id"], []).append(record)
+    when = report.times[-1]
+    by_case: dict[int, list[CaseResult]] = {}
+    for result in report.results:
+        if result.when == when:
+            by_case.setdefault(result.number, []).append(result)
     chosen = list(by_case.values())[:max_cases]
-    failed = report.meta.get("failed") or ()
-    entries = [_case(records) for records in chosen]
+    entries = [_case(results) for results in chosen]
     entries += [
         f'<details class="case"><summary><span class="warning">failed</span> case {f["case_id"]}</summary>'
         f"<p>{escape(str(f['reason']))}</p></details>"
-        for f in failed
+        for f in report.failed
     ]
     more = f", the first {len(chosen)} of {len(by_case)}" if len(chosen) < len(by_case) else ""
-    about = f"<span class='soft'>({escape(moment)}{more})</span>"
+    about = f"<span class='soft'>({escape(when)}{more})</span>"
     inside = f'{search_field(f"cases-{number}")}<div id="cases-{number}">{"".join(entries)}</div>'
     if closed:
         return f'<details class="run"><summary>{escape(label)} {about}</summary>{inside}</details>'
     return f"<h2>{escape(label)}: cases {about}</h2>{inside}"
 
 
-def _case(records: Sequence[Mapping[str, Any]]) -> str:
-    """One case with the records of all protocols."""
-    first = records[0]
-    request = first["requested_rewrite"]
-    line = "".join(_badge(record) for record in records)
+def _case(results: Sequence[CaseResult]) -> str:
+    """One case with the results of all protocols."""
+    line = "".join(map(_badge, results))
     inside = []
-    for record in records:
-        rows = list(_score_rows(record))
+    for result in results:
+        rows = list(_score_rows(result))
         if rows:
             inside.append(
-                f"<h3>{escape(record['protocol'])}</h3><div class='scroll'><table><tr><th>asked</th><th>axis</th>"
+                f"<h3>{escape(result.protocol)}</h3><div class='scroll'><table><tr><th>asked</th><th>axis</th>"
                 f'<th class="n">before</th><th class="n">after</th></tr>{"".join(rows)}</table></div>'
             )
-        inside.append(_text_table(record.get("texts") or ()))
-        inside.append(_skipped(record.get("skipped") or ()))
-    return f'<details class="case"><summary>{asked(request)} {line}</summary>{"".join(inside)}</details>'
+        inside.append(_text_table(result.texts))
+        inside.append(_skipped(result.skipped))
+    return f'<details class="case"><summary>{asked(results[0].request)} {line}</summary>{"".join(inside)}</details>'
 
 
-def _badge(record: Mapping[str, Any]) -> str:
-    before = metrics.case_mean(record["pre"].get("rewrite_acc"))
-    after = metrics.case_mean(record["post"].get("rewrite_acc"))
+def _badge(result: CaseResult) -> str:
+    before, after = (metrics.case_mean(half.scores.get("rewrite")) for half in (result.pre, result.post))
     if after is None:
         return ""
     css = "up" if after >= 1 else "down" if after < 0.5 else ""
     return (
-        f' <span class="soft">{escape(record["protocol"])}</span>'
+        f' <span class="soft">{escape(result.protocol)}</span>'
         f' <span class="{css}">{percent(before)} → {percent(after)}</span>'
     )
 
 
-def _score_rows(record: Mapping[str, Any]) -> Iterable[str]:
-    pre, post = record["pre"], record["post"]
-    for name, label in LABELS.items():
-        after = post.get(name)
-        if isinstance(after, Mapping):
-            for axis, scores in after.items():
-                before = (pre.get(name) or {}).get(axis) if name != "locality" else None
-                yield _score_row(label, axis.removesuffix("_acc"), before, scores)
-        elif after:
-            yield _score_row(label, "", pre.get(name), after)
-    for section in extra_sections(post):
-        for key, scores in post[section].items():
-            yield _score_row(section, key, (pre.get(section) or {}).get(key), scores, section)
+def _score_rows(result: CaseResult) -> Iterable[str]:
+    for section, name in NAMES.items():
+        old = result.pre.scores.get(section, {}) if exists("pre", section) else {}
+        for axis, scores in result.post.scores.get(section, {}).items():
+            yield _score_row(LABELS[name], axis or "", old.get(axis), scores)
+    for section, numbers in result.post.numbers.items():
+        for key, values in numbers.items():
+            yield _score_row(section, key, result.pre.numbers.get(section, {}).get(key), values, section)
 
 
 def _score_row(
     label: str, axis: str, before: Sequence[float] | None, after: Sequence[float], section: str = ""
 ) -> str:
     def text(scores: Sequence[float] | None) -> str:
-        return "–" if not scores else ", ".join(shown(section, s) for s in scores)
+        return "–" if not scores else ", ".join(formatted(section, s) for s in scores)
 
     return (
         f"<tr><td>{escape(label)}</td><td>{escape(axis)}</td>"

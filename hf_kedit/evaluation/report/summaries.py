@@ -1,4 +1,4 @@
-"""Records and means: how the records of a report are averaged, flattened, and shown. Plain functions on plain data."""
+"""How results of cases are averaged, flattened and named. Plain functions on plain data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import EvaluationError, require_extra
-from ...requests import EditRequest, Probe
+from ...storage.display import percent
 from ..measures import metrics
 from ..measures.likelihoods import harmonic_score
+from .case_result import AXES, CaseResult, Half
 
-LISTS = {"rewrite_acc": "rewrite_acc", "rephrase_acc": "rephrase_acc"}
-"""Summary key → key of a plain list of scores in a record."""
-AXES = {"locality": "locality", "locality_accuracy": "locality_accuracy", "portability": "portability"}
-"""Summary key → key of a dict of axis → scores in a record."""
+NAMES = {
+    "rewrite": "rewrite_acc",
+    "rephrase": "rephrase_acc",
+    "locality": "locality",
+    "locality_accuracy": "locality_accuracy",
+    "portability": "portability",
+}
+"""Section → name of its mean in a summary."""
 LABELS: dict[str, str] = {
     "rewrite_acc": "reliability (rewrite)",
     "rephrase_acc": "generalization (rephrase)",
@@ -22,6 +27,7 @@ LABELS: dict[str, str] = {
     "locality_accuracy": "locality (accuracy)",
     "portability": "portability",
 }
+"""Name of a mean → what it is, for people."""
 SHORT = {
     "rewrite_acc": "reliability",
     "rephrase_acc": "generalization",
@@ -30,85 +36,46 @@ SHORT = {
     "portability": "portability",
 }
 """Short names of the means for charts and wide tables."""
+Key = tuple[str, str]
+"""Section of a number that only some protocols have (else empty), and its name."""
 
 
-def easyedit_request(request: EditRequest) -> dict[str, Any]:
-    """A request in the dictionary layout of EasyEdit; what is missing is ``None`` or ``{}``."""
-
-    def section(axes: Mapping[str, Sequence[Probe]]) -> dict[str, Any]:
-        return {
-            axis: {
-                "prompt": [probe.prompt for probe in probes],
-                "ground_truth": [next(iter(probe.answers), None) for probe in probes],
-            }
-            for axis, probes in axes.items()
-        }
-
-    return {
-        "prompt": request.filled_prompt,
-        "target_new": request.target_new,
-        "ground_truth": next(iter(request.ground_truth), None),
-        "subject": request.subject,
-        "rephrase_prompt": next(iter(request.rephrase_prompts), None),
-        "locality": section(request.locality),
-        "portability": section(request.portability),
-    }
+def exists(half: str, section: str) -> bool:
+    """Whether a section exists in a half: agreement with oneself, before the edit, does not."""
+    return not (half == "pre" and section == "locality")
 
 
-def exists(moment: str, name: str) -> bool:
-    """Whether a mean exists before the edit: agreement with oneself does not."""
-    return not (moment == "pre" and name == "locality")
+# ---------------------------------------------------------------------- means
 
 
-def axis_scores(scores: Mapping[str, Sequence[float]] | None) -> dict[str, Sequence[float]] | None:
-    """Axis → scores of a record's section, without the suffix of the keys; outputs are left out."""
-    if scores is None:
-        return None
-    return {k.removesuffix("_acc"): v for k, v in scores.items() if k.endswith("_acc")}
-
-
-def means_of(halves: Sequence[Mapping[str, Any]], *, pre: bool) -> tuple[dict[str, Any], dict[str, int]]:
-    """Means over the cases of one half ("pre" or "post") of the records, and the number of cases behind each."""
+def means_of(halves: Sequence[Half], *, pre: bool) -> tuple[dict[str, Any], dict[str, int]]:
+    """Means over the cases of one half of their results, and the number of cases behind each."""
     means: dict[str, Any] = {}
     counts: dict[str, int] = {}
     per_axis: dict[str, dict[str, float]] = {}
-    for name, key in LISTS.items():
-        value, n = metrics.dataset_mean(half.get(key) for half in halves)
-        if value is not None:
-            means[name], counts[name] = value, n
-    for name, key in AXES.items():
-        if pre and not exists("pre", name):
+    for section, name in NAMES.items():
+        if not exists("pre" if pre else "post", section):
             continue
-        cases = [axis_scores(half.get(key)) for half in halves]
+        cases = [half.scores.get(section) for half in halves]
         value, n = metrics.dataset_mean(cases)
         if value is None:
             continue
         means[name], counts[name] = value, n
-        axes = metrics.axis_means(cases)
-        per_axis[name] = {axis: mean for axis, (mean, _) in axes.items()}
-        counts |= {f"{name}/{axis}": n for axis, (_, n) in axes.items()}
-    extra, extra_counts = _extra_means(halves)
-    return {**means, **extra, "per_axis": per_axis}, counts | extra_counts
+        if section in AXES:
+            axes = metrics.axis_means(cases)
+            per_axis[name] = {str(axis): mean for axis, (mean, _) in axes.items()}
+            counts |= {f"{name}/{axis}": n for axis, (_, n) in axes.items()}
+    numbers, number_counts = _means_of_numbers(halves)
+    return {**means, **numbers, "per_axis": per_axis}, counts | number_counts
 
 
-def extra_sections(half: Mapping[str, Any]) -> list[str]:
-    """Names of the sections in a record's or summary's half that only some protocols have."""
-    fixed = {*AXES, "per_axis", "metric_meta"}
-    return [name for name, value in half.items() if isinstance(value, Mapping) and name not in fixed]
-
-
-def shown(section: str, value: float | None) -> str:
-    """A number of a section for people: a percentage, except for entropies."""
-    return f"{value:.2f} bits" if section == "fluency" and value is not None else percent(value)
-
-
-def _extra_means(halves: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+def _means_of_numbers(halves: Sequence[Half]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """Means of the sections that only some protocols have: section → key → mean, and the cases behind each."""
     means: dict[str, dict[str, float]] = {}
     counts: dict[str, int] = {}
-    for section in dict.fromkeys(name for half in halves for name in extra_sections(half)):
-        for key in dict.fromkeys(k for half in halves for k in half.get(section, ())):
-            value, n = metrics.dataset_mean(half.get(section, {}).get(key) for half in halves)
+    for section in dict.fromkeys(name for half in halves for name in half.numbers):
+        for key in dict.fromkeys(k for half in halves for k in half.numbers.get(section, ())):
+            value, n = metrics.dataset_mean(half.numbers.get(section, {}).get(key) for half in halves)
             if value is not None:
                 means.setdefault(section, {})[key] = value
                 counts[f"{section}/{key}"] = n
@@ -119,8 +86,25 @@ def _extra_means(halves: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[st
     return means, counts
 
 
-def is_extra(column: str) -> bool:
-    return column.startswith(("pre_", "post_")) and column.split("_", 1)[1] not in LABELS
+def refuse_mixture(results: Sequence[CaseResult]) -> None:
+    """Raise an `EvaluationError` if there is nothing to average, or something that must not be."""
+    if not results:
+        raise EvaluationError("there are no records to summarise")
+    groups: dict[str, set[str]] = {}
+    for result in results:
+        for section, about in result.post.about.items():
+            groups.setdefault(section, set()).add(about["comparable_group"])
+    for section, names in groups.items():
+        if len(names) > 1:
+            raise EvaluationError(f"'{section}' mixes numbers that are not comparable: {', '.join(sorted(names))}")
+
+
+# ---------------------------------------------------------------------- what a summary holds
+
+
+def extra_sections(post: Mapping[str, Any]) -> list[str]:
+    """Names of the sections of a summary's half that only some protocols have."""
+    return [name for name, value in post.items() if isinstance(value, Mapping) and name != "per_axis"]
 
 
 def look_up(post: Mapping[str, Any], name: str) -> float | None:
@@ -134,56 +118,82 @@ def look_up(post: Mapping[str, Any], name: str) -> float | None:
     return value if isinstance(value, float) else None
 
 
-def refuse_mixture(records: Sequence[Mapping[str, Any]]) -> None:
-    if not records:
-        raise EvaluationError("there are no records to summarise")
-    groups: dict[str, set[str]] = {}
-    for record in records:
-        for section, meta in record["post"].get("metric_meta", {}).items():
-            groups.setdefault(section, set()).add(meta["comparable_group"])
-    for section, found in groups.items():
-        if len(found) > 1:
-            raise EvaluationError(f"'{section}' mixes numbers that are not comparable: {', '.join(sorted(found))}")
-
-
-def scorer_of(record: Mapping[str, Any]) -> str | None:
-    meta = record["post"].get("metric_meta", {})
-    return next((m["scorer"] for section, m in meta.items() if section != "locality"), None)
-
-
-def flat_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """One record as a row without nesting (but for the axes)."""
-    request = record["requested_rewrite"]
-    row: dict[str, Any] = {
-        "case_id": record["case_id"],
-        "id": record.get("id"),
-        "protocol": record["protocol"],
-        "scorer": scorer_of(record),
-        "setting": record.get("setting"),
-        "when": record["when"],
-        "prompt": request["prompt"],
-        "subject": request["subject"],
-        "target_new": request["target_new"],
+def means_by_name(summary: Mapping[str, Any]) -> dict[Key, tuple[float | None, float]]:
+    """All means of a summary, in order: (section, name) → before and after."""
+    pre, post = summary["pre"], summary["post"]
+    # Under the likelihood protocol ES, PS and NS are these same numbers under the names that papers use.
+    again = ("rewrite_acc", "rephrase_acc", "locality_accuracy") if "counterfact" in post else ()
+    means: dict[Key, tuple[float | None, float]] = {
+        ("", name): (pre.get(name), post[name]) for name in LABELS if name in post and name not in again
     }
-    for moment in ("pre", "post"):
-        half = record[moment]
-        for name in LABELS:
-            if exists(moment, name):
-                scores = half.get(LISTS[name]) if name in LISTS else axis_scores(half.get(AXES[name]))
-                row[f"{moment}_{name}"] = metrics.case_mean(scores)
-        for section in extra_sections(half):
-            for key, scores in half[section].items():
-                row[f"{moment}_{section}_{key}"] = metrics.case_mean(scores)
-    costs = ("seconds_edit", "seconds_eval", "peak_memory_bytes", "extra_memory_bytes")
-    row |= {name: record.get(name) for name in costs}
-    row["n_skipped_probes"] = len(record.get("skipped") or ())
+    for section in extra_sections(post):
+        means |= {(section, key): (pre.get(section, {}).get(key), value) for key, value in post[section].items()}
+    return means
+
+
+def axis_means(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[Key, float]]:
+    """Name of a run → (section, axis) → mean after the edits, of sections that have several axes in some run."""
+    by_run = {name: summary["post"].get("per_axis", {}) for name, summary in summaries.items()}
+    several = {section for axes in by_run.values() for section, means in axes.items() if len(means) > 1}
+    several.discard("locality_accuracy")
+    return {
+        name: {(s, axis): mean for s, means in axes.items() if s in several for axis, mean in means.items()}
+        for name, axes in by_run.items()
+    }
+
+
+def label_of(section: str, name: str) -> str:
+    """Name of a mean for people."""
+    if section in ("counterfact", "fluency"):
+        return name.replace("_", " ")
+    return f"{section} {name}" if section else SHORT[name]
+
+
+def in_charts(section: str, name: str) -> bool:
+    """Whether a mean gets a chart of its own; the magnitudes and exact matches stand in the table only."""
+    return section != "counterfact" or name in ("ES", "PS", "NS", "S")
+
+
+def formatted(section: str, value: float | None) -> str:
+    """A number of a section for people: a percentage, except for entropies."""
+    return f"{value:.2f} bits" if section == "fluency" and value is not None else percent(value)
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def flat_row(result: CaseResult) -> dict[str, Any]:
+    """One result as a row without nesting (but for the axes)."""
+    row: dict[str, Any] = {
+        "case_id": result.number,
+        "id": result.id,
+        "protocol": result.protocol,
+        "scorer": result.scorer,
+        "setting": result.setting,
+        "when": result.when,
+        **{name: result.request.get(name) for name in ("prompt", "subject", "target_new")},
+    }
+    for half_name, half in result.halves.items():
+        for section, name in NAMES.items():
+            if exists(half_name, section):
+                row[f"{half_name}_{name}"] = metrics.case_mean(half.scores.get(section))
+        for section, numbers in half.numbers.items():
+            for key, values in numbers.items():
+                row[f"{half_name}_{section}_{key}"] = metrics.case_mean(values)
+    row |= result.costs()
+    row.pop("time")
+    row["n_skipped_probes"] = len(result.skipped)
     row["axes"] = []
-    for name in AXES:
-        before = axis_scores(record["pre"].get(name)) or {}
-        for axis, scores in (axis_scores(record["post"].get(name)) or {}).items():
-            pre = list(before.get(axis, ()))
-            row["axes"].append({"section": name, "axis": axis, "pre": pre, "post": list(scores)})
+    for section in AXES:
+        before = result.pre.scores.get(section, {})
+        for axis, scores in result.post.scores.get(section, {}).items():
+            row["axes"].append({"section": section, "axis": axis, "pre": before.get(axis, []), "post": scores})
     return row
+
+
+def is_extra(column: str) -> bool:
+    """Whether a column of `flat_row` holds a number that only some protocols have."""
+    return column.startswith(("pre_", "post_")) and column.split("_", 1)[1] not in LABELS
 
 
 def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -197,8 +207,3 @@ def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     except ImportError as error:
         raise require_extra("pandas", "eval", "to_pandas()") from error
     return pandas.DataFrame(list(rows))
-
-
-def percent(value: float | None) -> str:
-    """A fraction of 1 as a percentage without sign; a dash for what does not exist."""
-    return "–" if value is None else f"{100 * value:.1f}"

@@ -25,13 +25,13 @@ class PreEditCache:
 
     def get(self, key: tuple[Any, ...]) -> Any:
         """Return the output under this key, if it is there."""
-        found = self._entries.get(key)
-        if found is None:
+        output = self._entries.get(key)
+        if output is None:
             self.misses += 1
         else:
             self.hits += 1
             self._entries.move_to_end(key)
-        return found
+        return output
 
     def put(self, key: tuple[Any, ...], output: Any) -> None:
         """Keep an output."""
@@ -42,11 +42,11 @@ class PreEditCache:
 
     def get_or_make(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Return the result under this key, or make and keep it; results are not ``None``."""
-        found = self.get(key)
-        if found is None:
-            found = make()
-            self.put(key, found)
-        return found
+        output = self.get(key)
+        if output is None:
+            output = make()
+            self.put(key, output)
+        return output
 
     def clear(self) -> None:
         """Forget everything."""

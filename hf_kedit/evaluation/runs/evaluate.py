@@ -2,7 +2,7 @@
 
 Pre-edit results are measured once, before the first new edit, on the model as it was handed in. Every change the
 run makes is undone by the model's own journal, also when something fails in between. Here the arguments are checked
-and the run is planned; `running` carries it out.
+and the run is planned; `Run` carries it out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from ...errors import EvaluationError, check_choice
 from ..asking.batching import TOKEN_BUDGET
 from ..measures.abilities import Ability
 from ..protocols.base import Protocol, resolve_protocols
+from ..report.case_result import Cost
 from ..report.report import EvaluationReport
+from .asked import PromptTransform
 from .cache import PRE_EDIT_CACHE, PreEditCache
 from .folder import RunFolder, assemble
 from .plan import (
@@ -29,15 +31,17 @@ from .plan import (
     make_plan,
     make_units,
     parse_at,
-    parse_moments,
     parse_shard,
+    parse_when,
     read_requests,
 )
-from .run import PromptTransform, Run
-from .wear import Wear
+from .run import Run
+from .wear import WearMeter
 
 if TYPE_CHECKING:
+    from ...journal import EditResult
     from ...model import EditableModel
+    from ...requests import EditRequest
 
 Setting = Literal["single", "batch", "sequential", "saved"]
 
@@ -80,7 +84,7 @@ def evaluate_edits(
             edit), or both. In the other settings the two coincide.
         limit: evaluate the first so many rows only.
         progress: show a progress bar.
-        at: in ``sequential``: after so many edits, measure all edits made so far (moments ``at N`` of the report).
+        at: in ``sequential``: after so many edits, measure all edits made so far (``at N`` in the report).
         on_error: ``skip`` leaves out edits that cannot be made and lists them in ``report.meta["failed"]``.
         separator: text between prompt and target; ``None``: as in the model's edit config.
         token_budget: padded tokens per forward pass.
@@ -92,7 +96,7 @@ def evaluate_edits(
         collapse_text: texts whose perplexity is measured before, at each checkpoint and at the end of a
             ``sequential`` run, and after each batch of a ``batch`` run; a warning is logged when it explodes. Weight
             drift is measured in any case where edits pile up.
-        abilities: general tasks (`load_ability`, `HarnessTask`) that are measured at the same moments.
+        abilities: general tasks (`load_ability`, `HarnessTask`) that are measured at the same times.
         output_dir: folder for the results, written case by case. Repeating the same call there continues an
             interrupted run: finished measurements are not repeated (the edits of a ``sequential`` run are made again,
             because later ones build on them).
@@ -100,10 +104,10 @@ def evaluate_edits(
             ``output_dir`` (`collect_report` puts the parts together). ``"auto"``: as torchrun or accelerate says.
 
     Returns:
-        The report, with one record per case, protocol and moment.
+        The report, with one record per case, protocol and time.
 
     Raises:
-        EvaluationError: for an unknown setting, protocol or moment, an empty data set, or arguments that
+        EvaluationError: for an unknown setting, protocol or time, an empty data set, or arguments that
             contradict each other; nothing is edited then.
         RequestError: if a row is not a usable request; nothing is edited then.
         DataError: if a file cannot be read.
@@ -111,7 +115,7 @@ def evaluate_edits(
     """
     check_choice("setting", setting, SETTINGS)
     check_choice("on_error", on_error, ("raise", "skip"))
-    moments = parse_moments(when, setting)
+    whens = parse_when(when, setting)
     protocols = resolve_protocols(protocol)
     part = parse_shard(shard, setting)
     _check_arguments(setting, batch_size, limit, keep_edits, collapse_text is not None or bool(abilities))
@@ -119,25 +123,21 @@ def evaluate_edits(
     checkpoints = parse_at(at, setting, len(cases))
     if setting != SAVED:
         check_requests(model, cases, strict=on_error == "raise")
-    if separator is None:
-        separator = getattr(getattr(model, "edit_config", None), "separator", None)
-    if prompt_transform is None:
-        prompt_transform = getattr(model, "prompt_transform", None)
     texts = [collapse_text] if isinstance(collapse_text, str) else collapse_text
     run = Run(
         model,
         protocols,
+        WearMeter(model, texts, list(abilities), token_budget),
         setting,
         separator,
         token_budget,
         PRE_EDIT_CACHE if cache is None else cache,
         on_error,
         prompt_transform,
-        Wear(model, texts, list(abilities), token_budget),
     )
     units = make_units(cases, setting, batch_size)
-    plan = make_plan(units, setting, moments, checkpoints)
-    settings = run.settings(cases, batch_size, moments, checkpoints)
+    plan = make_plan(units, setting, whens, checkpoints)
+    settings = run.settings(cases, batch_size, whens, checkpoints)
     mine = [step for step in plan if step.unit % part[1] == part[0] - 1] if part[1] > 1 else plan
     folder = None if output_dir is None else RunFolder(output_dir, settings, plan, part)
     if folder is not None:
@@ -150,7 +150,7 @@ def evaluate_edits(
         # Everything is asked of the unedited model in the same batches, whether or not a run is continued.
         run.measure_pre(mine, by_number)
         seconds_pre = time.perf_counter() - began
-        run.go(units, mine, by_number, progress, keep_edits)
+        run.execute(units, mine, by_number, progress, keep_edits)
         meta = {
             **settings,
             "batch_size": max(len(unit) for unit in units),
@@ -166,6 +166,63 @@ def evaluate_edits(
         stored = folder.read_meta() if folder is not None else {}
         meta = {**settings, "n": len({number for step in mine for number in step.cases}), **run.describe(), **stored}
     return assemble({s.number: run.done[s.number] for s in mine}, [meta], [step.when for step in mine])
+
+
+class BeforeAndAfter:
+    """Measures edits that somebody else makes: the model is asked before and after a call of `EditableModel.edit`.
+
+    ::
+
+        measured = BeforeAndAfter(model, requests)
+        report = measured.report(model.edit(measured.requests))
+
+    Args:
+        model: before the edits; edits that it already carries belong to it.
+        requests: that are going to be made.
+        protocol: as in `evaluate_edits`.
+
+    Attributes:
+        requests: the same, each with the id that its edit will have.
+
+    Raises:
+        EvaluationError: for an unknown protocol, no requests, or a model that carries one of them.
+        RequestError: if the method needs a subject and one is missing.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        protocol: str | Protocol | Sequence[str | Protocol] = "teacher_forced",
+    ):
+        if not requests:
+            raise EvaluationError("there is nothing to measure: no requests were given")
+        protocols = resolve_protocols(protocol)
+        self.requests = model.journal.with_ids(requests)
+        self._cases = {number: Case(number, request) for number, request in enumerate(self.requests)}
+        check_requests(model, list(self._cases.values()))
+        self._run = Run(model, protocols, wear=WearMeter(model, None, [], TOKEN_BUDGET))
+        self._plan = make_plan([list(self._cases.values())], SEQUENTIAL, ("final",), ())
+        self._began = time.perf_counter()
+        self._run.measure_pre(self._plan, self._cases)
+
+    def report(self, result: EditResult) -> EvaluationReport:
+        """Measure the model as it is now.
+
+        Args:
+            result: of the call that made the edits; those that it left out are listed in ``meta["failed"]``.
+        """
+        run, cases, made = self._run, list(self._cases.values()), set(result.ids)
+        reasons = {request.id: error for request, error in result.failed}
+        for case in cases:
+            if case.request.id not in made:
+                run.leave_out(case, reasons.get(case.request.id, EvaluationError("it was not made")))
+        share = result.seconds / max(1, len(made))
+        run.note([case for case in cases if case.request.id in made], result, Cost(share_of_call=share))
+        run.carry_out(self._plan[0], cases)
+        about = {"n": len(cases), "seconds": time.perf_counter() - self._began, "seconds_setup": run.seconds_setup}
+        meta = {**run.settings(cases, None, ("final",), ()), **about, **run.describe()}
+        return assemble(run.done, [meta], ["final"])
 
 
 def _check_arguments(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, EvaluationError
+from ..report.case_result import CaseResult
 from ..report.report import EvaluationReport
-from .plan import Step
+from .plan import Step, StepResult
 
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1
@@ -38,7 +39,7 @@ class RunFolder:
         self.file = self.path / (
             "results.jsonl" if shard[1] == 1 else f"results-{shard[0]:04d}-of-{shard[1]:04d}.jsonl"
         )
-        self.done: dict[int, list[dict[str, Any]]] = {}
+        self.done: dict[int, StepResult] = {}
         if self.path.exists() and not self.path.is_dir():
             raise EvaluationError(f"output_dir {str(self.path)!r} is a file; name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -56,27 +57,23 @@ class RunFolder:
         if self.file.exists():
             self.done = read_steps(self.file)
             # Lines of an unfinished step, and a line cut off in the middle, go: the step is measured again.
-            lines = [json.dumps(entry, ensure_ascii=False) for entries in self.done.values() for entry in entries]
-            _write_atomically(self.file, "".join(line + "\n" for line in lines))
+            _write_atomically(self.file, "".join(line for step in self.done.items() for line in _lines(*step)))
 
-    def _check(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-        if found == wanted:
+    def _check(self, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if existing == wanted:
             return
-        old, new = found.get("settings", {}), wanted["settings"]
+        old, new = existing.get("settings", {}), wanted["settings"]
         names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        names += [k for k in ("format_version", "shards", "plan") if found.get(k) != wanted[k]]
+        names += [k for k in ("format_version", "shards", "plan") if existing.get(k) != wanted[k]]
         raise EvaluationError(
             f"{str(self.path)!r} holds another run (it differs in {', '.join(names)}); choose another output_dir,"
             " or repeat the same call to continue that run"
         )
 
-    def write(self, step: Step, entries: Iterable[dict[str, Any]]) -> None:
+    def write(self, step: int, result: StepResult) -> None:
         """Add the results of a complete step."""
-        lines = [{"step": step.number, **entry} for entry in entries]
-        lines.append({"step": step.number, "done": True})
-        self.done[step.number] = lines
         with self.file.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+            file.write("".join(_lines(step, result)))
             file.flush()
             os.fsync(file.fileno())
 
@@ -93,17 +90,42 @@ class RunFolder:
         return self.path / self.file.name.replace("results", "meta", 1).replace(".jsonl", ".json")
 
 
-def read_steps(file: Path) -> dict[int, list[dict[str, Any]]]:
-    """Step → its lines, of the steps that are complete."""
-    steps: dict[int, list[dict[str, Any]]] = {}
+def _lines(step: int, result: StepResult) -> Iterator[str]:
+    """The lines of a complete step."""
+    entries: list[dict[str, Any]] = [{"failed": failed} for failed in result.failed]
+    entries += [{"record": r.to_dict()} for r in result.results]
+    if result.checkpoint is not None:
+        entries.append({"checkpoint": result.checkpoint})
+    for entry in (*entries, {"done": True}):
+        yield json.dumps({"step": step, **entry}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_steps(file: Path) -> dict[int, StepResult]:
+    """Step → its results, of the steps that are complete.
+
+    Raises:
+        DataError: if a complete line is not what `RunFolder.write` writes.
+    """
+    begun: dict[int, StepResult] = {}
+    complete: dict[int, StepResult] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue  # the end of a killed process
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            steps.setdefault(entry["step"], []).append(entry)
-    return {number: lines for number, lines in steps.items() if lines[-1].get("done")}
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            continue
+        step = entry["step"]
+        result = begun.setdefault(step, StepResult())
+        if "record" in entry:
+            result.results.append(CaseResult.from_dict(entry["record"]))
+        elif "failed" in entry:
+            result.failed.append(entry["failed"])
+        elif "checkpoint" in entry:
+            result.checkpoint = entry["checkpoint"]
+        elif entry.get("done"):
+            complete[step] = result
+    return complete
 
 
 def collect_report(path: str | Path) -> EvaluationReport:
@@ -117,12 +139,12 @@ def collect_report(path: str | Path) -> EvaluationReport:
     run = _read_json(folder / RUN_FILE)
     if run.get("format_version", 0) > FORMAT_VERSION:
         raise DataError(f"{str(folder)!r} was written by a newer version of the library; upgrade to read it")
-    steps: dict[int, list[dict[str, Any]]] = {}
+    steps: dict[int, StepResult] = {}
     for file in sorted(folder.glob("results*.jsonl")):
-        for number, lines in read_steps(file).items():
+        for number, result in read_steps(file).items():
             if number in steps:
                 raise EvaluationError(f"{str(folder)!r}: step {number} was measured by two shards; run it again")
-            steps[number] = lines
+            steps[number] = result
     missing = [n for n in range(len(run["plan"])) if n not in steps]
     if missing:
         raise EvaluationError(
@@ -133,32 +155,27 @@ def collect_report(path: str | Path) -> EvaluationReport:
     return assemble(steps, metas, [entry[0] for entry in run["plan"]])
 
 
-def assemble(
-    steps: dict[int, list[dict[str, Any]]], metas: Sequence[dict[str, Any]], moments: Sequence[str]
-) -> EvaluationReport:
-    """A report from the lines of all steps."""
-    records: list[dict[str, Any]] = []
-    failed: dict[int, dict[str, Any]] = {}
-    checkpoints = []
-    for number in sorted(steps):
-        for entry in steps[number]:
-            if "record" in entry:
-                records.append(entry["record"])
-            elif "failed" in entry:
-                failed[entry["failed"]["case_id"]] = entry["failed"]
-            elif "checkpoint" in entry:
-                checkpoints.append(entry["checkpoint"])
-    records.sort(key=lambda r: r["case_id"])
+def assemble(steps: dict[int, StepResult], metas: Sequence[dict[str, Any]], whens: Sequence[str]) -> EvaluationReport:
+    """A report of the results of all steps.
+
+    Args:
+        steps: step → its results.
+        metas: what each shard noted about itself.
+        whens: when each step of the plan was measured.
+    """
+    in_order = [steps[number] for number in sorted(steps)]
+    results = sorted((r for step in in_order for r in step.results), key=lambda result: result.number)
+    failed = {entry["case_id"]: entry for step in in_order for entry in step.failed}
     meta = dict(metas[0]) if metas else {}
     for name in ("seconds", "seconds_pre", "seconds_setup"):
         if all(name in m for m in metas) and metas:
             meta[name] = sum(m[name] for m in metas)
     if metas:
         meta["n"] = sum(m.get("n", 0) for m in metas)
-    meta["when"] = list(dict.fromkeys(moments))
+    meta["when"] = list(dict.fromkeys(whens))
     meta["failed"] = [failed[n] for n in sorted(failed)]
-    meta["checkpoints"] = checkpoints
-    return EvaluationReport(records, meta)
+    meta["checkpoints"] = [step.checkpoint for step in in_order if step.checkpoint is not None]
+    return EvaluationReport.of(results, meta)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -6,19 +6,21 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EvaluationError, check_choice
 from ...requests import EditRequest, load_requests, read_rows
+from ..report.case_result import CaseResult
 
 if TYPE_CHECKING:
     from ...model import EditableModel
 
 SEQUENTIAL, SAVED = "sequential", "saved"
 SETTINGS = ("single", "batch", SEQUENTIAL, SAVED)
-MOMENTS = ("immediate", "final")
+TIMES = ("immediate", "final")
+"""When a sequence may be measured, besides at checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,22 @@ class Step:
     n_edits: int
 
 
-def make_plan(units: Sequence[Sequence[Case]], setting: str, moments: Sequence[str], at: Sequence[int]) -> list[Step]:
+@dataclass
+class StepResult:
+    """What one measurement brought.
+
+    Args:
+        results: one per case and protocol.
+        failed: the edits that could not be made, each with ``case_id`` and ``reason``.
+        checkpoint: state of the model as a whole, where edits pile up.
+    """
+
+    results: list[CaseResult] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: dict[str, Any] | None = None
+
+
+def make_plan(units: Sequence[Sequence[Case]], setting: str, whens: Sequence[str], at: Sequence[int]) -> list[Step]:
     """All measurements of a run, in the order in which they happen.
 
     A checkpoint happens after the first unit that reaches it; one at the very end is ``final`` where that is measured.
@@ -61,15 +78,15 @@ def make_plan(units: Sequence[Sequence[Case]], setting: str, moments: Sequence[s
         numbers = tuple(case.number for case in unit)
         made += numbers
         if setting != SEQUENTIAL:
-            steps.append(Step(len(steps), moments[-1], numbers, index, len(unit)))
+            steps.append(Step(len(steps), whens[-1], numbers, index, len(unit)))
             continue
-        if "immediate" in moments:
+        if "immediate" in whens:
             steps.append(Step(len(steps), "immediate", numbers, index, len(made)))
         reached = [n for n in waiting if n <= len(made)]
         waiting = waiting[len(reached) :]
-        if reached and not (len(made) == total and "final" in moments):
+        if reached and not (len(made) == total and "final" in whens):
             steps.append(Step(len(steps), f"at {len(made)}", tuple(made), index, len(made)))
-    if setting == SEQUENTIAL and "final" in moments:
+    if setting == SEQUENTIAL and "final" in whens:
         steps.append(Step(len(steps), "final", tuple(made), len(units) - 1, total))
     return steps
 
@@ -88,10 +105,10 @@ def parse_shard(shard: str | None, setting: str) -> tuple[int, int]:
         except ValueError as error:
             raise EvaluationError(f"shard='auto' cannot read RANK and WORLD_SIZE: {error}") from error
     else:
-        found = re.fullmatch(r"(\d+)/(\d+)", str(shard))
-        if not found:
+        parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
+        if not parts:
             raise EvaluationError(f"shard must look like '2/4' (the second of four parts), not {shard!r}")
-        number, count = int(found[1]), int(found[2])
+        number, count = int(parts[1]), int(parts[2])
     if not 1 <= number <= count:
         raise EvaluationError(f"there is no shard {number} of {count}; they are numbered 1 to {count}")
     if count > 1 and setting == SEQUENTIAL:
@@ -135,7 +152,7 @@ def check_requests(model: EditableModel, cases: Sequence[Case], strict: bool = T
                 f"row {case.number}: the model already carries an edit with the id {case.request.id!r};"
                 " roll it back first"
             )
-        if strict and getattr(getattr(model, "capabilities", None), "needs_subject", False):
+        if strict and model.capabilities.needs_subject:
             case.request.subject_span()
 
 
@@ -154,18 +171,18 @@ def make_units(cases: Sequence[Case], setting: str, batch_size: int | None) -> l
     return units
 
 
-def parse_moments(when: str | Sequence[str], setting: str) -> tuple[str, ...]:
-    """The moments of measurement in order; outside of ``sequential`` both are the same and one is left.
+def parse_when(when: str | Sequence[str], setting: str) -> tuple[str, ...]:
+    """The times of measurement in order; outside of ``sequential`` both are the same and one is left.
 
     Raises:
-        EvaluationError: for an unknown moment, or none.
+        EvaluationError: for an unknown time, or none.
     """
     chosen = [when] if isinstance(when, str) else list(when)
     if not chosen:
-        raise EvaluationError(f"'when' is empty; choose from {', '.join(MOMENTS)}")
-    for moment in chosen:
-        check_choice("moment in 'when'", moment, MOMENTS)
-    ordered = tuple(m for m in MOMENTS if m in chosen)
+        raise EvaluationError(f"'when' is empty; choose from {', '.join(TIMES)}")
+    for name in chosen:
+        check_choice("entry of 'when':", name, TIMES)
+    ordered = tuple(name for name in TIMES if name in chosen)
     return ordered if setting == SEQUENTIAL else ordered[-1:]
 
 

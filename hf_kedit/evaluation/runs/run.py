@@ -1,6 +1,7 @@
-"""The course of an evaluation: outputs before the edits, the edits themselves, and records of what they changed.
+"""The course of an evaluation: outputs before the edits, the edits themselves, and what came of them.
 
-Moves texts and outputs around; what is asked is decided by `cases` and `protocols`, what the numbers are by `metrics`.
+Moves texts and outputs around; what is asked is decided by the plan and the protocols, what the numbers are by the
+protocols and `metrics`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,38 +20,24 @@ import torch
 from ...engine.forward import device_of
 from ...errors import EditFailedError, EvaluationError, RequestError
 from ...logging import get_logger, progress_bar
-from ...requests import EditRequest
 from ...storage.files import json_ready
 from ...version import __version__
-from ..asking.batching import stock_model
+from ..asking.batching import TOKEN_BUDGET, stock_model
 from ..measures.cost import changed_parameters
 from ..protocols.base import Output, Protocol, Query
-from .cache import PreEditCache
+from ..report.case_result import CaseResult, Cost
+from .asked import Asked, PromptTransform, queries_of
+from .cache import PRE_EDIT_CACHE, PreEditCache
 from .folder import RunFolder
-from .plan import SAVED, SEQUENTIAL, Case, Step
-from .records import make_record, queries_of
-from .wear import Wear
+from .plan import SAVED, SEQUENTIAL, Case, Step, StepResult
+from .wear import WearMeter
 
 if TYPE_CHECKING:
+    from ...journal import EditResult
     from ...model import EditableModel
 
 logger = get_logger(__name__)
-Snapshot = dict[Query, Output]
-PromptTransform = Callable[[EditRequest, str], str]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What making an edit took; shares of the batch it was made in.
-
-    ``seconds`` is the computation of the edit, ``share_of_call`` the whole call, preparations included.
-    """
-
-    seconds: float | None = None
-    share_of_call: float | None = None
-    peak_memory_bytes: int | None = None
-    extra_memory_bytes: int | None = None
-    edit: dict[str, Any] | None = None
+Outputs = dict[Query, Output]
 
 
 @contextlib.contextmanager
@@ -77,30 +65,35 @@ class Run:
     Args:
         model: makes the edits, or carries those that are measured.
         protocols: asked of every case.
+        wear: measured at checkpoints.
         setting: as in `evaluate_edits`.
-        separator: text between prompt and target.
+        separator: text between prompt and target; ``None``: as in the model's edit config.
         token_budget: padded tokens per forward pass.
         cache: of outputs of unedited models.
         on_error: ``raise`` or ``skip``.
-        transform: applied to what is asked after an edit.
-        wear: measured at checkpoints.
+        transform: applied to what is asked after an edit; ``None``: the model's own ``prompt_transform``, if it has
+            one.
         folder: where results are kept.
         done: step → its results.
+        pre: (protocol, batches) → outputs of the unedited model.
+        costs: number of a case → what its edit took.
+        failed: number of a case → why its edit could not be made.
+        seconds_setup: of the calls so far, beside the edits themselves.
     """
 
     model: EditableModel
     protocols: Sequence[Protocol]
-    setting: str
-    separator: str | None
-    token_budget: int
-    cache: PreEditCache
-    on_error: str
-    transform: PromptTransform | None
-    wear: Wear
+    wear: WearMeter
+    setting: str = SEQUENTIAL
+    separator: str | None = None
+    token_budget: int = TOKEN_BUDGET
+    cache: PreEditCache = PRE_EDIT_CACHE
+    on_error: str = "raise"
+    transform: PromptTransform | None = None
     folder: RunFolder | None = None
-    done: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    pre: dict[tuple[str, str | None], Snapshot] = field(default_factory=dict)
-    work: dict[int, Work] = field(default_factory=dict)
+    done: dict[int, StepResult] = field(default_factory=dict)
+    pre: dict[tuple[str, str | None], Outputs] = field(default_factory=dict)
+    costs: dict[int, Cost] = field(default_factory=dict)
     failed: dict[int, dict[str, Any]] = field(default_factory=dict)
     seconds_setup: float = 0.0
 
@@ -109,12 +102,17 @@ class Run:
         if self.model.tokenizer is None:
             raise EvaluationError("the model has no tokenizer; pass one when you make the EditableModel")
         self.tokenizer = self.model.tokenizer
-        self.dtype = str(getattr(self.base, "dtype", "")).removeprefix("torch.")
+        if self.separator is None:
+            self.separator = self.model.edit_config.separator
+        if self.transform is None:
+            self.transform = getattr(self.model, "prompt_transform", None)
+        self.dtype = str(self.base.dtype).removeprefix("torch.")
         # In half precision an argmax tie may flip with the composition of a batch. Then what is compared with each
         # other is computed in equal batches: the pre-edit pass repeats the groups of the post-edit passes.
         self.same_batches = self.dtype not in ("float32", "float64")
         with self.unedited():
             self.fingerprint = self.model.fingerprint()
+        self._asked: dict[tuple[str, int], Asked] = {}
         self.edits_before = [] if self.setting == SAVED else [edit.id for edit in self.model.edits]
 
     def unedited(self) -> contextlib.AbstractContextManager[Any]:
@@ -123,7 +121,7 @@ class Run:
 
     # -- the order of things
 
-    def go(
+    def execute(
         self,
         units: Sequence[Sequence[Case]],
         plan: Sequence[Step],
@@ -144,31 +142,28 @@ class Run:
         bar: Any = contextlib.nullcontext()
         if progress:
             bar = progress_bar(total, f"evaluate ({self.setting})", initial=start, unit="edit")
-        with bar as shown, restored(self.model, keep_edits) if sequential else contextlib.nullcontext():
+        with bar as steps, restored(self.model, keep_edits) if sequential else contextlib.nullcontext():
             for index in needed:
                 with contextlib.nullcontext() if sequential else restored(self.model):
                     self.edit(units[index])
                     for step in by_unit.get(index, ()):
                         self.carry_out(step, [cases[n] for n in step.cases])
-                if shown is not None:
-                    shown.update(len(units[index]))
+                if steps is not None:
+                    steps.update(len(units[index]))
 
     def carry_out(self, step: Step, cases: Sequence[Case]) -> None:
         """Measure one step and keep its results."""
         made = [case for case in cases if case.number not in self.failed]
-        entries: list[dict[str, Any]] = [
-            {"failed": self.failed[case.number]} for case in cases if case.number in self.failed
-        ]
+        result = StepResult(failed=[self.failed[case.number] for case in cases if case.number in self.failed])
         if made:
-            entries += [{"record": r} for r in self.measure(made, step.when)]
+            result.results = self.measure(made, step.when)
         if self._wears_at(step):
-            lost = self.failed if self.setting == SEQUENTIAL else [c for c in cases if c.number in self.failed]
+            lost = self.failed if self.setting == SEQUENTIAL else result.failed
             n_edits = len(self.model.edits) if self.setting == SAVED else step.n_edits - len(lost)
-            entries.append({"checkpoint": self.wear.checkpoint(step.when, n_edits)})
+            result.checkpoint = self.wear.checkpoint(step.when, n_edits)
+        self.done[step.number] = result
         if self.folder is not None:
-            self.folder.write(step, entries)
-        else:
-            self.done[step.number] = [{"step": step.number, **entry} for entry in entries]
+            self.folder.write(step.number, result)
 
     def _wears_at(self, step: Step) -> bool:
         """Where edits pile up, drift is always measured; after a batch, only if texts or abilities were asked for."""
@@ -178,7 +173,14 @@ class Run:
 
     # -- measuring
 
-    def outputs(self, protocol: Protocol, queries: Sequence[Query]) -> Snapshot:
+    def asked(self, protocol: Protocol, cases: Sequence[Case]) -> list[Asked]:
+        """The cases with their questions under a protocol, which are computed once."""
+        for case in cases:
+            if (protocol.name, case.number) not in self._asked:
+                self._asked[protocol.name, case.number] = Asked(case, protocol)
+        return [self._asked[protocol.name, case.number] for case in cases]
+
+    def outputs(self, protocol: Protocol, queries: Sequence[Query]) -> Outputs:
         """Ask the model as it is now."""
         results = protocol.run(self.base, self.tokenizer, queries, self.separator, self.token_budget)
         return dict(zip(queries, results, strict=True))
@@ -194,17 +196,17 @@ class Run:
             self.wear.measure_before(self.cache, self._state())
 
     def _measure_pre_group(self, protocol: Protocol, group: Sequence[Case]) -> None:
-        queries = queries_of(protocol, group)
+        queries = queries_of(self.asked(protocol, group))
         keys = self._cache_keys(protocol, queries)
-        found = {q: hit for q in queries if (hit := self.cache.get(keys[q])) is not None}
-        missing = [q for q in queries if q not in found]
+        known = {q: hit for q in queries if (hit := self.cache.get(keys[q])) is not None}
+        missing = [q for q in queries if q not in known]
         if missing:
             # Half precision: all or nothing, or the batches would not be the same.
             fresh = self.outputs(protocol, queries if self.same_batches else missing)
             for query, output in fresh.items():
                 self.cache.put(keys[query], output)
-            found |= fresh
-        self.pre.setdefault((protocol.name, self._batches_name(queries)), {}).update(found)
+            known |= fresh
+        self.pre.setdefault((protocol.name, self._batches_name(queries)), {}).update(known)
 
     def _batches_name(self, queries: Sequence[Query]) -> str | None:
         """Name of the batches that these queries make; one for all where batches do not matter."""
@@ -233,64 +235,39 @@ class Run:
         )
         return {query: (*common, *query) for query in queries}
 
-    def measure(self, cases: Sequence[Case], when: str) -> list[dict[str, Any]]:
-        """Measure these cases on the model as it is now: one record per case and protocol."""
-        records = []
+    def _before(self, protocol: Protocol, queries: Sequence[Query]) -> Outputs:
+        """What the unedited model put out for these queries, in the batches that they make."""
+        name = self._batches_name(queries)
+        if (protocol.name, name) not in self.pre:  # an edit of the group failed: the batches are smaller now
+            name = next(n for p, n in self.pre if p == protocol.name and set(queries) <= self.pre[p, n].keys())
+        return self.pre[protocol.name, name]
+
+    def measure(self, cases: Sequence[Case], when: str) -> list[CaseResult]:
+        """Measure these cases on the model as it is now, under every protocol."""
+        results = []
         for protocol in self.protocols:
             began = time.perf_counter()
-            queries = queries_of(protocol, cases)
-            name = self._batches_name(queries)
-            if (protocol.name, name) not in self.pre:  # an edit of the group failed: the batches are smaller now
-                name = next(n for p, n in self.pre if p == protocol.name and set(queries) <= self.pre[p, n].keys())
-            before = self.pre[protocol.name, name]
-            asked: dict[int, dict[Query, Query]] = {}
+            group = self.asked(protocol, cases)
             if self.transform is not None:
-                for case in cases:
-                    own = queries_of(protocol, [case])
-                    asked[case.number] = {(p, a): (self.transform(case.request, p), a) for p, a in own}
-                queries = list(dict.fromkeys(new for own in asked.values() for new in own.values()))
-            after = self.outputs(protocol, queries)
-            self._prepare(protocol, cases, before, after, asked)
-            made = [make_record(case, protocol, before, after, asked.get(case.number)) for case in cases]
-            seconds = (time.perf_counter() - began) / len(cases)
-            for case, record in zip(cases, made, strict=True):
-                done = self.work[case.number]
-                record |= {
-                    "setting": self.setting,
-                    "when": when,
-                    "time": done.share_of_call,
-                    "seconds_edit": done.seconds,
-                    "seconds_eval": seconds,
-                    "peak_memory_bytes": done.peak_memory_bytes,
-                    "extra_memory_bytes": done.extra_memory_bytes,
-                    "edit": done.edit,
-                }
-            records += made
-        return records
-
-    def _prepare(
-        self,
-        protocol: Protocol,
-        cases: Sequence[Case],
-        before: Snapshot,
-        after: Snapshot,
-        asked: Mapping[int, Mapping[Query, Query]],
-    ) -> None:
-        """Let the protocol see everything that it is about to score."""
-        items = []
-        for case in cases:
-            for question in protocol.questions(case.request):
-                queries = protocol.queries(question)
-                items.append((question, [before[q] for q in queries]))
-                items.append((question, [after[asked[case.number][q] if asked else q] for q in queries]))
-        protocol.prepare_scores(items)
+                for asked in group:
+                    asked.pose(self.transform)
+            before = self._before(protocol, queries_of(group))
+            after = self.outputs(protocol, queries_of(group, posed=True))
+            for asked in group:
+                asked.answer(before, after)
+            protocol.prepare_scores([item for asked in group for item in asked.to_score()])
+            measured = [asked.result(when, self.setting, self.costs[asked.case.number]) for asked in group]
+            for result in measured:
+                result.seconds_eval = (time.perf_counter() - began) / len(cases)
+            results += measured
+        return results
 
     # -- editing
 
     def edit(self, unit: Sequence[Case]) -> None:
         """Make the edits of a unit together; notes what each took, or why it could not be made."""
         if self.setting == SAVED:  # they are there already
-            self.work |= {case.number: Work() for case in unit}
+            self.costs |= {case.number: Cost() for case in unit}
             return
         device = device_of(self.base)
         on_gpu = device.type == "cuda"
@@ -306,24 +283,41 @@ class Run:
                 raise
             logger.warning("case %s left out: %s", ", ".join(str(c.number) for c in unit), error)
             for case in unit:
-                reason = f"{type(error).__name__}: {error}"
-                self.failed[case.number] = {"case_id": case.number, "id": case.request.id, "reason": reason}
+                self.leave_out(case, error)
             return
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
         peak = int(torch.cuda.max_memory_allocated(device)) if on_gpu else None
         extra = None if peak is None else peak - allocated
+        share = seconds / len(unit)
+        self.note(unit, result, Cost(share_of_call=share, peak_memory_bytes=peak, extra_memory_bytes=extra))
+
+    def leave_out(self, case: Case, error: Exception) -> None:
+        """Note that an edit could not be made."""
+        reason = f"{type(error).__name__}: {error}"
+        self.failed[case.number] = {"case_id": case.number, "id": case.request.id, "reason": reason}
+
+    def note(self, unit: Sequence[Case], result: EditResult, common: Cost) -> None:
+        """Keep what each edit of a unit took.
+
+        Args:
+            unit: the cases, in the order of the edits.
+            result: of the call that made them.
+            common: what all of them have in common.
+        """
         # In a sequence the checkpoints say it; here the model carries these edits only, besides what it came with.
         changed = None if self.setting == SEQUENTIAL else changed_parameters(self.model)
         own = [edit.diagnostics.get("seconds") for edit in result.edits]
-        computing = [float(s) if isinstance(s, (int, float)) else seconds / len(unit) for s in own]
+        share = common.share_of_call or 0.0
+        computing = [float(s) if isinstance(s, (int, float)) else share for s in own]
         # What the edits themselves did not take: statistics, tokenising, checks, putting the weights in.
-        self.seconds_setup += max(0.0, seconds - sum(computing))
-        for case, edit, spent in zip(unit, result.edits, computing, strict=True):
-            about = {"id": edit.id, "method": edit.method, "made_together": len(unit)}
+        self.seconds_setup += max(0.0, share * len(unit) - sum(computing))
+        together = Counter(edit.batch_id for edit in result.edits)
+        for case, edit, seconds in zip(unit, result.edits, computing, strict=True):
+            about = {"id": edit.id, "method": edit.method, "made_together": together[edit.batch_id]}
             about |= {"n_params_changed": changed, "diagnostics": json_ready(edit.diagnostics)}
-            self.work[case.number] = Work(spent, seconds / len(unit), peak, extra, about)
+            self.costs[case.number] = replace(common, seconds=seconds, edit=about)
 
     # -- describing
 
@@ -332,19 +326,19 @@ class Run:
         return {"device": str(device_of(self.base)), "edits_before": len(self.edits_before)}
 
     def settings(
-        self, cases: Sequence[Case], batch_size: int | None, moments: Sequence[str], at: Sequence[int]
+        self, cases: Sequence[Case], batch_size: int | None, whens: Sequence[str], at: Sequence[int]
     ) -> dict[str, Any]:
         """Everything that decides the results."""
-        config: Any = getattr(self.model, "edit_config", None)
-        method = getattr(self.model, "method_name", None)
+        model = self.model
         if self.setting == SAVED:
-            config = None
-            method = ", ".join(dict.fromkeys(edit.method for edit in self.model.edits)) or "no edits"
+            config, method = None, ", ".join(dict.fromkeys(edit.method for edit in model.edits)) or "no edits"
+        else:
+            config, method = json_ready(model.edit_config.to_dict()), model.method_name
         texts, abilities = self.wear.texts, self.wear.abilities
         return {
             "setting": self.setting,
             "batch_size": batch_size,
-            "when": list(moments),
+            "when": list(whens),
             "at": list(at),
             "protocols": {p.name: {"scorer": p.scorer_name, **p.settings()} for p in self.protocols},
             "separator": self.separator,
@@ -355,8 +349,8 @@ class Run:
             "abilities": {ability.name: ability.settings() for ability in abilities},
             "dataset_sha256": _digest([case.request.to_dict() for case in cases]),
             "method": method,
-            "config": json_ready(config.to_dict()) if hasattr(config, "to_dict") else None,
-            "model": getattr(self.model, "base_model_id", None) or type(self.base).__name__,
+            "config": config,
+            "model": model.base_model_id or type(self.base).__name__,
             "fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "version": __version__,

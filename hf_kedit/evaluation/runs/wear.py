@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class Wear:
+class WearMeter:
     """Measures a model before and along its edits.
 
     Args:
@@ -45,7 +45,7 @@ class Wear:
     abilities: Sequence[Ability]
     token_budget: int
     perplexity_before: float | None = None
-    drift_said: bool = False
+    has_warned: bool = False
     abilities_before: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Wear:
         """Measure the model as it is now; warns when it is collapsing.
 
         Args:
-            when: moment of the report.
+            when: time in the report.
             n_edits: edits that the model carries by now.
 
         Returns:
@@ -88,14 +88,14 @@ class Wear:
             ``perplexity_before``, ``state`` and what `activation_shift` gives; with abilities ``abilities`` and
             ``abilities_before`` (name → ``score``, ``metric``, ``n`` …). JSON-ready.
         """
-        found: dict[str, Any] = {
+        point: dict[str, Any] = {
             "when": when,
             "n_edits": n_edits,
             "drift": drift.drift_summary(drift.weight_drift(self.model)),
         }
-        relative = found["drift"].get("relative", 0.0)
-        if not self.drift_said and not relative <= drift.DRIFT_WARNING:  # NaN, too
-            self.drift_said = True  # once is enough: it only grows
+        relative = point["drift"].get("relative", 0.0)
+        if not self.has_warned and not relative <= drift.DRIFT_WARNING:  # NaN, too
+            self.has_warned = True  # once is enough: it only grows
             logger.warning(
                 "after %d edits the change of a weight matrix is %.3g times as large as the matrix itself;"
                 " collapse_text and abilities show what the model can still do",
@@ -105,8 +105,8 @@ class Wear:
         if self.texts is not None:
             value = self._perplexity()
             state = drift.collapse_state(value, self.perplexity_before)
-            found |= {"perplexity": value, "perplexity_before": self.perplexity_before, "state": state}
-            found |= activation_shift(self.model, self.texts, token_budget=self.token_budget)
+            point |= {"perplexity": value, "perplexity_before": self.perplexity_before, "state": state}
+            point |= activation_shift(self.model, self.texts, token_budget=self.token_budget)
             if state != "ok":
                 logger.warning(
                     "after %d edits the perplexity is %s (%.4g before): %s",
@@ -116,8 +116,8 @@ class Wear:
                     "the model has collapsed" if state == "collapsed" else "the model is wearing down",
                 )
         if self.abilities:
-            found |= {"abilities": self._abilities(), "abilities_before": self.abilities_before}
-        return json_ready(found)
+            point |= {"abilities": self._abilities(), "abilities_before": self.abilities_before}
+        return json_ready(point)
 
     def _perplexity(self) -> float | None:
         if self.texts is None:

@@ -1,0 +1,167 @@
+"""`Asked`: one case under one protocol, from its questions to its result.
+
+The questions of a case are computed once. Every measurement of it fills in the answers, and `Asked.result` scores
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import EvaluationError
+from ...requests import EditRequest
+from ..asking.generation import Continuation
+from ..asking.scoring import Unscored
+from ..protocols.base import Output, Protocol, Query, Question
+from ..report.case_result import CaseResult, Cost, Half, easyedit_request
+from .plan import Case
+
+STANDARD = ("rewrite", "rephrase", "locality", "portability")
+"""Sections whose scores stand under their own name; other protocols name theirs in `Protocol.details`."""
+Answers = Mapping[Query, Output]
+PromptTransform = Callable[[EditRequest, str], str]
+
+
+@dataclass
+class Exchange:
+    """A question, and what came back.
+
+    Args:
+        question: one probe of the case.
+        queries: what has to be asked for it; may be empty.
+        posed: what is asked after the edit in their place: other prompts, where a method works through the prompt.
+        before: outputs of the unedited model, one per query.
+        after: outputs of the edited model.
+    """
+
+    question: Question
+    queries: list[Query]
+    posed: list[Query]
+    before: list[Output] = field(default_factory=list)
+    after: list[Output] = field(default_factory=list)
+
+    def usable(self, protocol: Protocol) -> tuple[list[Any], list[Any], str]:
+        """The outputs before and after of the queries that could be run; if there are none that count, the reason."""
+        bad = [o.reason for pair in zip(self.before, self.after, strict=True) for o in pair if isinstance(o, Unscored)]
+        good = [
+            pair
+            for pair in zip(self.before, self.after, strict=True)
+            if not any(isinstance(output, Unscored) for output in pair)
+        ]
+        if bad and protocol.needs_all_outputs:
+            good = []
+        reason = "" if good else bad[0] if bad else protocol.why_unscored(self.question)
+        return [old for old, _ in good], [new for _, new in good], reason
+
+
+class Asked:
+    """One case under one protocol: its questions with their queries, and the answers before and after the edit.
+
+    Args:
+        case: the edit.
+        protocol: decides what is asked, and scores the answers.
+    """
+
+    def __init__(self, case: Case, protocol: Protocol):
+        self.case, self.protocol = case, protocol
+        self.exchanges: list[Exchange] = []
+        for question in protocol.questions(case.request):
+            queries = protocol.queries(question)
+            self.exchanges.append(Exchange(question, queries, queries))
+
+    def pose(self, transform: PromptTransform) -> None:
+        """Change what is asked after the edit."""
+        request = self.case.request
+        for exchange in self.exchanges:
+            exchange.posed = [(transform(request, prompt), answer) for prompt, answer in exchange.queries]
+
+    def answer(self, before: Answers, after: Answers) -> None:
+        """Fill in the answers of one measurement."""
+        for exchange in self.exchanges:
+            exchange.before = [before[query] for query in exchange.queries]
+            exchange.after = [after[query] for query in exchange.posed]
+
+    def to_score(self) -> Iterable[tuple[Question, list[Output]]]:
+        """All that is scored, for `Protocol.prepare_scores`."""
+        for exchange in self.exchanges:
+            yield exchange.question, exchange.before
+            yield exchange.question, exchange.after
+
+    def result(self, when: str, setting: str | None = None, cost: Cost | None = None) -> CaseResult:
+        """Score the answers.
+
+        Args:
+            when: at which time they were given.
+            setting: how edits followed one another.
+            cost: of the edit.
+        """
+        request = self.case.request
+        result = CaseResult(
+            number=self.case.number,
+            id=request.id,
+            request=easyedit_request(request),
+            protocol=self.protocol.name,
+            pre=Half(),
+            post=Half(),
+            when=when,
+            setting=setting,
+            cost=cost or Cost(),
+        )
+        for exchange in self.exchanges:
+            question = exchange.question
+            reason = self._score(exchange, result)
+            if reason:
+                where = {"section": question.section, "axis": question.axis, "index": question.index}
+                result.skipped.append({**where, "prompt": question.prompt, "reason": reason})
+            else:
+                result.n_probes[question.section] = result.n_probes.get(question.section, 0) + 1
+            if exchange.queries:
+                old, new = exchange.before[0], exchange.after[0]
+                if isinstance(old, Continuation) and isinstance(new, Continuation):
+                    about = {"section": question.section, "axis": question.axis, "prompt": question.prompt}
+                    result.texts.append({**about, "pre": old.text, "post": new.text})
+        for half in result.halves.values():
+            half.about = {section: self.protocol.meta(section) for section in half.sections}
+        return result
+
+    def _score(self, exchange: Exchange, result: CaseResult) -> str:
+        """Note the scores of a question in the result; returns why there are none, empty if there are."""
+        protocol, question = self.protocol, exchange.question
+        old, new, reason = exchange.usable(protocol)
+        if reason:
+            return reason
+        before, after = protocol.accuracy(question, old), protocol.accuracy(question, new)
+        if question.section == "locality":
+            try:
+                agreement = protocol.agreement(old, new)
+            except EvaluationError as error:  # a changed prompt may change how the answer is tokenised
+                return str(error)
+            axis = str(question.axis)
+            result.pre.outputs.setdefault(axis, []).append(protocol.payload(old))
+            result.post.add_score("locality", axis, agreement)
+            if before is not None and after is not None:
+                result.pre.add_score("locality_accuracy", axis, before)
+                result.post.add_score("locality_accuracy", axis, after)
+        elif before is None or after is None:
+            return protocol.why_unscored(question)
+        elif question.section in STANDARD:
+            result.pre.add_score(question.section, question.axis, before)
+            result.post.add_score(question.section, question.axis, after)
+        for half, outputs, score in ((result.pre, old, before), (result.post, new, after)):
+            if score is not None:
+                for (section, key), value in protocol.details(question, outputs, score).items():
+                    half.add_number(section, key, value)
+        return ""
+
+
+def queries_of(group: Iterable[Asked], *, posed: bool = False) -> list[Query]:
+    """All queries of several cases, each once, in order.
+
+    Args:
+        group: the cases.
+        posed: those for the edited model.
+    """
+    exchanges = (exchange for asked in group for exchange in asked.exchanges)
+    return list(dict.fromkeys(query for e in exchanges for query in (e.posed if posed else e.queries)))
