@@ -162,7 +162,7 @@ class Prompter:
             merged = own.new_zeros(rows.count, *own.shape[1:])
             merged[unrouted] = own
         for model, group in _by_model(routes).items():
-            prefixed = [self._with_prefix(rows.ids[i], routes[i], model or self.model, 0) for i in group]
+            prefixed = [self.with_prefix(rows.ids[i], routes[i], model or self.model, 0) for i in group]
             batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer)).to(rows.input_ids.device)
             run = plain if model is None else model
             output = run(**model_inputs(model or self.model, batch), return_dict=True).logits
@@ -291,7 +291,7 @@ class Prompter:
             return plain(**kwargs) if model is None else model.generate(**kwargs)
         settings = given.get("generation_config") or who.generation_config
         new = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
-        prefixed = [self._with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
+        prefixed = [self.with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
         batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left").to(rows.input_ids.device)
         kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         for name in ("position_ids", "cache_position", "past_key_values"):
@@ -322,7 +322,7 @@ class Prompter:
             texts.append(str(self.tokenizer.decode(ids[:count], skip_special_tokens=True)))
         return self.router(texts)
 
-    def _with_prefix(
+    def with_prefix(
         self, ids: Sequence[int], prefix: Prefix | None, model: Any, reserve: int
     ) -> tuple[list[int], list[int]]:
         """Token ids of a row behind its prefix, and where each of the row's own tokens now is."""

@@ -25,14 +25,23 @@ import torch
 from pydantic import NonNegativeInt
 
 from ..books.prompt_book import PromptEntry
+from ..books.prompting import Prefix, Prompter
 from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..config import EditConfig
 from ..data import load_edit_dataset
+from ..data.demonstrations import language_of, packaged_demonstrations
+from ..engine.examples import encode_examples, target_probabilities
 from ..errors import ConfigError, DataError
+from ..logging import get_logger
 from ..requests import SLOT, EditRequest, load_requests
 from ..tokens import separator_between
 from .base import Capabilities, Method, Outcome, register_method
 
+logger = get_logger(__name__)
+BELIEVED = 0.5
+"""A new answer less likely than this behind its fact is one that the model does not believe."""
+ROWS = 8
+"""Edits that are measured in one forward; each is as long as its demonstrations."""
 COPY, UPDATE, RETAIN = "copy", "update", "retain"
 SHARES = {COPY: 4, UPDATE: 12, RETAIN: 16}
 """How often each kind occurs among 32 demonstrations, as published."""
@@ -85,7 +94,8 @@ class IKEConfig(PromptConfig):
 
     Args:
         demonstrations: where demonstrations come from: the name of a data set (its train split), the path of a file
-            of requests, or a list of requests as dicts. Their texts are kept with the edits that use them.
+            of requests, or a list of requests as dicts; ``None``: the packaged ones, Chinese for Chinese edits and
+            English for others. Their texts are kept with the edits that use them.
         k: how many of them stand in front of an edit; 0 is ICE.
         order: ``"records"``: the k most similar records in the published shares of kinds, most similar last, then a
             copy of the edit itself; ``"sentences"``: the k most similar demonstrations of any kind, the most similar
@@ -125,7 +135,43 @@ class _Prompting(InContext):
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One entry per request."""
         entries = [self.entry(request) for request in requests]
-        return Outcome([], [{"demonstrations": len(entry.demonstrations)} for entry in entries], entries=entries)
+        before, after = self._probabilities(requests, entries)
+        doubted = sum(probability < BELIEVED for probability in after)
+        if doubted:
+            logger.warning(
+                "behind the new fact the model gives %d of %d new answers a probability under %.1f (mean %.2f): it"
+                " does not believe its context; a method that changes the model itself may reach more",
+                doubted,
+                len(after),
+                BELIEVED,
+                sum(after) / len(after),
+            )
+        diagnostics = [
+            {
+                "demonstrations": len(entry.demonstrations),
+                "target_probability_before": b,
+                "target_probability_after": a,
+            }
+            for entry, b, a in zip(entries, before, after, strict=True)
+        ]
+        return Outcome([], diagnostics, entries=entries)
+
+    def _probabilities(
+        self, requests: Sequence[EditRequest], entries: Sequence[PromptEntry]
+    ) -> tuple[list[float], list[float]]:
+        """Probability of each new answer (geometric mean per token) after the prompt alone, and behind the entry."""
+        model, tokenizer, fill = self.bench.model, self.bench.tokenizer, self.bench.fill
+        plain = encode_examples(model, tokenizer, requests, separator=self.config.separator)
+        prompter = Prompter(model, lambda: tokenizer, lambda texts: [None] * len(texts))
+        behind = []
+        for example, entry in zip(plain, entries, strict=True):
+            prefix = Prefix(entry.fact, entry.demonstrations, entry.nearest_last)
+            ids, own = prompter.with_prefix(example.ids, prefix, model, reserve=0)
+            behind.append(replace(example, ids=tuple(ids), positions=tuple(own[p] for p in example.positions)))
+        return (
+            target_probabilities(model, plain, fill, ROWS),
+            target_probabilities(model, behind, fill, ROWS),
+        )
 
     def entry(self, request: EditRequest) -> PromptEntry:
         """What the memory keeps of a request."""
@@ -176,12 +222,11 @@ class IKE(_Prompting):
     config: IKEConfig
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check that there are demonstrations."""
+        """Check that the demonstrations can be read."""
         super().check(requests)
-        if self.config.k and not self.pool:
+        if self.config.k and self.config.demonstrations is not None and not self.pool:
             raise ConfigError(
-                "IKEConfig.demonstrations: IKE needs examples to choose demonstrations from (a data set, a file, or a"
-                " list of requests); k=0 edits without"
+                "IKEConfig.demonstrations holds no requests; leave it out for the packaged ones, or set k=0"
             )
 
     def entry(self, request: EditRequest) -> PromptEntry:
@@ -190,13 +235,22 @@ class IKE(_Prompting):
         if not self.config.k:
             return plain
         retriever = self.retriever
-        pool = [r for r in self.pool if r.filled_prompt != request.filled_prompt]
+        pool = self._pool_for(request)
         separator = self.config.separator
         if self.config.order == "sentences":
             chosen = nearest_sentences(request, pool, retriever, self.config.k, separator)
             return replace(plain, demonstrations=tuple(chosen), nearest_last=False)
         chosen = nearest_records(request, pool, retriever, self.config.k, self.config.seed, separator)
         return replace(plain, demonstrations=tuple(chosen))
+
+    def _pool_for(self, request: EditRequest) -> list[EditRequest]:
+        """The requests that the demonstrations of an edit are chosen from."""
+        if self.config.demonstrations is not None:
+            return [r for r in self.pool if r.filled_prompt != request.filled_prompt]
+        # What comes unasked must not say something else about the subject of the edit.
+        subject = (request.subject or request.filled_prompt).casefold()
+        packaged = packaged_demonstrations(language_of(request.filled_prompt))
+        return [r for r in packaged if not any(subject in text.casefold() for text in demonstrations_of(r).values())]
 
     @cached_property
     def retriever(self) -> Retriever:
@@ -205,10 +259,9 @@ class IKE(_Prompting):
 
     @cached_property
     def pool(self) -> list[EditRequest]:
-        """The requests that demonstrations are made of."""
+        """The requests that the config's demonstrations are made of."""
         source = self.config.demonstrations
-        if source is None:
-            return []
+        assert source is not None
         if isinstance(source, str) and not Path(source).is_file():
             try:
                 source = load_edit_dataset(source, split="train", limit=POOL)

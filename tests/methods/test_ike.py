@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import pipeline
 
-from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig
+from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig, load_edit_dataset
 from hf_kedit.books import retrieval
 from hf_kedit.books.retrieval import EmbeddingRetriever, LexicalRetriever, Passage
+from hf_kedit.data.demonstrations import language_of, packaged_demonstrations
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import (
     ArtifactError,
@@ -116,7 +117,7 @@ def test_tokens_and_logits_behind_a_prefix_match(name: str) -> None:
             (entry,) = editable.prompts.entries
             editable.prompts.restore((replace(entry, demonstrations=demonstrations, nearest_last=False),))
         (prefix,) = editable.prompts.route([request.filled_prompt])
-        row, own = editable.prompts.prompter._with_prefix(pair.ids, prefix, model, 0)
+        row, own = editable.prompts.prompter.with_prefix(pair.ids, prefix, model, 0)
         assert row == case.spec["scoring"][f"{name}/k{k}"]["full_text_ids"]
         assert [row[i] for i in own] == pair.ids
         with torch.no_grad():
@@ -298,7 +299,7 @@ def test_ike_chooses_demonstrations_and_trims_the_least_similar() -> None:
     assert len(entry.demonstrations) == 9 and entry.demonstrations[-1] == ike.demonstrations_of(request)[ike.COPY]
     (prefix,) = model.prompts.route([request.filled_prompt])
     ids = model.tokenizer(request.filled_prompt)["input_ids"]
-    row, _ = model.prompts.prompter._with_prefix(ids, prefix, model.base_model, 10)
+    row, _ = model.prompts.prompter.with_prefix(ids, prefix, model.base_model, 10)
     assert (
         len(row) + 10
         <= model.config.n_positions
@@ -307,7 +308,7 @@ def test_ike_chooses_demonstrations_and_trims_the_least_similar() -> None:
     text = model.tokenizer.decode(row)
     assert entry.fact in text and entry.demonstrations[0] not in text and entry.demonstrations[-1] in text
     with pytest.raises(TargetTooLongError, match="context"):
-        model.prompts.prompter._with_prefix(ids, prefix, model.base_model, 120)
+        model.prompts.prompter.with_prefix(ids, prefix, model.base_model, 120)
 
 
 def test_words_decide_what_belongs_to_a_subject() -> None:
@@ -323,7 +324,9 @@ def test_words_decide_what_belongs_to_a_subject() -> None:
 
 def test_what_cannot_work_is_said() -> None:
     model, tokenizer = load_model("llama")
-    editable = EditableModel(model, IKEConfig(), tokenizer)
+    with pytest.raises(ConfigError, match="demonstrations"):
+        IKEConfig(demonstrations=[])
+    editable = EditableModel(model, IKEConfig(demonstrations="no-such"), tokenizer)
     with pytest.raises(ConfigError, match="demonstrations"):
         editable.edit(FACT)
     editable.set_method(PromptConfig(retriever="no-such"))
@@ -365,3 +368,59 @@ def test_weight_edits_may_lie_beneath_and_are_measured_without_the_prompts() -> 
     model.set_method("prompt")
     with pytest.raises(UnsupportedModelError, match="cannot carry both"):
         model.edit(request)
+
+
+# ---------------------------------------------------------------------- without anything given
+
+
+def test_packaged_demonstrations_are_of_the_edits_language() -> None:
+    for language, (edit, other) in {
+        "en": (EditRequest(prompt="The capital of Peru is", target_new="Cusco", subject="Peru"), "的"),
+        "zh": (EditRequest(prompt="秘鲁的首都是", target_new="库斯科", subject="秘鲁"), " the "),
+    }.items():
+        rows = packaged_demonstrations(language)
+        assert 30 <= len(rows) <= 60 and len({r.filled_prompt for r in rows}) == len(rows)
+        for row in rows:
+            texts = ike.demonstrations_of(row)
+            assert set(texts) == {ike.COPY, ike.UPDATE, ike.RETAIN} and row.subject in row.filled_prompt
+            assert not any(other in text.removeprefix("New Fact: ").replace("Prompt: ", "") for text in texts.values())
+        assert language_of(edit.filled_prompt) == language
+        assert load_edit_dataset(f"demonstrations/{language}").num_rows == len(rows)
+    assert language_of("日本人は日本で") == "en" and language_of("서울 漢字") == "en"
+
+
+def test_ike_works_as_it_is_and_says_what_it_reached(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = load_model("gpt2")
+    editable = EditableModel(model, IKEConfig(k=2), tokenizer)
+    edit = EditRequest(prompt="The capital of Ireland is", target_new="Cork", subject="Ireland")
+    (made,) = editable.edit(edit).edits
+    (entry,) = editable.prompts.entries
+    assert made.diagnostics["demonstrations"] == len(entry.demonstrations) == 3
+    assert not any("Ireland" in text for text in entry.demonstrations[:-1]), "nothing else about the edit's subject"
+
+    def probability(front: str) -> float:
+        """Geometric mean of the target's tokens, by a forward of the plain text."""
+        with editable.disable_edits(), torch.no_grad():
+            ids = tokenizer(front + edit.prompt + " Cork", return_tensors="pt").input_ids
+            start = tokenizer(front + edit.prompt, return_tensors="pt").input_ids.shape[1]
+            losses = -model(ids[:, :-1]).logits[0].log_softmax(-1).gather(1, ids[0, 1:, None])[start - 1 :, 0]
+        return float((-losses.mean()).exp())
+
+    assert made.diagnostics["target_probability_before"] == pytest.approx(probability(""), rel=1e-4)
+    fronts = ["".join(entry.demonstrations[n:]) + entry.fact for n in range(4)]  # the least similar go first
+    room = model.config.n_positions + 1  # the last token of the target is not read
+    behind = next(f for f in fronts if len(tokenizer(f + edit.prompt + " Cork").input_ids) <= room)
+    assert made.diagnostics["target_probability_after"] == pytest.approx(probability(behind), rel=1e-4)
+    assert made.diagnostics["target_probability_after"] < 0.5 and "does not believe its context" in caplog.text
+    editable.rollback("all")
+    editable.set_method(PromptConfig(threshold=0.1))
+    (made,) = editable.edit(edit).edits
+    assert 0 < made.diagnostics["target_probability_after"] < 1
+
+
+def test_what_does_not_fit_is_refused_when_it_is_edited() -> None:
+    editable = EditableModel(*load_model("gpt2")[:1], PromptConfig(), load_model("gpt2")[1])
+    limit = editable.base_model.config.n_positions
+    with pytest.raises(TargetTooLongError):
+        editable.edit(EditRequest(prompt="word " * (limit // 2 - 2) + "is", target_new="Cork"))
+    assert editable.edits == [] and editable.prompts.entries == ()
