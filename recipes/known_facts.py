@@ -1,11 +1,12 @@
 """Ask a model which of the packaged facts of the real world it knows.
 
     python recipes/known_facts.py kedit/smollm2-135m
-    python recipes/known_facts.py org/model --format chat --output known.json
+    python recipes/known_facts.py org/model --format qa --output known.json
 
 Every fact is asked twice, as the statement that an edit continues and as a question; it counts as known if the answer
-stands in ten greedy tokens. The table says how many are known per relation; ``--output`` lists the rows
-(``load_edit_dataset("facts", split="all")``) by id.
+stands in the ten greedy tokens behind a statement, or the twenty behind a question, whose answer is a sentence. The
+table says how many are known per relation; ``--output`` lists the rows of ``load_edit_dataset("facts", split="all")``
+by id.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from datasets import concatenate_datasets
 
 from hf_kedit.data import load_edit_dataset
 from hf_kedit.evaluation import known_facts
+from hf_kedit.evaluation.measures.knowledge import NEW_TOKENS
 from hf_kedit.loading import load_base, load_tokenizer
 from hf_kedit.requests import load_requests
 
@@ -27,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub id, folder, or a name such as kedit/smollm2-135m")
     parser.add_argument("--relation", help="only this one")
-    parser.add_argument("--format", choices=["raw", "qa", "chat"], default="qa", help="frame of the questions")
+    parser.add_argument(
+        "--format", choices=["raw", "qa", "chat"], help="frame of the questions; default: chat if it can"
+    )
     parser.add_argument("--output", type=Path, help="JSON file: id of the row → known as statement, as question")
     arguments = parser.parse_args()
 
@@ -35,13 +39,14 @@ def main() -> None:
     splits = load_edit_dataset("facts", split="all", relation=arguments.relation)
     requests = load_requests(concatenate_datasets(list(splits.values())))
     stated = known_facts(model, tokenizer, requests)
-    asked = known_facts(model, tokenizer, requests, questions=True, prompt_format=arguments.format)
+    frame = arguments.format or ("chat" if tokenizer.chat_template else "qa")
+    asked = known_facts(model, tokenizer, requests, questions=True, prompt_format=frame, max_new_tokens=2 * NEW_TOKENS)
 
     counts: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     for request, pair in zip(requests, zip(stated, asked, strict=True), strict=True):
         counts[request.metadata["extra"]["relation"]].append(pair)
     counts["all"] = [pair for pairs in counts.values() for pair in pairs]
-    print(f"| relation | facts | known as statement | as question ({arguments.format}) | either |")
+    print(f"| relation | facts | known as statement | as question ({frame}) | either |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for relation, pairs in counts.items():
         figures = [sum(s for s, _ in pairs), sum(q for _, q in pairs), sum(s or q for s, q in pairs)]

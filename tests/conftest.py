@@ -11,6 +11,9 @@ from hf_kedit.testing.hub import LoopbackHub
 
 # Every request for the Hub goes to a server of this process. The libraries read its address when they are imported.
 LOOPBACK = LoopbackHub(orgs={"org": ("user",), "XiaojieGu": ("user",)}).start()
+# Where `make real` has put its models; the tests themselves start with empty caches.
+OUTSIDE = {name: os.environ.get(name) for name in ("KEDIT_HOME", "HF_HOME", "XDG_CACHE_HOME")}
+os.environ["KEDIT_HOME"] = tempfile.mkdtemp(prefix="kedit-test-models-")
 os.environ.update(LOOPBACK.environment(tempfile.mkdtemp(prefix="kedit-test-home-")))
 os.environ.setdefault("HF_KEDIT_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_KEDIT_CACHE", tempfile.mkdtemp(prefix="kedit-test-cache-"))

@@ -1,9 +1,9 @@
 """Which stored texts belong to a query: similarities between prompts, by words or by sentence embeddings.
 
 Two retrievers are built in and need nothing: the words in common, and the edited model's own states
-(`state_retrieval`). An embedding retriever takes any function from texts to vectors: sentence-transformers, or a
-trained scope encoder. A retriever is named in configs and saved edits by a string, and found again by it; retrievers
-of one's own are registered under a name.
+(`state_retrieval`). An embedding retriever takes any function from texts to vectors: the sentence encoder
+``kedit/minilm-l6`` (``"dense"``), any of sentence-transformers, or a trained scope encoder. A retriever is named in
+configs and saved edits by a string, and found again by it; retrievers of one's own are registered under a name.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
+from .. import embedded
 from ..errors import ConfigError, require_extra
 
-LEXICAL, MODEL = "lexical", "model"
+LEXICAL, MODEL, DENSE = "lexical", "model", "dense"
+DENSE_MODEL = "kedit/minilm-l6"
+"""What ``"dense"`` stands for."""
+ENCODED_AT_ONCE, ENCODED_TOKENS = 64, 256
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _REGISTERED: dict[str, Retriever] = {}
 _KINDS: dict[str, Callable[[str], Retriever]] = {}
@@ -163,7 +168,7 @@ class Remembering:
 
 def register_retriever(retriever: Retriever) -> None:
     """Make a retriever known under its name, for configs and for loading saved edits that used it."""
-    if retriever.name == LEXICAL or _is_model(retriever.name):
+    if retriever.name in (LEXICAL, DENSE) or _is_model(retriever.name):
         raise ConfigError(f"{retriever.name!r} is the name of a built-in retriever; choose another")
     _REGISTERED[retriever.name] = retriever
 
@@ -174,7 +179,7 @@ def register_retriever_kind(kind: str, load: Callable[[str], Retriever]) -> None
 
 
 def find_retriever(name: str, own: Callable[[str], Retriever] | None = None) -> Retriever:
-    """Return a retriever: ``"lexical"``, ``"model"``, a registered name or kind, or a sentence-transformers model.
+    """Return a retriever: ``"lexical"``, ``"model"``, ``"dense"``, a registered name or kind, or a sentence encoder.
 
     Args:
         name: of the retriever.
@@ -183,9 +188,12 @@ def find_retriever(name: str, own: Callable[[str], Retriever] | None = None) -> 
     Raises:
         ConfigError: if there is none of this name.
         MissingExtraError: if it needs sentence-transformers, which is not installed.
+        DownloadError: if ``"dense"`` has not been set up on this machine and cannot be fetched.
     """
     if name == LEXICAL:
         return LexicalRetriever()
+    if name == DENSE:
+        name = DENSE_MODEL
     if _is_model(name):
         if own is None:
             raise ConfigError(f"the retriever {name!r} compares states of an edited model, and there is none here")
@@ -196,7 +204,7 @@ def find_retriever(name: str, own: Callable[[str], Retriever] | None = None) -> 
     if name not in _REGISTERED:
         if "/" not in name:
             raise ConfigError(
-                f"unknown retriever {name!r}: use 'lexical', 'model', the id of a sentence-transformers model"
+                f"unknown retriever {name!r}: use 'lexical', 'model', 'dense', the id of a sentence-transformers model"
                 " ('sentence-transformers/all-MiniLM-L6-v2'), or register_retriever() your own"
             )
         _REGISTERED[name] = _sentence_transformer(name)
@@ -208,12 +216,34 @@ def _is_model(name: str) -> bool:
 
 
 def _sentence_transformer(name: str) -> EmbeddingRetriever:
+    own = embedded.resolve(name)
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
+        if own is not None:
+            return EmbeddingRetriever(_mean_states(own), name)
         raise require_extra("sentence-transformers", "retrieval", f"the retriever {name!r}") from error
-    encoder = SentenceTransformer(name)
+    encoder = SentenceTransformer(str(own or name))
     return EmbeddingRetriever(lambda texts: encoder.encode(list(texts), convert_to_tensor=True), name)
+
+
+def _mean_states(folder: Path) -> Callable[[Sequence[str]], torch.Tensor]:
+    """What sentence-transformers does with a model such as ``kedit/minilm-l6``: normalised mean of the last states."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        parts = [torch.empty(0, model.config.hidden_size)]
+        for start in range(0, len(texts), ENCODED_AT_ONCE):
+            rows = list(texts[start : start + ENCODED_AT_ONCE])
+            batch = tokenizer(rows, padding=True, truncation=True, max_length=ENCODED_TOKENS, return_tensors="pt")
+            states = model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"].unsqueeze(-1)
+            parts.append((states * mask).sum(dim=1) / mask.sum(dim=1))
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+    return encode
 
 
 def words(text: str) -> list[str]:

@@ -34,7 +34,8 @@ class Dtype(StrEnum):
 _MODEL: Any = typer.Option(
     "--model",
     "-m",
-    help="Hub id or folder of a model, an embedded model (kedit/world-gpt2, kedit/world-llama), or saved edits.",
+    help="Hub id or folder of a model, one of ours (kedit/world-gpt2, kedit/world-llama, kedit/smollm2-135m), or saved"
+    " edits.",
 )
 ModelOption = Annotated[str, _MODEL]
 OptionalModelOption = Annotated[str | None, _MODEL]

