@@ -161,9 +161,9 @@ class _Checker:
         return [p for p in layer.projections if p.path.startswith(path + ".")]
 
     def _norms(self) -> list[str]:
-        found = norm_candidates(self.model, self.anatomy.layers_path)
+        candidates = norm_candidates(self.model, self.anatomy.layers_path)
         ours = self.anatomy.final_norm
-        return [*found, *([ours] if ours is not None and ours not in found else [])]
+        return [*candidates, *([ours] if ours is not None and ours not in candidates else [])]
 
     # ------------------------------------------------------------------ what must hold
 

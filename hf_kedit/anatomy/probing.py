@@ -125,14 +125,14 @@ def sample_ids(model: nn.Module, anatomy: Anatomy, input_ids: torch.Tensor | Non
 
 def _special_ids(config: Any) -> set[int]:
     """Ids that make a model do something else than read a word: padding, end of text, image placeholders."""
-    found: set[int] = set()
+    special_ids: set[int] = set()
     text = getattr(config, "text_config", None)
     for source in (config, text):
         for name, value in vars(source).items() if source is not None else ():
             if name.endswith(("token_id", "token_index", "_token_ids")):
                 values = value if isinstance(value, (list, tuple)) else [value]
-                found |= {v for v in values if isinstance(v, int)}
-    return found
+                special_ids |= {v for v in values if isinstance(v, int)}
+    return special_ids
 
 
 @contextlib.contextmanager

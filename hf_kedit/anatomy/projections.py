@@ -157,9 +157,9 @@ class BlockReader:
         return None
 
     def _attention_output(self, matrices: list[Matrix]) -> Matrix | None:
-        found = [m for m in matrices if m.projection.out_features == self.hidden]
+        outputs = [m for m in matrices if m.projection.out_features == self.hidden]
         # A decoder block of an encoder-decoder has a second attention, over the encoder.
-        own = [m for m in found if not is_cross(m)] or found
+        own = [m for m in outputs if not is_cross(m)] or outputs
         usual = [m for m in own if _USUAL_OUT.match(m.last)]
         return (usual or own or [None])[-1]  # type: ignore[list-item]
 
@@ -187,18 +187,18 @@ class BlockReader:
         groups: dict[str, list[Matrix]] = {}
         for m in matrices:
             groups.setdefault(m.parent, []).append(m)
-        found = [unit for group in groups.values() for unit in self._pair(group)]
-        if not has_bank and all(_AUXILIARY.search(self._short(u.down)) for u in found):
+        units = [unit for group in groups.values() for unit in self._pair(group)]
+        if not has_bank and all(_AUXILIARY.search(self._short(u.down)) for u in units):
             # Up and down have different parents (intermediate/output): look below common ancestors, deepest first.
-            used = {p.path for u in found for p in (u.down, *u.ups)}
+            used = {p.path for u in units for p in (u.down, *u.ups)}
             left = [m for m in matrices if m.projection.path not in used and not _AUXILIARY.search(m.name)]
             above = {name for m in left for name, _ in m.ancestors} | {""}
             for name in sorted(above, key=lambda n: -n.count(".") if n else 1):
                 more = self._pair([m for m in left if not name or m.name.startswith(name + ".")])
                 if more:
-                    found += more
+                    units += more
                     break
-        return self._with_roles(found, has_bank)
+        return self._with_roles(units, has_bank)
 
     def _pair(self, group: list[Matrix]) -> list[MlpUnit]:
         """Find ``down`` (out = H) with the matrices into it (in = H, out = I, or 2·I when fused) in a group."""
@@ -292,7 +292,7 @@ class BlockReader:
         h = self.hidden
         declared = getattr(module, "is_transposed", None)
         has_gate = getattr(module, "has_gate", None)
-        found: list[tuple[int, ExpertBank]] = []
+        banks: list[tuple[int, ExpertBank]] = []
         for down, (experts, a, b) in shapes.items():
             for transposed in (False, True):
                 inner, outer = (a, b) if transposed else (b, a)
@@ -313,7 +313,7 @@ class BlockReader:
                 score = 4 * named_down + 2 * bool(double) + (not transposed)
                 gate = next((n for n in same if _GATE_NAME.search(n)), same[0]) if len(same) > 1 else None
                 up_name = double[0] if double and not same else next(n for n in same if n != gate)
-                found.append(
+                banks.append(
                     (
                         score,
                         ExpertBank(
@@ -330,7 +330,7 @@ class BlockReader:
                         ),
                     )
                 )
-        return max(found, key=lambda f: f[0])[1] if found else None
+        return max(banks, key=lambda f: f[0])[1] if banks else None
 
     def _parent_of_bank(self, bank: ExpertBank) -> str | None:
         """The MLP module around a bank: its parent below the block, or the bank itself."""

@@ -171,13 +171,13 @@ class _Resolver:
 
     def _depth(self) -> int | None:
         if self.both and self.stack == "decoder":
-            found = self._read("num_decoder_layers", "decoder_layers")
-            if found:
-                return found
+            depth = self._read("num_decoder_layers", "decoder_layers")
+            if depth:
+                return depth
         if self.both and self.stack == "encoder":
-            found = self._read("encoder_layers", "num_encoder_layers", "num_layers")
-            if found:
-                return found
+            depth = self._read("encoder_layers", "num_encoder_layers", "num_layers")
+            if depth:
+                return depth
         return self._read("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
     # ------------------------------------------------------------------ the stack
@@ -251,15 +251,15 @@ class _Resolver:
     def _candidate_lists(self, root: nn.Module) -> list[tuple[str, nn.ModuleList]]:
         """Module lists below ``root`` whose members hold at least two matrices each."""
         prefix = self._path(root)
-        found = []
+        lists = []
         for name, module in root.named_modules():
             if not isinstance(module, nn.ModuleList) or not len(module):
                 continue
             path = f"{prefix}.{name}" if prefix and name else prefix or name
             self.searched.append(f"{path} ({len(module)})")
             if all(_holds_two(child) for child in module):
-                found.append((path, module))
-        return found
+                lists.append((path, module))
+        return lists
 
     def _has_attention_and_mlp(self, blocks: nn.ModuleList, path: str, hidden: int) -> bool:
         family = self._family(blocks)
@@ -350,43 +350,43 @@ class _Resolver:
             self._module(self.overrides["final_norm"], "final_norm")
             return self.overrides["final_norm"]
         # A norm named after the embeddings mostly belongs to them; where it does not (LFM2), the self-check sees it.
-        found = [n for n in norm_candidates(self.outer, layers_path, self._path(root)) if "emb" not in _last(n)]
-        usual = [n for n in found if _FINAL.search(_last(n))]
-        return (usual or found or [None])[-1]  # type: ignore[list-item]
+        norms = [n for n in norm_candidates(self.outer, layers_path, self._path(root)) if "emb" not in _last(n)]
+        usual = [n for n in norms if _FINAL.search(_last(n))]
+        return (usual or norms or [None])[-1]  # type: ignore[list-item]
 
     def _get_embeddings(self) -> nn.Module | None:
         owners: tuple[Any, ...] = (self.model, getattr(self.model, "base_model", None))
         for owner in owners:
             try:
-                found = owner.get_input_embeddings()
+                embeddings = owner.get_input_embeddings()
             except (AttributeError, NotImplementedError):
                 continue
-            if isinstance(found, nn.Module) and id(found) in self.names:
-                return found
+            if isinstance(embeddings, nn.Module) and id(embeddings) in self.names:
+                return embeddings
         return None
 
     def _embeddings(self) -> str:
         if "embed" in self.overrides:
             self._module(self.overrides["embed"], "embed")
             return self.overrides["embed"]
-        found = self._get_embeddings()
-        if found is None:
+        embeddings = self._get_embeddings()
+        if embeddings is None:
             raise AnatomyError(
                 f"{type(self.model).__name__} does not say which module its token embeddings are"
                 " (get_input_embeddings); name it with the override 'embed'"
             )
-        return self._path(found)
+        return self._path(embeddings)
 
     def _head(self) -> str | None:
         if "head" in self.overrides:
             self._module(self.overrides["head"], "head")
             return self.overrides["head"]
         try:
-            found: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+            head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError, TypeError):
-            found = None
-        if isinstance(found, nn.Module) and id(found) in self.names:
-            return self._path(found)
+            head = None
+        if isinstance(head, nn.Module) and id(head) in self.names:
+            return self._path(head)
         usual = re.compile(r"^(lm_head|embed_out|output_layer|output|head)$")
         vocab = self._read("vocab_size", "padded_vocab_size")
         for name, module in self.model.named_modules():
@@ -416,13 +416,13 @@ def norm_candidates(model: nn.Module, layers_path: str, root: str = "") -> list[
     while "." in path or path:
         path = path.rsplit(".", 1)[0] if "." in path else ""
         owner = model.get_submodule(path) if path else model
-        found = [
+        candidates = [
             f"{path}.{name}" if path else name
             for name, child in owner.named_children()
             if "norm" in type(child).__name__.lower()
         ]
-        if found or path == root:
-            return found
+        if candidates or path == root:
+            return candidates
     return []
 
 

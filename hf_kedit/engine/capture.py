@@ -139,19 +139,19 @@ def capture_at(
     Returns:
         Tap → ``[rows, d]`` in fp32.
     """
-    found: dict[Tap, torch.Tensor] = {}
+    captured: dict[Tap, torch.Tensor] = {}
     rows = columns.shape[0]
 
     def receive(tap: Tap, tensor: torch.Tensor) -> None:
         states = as_rows(tensor.detach(), rows)
         index = torch.arange(rows, device=states.device)
-        found[tap] = states[index, columns.to(states.device)].float().clone()
-        if stop and len(found) == len(set(taps)):
+        captured[tap] = states[index, columns.to(states.device)].float().clone()
+        if stop and len(captured) == len(set(taps)):
             raise _Stop
 
     with torch.no_grad(), listen(model, taps, receive), contextlib.suppress(_Stop):
         model(**model_inputs(model, batch), **extra)
-    return found
+    return captured
 
 
 def capture_routing(
@@ -168,7 +168,7 @@ def capture_routing(
     Returns:
         Bank → ``[rows, experts]`` fp32, 0 where a row's token is not routed.
     """
-    found: dict[str, torch.Tensor] = {}
+    weights_of: dict[str, torch.Tensor] = {}
     rows = torch.arange(columns.shape[0], device=columns.device)
 
     def watching(path: str) -> Callable[..., None]:
@@ -179,7 +179,7 @@ def capture_routing(
             place = (rows.to(device), columns.to(device))
             experts = routing.experts.view(*batch.input_ids.shape, -1)[place]
             weights = routing.weights.view(*batch.input_ids.shape, -1)[place].float()
-            found[path] = weights.new_zeros(len(rows), count).scatter_add(1, experts, weights)
+            weights_of[path] = weights.new_zeros(len(rows), count).scatter_add(1, experts, weights)
 
         return hook
 
@@ -187,7 +187,7 @@ def capture_routing(
         for path in banks:
             add(get_module(model, path).register_forward_pre_hook(watching(path), with_kwargs=True))
         model(**model_inputs(model, batch))
-    return found
+    return weights_of
 
 
 def top_experts(
@@ -212,8 +212,8 @@ def top_experts(
     Raises:
         UnsupportedModelError: if the experts of a layer cannot be edited one by one.
     """
-    found = [anatomy.layer(i) for i in layers]
-    routed = [la for la in found if la.experts is not None or any(u.role == "expert" for u in la.units)]
+    infos = [anatomy.layer(i) for i in layers]
+    routed = [la for la in infos if la.experts is not None or any(u.role == "expert" for u in la.units)]
     anatomy.with_experts({layer.index: 0 for layer in routed})  # says why, where they cannot be edited
     banks = {layer.index: layer.experts.path for layer in routed if layer.experts is not None}
     if not banks:

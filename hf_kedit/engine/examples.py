@@ -152,8 +152,8 @@ def row_means(losses: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Ten
 @torch.no_grad()
 def target_probabilities(model: Any, examples: Sequence[Example], fill: int, size: int) -> list[float]:
     """Geometric mean per token of each target's probability, teacher forced, ``size`` examples at a time."""
-    found: list[float] = []
+    probabilities: list[float] = []
     for i in range(0, len(examples), size):
         chunk = examples[i : i + size]
-        found.extend((-ExampleBatch.of(model, chunk, fill).losses(model)).exp().tolist())
-    return found
+        probabilities.extend((-ExampleBatch.of(model, chunk, fill).losses(model)).exp().tolist())
+    return probabilities

@@ -83,8 +83,8 @@ def signals(
         silent = [m for m in modules if m not in probes]
         if silent:
             raise EditFailedError(f"{silent[0]} took no part in the forward pass; choose other modules to edit")
-        found = torch.autograd.grad(value, [probes[m] for m in modules], allow_unused=True)
-    gradients = [torch.zeros_like(probes[m]) if g is None else g for m, g in zip(modules, found, strict=True)]
+        raw = torch.autograd.grad(value, [probes[m] for m in modules], allow_unused=True)
+    gradients = [torch.zeros_like(probes[m]) if g is None else g for m, g in zip(modules, raw, strict=True)]
     return {m: Signal(as_rows(inputs[m], rows), as_rows(g, rows)) for m, g in zip(modules, gradients, strict=True)}
 
 
@@ -129,7 +129,7 @@ def collect_rows(
         size: rows per forward and backward pass.
     """
     shares = _token_shares(batch["labels"], groups, reduction)
-    found: dict[str, list[Rows]] = {module: [] for module in modules}
+    collected: dict[str, list[Rows]] = {module: [] for module in modules}
     for start in range(0, len(groups), size):
         part = {name: value[start : start + size] for name, value in batch.items()}
         labelled = part["labels"] != IGNORE
@@ -139,14 +139,14 @@ def collect_rows(
         for module, signal in heard.items():
             mask = signal.speaking() if at == "speaking" else _mask(model, module, part, at)
             inputs, gradients = (states.to(groups.device) for states in signal.at(mask))
-            found[module].append(Rows(inputs, gradients, mask.nonzero()[:, 0].to(groups.device) + start))
+            collected[module].append(Rows(inputs, gradients, mask.nonzero()[:, 0].to(groups.device) + start))
     return {
         module: Rows(
             torch.cat([p.inputs for p in parts]),
             torch.cat([p.gradients for p in parts]),
             torch.cat([p.owners for p in parts]),
         )
-        for module, parts in found.items()
+        for module, parts in collected.items()
     }
 
 
@@ -196,15 +196,15 @@ class LowRank:
     @torch.no_grad()
     def sizes(self, groups: torch.Tensor) -> torch.Tensor:
         """Frobenius norm of the change of each group of owners, ``[groups]``; ``groups`` as for `low_rank_paths`."""
-        found = []
+        norms = []
         for group in groups.unique():
             mine = groups[self.owners] == group
             left, right = self.left[:, mine], self.right[:, mine]
             if left.shape[1] < min(left.shape[0], right.shape[0]):  # ‖L Rᵀ‖² = ⟨LᵀL, RᵀR⟩
-                found.append(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
+                norms.append(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
             else:
-                found.append(torch.linalg.matrix_norm(left @ right.T))
-        return torch.stack(found)
+                norms.append(torch.linalg.matrix_norm(left @ right.T))
+        return torch.stack(norms)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def drift_row(
     owner: int = 0,
     at: Literal["subject", "end"] = "subject",
 ) -> Row:
-    """Build the row ``"{subject} is a"`` on which the next-token distribution shall not drift.
+    """Build the row ``"{subject} is a"`` on which the next-token distribution should not drift.
 
     The published code compares the distribution at the subject's last token (``at="subject"``); the paper
     describes the one after the whole text (``at="end"``).

@@ -122,12 +122,12 @@ class Sweep:
                 self._resume(stack, chunk)
                 stack.enter_context(recorded_structures(self.model, self.anatomy, layer, chunk.structures))
                 stack.enter_context(listen(self.model, [entry], keep))
-                found = capture_at(self.model, chunk.batch, chunk.columns, taps)
+                states = capture_at(self.model, chunk.batch, chunk.columns, taps)
             chunk.layer, chunk.entering = layer, kept[0]
-            if not self._exact(chunk, taps, found):
+            if not self._exact(chunk, taps, states):
                 self.restart = False
                 return capture_at(self.model, chunk.batch, chunk.columns, taps)
-            return found
+            return states
         with contextlib.ExitStack() as stack:
             self._resume(stack, chunk)
             return capture_at(self.model, chunk.batch, chunk.columns, taps)
@@ -155,9 +155,10 @@ class Sweep:
         assert chunk.entering is not None
         expected = capture_at(self.model, one, chunk.columns[place], taps)
         with passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering[place], chunk.structures):
-            found = capture_at(self.model, one, chunk.columns[place], taps)
+            restarted = capture_at(self.model, one, chunk.columns[place], taps)
         tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 3e-2)
         return all(
-            float((found[tap] - expected[tap]).abs().max()) <= tolerance * max(float(expected[tap].abs().max()), 1.0)
+            float((restarted[tap] - expected[tap]).abs().max())
+            <= tolerance * max(float(expected[tap].abs().max()), 1.0)
             for tap in taps
         )

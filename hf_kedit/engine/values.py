@@ -381,8 +381,8 @@ class Optimisation:
     def adam_step(self, gradient: torch.Tensor, step: int) -> None:
         """Move the δ of the active requests by one step of Adam, and cut it back to its limit.
 
-        ``step`` counts from 1. It may be the same number for all in Adam's bias correction: whoever is still active
-        has taken every step so far.
+        ``step`` counts from 1. It is one number for all in Adam's bias correction, because a request that is still
+        active has taken every step so far.
         """
         beta1, beta2 = _BETAS
         moving = self.active.to(self.device).view(-1, 1, 1)

@@ -328,13 +328,13 @@ class _Tracer:
                 logits = self._logits(text, text.answer_ids, rows=len(part) * samples)
             return self._probability(logits, text).view(len(part), samples).mean(dim=1).cpu()
 
-        found, largest = [], 1
+        chunks, largest = [], 1
         for part, probabilities in in_batches(range(len(cells)), max(self.rows // samples, 1), run):
-            found.append(probabilities)
+            chunks.append(probabilities)
             largest = max(largest, len(part))
-        if len(found) > 1:
+        if len(chunks) > 1:
             self.rows = largest * samples  # what fits is remembered for the next text
-        return torch.cat(found)
+        return torch.cat(chunks)
 
     @contextlib.contextmanager
     def _disturbed(

@@ -93,8 +93,8 @@ class CaliNet(Method):
     def site(self) -> Calibration:
         """The side layers in the model, or none yet."""
         new = Calibration(list(self.paths), {}, hidden_activation(self.bench.model.config))
-        found = self.bench.sites.find(new.key)
-        return found if isinstance(found, Calibration) and found.paths == new.paths else new
+        existing = self.bench.sites.find(new.key)
+        return existing if isinstance(existing, Calibration) and existing.paths == new.paths else new
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check the layers and every request."""
@@ -136,7 +136,7 @@ class CaliNet(Method):
                     break
             with torch.no_grad():
                 after = [_row_losses(r.logits({}), c) for r, c in zip(replays, chunks, strict=True)]
-        found = {path: group.detached() for path, group in neurons.items()}
+        trained = {path: group.detached() for path, group in neurons.items()}
         probabilities = [_bare(torch.cat(losses_), rows, len(requests)) for losses_ in (before, after)]
         diagnostics = [
             {
@@ -147,7 +147,7 @@ class CaliNet(Method):
             }
             for first, last in zip(*probabilities, strict=True)
         ]
-        return Outcome([], diagnostics, [SiteEntry(site, found)])
+        return Outcome([], diagnostics, [SiteEntry(site, trained)])
 
     def _replay(self, rows: Sequence[Row]) -> Replay:
         """The model from the lowest calibrated layer on, earlier batches in effect."""
@@ -180,14 +180,14 @@ class CaliNet(Method):
         bench, config = self.bench, self.config
         generator = torch.Generator().manual_seed(config.seed + number)
         width = bench.anatomy.hidden_size
-        found = {}
+        groups = {}
         for path, layer in self.paths.items():
             device = next(bench.model.get_submodule(path).parameters()).device
             gated = bench.anatomy.layer(layer).gated if config.gated is None else config.gated
             keys, gates = (torch.randn(config.slots, width, generator=generator) * width**-0.5 for _ in range(2))
             values = torch.zeros(config.slots, width, device=device)
-            found[path] = NeuronGroup((), keys.to(device), values, gates=gates.to(device) if gated else None)
-        return found
+            groups[path] = NeuronGroup((), keys.to(device), values, gates=gates.to(device) if gated else None)
+        return groups
 
 
 def _row_losses(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
@@ -200,7 +200,7 @@ def _row_losses(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
 
 def _bare(losses: torch.Tensor, rows: Sequence[Row], count: int) -> list[float]:
     """Probability of each request's target in its first context."""
-    found = dict[int, float]()
+    probability = dict[int, float]()
     for loss, row in zip(losses.tolist(), rows, strict=True):
-        found.setdefault(row.owner, float(torch.tensor(-loss).exp()))
-    return [found[i] for i in range(count)]
+        probability.setdefault(row.owner, float(torch.tensor(-loss).exp()))
+    return [probability[i] for i in range(count)]

@@ -1,7 +1,7 @@
 """CORE: context-robust knowledge editing (Park et al. 2025, "Context Robust Knowledge Editing for Language Models",
 arXiv 2505.23026).
 
-MEMIT with one more term while values are optimised. An edit shall hold whatever text stands before the prompt, so
+MEMIT with one more term while values are optimised. An edit should hold whatever text stands before the prompt, so
 the hidden states that the same fact has behind different contexts are pulled together in the layers above:
 
     loss + reg_lambda · mean over layers l of (1/d) Σ_{a<b} ‖h_a^l − h_b^l‖²

@@ -165,9 +165,9 @@ class Deferral(SiteMemory):
         shapes = [(1, d_in), (1,), (d_out, d_in), (d_out,)]
         names = [f"{path}.kedit_defer_{name}" for name in Network._fields]
         network = Network(*(saved.tensor(name, shape) for name, shape in zip(names, shapes, strict=True)))
-        found = cls(path, float(part["threshold"]), network)
-        found.edits = tuple(map(str, part["edits"]))
-        return found
+        deferral = cls(path, float(part["threshold"]), network)
+        deferral.edits = tuple(map(str, part["edits"]))
+        return deferral
 
 
 @register_method
@@ -194,16 +194,16 @@ class DEFER(SiteMethod):
 
     def _deferral(self) -> Deferral:
         """The network at this layer, or a new one."""
-        found = self.bench.sites.find(f"{Deferral.kind}@{self.path}")
-        if found is None:
+        deferral = self.bench.sites.find(f"{Deferral.kind}@{self.path}")
+        if deferral is None:
             return Deferral(self.path, self.config.threshold, self.initial_network(*self.sizes(self.path)))
-        assert isinstance(found, Deferral)
-        if found.threshold != self.config.threshold:
+        assert isinstance(deferral, Deferral)
+        if deferral.threshold != self.config.threshold:
             raise ConfigError(
-                f"the edits at {self.path} were begun with threshold={found.threshold}; go on with it, or roll them"
+                f"the edits at {self.path} were begun with threshold={deferral.threshold}; go on with it, or roll them"
                 " back first"
             )
-        return found
+        return deferral
 
     def initial_network(self, d_in: int, d_out: int) -> Network:
         """Uniform in ±1/√d_in, as linear layers are made."""

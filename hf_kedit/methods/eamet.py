@@ -82,7 +82,7 @@ class EAMETConfig(MEMITConfig):
 
 
 class Alignment:
-    """How one value shall stand to the earlier ones of its batch.
+    """How one value should stand to the earlier ones of its batch.
 
     Args:
         keys: of the earlier requests, ``[i, d_in]``.

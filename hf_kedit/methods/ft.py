@@ -109,16 +109,16 @@ class FineTuning(Method):
         if self._routed:
             ids = self._experts if requests is None else [request.id for request in requests]
             anatomies = [self.bench.anatomy.with_experts(self._experts[i]) for i in ids]
-        found = []
+        names = []
         for layer in config.layers or []:
             templates = config.modules or [anatomy.down(layer).path for anatomy in anatomies]
             for template in templates:
                 path = template.replace("{}", str(layer))
                 module = get_module(self.bench.model, path)
-                found.append((path, "weight"))
+                names.append((path, "weight"))
                 if config.train_bias and getattr(module, "bias", None) is not None:
-                    found.append((path, "bias"))
-        return list(dict.fromkeys(found))
+                    names.append((path, "bias"))
+        return list(dict.fromkeys(names))
 
     @property
     def _routed(self) -> bool:

@@ -117,31 +117,32 @@ class GRACE(SiteMethod):
     def _codebook(self) -> Codebook:
         """The codebook at this layer, or a new one."""
         config = self.config
-        found = self.bench.sites.find(f"{Codebook.kind}@{self.path}")
-        if found is None:
+        codebook = self.bench.sites.find(f"{Codebook.kind}@{self.path}")
+        if codebook is None:
             return Codebook(self.path, self.sizes(self.path), config.eps, config.replacement)
-        assert isinstance(found, Codebook)
-        if (found.eps, found.replacement) != (config.eps, config.replacement):
+        assert isinstance(codebook, Codebook)
+        if (codebook.eps, codebook.replacement) != (config.eps, config.replacement):
             raise ConfigError(
-                f"the codebook at {self.path} was begun with eps={found.eps} and replacement={found.replacement!r};"
+                f"the codebook at {self.path} was begun with eps={codebook.eps} and"
+                f" replacement={codebook.replacement!r};"
                 " go on with these, or roll its edits back first"
             )
-        return found
+        return codebook
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Find the entries that the edits concern, and train their values."""
-        examples, book = self.examples(requests), self._codebook()
+        examples, codebook = self.examples(requests), self._codebook()
         before = self.probabilities(examples)
         taps = Tap(self.path, "input"), Tap(self.path, "output")
-        with self.bench.sites.trying({}, instead_of=book):
+        with self.bench.sites.trying({}, instead_of=codebook):
             states = self.at_key(examples, taps)
         self.bench.note("query", states[taps[0]].squeeze(0))
-        plan = _Plan(book.draft())
+        plan = _Plan(codebook.draft())
         for i, (example, query, output) in enumerate(zip(examples, *(states[t] for t in taps), strict=True)):
             placement = plan.draft.place(query, example.targets)
             if plan.waits_for(placement, measured=self.config.skip_if_correct):
-                self._train_waiting(plan, examples, book)
-            if self.config.skip_if_correct and self._says_it(example, plan.draft, book):
+                self._train_waiting(plan, examples, codebook)
+            if self.config.skip_if_correct and self._says_it(example, plan.draft, codebook):
                 placement, start = Placement("none"), output
             elif placement.action == "expand":
                 assert placement.entry is not None
@@ -149,14 +150,14 @@ class GRACE(SiteMethod):
             else:
                 start = self.initial_value(output, len(plan.draft.values))
             plan.take(str(requests[i].id), CodeChange(placement, query, start, example.targets))
-        self._train_waiting(plan, examples, book)
+        self._train_waiting(plan, examples, codebook)
         reports, entries = [], []
         for i, (change, lost) in enumerate(zip(plan.changes, plan.uncovered, strict=True)):
             losses, after = plan.outcomes.get(i, ([], before[i]))
             place = change.placement
             more = {"distance": place.distance, "uncovers": lost} if place.action != "none" else {}
             reports += before_and_after([before[i]], [after], losses, action=place.action, **more)
-            entries.append(SiteEntry(book, change))
+            entries.append(SiteEntry(codebook, change))
         return Outcome([], reports, entries)
 
     def initial_value(self, output: torch.Tensor, number: int) -> torch.Tensor:
@@ -166,13 +167,13 @@ class GRACE(SiteMethod):
         generator = torch.Generator().manual_seed(self.config.seed + number)
         return torch.rand(output.shape, generator=generator).to(output.device)
 
-    def _train_waiting(self, plan: _Plan, examples: Sequence[Example], book: Codebook) -> None:
+    def _train_waiting(self, plan: _Plan, examples: Sequence[Example], codebook: Codebook) -> None:
         """Train the values that the plan has not trained yet."""
         if plan.waiting:
             starts = torch.stack([plan.changes[i].value for i in plan.waiting])
-            plan.trained(self._train([examples[i] for i in plan.waiting], book, starts))
+            plan.trained(self._train([examples[i] for i in plan.waiting], codebook, starts))
 
-    def _train(self, examples: Sequence[Example], book: Codebook, starts: torch.Tensor) -> TrainedOutputs:
+    def _train(self, examples: Sequence[Example], codebook: Codebook, starts: torch.Tensor) -> TrainedOutputs:
         """Adam on the values alone, ``[edits, d_out]`` each.
 
         One output at the key token can be trained from the layer on. A value in several places, or sites of other
@@ -181,24 +182,24 @@ class GRACE(SiteMethod):
         config, bench = self.config, self.bench
         assert config.num_steps is not None
         layer = next((i for i, b in enumerate(bench.anatomy.layers) if self.path.startswith(f"{b.path}.")), None)
-        others = any(memory.key != book.key for memory in bench.sites.memories.values())
+        others = any(memory.key != codebook.key for memory in bench.sites.memories.values())
         if config.replacement != "replace_last" or others or layer is None:
-            return _joined([self._train_whole(e, book, start) for e, start in zip(examples, starts, strict=True)])
-        with bench.sites.trying({}, instead_of=book):
-            found = train_outputs(
+            return _joined([self._train_whole(e, codebook, start) for e, start in zip(examples, starts, strict=True)])
+        with bench.sites.trying({}, instead_of=codebook):
+            outputs = train_outputs(
                 bench.model, bench.anatomy, examples, layer, self.path, starts,
                 steps=config.num_steps, lr=config.lr, fill=bench.fill, watch=self._watch,
                 description="training values (GRACE)", show_progress=bench.show_progress,
             )  # fmt: skip
-        bench.note("losses", torch.tensor(found.losses).squeeze(0))
-        return found
+        bench.note("losses", torch.tensor(outputs.losses).squeeze(0))
+        return outputs
 
     def _watch(self, step: int, values: torch.Tensor, gradients: torch.Tensor) -> None:
         if step == 0:
             self.bench.note("value_grad_step0", gradients.squeeze(0))
         self.bench.note(f"value_after_step{step}", values.squeeze(0))
 
-    def _train_whole(self, example: Example, book: Codebook, start: torch.Tensor) -> TrainedOutputs:
+    def _train_whole(self, example: Example, codebook: Codebook, start: torch.Tensor) -> TrainedOutputs:
         """The same with forwards of the whole text, for one edit."""
         config = self.config
         assert config.num_steps is not None
@@ -210,7 +211,7 @@ class GRACE(SiteMethod):
             return replaced(call, value[None], config.replacement)
 
         score = self.scorer([example])
-        with self.bench.sites.trying({self.path: in_place}, instead_of=book):
+        with self.bench.sites.trying({self.path: in_place}, instead_of=codebook):
             for _ in range(config.num_steps):
                 loss = score()[0]
                 losses.append(check_loss(loss, "GRACE"))
@@ -220,20 +221,20 @@ class GRACE(SiteMethod):
             after = self.probabilities([example])
         return TrainedOutputs(value.detach()[None], [losses], after, "full")
 
-    def _says_it(self, example: Example, draft: Codebook, book: Codebook) -> bool:
+    def _says_it(self, example: Example, draft: Codebook, codebook: Codebook) -> bool:
         """Whether every target token is the model's first choice already, with ``draft`` for the codebook."""
-        site = self.bench.sites.trying(draft.functions(), instead_of=book)
+        site = self.bench.sites.trying(draft.functions(), instead_of=codebook)
         with site, self.prompts_of([example]), torch.no_grad():
             batch = ExampleBatch.of(self.bench.model, [example], self.bench.fill)
             best = logits_at(self.bench.model, batch.inputs, batch.positions).argmax(-1)
         return tuple(best.tolist()) == example.targets
 
 
-def _newly_uncovered(book: Codebook, placement: Placement) -> list[str]:
+def _newly_uncovered(codebook: Codebook, placement: Placement) -> list[str]:
     """Members that a split puts outside the radius of their entry."""
     if placement.action != "split" or placement.entry is None or placement.distance is None:
         return []
-    entry = book.entries[placement.entry]
+    entry = codebook.entries[placement.entry]
     after = replace(entry, events=(*entry.events, Event("", "split", placement.distance)))
     return [edit_id for edit_id in after.uncovered if edit_id not in entry.uncovered]
 

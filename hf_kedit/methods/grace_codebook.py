@@ -340,19 +340,19 @@ class Codebook(SiteMemory):
         d_out, d_in = weight_shape(get_module(model, path))
         if part["replacement"] not in ("replace_last", "replace_all", "replace_prompt"):
             raise ArtifactError(f"{saved.source}: unknown replacement {part['replacement']!r}")
-        book = cls(path, (d_in, d_out), float(part["eps0"]), part["replacement"])
+        codebook = cls(path, (d_in, d_out), float(part["eps0"]), part["replacement"])
         count, name = len(part["entries"]), f"{path}.kedit_grace"
-        book.keys = Vectors.of(saved.tensor(f"{name}_keys", (count, d_in)))
+        codebook.keys = Vectors.of(saved.tensor(f"{name}_keys", (count, d_in)))
         values = [saved.tensor(f"{name}_values", (count, d_out)), saved.tensor(f"{name}_earlier", (None, d_out))]
-        book.values = Vectors.of(torch.cat(values))
+        codebook.values = Vectors.of(torch.cat(values))
         for row, entry in enumerate(part["entries"]):
-            events = tuple(_read_event(e, len(book.values)) for e in entry["events"])
-            book.entries.append(Entry(tuple(map(int, entry["target"])), row, float(entry["start_radius"]), events))
-        book.idle = [str(edit_id) for edit_id in part["idle"]]
+            events = tuple(_read_event(e, len(codebook.values)) for e in entry["events"])
+            codebook.entries.append(Entry(tuple(map(int, entry["target"])), row, float(entry["start_radius"]), events))
+        codebook.idle = [str(edit_id) for edit_id in part["idle"]]
         radii = saved.tensor(f"{name}_eps", (count,))
-        if not torch.allclose(radii, book.table(radii.device)[0]) or not all(e.members for e in book.entries):
+        if not torch.allclose(radii, codebook.table(radii.device)[0]) or not all(e.members for e in codebook.entries):
             raise ArtifactError(f"{saved.source}: the radii of {path} do not follow from what happened to its entries")
-        return book
+        return codebook
 
 
 def _read_event(event: Mapping[str, Any], values: int) -> Event:

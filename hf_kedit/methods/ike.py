@@ -299,14 +299,14 @@ def demonstration(request: EditRequest, prompt: str, answer: str, separator: str
 
 def demonstrations_of(request: EditRequest, separator: str | None = None) -> dict[str, str]:
     """The demonstrations that a request can give, by kind: copy, and update and retain where it has the prompts."""
-    found = {COPY: demonstration(request, request.filled_prompt, request.target_new, separator)}
+    demonstrations = {COPY: demonstration(request, request.filled_prompt, request.target_new, separator)}
     if request.rephrase_prompts:
-        found[UPDATE] = demonstration(request, request.rephrase_prompts[0], request.target_new, separator)
+        demonstrations[UPDATE] = demonstration(request, request.rephrase_prompts[0], request.target_new, separator)
     for probe in (p for probes in request.locality.values() for p in probes):
         if probe.answers:
-            found[RETAIN] = demonstration(request, probe.prompt, probe.answers[0], separator)
+            demonstrations[RETAIN] = demonstration(request, probe.prompt, probe.answers[0], separator)
             break
-    return found
+    return demonstrations
 
 
 def nearest_sentences(

@@ -133,11 +133,11 @@ class KN(Method):
 
     def taps(self) -> list[Tap]:
         """Where the neurons are: inputs of the projections out of the MLPs (compat: outputs of those into them)."""
-        found = []
+        taps = []
         for index in self.searched_layers():
             down, layer = self.bench.anatomy.down(index), self.bench.anatomy.layers[index]
             if self.config.mode == "paper":
-                found.append(Tap(down.path, "input"))
+                taps.append(Tap(down.path, "input"))
                 continue
             source = layer.gate or (layer.ups[0] if layer.ups and not layer.fused else None)
             if source is None or source.out_features != down.in_features:
@@ -145,8 +145,8 @@ class KN(Method):
                     f"layer {index} of {self.bench.anatomy.model_class} has no separate matrix into its MLP, which"
                     " KN's compat mode reads the neurons from; use mode='paper'"
                 )
-            found.append(Tap(source.path))
-        return found
+            taps.append(Tap(source.path))
+        return taps
 
     def edited_modules(self) -> list[str]:
         """Projections out of the MLPs of all searched layers."""
@@ -179,15 +179,15 @@ class KN(Method):
         assert config.adaptive_threshold is not None
         wordings = [self._wording(request, prompt) for prompt in self._prompts(request)]
         layers, taps = self.searched_layers(), self.taps()
-        found = [self._attribute(taps, wording) for wording in wordings]
+        attributions = [self._attribute(taps, wording) for wording in wordings]
         votes = [
-            torch.stack([masks[k] for masks in (a.above(config.adaptive_threshold) for a in found)]).sum(dim=0)
+            torch.stack([masks[k] for masks in (a.above(config.adaptive_threshold) for a in attributions)]).sum(dim=0)
             for k in range(len(taps))
         ]
         needed = config.p * len(wordings) if config.refine else 0
         chosen = [v > needed for v in votes]
         count = sum(int(mask.sum()) for mask in chosen)
-        if found[0].largest <= 0 or count == 0:
+        if attributions[0].largest <= 0 or count == 0:
             raise EditFailedError(
                 "KN found no neuron that raises the probability of the old answer"
                 + ("; lower p or the threshold, or give other paraphrases" if config.refine else "")
@@ -195,7 +195,7 @@ class KN(Method):
         main = wordings[0]
         vector = self._edit_vector(main)
         deltas = []
-        for layer, mask, activation in zip(layers, chosen, found[0].activations, strict=True):
+        for layer, mask, activation in zip(layers, chosen, attributions[0].activations, strict=True):
             if not bool(mask.any()):
                 continue
             module = bench.anatomy.down(layer).path
@@ -207,7 +207,7 @@ class KN(Method):
             left = vector.to(mask.device).unsqueeze(1)
             deltas.append(WeightDelta(module, left=left, right=size.unsqueeze(1), owners=(0,)))
         if bench.trace is not None:
-            self._note_search(found[0], chosen, vector)
+            self._note_search(attributions[0], chosen, vector)
         before = self._probability(main)
         with bench.ledger.provisional() as scope:
             for delta in deltas:
@@ -216,7 +216,7 @@ class KN(Method):
         diagnostics = {
             "neurons": count,
             "neurons_per_layer": {str(i): int(m.sum()) for i, m in zip(layers, chosen, strict=True) if bool(m.any())},
-            "largest_attribution": found[0].largest,
+            "largest_attribution": attributions[0].largest,
             "wordings": len(wordings),
             "attributed_answer": bench.tokenizer.decode(list(main.old)),
             "target_probability_before": before,
@@ -226,12 +226,12 @@ class KN(Method):
 
     # ------------------------------------------------------------------ steps
 
-    def _note_search(self, found: Attribution, chosen: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
+    def _note_search(self, attribution: Attribution, chosen: Sequence[torch.Tensor], vector: torch.Tensor) -> None:
         """Leave what the search found in the trace."""
         note = self.bench.note
-        if len({s.shape for s in found.scores}) == 1:
-            note("scores", torch.stack([s.cpu() for s in found.scores]))
-            note("activations", torch.stack([a.cpu() for a in found.activations]))
+        if len({s.shape for s in attribution.scores}) == 1:
+            note("scores", torch.stack([s.cpu() for s in attribution.scores]))
+            note("activations", torch.stack([a.cpu() for a in attribution.activations]))
             note("neuron_mask", torch.stack([m.float().cpu() for m in chosen]))
         note("edit_vector", vector)
 

@@ -358,12 +358,12 @@ def target_paths(anatomy: Anatomy, layers: Sequence[int], entries: Sequence[str]
     Raises:
         LayerError: if an entry matches no matrix of any of the layers.
     """
-    found: list[str] = []
+    targets: list[str] = []
     missing = set(entries)
     for where in (anatomy.layer(i) for i in layers):
         for entry in entries:
             paths = _attention_inputs(where) if entry == ATTENTION else _ending(where, entry)
-            found.extend(paths)
+            targets.extend(paths)
             if paths:
                 missing.discard(entry)
     if missing:
@@ -371,7 +371,7 @@ def target_paths(anatomy: Anatomy, layers: Sequence[int], entries: Sequence[str]
             f"no layer of {anatomy.model_class} has a matrix {', '.join(sorted(missing))}. Matrices of layer"
             f" {layers[0]}:\n{anatomy.layer(layers[0]).list_projections()}"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(targets))
 
 
 def _ending(where: LayerAnatomy, name: str) -> list[str]:

@@ -33,6 +33,7 @@ from ..engine.gradients import LowRank, Rows
 from ..engine.running_norm import DEAD, RunningNorm
 from ..engine.supervised import Batch
 from ..errors import ConfigError
+from ..statistics.solve import ridge_solve
 from .base import Capabilities, register_method
 from .trained_editor import HyperMethod
 
@@ -127,22 +128,6 @@ class KeyGradientNet(nn.Module):
             return -self.eta[mode] * (k * k_new).sum(1, keepdim=True) * g_new
 
 
-def ridge_solve(keys: torch.Tensor, ridge: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``(KKᵀ + λI)⁻¹ V`` ``[n, d]`` in float64, by a system of the smaller of the key matrix's sides.
-
-    Args:
-        keys: K ``[n, d_in]``.
-        ridge: λ, a scalar.
-        values: V ``[n, d]``.
-    """
-    k, v, lam = keys.double(), values.double(), ridge.double()
-    n, d = k.shape
-    if n <= d:
-        return torch.linalg.solve(k @ k.T + lam * torch.eye(n, dtype=k.dtype, device=k.device), v)
-    inner = k.T @ k + lam * torch.eye(d, dtype=k.dtype, device=k.device)
-    return (v - k @ torch.linalg.solve(inner, k.T @ v)) / lam  # Woodbury's identity
-
-
 @register_editor
 class MALMENEditor(Editor):
     """The networks, step sizes and ridges of MALMEN for some modules of one model."""
@@ -196,22 +181,22 @@ class MALMENEditor(Editor):
         """Keys and gradients of facts that are edited together; in training, the statistics count them."""
         together = torch.zeros_like(edit["labels"][:, 0])
         rows = self.collect(model, edit, together, "chunk_mean", self.edit_config.token)
-        for module, found in rows.items():
+        for module, signal in rows.items():
             net, _ = self.net(module)
             if net.norm.training:
-                net.norm.update(torch.cat([found.inputs, found.gradients], dim=1))
+                net.norm.update(torch.cat([signal.inputs, signal.gradients], dim=1))
         return rows
 
     @torch.no_grad()
     def solve(self, rows: Mapping[str, Rows]) -> dict[str, LowRank]:
         """``ΔW = Cᵀ K`` of every module."""
         changes = {}
-        for module, found in rows.items():
+        for module, signal in rows.items():
             net, mode = self.net(module)
-            parts = zip(*self._split(found), strict=True)
+            parts = zip(*self._split(signal), strict=True)
             moves = torch.cat([net(k, g, mode) for k, g in parts])
-            c = ridge_solve(found.inputs, net.log_ridge[mode].exp(), moves).float()
-            changes[module] = LowRank(c.T, found.inputs.T, found.owners)
+            c = ridge_solve(signal.inputs, net.log_ridge[mode].exp(), moves).float()
+            changes[module] = LowRank(c.T, signal.inputs.T, signal.owners)
         return changes
 
     def _split(self, rows: Rows) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -242,8 +227,8 @@ class MALMENEditor(Editor):
             leaves = {m: dataclasses.replace(c, left=c.left.clone().requires_grad_()) for m, c in changes.items()}
             whole = self.learn(leaves, edit, rephrase, locality, groups)
             self.settle(changes, (edit, rephrase, locality))
-        found = {m: (c.left.detach().T, c.left.grad.T) for m, c in leaves.items() if c.left.grad is not None}
-        return self.handing_on(whole, self.decoupled(rows, found))
+        changes_of = {m: (c.left.detach().T, c.left.grad.T) for m, c in leaves.items() if c.left.grad is not None}
+        return self.handing_on(whole, self.decoupled(rows, changes_of))
 
     def decoupled(self, rows: Mapping[str, Rows], at: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """A scalar whose gradient in the editor's parameters is that of the losses (section 3.3).

@@ -258,9 +258,9 @@ class BlockDatabase(SiteMemory):
     def route(self, queries: torch.Tensor) -> torch.Tensor:
         """The block of each query ``[rows, d]``, ``NO_BLOCK`` for none; ``[rows]`` int64."""
         centers = torch.stack([c.center for c in self.clusters]).to(queries.device)
-        found, nearest = distances(queries, centers).min(dim=1)
+        nearest_distances, nearest = distances(queries, centers).min(dim=1)
         routes = []
-        for row, (distance, place) in enumerate(zip(found.tolist(), nearest.tolist(), strict=True)):
+        for row, (distance, place) in enumerate(zip(nearest_distances.tolist(), nearest.tolist(), strict=True)):
             cluster = self.clusters[place]
             if distance > cluster.radius:
                 routes.append(NO_BLOCK)
@@ -351,11 +351,11 @@ class BlockDatabase(SiteMemory):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Queries, and the blocks that are in use side by side."""
         query, *targets = self.paths
-        found = {f"{query}.kedit_melo_points": self.queries}
+        tensors = {f"{query}.kedit_melo_points": self.queries}
         for path in targets:
-            found[f"{path}.kedit_melo_A"] = torch.cat([block[path].a for block in self.blocks.values()], dim=1)
-            found[f"{path}.kedit_melo_B"] = torch.cat([block[path].b for block in self.blocks.values()], dim=0)
-        return found
+            tensors[f"{path}.kedit_melo_A"] = torch.cat([block[path].a for block in self.blocks.values()], dim=1)
+            tensors[f"{path}.kedit_melo_B"] = torch.cat([block[path].b for block in self.blocks.values()], dim=0)
+        return tensors
 
     def describe(self) -> dict[str, Any]:
         """Settings, blocks and edits."""
@@ -376,7 +376,7 @@ class BlockDatabase(SiteMemory):
         if sorted(part["paths"]) != sorted(paths) or len(paths) < 2:
             raise ArtifactError(f"{saved.source}: the layers of the MELO edits are not those that are described")
         query, *targets = part["paths"]
-        found = cls(part["paths"], float(part["radius"]), int(part["num_blocks"]))
+        database = cls(part["paths"], float(part["radius"]), int(part["num_blocks"]))
         numbers = [int(n) for n in part["blocks"]]
         factors: dict[int, dict[str, Block]] = {number: {} for number in numbers}
         for path in targets:
@@ -396,9 +396,9 @@ class BlockDatabase(SiteMemory):
         if {r.block for r in records} != set(numbers):
             raise ArtifactError(f"{saved.source}: the MELO edits and their blocks do not belong together")
         width = weight_shape(get_module(model, query))[0]
-        found.blocks = dict(factors)
-        found._build(records, saved.tensor(f"{query}.kedit_melo_points", (len(records), width)))
-        return found
+        database.blocks = dict(factors)
+        database._build(records, saved.tensor(f"{query}.kedit_melo_points", (len(records), width)))
+        return database
 
 
 def routes_of(frame: Frame, key: str) -> torch.Tensor | None:
@@ -441,18 +441,18 @@ class MELO(SiteMethod):
         """
         bench, (layer,) = self.bench, self.config.layers or [0]
         if self.config.target_modules is not None:
-            found = [plain_name(name) for name in self.config.target_modules]
+            targets = [plain_name(name) for name in self.config.target_modules]
         else:
             above = range(layer + 1, min(layer + 3, bench.anatomy.num_layers))
-            found = [bench.anatomy.down(i).path for i in above]
+            targets = [bench.anatomy.down(i).path for i in above]
         order = {name: place for place, (name, _) in enumerate(bench.model.named_modules())}
-        early = [path for path in found if order.get(path, len(order)) <= order[self.path]]
-        if early or not found:
+        early = [path for path in targets if order.get(path, len(order)) <= order[self.path]]
+        if early or not targets:
             raise ConfigError(
                 f"MELO's blocks must come after its query layer {self.path}"
                 + (f", {early[0]} does not" if early else "; there is no layer above it")
             )
-        return found
+        return targets
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check the layers, the database that is there, tokens and lengths."""
@@ -464,16 +464,17 @@ class MELO(SiteMethod):
     def _database(self) -> BlockDatabase:
         """The database at these layers, or a new one."""
         config, paths = self.config, (self.path, *self.targets())
-        found = self.bench.sites.find(f"{BlockDatabase.kind}@{self.path}")
-        if found is None:
+        database = self.bench.sites.find(f"{BlockDatabase.kind}@{self.path}")
+        if database is None:
             return BlockDatabase(paths, config.radius, config.num_blocks)
-        assert isinstance(found, BlockDatabase)
-        if (found.paths, found.radius, found.num_blocks) != (paths, config.radius, config.num_blocks):
+        assert isinstance(database, BlockDatabase)
+        if (database.paths, database.radius, database.num_blocks) != (paths, config.radius, config.num_blocks):
             raise ConfigError(
-                f"the MELO edits at {self.path} were begun with radius={found.radius}, num_blocks={found.num_blocks}"
-                f" and blocks at {', '.join(found.paths[1:])}; go on with these, or roll the edits back first"
+                f"the MELO edits at {self.path} were begun with radius={database.radius},"
+                f" num_blocks={database.num_blocks} and blocks at {', '.join(database.paths[1:])}; go on"
+                " with these, or roll the edits back first"
             )
-        return found
+        return database
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Train one block on all requests of the call, and find where their queries go."""

@@ -85,7 +85,7 @@ class MEMIT(SpreadMethod):
 
     @property
     def keeps_keys(self) -> bool:
-        """Whether later batches shall leave this one alone."""
+        """Whether later batches leave this one alone."""
         return self.config.keep_edited_keys
 
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,8 @@ def read_archive(path: str | Path) -> dict[str, torch.Tensor]:
     tensors = archive.get("model", archive) if isinstance(archive, dict) else None
     if not isinstance(tensors, dict) or "edit_lrs" not in tensors:
         raise ArtifactError(f"{str(path)!r} is no MEND archive: it has no 'edit_lrs'")
-    found = {str(k): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
-    return {name.removeprefix("mend.").removeprefix("gtn."): value for name, value in found.items()}
+    named = {str(k): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    return {name.removeprefix("mend.").removeprefix("gtn."): value for name, value in named.items()}
 
 
 def convert_mend(
@@ -88,7 +88,7 @@ def convert_mend(
 def renamed(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], set[int], set[str]]:
     """Tensors by our names, the ranks of the networks, and the archive's names of the networks."""
     state: dict[str, torch.Tensor] = {}
-    moments: dict[str, dict[str, torch.Tensor]] = {}
+    norms: dict[str, dict[str, torch.Tensor]] = {}
     ranks: set[int] = set()
     nets: set[str] = set()
     for name, value in tensors.items():
@@ -105,8 +105,8 @@ def renamed(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
             if tensor == "u":
                 ranks.add(value.shape[1])
         elif leaf in ("u_mean", "v_mean", "u_s", "v_s", "k"):
-            moments.setdefault(key, {})[leaf] = value
-    for key, parts in moments.items():
+            norms.setdefault(key, {})[leaf] = value
+    for key, parts in norms.items():
         norm: dict[str, Any] = {
             "mean": torch.cat([parts["u_mean"], parts["v_mean"]]).float(),
             "spread": torch.cat([parts["u_s"], parts["v_s"]]).float(),

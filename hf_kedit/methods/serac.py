@@ -295,14 +295,14 @@ class SERACEditor(Editor):
             here = groups[:, None] == groups[None]
             least = torch.tensor(self.edit_config.threshold).log()
             same = self.scope.log_similarity(_texts(edit, "asked"), stored)
-            found = []
+            routed = []
             for scores in (same, related):
                 best, which = scores.masked_fill(~here, -torch.inf).max(dim=1)
-                found.append(((best >= least) & (which == torch.arange(len(groups), device=which.device))).float())
+                routed.append(((best >= least) & (which == torch.arange(len(groups), device=which.device))).float())
             caught = (unrelated.masked_fill(~(here & locality["apart"]), -torch.inf).amax(dim=1) >= least).float()
             with frozen_eval(self.base):
                 known = score(self.base, locality).all_right()
-            success, general = found[0] * score(self.reader, edit).all_right(), found[1] * outer.all_right()
+            success, general = routed[0] * score(self.reader, edit).all_right(), routed[1] * outer.all_right()
             metrics = torch.stack([success, general, 1 - caught, caught * known], dim=1)
         return EditorOutput(loss, edit_loss, scope_loss, len(groups), metrics)
 
@@ -376,8 +376,8 @@ def reference(source: str) -> tuple[str, SERACEditor]:
 @lru_cache(maxsize=4)
 def _by_name(name: str) -> SERACEditor:
     place, _, _ = name.removeprefix(f"{KIND}:").rpartition("#")
-    found, editor = reference(place)
-    if found != name:
+    known, editor = reference(place)
+    if known != name:
         raise ArtifactError(
             f"the SERAC editor {place!r} is not the one that these edits were made with: it has been trained anew."
             " Make the edits again, or put the old editor back"

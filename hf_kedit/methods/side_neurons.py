@@ -97,11 +97,11 @@ class SideNeurons(SiteMemory):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All neurons of a layer side by side."""
-        found: dict[str, torch.Tensor] = {}
+        saved: dict[str, torch.Tensor] = {}
         for path, groups in self.groups.items():
             tensors, _ = pack_groups(groups)
-            found |= {f"{path}.kedit_{self.kind}_{name}": tensor for name, tensor in tensors.items()}
-        return found
+            saved |= {f"{path}.kedit_{self.kind}_{name}": tensor for name, tensor in tensors.items()}
+        return saved
 
     def describe(self) -> dict[str, Any]:
         """Which neurons belong to which edits, and which parts they have."""

@@ -29,6 +29,7 @@ from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest
+from ..statistics.solve import ridge_solve
 from ..tokens import encode_pair, pad_rows
 from .base import Capabilities, Method, Outcome, method_class, register_method
 
@@ -165,7 +166,7 @@ class SimIE(Method):
             left = left - running.to(device) @ keys.T
         earlier = self.bench.ledger.keys(module)
         seen = keys.T if earlier is None else torch.cat([earlier.to(device), keys.T], dim=1)
-        right = ridge_solve(seen, keys.T, self.config.ridge)
+        right = ridge_solve(seen, self.config.ridge, keys.T).float()
         self.bench.note(f"keys/{module}", keys)
         return WeightDelta(module, left=left, right=right, keys=keys.T, builds_on=self.config.from_original)
 
@@ -176,14 +177,14 @@ class SimIE(Method):
             encode_pair(bench.tokenizer, r.filled_prompt, r.target_new, self.base.config.separator).ids
             for r in requests
         ]
-        found: dict[str, torch.Tensor] = {}
+        keys: dict[str, torch.Tensor] = {}
 
         def receive(tap: Tap, states: torch.Tensor) -> None:
-            found[tap.module] = states.float().clone()
+            keys[tap.module] = states.float().clone()
 
         taps = [Tap(module, "input") for module in self.edited_modules()]
         stream_states(bench.model, pad_rows(rows, bench.fill).to(device_of(bench.model)), taps, receive)
-        return found
+        return keys
 
     @contextlib.contextmanager
     def _original_weights(self) -> Iterator[None]:
@@ -202,22 +203,3 @@ def _times(delta: WeightDelta, keys: torch.Tensor) -> torch.Tensor:
     if delta.left is not None and delta.right is not None:
         return delta.left.to(keys.device) @ (delta.right.to(keys.device).T @ keys.T)
     return delta.matrix().to(keys.device) @ keys.T
-
-
-def ridge_solve(seen: torch.Tensor, keys: torch.Tensor, ridge: float) -> torch.Tensor:
-    """``(λ I + S Sᵀ)⁻¹ K`` in float64, on the smaller side.
-
-    Args:
-        seen: S, all keys so far ``[d_in, n]``.
-        keys: K ``[d_in, tokens]``.
-        ridge: λ.
-
-    Returns:
-        ``[d_in, tokens]`` fp32.
-    """
-    s, k = seen.double(), keys.double()
-    if s.shape[1] < s.shape[0]:  # Woodbury: (λI + SSᵀ)⁻¹ = (I − S (λI + SᵀS)⁻¹ Sᵀ) / λ
-        inner = s.T @ s + ridge * torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
-        return ((k - s @ torch.linalg.solve(inner, s.T @ k)) / ridge).float()
-    inner = s @ s.T + ridge * torch.eye(s.shape[0], dtype=s.dtype, device=s.device)
-    return torch.linalg.solve(inner, k).float()

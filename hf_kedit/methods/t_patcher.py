@@ -195,8 +195,8 @@ class TPatcher(Method):
     def site(self) -> Patches:
         """The patches in the model, or none yet."""
         new = Patches([self.path], {}, hidden_activation(self.bench.model.config))
-        found = self.bench.sites.find(new.key)
-        return found if isinstance(found, Patches) else new
+        existing = self.bench.sites.find(new.key)
+        return existing if isinstance(existing, Patches) else new
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check the layer and every request."""
@@ -212,15 +212,15 @@ class TPatcher(Method):
         """Inputs of the layer over texts that have nothing to do with edits, ``[memory_tokens, H]``."""
         bench, wanted = self.bench, self.config.memory_tokens
         device, limit = device_of(bench.model), context_length(bench.model.config) or 512
-        found: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
         with bench.unedited():
             texts = bench.statistics.corpus_texts()
-            while sum(map(len, found)) < wanted and (chosen := list(islice(texts, TEXTS))):
+            while sum(map(len, inputs)) < wanted and (chosen := list(islice(texts, TEXTS))):
                 rows = [encode_text(bench.tokenizer, t).ids[:limit] for t in chosen]
                 batch = pad_rows(rows, bench.fill).to(device)
-                stream_states(bench.model, batch, [Tap(self.path, "input")], lambda _, s: found.append(s.float()))
-        info_once(logger, f"T-Patcher: {min(sum(map(len, found)), wanted):,} memorised inputs")
-        return torch.cat(found)[:wanted]
+                stream_states(bench.model, batch, [Tap(self.path, "input")], lambda _, s: inputs.append(s.float()))
+        info_once(logger, f"T-Patcher: {min(sum(map(len, inputs)), wanted):,} memorised inputs")
+        return torch.cat(inputs)[:wanted]
 
     # ------------------------------------------------------------------ editing
 
@@ -259,10 +259,10 @@ class TPatcher(Method):
 
     def _inputs(self, example: Example) -> torch.Tensor:
         """What enters the layer at every token, ``[tokens, H]`` fp32."""
-        found: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
         batch = pad_rows([example.ids], self.bench.fill).to(device_of(self.bench.model))
-        stream_states(self.bench.model, batch, [Tap(self.path, "input")], lambda _, s: found.append(s.float()))
-        return found[0]
+        stream_states(self.bench.model, batch, [Tap(self.path, "input")], lambda _, s: inputs.append(s.float()))
+        return inputs[0]
 
     @staticmethod
     def _probability(logits: torch.Tensor, targets: torch.Tensor) -> float:

@@ -109,11 +109,11 @@ class HyperMethod(Method):
         """
         usual = self.editor.origin.get("trained_change_size") or {}
         together = torch.zeros(facts, dtype=torch.long, device=device_of(self.bench.model))
-        found = {m: float(c.sizes(together)[0]) / usual[m] for m, c in changes.items() if usual.get(m)}
-        if not found:
+        sizes = {m: float(c.sizes(together)[0]) / usual[m] for m, c in changes.items() if usual.get(m)}
+        if not sizes:
             return None
-        module = max(found, key=lambda m: found[m])
-        relative, limit = found[module], self.config.max_relative_size
+        module = max(sizes, key=lambda m: sizes[m])
+        relative, limit = sizes[module], self.config.max_relative_size
         told = (
             f"the change of {module} is {relative:.1f} times as large as in training, where"
             f" {self.editor.origin.get('trained_edits_together', 'other numbers of')} fact(s) were edited together on"

@@ -104,7 +104,7 @@ def _follows_layers(entry: str) -> bool:
 
 
 @dataclass
-class RunningMoments:
+class RunningScale:
     """Mean and spread of vectors over everything seen so far.
 
     Args:
@@ -119,18 +119,18 @@ class RunningMoments:
     spread: torch.Tensor
 
     @classmethod
-    def empty(cls, size: int) -> RunningMoments:
+    def empty(cls, size: int) -> RunningScale:
         """Nothing seen yet."""
         return cls(0.0, torch.zeros(size), torch.zeros(size))
 
-    def add(self, rows: torch.Tensor) -> RunningMoments:
-        """Return the moments with ``rows`` ``[b, d]`` added; a single row has no variance of its own."""
+    def add(self, rows: torch.Tensor) -> RunningScale:
+        """Return the scales with ``rows`` ``[b, d]`` added; a single row has no variance of its own."""
         b = rows.shape[0]
         variance = rows.var(dim=0) if b > 1 else torch.zeros_like(rows[0])
         mean, spread = self.mean.to(rows.device), self.spread.to(rows.device)
         shift = rows.mean(dim=0) - mean
         count = self.count + b
-        return RunningMoments(
+        return RunningScale(
             count, mean + shift * (b / count), spread + variance * b + shift**2 * (self.count * b / count)
         )
 
@@ -159,22 +159,22 @@ class UltraEdit(Method):
         summary="one backward pass and a ridge regression per turn, with statistics kept over a lifetime of edits",
     )
     config: UltraEditConfig
-    _moments: dict[tuple[int, int], RunningMoments]
+    _scales: dict[tuple[int, int], RunningScale]
 
     def __init__(self, bench: Any, config: UltraEditConfig):
         super().__init__(bench, config)
-        self._moments = {}
+        self._scales = {}
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The running statistics, by the shape (inputs × outputs) of the matrices that share them; on the CPU."""
         state = {}
-        for (d_in, d_out), moments in sorted(self._moments.items()):
+        for (d_in, d_out), scales in sorted(self._scales.items()):
             prefix = f"normaliser.{d_in}x{d_out}"
-            state[f"{prefix}.count"] = torch.tensor([moments.count], dtype=torch.float64)
-            state[f"{prefix}.mean"] = moments.mean.detach().cpu().clone()
-            state[f"{prefix}.spread"] = moments.spread.detach().cpu().clone()
+            state[f"{prefix}.count"] = torch.tensor([scales.count], dtype=torch.float64)
+            state[f"{prefix}.mean"] = scales.mean.detach().cpu().clone()
+            state[f"{prefix}.spread"] = scales.spread.detach().cpu().clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -190,12 +190,12 @@ class UltraEdit(Method):
                 parts = {p: state[f"normaliser.{shape}.{p}"] for p in ("count", "mean", "spread")}
                 if any(tuple(parts[p].shape) != (d_in + d_out,) for p in ("mean", "spread")):
                     raise ValueError(shape)
-                loaded[d_in, d_out] = RunningMoments(
+                loaded[d_in, d_out] = RunningScale(
                     float(parts["count"]), parts["mean"].float().clone(), parts["spread"].float().clone()
                 )
         except (IndexError, KeyError, ValueError) as error:
             raise ConfigError(f"these are not UltraEdit's running statistics: {sorted(state)}") from error
-        self._moments = loaded
+        self._scales = loaded
 
     # ------------------------------------------------------------------ modules
 
@@ -206,7 +206,7 @@ class UltraEdit(Method):
             LayerError: for a layer or module that does not exist.
             UnsupportedModelError: if a layer has no such matrix of its own.
         """
-        found: list[str] = []
+        paths: list[str] = []
         for entry in self.config.edit_modules or []:
             span = _SPAN.search(entry)
             if span is not None:
@@ -216,12 +216,12 @@ class UltraEdit(Method):
                 template, layers = entry, list(self.config.layers or []) if _follows_layers(entry) else [0]
             for layer in layers:
                 role = template.split(".")[0]
-                found.append(self._of_role(role, layer) if role in ROLES else template.replace("{}", str(layer)))
-        for path in found:
+                paths.append(self._of_role(role, layer) if role in ROLES else template.replace("{}", str(layer)))
+        for path in paths:
             weight = getattr(get_module(self.bench.model, path), "weight", None)
             if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
                 raise UnsupportedModelError(f"{path} has no matrix: UltraEdit edits linear layers")
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(paths))
 
     def _of_role(self, role: str, layer: int) -> str:
         anatomy = self.bench.anatomy
@@ -256,29 +256,29 @@ class UltraEdit(Method):
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
         micro = config.rows_per_step or MICRO_BATCH
         chunks = [order[i : i + micro] for i in range(0, len(order), micro)]
-        moments = dict(self._moments)
+        scales = dict(self._scales)
         keys: dict[str, list[torch.Tensor]] = {m: [] for m in modules}
         gradients: dict[str, list[torch.Tensor]] = {m: [] for m in modules}
         owners: list[int] = []
         losses = [0.0] * len(examples)
         for number, chunk in enumerate(progress(chunks, "collecting gradients", show=bench.show_progress)):
-            found, values, rows = self._collect([examples[i] for i in chunk], modules)
+            signals_of, values, rows = self._collect([examples[i] for i in chunk], modules)
             owners.extend(chunk[r] for r in rows)
             for i, value in zip(chunk, values, strict=True):
                 losses[i] = value
             for module in modules:
-                k, g = found[module]
+                k, g = signals_of[module]
                 keys[module].append(k)
                 gradients[module].append(g)
                 shape = shapes[module]
-                before = moments.get(shape) or RunningMoments.empty(sum(shape))
-                moments[shape] = before.add(torch.cat([k, g], dim=1))
+                before = scales.get(shape) or RunningScale.empty(sum(shape))
+                scales[shape] = before.add(torch.cat([k, g], dim=1))
                 bench.note(f"batch{number}/{module}/keys", k)
                 bench.note(f"batch{number}/{module}/output_grads", g)
         deltas = []
         for module in modules:
             k, g = torch.cat(keys[module]), torch.cat(gradients[module])
-            z = moments[shapes[module]].standardise(torch.cat([k, g], dim=1))
+            z = scales[shapes[module]].standardise(torch.cat([k, g], dim=1))
             k_hat, g_hat = z.split(shapes[module], dim=1)
             v = -config.lr * (k_hat**2).sum(dim=1, keepdim=True) * g_hat  # [tokens, d_out]
             delta = WeightDelta(module, left=v.T, right=ridge_inputs(k), owners=tuple(owners))
@@ -287,14 +287,14 @@ class UltraEdit(Method):
             if bench.trace is not None:
                 bench.note(f"{module}/delta", delta.matrix().T)
             deltas.append(delta)
-        self._moments = moments
+        self._scales = scales
         tokens = [owners.count(i) for i in range(len(examples))]
         diagnostics = [
             {
                 "loss": [round(losses[i], 6)],
                 "target_probability_before": float(torch.tensor(-losses[i]).exp()),
                 "tokens": tokens[i],
-                "tokens_seen": max(m.count for m in moments.values()),
+                "tokens_seen": max(m.count for m in scales.values()),
             }
             for i in range(len(examples))
         ]
@@ -322,8 +322,8 @@ class UltraEdit(Method):
             return scores[0].nll.mean()
 
         heard = signals(model, modules, count, loss)
-        found = {module: signal.at(chosen) for module, signal in heard.items()}
-        return found, scores[0].per_row().tolist(), chosen.nonzero()[:, 0].tolist()
+        signals_of = {module: signal.at(chosen) for module, signal in heard.items()}
+        return signals_of, scores[0].per_row().tolist(), chosen.nonzero()[:, 0].tolist()
 
 
 def _inputs_and_outputs(model: torch.nn.Module, module: str) -> tuple[int, int]:

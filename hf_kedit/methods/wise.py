@@ -169,18 +169,18 @@ class WISE(SiteMethod):
             ConfigError: if the model's were made with other settings of merging and routing.
         """
         new = WiseSite(self.path, WiseMemories(self.config.policy), self.activation)
-        found = self.bench.sites.find(new.key)
-        if found is None:
+        existing = self.bench.sites.find(new.key)
+        if existing is None:
             return new
-        assert isinstance(found, WiseSite)
-        ours, theirs = self.config.policy, found.state.policy
+        assert isinstance(existing, WiseSite)
+        ours, theirs = self.config.policy, existing.state.policy
         changed = [f.name for f in fields(Policy) if getattr(ours, f.name) != getattr(theirs, f.name)]
         if changed:
             raise ConfigError(
                 f"the WISE memories in the model were made with {changed[0]}={getattr(theirs, changed[0])!r}, the"
                 f" config says {getattr(ours, changed[0])!r}; use the same, or roll those edits back first"
             )
-        return found
+        return existing
 
     # ------------------------------------------------------------------ editing
 
@@ -311,7 +311,7 @@ class WISE(SiteMethod):
 
     def _states(self, site: WiseSite, member: Member) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and own output of the layer on an earlier edit, ``[tokens, d]`` each."""
-        found: dict[str, torch.Tensor] = {}
+        states_of: dict[str, torch.Tensor] = {}
         row = self._row("{}", member.prompt, member.target)
         batch = pad_rows([row.ids], self.bench.fill).to(device_of(self.bench.model))
         with self.bench.sites.trying({self.path: lambda call: None}, instead_of=site):
@@ -319,9 +319,9 @@ class WISE(SiteMethod):
                 self.bench.model,
                 batch,
                 [Tap(self.path, "input"), Tap(self.path)],
-                lambda tap, states: found.update({tap.kind: states.clone()}),
+                lambda tap, states: states_of.update({tap.kind: states.clone()}),
             )
-        return found["input"], found["output"]
+        return states_of["input"], states_of["output"]
 
     # ------------------------------------------------------------------ reports
 

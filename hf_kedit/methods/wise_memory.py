@@ -130,13 +130,13 @@ class WiseMemories:
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The memories, and last what is not merged yet as one more."""
-        found = [Candidate(m.delta.dense(), self._threshold(m.members)) for m in self.memories]
+        candidates = [Candidate(m.delta.dense(), self._threshold(m.members)) for m in self.memories]
         pending = self.unmerged
         if pending:
             deltas = [p.delta.dense() for p in pending]
             delta = deltas[0] if len(deltas) == 1 else self._merge(deltas, [1.0] * len(deltas))
-            found.append(Candidate(delta, self._threshold([m for p in pending for m in p.members])))
-        return tuple(found)
+            candidates.append(Candidate(delta, self._threshold([m for p in pending for m in p.members])))
+        return tuple(candidates)
 
     def _threshold(self, members: Sequence[Member]) -> float:
         """WISE-Merge has one threshold for all of its edits, WISE-Retrieve one per memory."""

@@ -89,11 +89,11 @@ class WiseSite(SiteMemory):
     def distances(self, call: SiteCall) -> list[torch.Tensor]:
         """Distance of each row's prompt to each candidate, ``[rows]`` each."""
         mask = call.frame.prompt_mask
-        found = []
+        means = []
         for delta in self._deltas(call.output.device):
             changed = call.output + side_change(call.inputs, delta)
-            found.append(mean_over_tokens(activation_distance(changed, call.output, self.activation), mask))
-        return found
+            means.append(mean_over_tokens(activation_distance(changed, call.output, self.activation), mask))
+        return means
 
     def _output(self, call: SiteCall, routes: torch.Tensor) -> torch.Tensor | None:
         """The layer's output, with the rows that have a memory answered by it; ``None`` where no row has."""
@@ -143,12 +143,12 @@ class WiseSite(SiteMemory):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Bits and values of every memory and shard, and the open shard's mask."""
-        found = {}
+        tensors = {}
         for name, part in zip(self._names(self.state), self.state.parts, strict=True):
-            found[f"{name}_bits"], found[f"{name}_values"] = part.delta.bits, part.delta.values
+            tensors[f"{name}_bits"], tensors[f"{name}_values"] = part.delta.bits, part.delta.values
         if self.state.mask is not None:
-            found[f"{self.path}.kedit_wise_mask"] = self.state.mask
-        return found
+            tensors[f"{self.path}.kedit_wise_mask"] = self.state.mask
+        return tensors
 
     def _names(self, state: WiseMemories) -> list[str]:
         counted = [(state.memories, "memory"), (state.shards, "shard")]

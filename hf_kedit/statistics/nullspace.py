@@ -171,13 +171,13 @@ class KeySpace:
         taken = min(self._factor.shape[0], still - still % BLOCK)
         self._factor = self._factor[:taken, :taken]  # the leading part of a Cholesky factor is that part's factor
         basis, total = self.space.basis, keys.shape[1]
-        found = [self._coordinates[:known]]
+        coordinates = [self._coordinates[:known]]
         for start in range(known - known % PART, total, PART):
             part = basis.new_zeros(PART, self.space.width)
             stop = min(start + PART, total)
             part[: stop - start] = keys[:, start:stop].T
-            found.append((part @ basis)[max(known - start, 0) : stop - start])
-        self._coordinates = torch.cat(found)
+            coordinates.append((part @ basis)[max(known - start, 0) : stop - start])
+        self._coordinates = torch.cat(coordinates)
         if self.space.complement:
             self._rows = torch.cat([self._rows[:known], keys[:, known:].T.to(basis)])
         self._seen = keys.clone()

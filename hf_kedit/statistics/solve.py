@@ -136,3 +136,20 @@ def equality_columns(factor: MomentFactor, keys: torch.Tensor, weight: float, ri
     if int(info) == 0 and bool(torch.isfinite(solution).all()) and float(torch.linalg.cond(inner)) < 1e14:
         return solution
     return x @ torch.linalg.pinv(inner, hermitian=True)
+
+
+def ridge_solve(keys: torch.Tensor, ridge: torch.Tensor | float, values: torch.Tensor) -> torch.Tensor:
+    """``(K Kᵀ + λ I)⁻¹ V`` in float64, by a system of the smaller of the key matrix's sides.
+
+    Args:
+        keys: ``K`` ``[n, m]``.
+        ridge: λ, a scalar above 0; differentiable, as are the others.
+        values: ``V`` ``[n, d]``.
+    """
+    k, v = keys.double(), values.double()
+    ridge = ridge.double() if isinstance(ridge, torch.Tensor) else ridge
+    n, m = k.shape
+    if n <= m:
+        return torch.linalg.solve(k @ k.T + ridge * torch.eye(n, dtype=k.dtype, device=k.device), v)
+    inner = k.T @ k + ridge * torch.eye(m, dtype=k.dtype, device=k.device)
+    return (v - k @ torch.linalg.solve(inner, k.T @ v)) / ridge  # Woodbury's identity

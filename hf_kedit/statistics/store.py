@@ -226,7 +226,7 @@ class StatisticsStore:
         tokens = self.tokens or width * (QUICK_TOKENS_PER_WIDTH if generated else TOKENS_PER_WIDTH)
         info_once(logger, f"collecting second moments over {tokens:,} tokens of {corpus.name}")
         checkpoint = self.folder / f"{slug(corpus.name)}-{tokens}" / "partial.safetensors"
-        found = collect_moments(
+        moments = collect_moments(
             self.model,
             self.tokenizer,
             modules,
@@ -236,8 +236,8 @@ class StatisticsStore:
             show_progress=self.show_progress,
             workers=self.workers,
         )
-        self._moments.update(found)
-        for module, moment in found.items() if self.workers.is_main else ():
+        self._moments.update(moments)
+        for module, moment in moments.items() if self.workers.is_main else ():
             path = self.folder / f"{slug(corpus.name)}-{tokens}" / f"{slug(module)}.safetensors"
             meta = {"count": str(moment.count), "corpus": corpus.name, "module": module, "model": self.fingerprint}
             try:

@@ -46,9 +46,9 @@ class Workers:
         mine = list(names)
         if self.count == 1:
             return mine
-        found: list[list[str]] = [[] for _ in range(self.count)]
-        torch.distributed.all_gather_object(found, mine, group=self.group)
-        return list(dict.fromkeys(name for part in found for name in part))
+        gathered: list[list[str]] = [[] for _ in range(self.count)]
+        torch.distributed.all_gather_object(gathered, mine, group=self.group)
+        return list(dict.fromkeys(name for part in gathered for name in part))
 
     def wait(self) -> None:
         """Go on when all have come here."""

@@ -10,7 +10,7 @@ import torch
 from hf_kedit import EditableModel, EditRequest
 from hf_kedit.engine.examples import encode_examples
 from hf_kedit.errors import ConfigError, LayerError, UnsupportedModelError
-from hf_kedit.methods.ultraedit import RunningMoments, UltraEditConfig, ridge_inputs
+from hf_kedit.methods.ultraedit import RunningScale, UltraEditConfig, ridge_inputs
 from tests.golden_cases import Case, load_model
 
 CASES = ["ultraedit_gpt2", "ultraedit_llama", "ultraedit_llama_all_tokens"]
@@ -56,11 +56,11 @@ def test_ultraedit_matches_the_reference(name: str) -> None:
         editable.trace = {}
         editable.edit(turn)
         found |= {f"turn{t}/{key}": value for key, value in editable.trace.items()}
-        for (d_in, d_out), moments in editable._method._moments.items():  # type: ignore[attr-defined]
+        for (d_in, d_out), scales in editable._method._scales.items():  # type: ignore[attr-defined]
             prefix = f"turn{t}/normalizer({d_in}, {d_out})"
-            found[f"{prefix}/n"] = torch.tensor([moments.count])
-            found[f"{prefix}/mean"], found[f"{prefix}/std"] = moments.mean, moments.std
-            found[f"{prefix}/var"] = moments.spread
+            found[f"{prefix}/n"] = torch.tensor([scales.count])
+            found[f"{prefix}/mean"], found[f"{prefix}/std"] = scales.mean, scales.std
+            found[f"{prefix}/var"] = scales.spread
     score("final")
     for module in case.spec["hyperparameters"]["edit_modules"]:
         found[f"final/{module}/weight_delta"] = model.get_parameter(f"{module}.weight") - start[f"{module}.weight"]
@@ -125,21 +125,21 @@ def test_foreign_state_is_refused() -> None:
     assert set(method.state_dict()) == set(good)  # type: ignore[attr-defined]
 
 
-def test_running_moments_of_one_row_are_finite() -> None:
-    moments = RunningMoments.empty(3).add(torch.tensor([[1.0, 2.0, 3.0]]))
-    assert torch.equal(moments.standardise(torch.tensor([[1.0, 2.0, 3.0]])), torch.zeros(1, 3))
-    more = moments.add(torch.tensor([[3.0, 2.0, 1.0]]))
+def test_running_scales_of_one_row_are_finite() -> None:
+    scales = RunningScale.empty(3).add(torch.tensor([[1.0, 2.0, 3.0]]))
+    assert torch.equal(scales.standardise(torch.tensor([[1.0, 2.0, 3.0]])), torch.zeros(1, 3))
+    more = scales.add(torch.tensor([[3.0, 2.0, 1.0]]))
     assert torch.allclose(more.mean, torch.full((3,), 2.0))
     assert torch.allclose(more.std, torch.tensor([2.0, 0, 2]) ** 0.5)
 
 
-def test_running_moments_approach_those_of_all_rows() -> None:
+def test_running_scales_approach_those_of_all_rows() -> None:
     rows = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4]) + 5
-    moments = RunningMoments.empty(4)
+    scales = RunningScale.empty(4)
     for chunk in rows.split(40):
-        moments = moments.add(chunk)
-    assert torch.allclose(moments.mean, rows.mean(0), rtol=1e-4)
-    assert torch.allclose(moments.std, rows.std(0), rtol=0.03) and bool((moments.std >= rows.std(0)).all())
+        scales = scales.add(chunk)
+    assert torch.allclose(scales.mean, rows.mean(0), rtol=1e-4)
+    assert torch.allclose(scales.std, rows.std(0), rtol=0.03) and bool((scales.std >= rows.std(0)).all())
 
 
 # ---------------------------------------------------------------------- edits

@@ -7,7 +7,7 @@ import torch
 
 from hf_kedit.errors import NonFiniteError, StatisticsError
 from hf_kedit.statistics.nullspace import KeySpace, null_space
-from hf_kedit.statistics.solve import IDENTITY, equality_columns, factor_moment, ridge_columns
+from hf_kedit.statistics.solve import IDENTITY, equality_columns, factor_moment, ridge_columns, ridge_solve
 
 D = 24
 
@@ -103,3 +103,12 @@ def test_ridge_columns_with_more_keys_are_columns_of_the_larger_system() -> None
     found = ridge_columns(factor_moment(c), both, 4.0)[:, 3:]
     k = both.double()
     assert torch.allclose(found, torch.linalg.solve(4.0 * c + k @ k.T, new.double()), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [3, 8, 40])
+@pytest.mark.parametrize("ridge", [0.3, torch.tensor(0.3)])
+def test_ridge_solve_takes_the_smaller_side(n: int, ridge: float | torch.Tensor) -> None:
+    torch.manual_seed(n)
+    keys, values = torch.randn(n, 8), torch.randn(n, 5)
+    full = torch.linalg.solve(keys.double() @ keys.double().T + 0.3 * torch.eye(n).double(), values.double())
+    assert torch.allclose(ridge_solve(keys, ridge, values), full, rtol=1e-5, atol=1e-6)
