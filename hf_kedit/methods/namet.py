@@ -2,8 +2,8 @@
 Noise-Aware Memory Optimization", arXiv 2505.11876 v1; later versions of the paper describe another method, EAMET).
 
 MEMIT stores the state that the *bare* prompt of a fact should have. NAMET stores it behind noise: the context
-templates that MEMIT uses for keys also say which state there is to change. With ``a_i`` the output of block ``l_m`` at the fact
-token behind context ``i`` before the edit, and one offset δ for all contexts, every layer takes its share of
+templates that MEMIT uses for keys also say which state there is to change. With ``a_i`` the output of block ``l_m`` at
+the fact token behind context ``i`` before the edit, and one offset δ for all contexts, every layer takes its share of
 
     r = mean over contexts i of (a_i + δ − current_i),   R = r / (layers left)
 
