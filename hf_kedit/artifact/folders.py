@@ -56,9 +56,9 @@ def push_folder(
         HubError: if the repository cannot be written.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    config_file = FileSource(str(folder)).read(CONFIG) if folder.is_dir() else None
+    if config_file is None:
         raise ArtifactError(f"{str(folder)!r} holds nothing to push (no {CONFIG})")
-    config_file = (folder / CONFIG).read_bytes()
     kind = _kind_of(folder, config_file)
     paths = {path.relative_to(folder).as_posix(): path for path in _all_files(folder)}
     files: dict[str, bytes | Path]

@@ -53,7 +53,14 @@ def find_artifact(name: str, *, revision: str | None = None, **hub: Any) -> Arti
     """
     source = FileSource(name, revision=revision, **hub)
     config_file = _edit_config(source)
-    return None if config_file is None else read_artifact(name, config_file, source.read)
+    while config_file is not None:
+        try:
+            return read_artifact(name, config_file, source.read)
+        except ArtifactError:  # damaged, unless another process has saved other edits there meanwhile
+            before, config_file = config_file, _edit_config(source)
+            if config_file == before:
+                raise
+    return None
 
 
 def holds_edits(name: str) -> bool:
@@ -63,8 +70,7 @@ def holds_edits(name: str) -> bool:
 
 def _edit_config(source: FileSource) -> bytes | None:
     """The ``edit_config.json`` of saved edits; ``None`` for a model, be it one that edits were merged into."""
-    folder = Path(source.name)
-    if folder.is_file():
+    if Path(source.name).is_file():
         raise ArtifactError(f"{source.name!r} is a file; give the folder of a model or of saved edits")
     try:
         config_file = source.read(CONFIG)
@@ -75,7 +81,7 @@ def _edit_config(source: FileSource) -> bytes | None:
         raise
     if config_file is not None and not is_merged(config_file):
         return config_file
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if source.folder is not None and not (source.folder / "config.json").is_file():
         no_edits = f"no {CONFIG}" if config_file is None else f"{CONFIG} is that of a merged model"
         raise ArtifactError(f"{source.name!r} is neither a saved edit ({no_edits}) nor a model (no config.json)")
     return None
