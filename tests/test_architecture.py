@@ -1,8 +1,8 @@
 """The rules of the house that a reader cannot see in one file: which way imports point, and what no file does.
 
-The checks read the source with ``ast`` and import nothing of the library. Every import counts, wherever it stands: at
-the top of a file, under ``TYPE_CHECKING``, inside a function, or by a constant name at run time. Each check is also run
-on something that breaks its rule, so that it cannot pass by looking at nothing.
+The checks read the source with ``ast`` and import nothing of the library. Every import counts, wherever it stands:
+at the top of a file, under ``TYPE_CHECKING``, inside a function, or by a constant name at run time. Each check is also
+run on something that breaks its rule, so that it cannot pass by looking at nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.import_graph import (
 )
 
 MAX_LINES = 600
-MAX_FILES, MAX_FOLDER_LINES = 40, 4000
+MAX_FILES, MAX_FOLDER_LINES = 40, 4500
 LARGE_FOLDERS = {"methods", "data"}  # one file per method, one per dataset
 
 TOP_LEVEL = "__init__ errors journal loading logging model registry requests tokens version"
@@ -39,12 +39,18 @@ TOP_LEVEL = "__init__ errors journal loading logging model registry requests tok
 FLOORS: list[str] = []
 EVALUATION_FLOORS: list[str] = []
 
-# Who may import parts of the package inside a function, and why. `cli/` and `__init__.py` may, so that a command starts
+# Who may import parts of the package inside a function, and why. `cli/` and `__init__.py` may, so that commands start
 # quickly.
-LATE_IMPORTS: dict[tuple[str, str], str] = {}
+LATE_IMPORTS: dict[tuple[str, str], str] = {
+    ("hf_kedit.compat.peft_import", "hf_kedit.compat.peft_tuners"): "registers with PEFT when PEFT is imported",
+    ("hf_kedit.loading", "hf_kedit.data.world_text"): "the data sets are loaded for embedded models only",
+    ("hf_kedit.evaluation.hub_metrics", "hf_kedit.evaluation.evaluate_modules"): "needs the extra `eval`",
+}
 
 # One name, several files: (name) → why that is right.
-SHARED_NAMES: dict[str, str] = {}
+SHARED_NAMES: dict[str, str] = {
+    "ResidualBlock": "the blocks of MEND's and of MALMEN's network, each as its paper has it",
+}
 
 CONVERTER = PACKAGE / "methods" / "mend_convert.py"  # reads others' archives with weights_only=True
 WEIGHT_FILE = PACKAGE / "engine" / "weights.py"
@@ -170,19 +176,23 @@ def test_one_name_one_meaning() -> None:
 
 
 def public_names(trees: dict[str, ast.Module]) -> dict[str, list[str]]:
-    """Return public name → files that define it. ``logger`` and what ``cli/`` calls its commands do not count."""
+    """Return public name → files that define it.
+
+    Type variables and ``logger`` do not count, nor what ``cli/`` calls its commands and ``compat/`` takes from others.
+    """
     homes: dict[str, list[str]] = defaultdict(list)
     for file, syntax in trees.items():
         for node in syntax.body:
             names: list[str] = []
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names = [node.name]
-            elif isinstance(node, ast.Assign):
+            elif isinstance(node, ast.Assign) and not _makes_type_variable(node.value):
                 names = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 names = [node.target.id]
             for name in names:
-                if not name.startswith("_") and name != "logger" and not file.startswith("hf_kedit.cli."):
+                own = not file.startswith(("hf_kedit.cli.", "hf_kedit.compat."))
+                if own and not name.startswith("_") and name != "logger" and file not in homes[name]:
                     homes[name].append(file)
     return homes
 
@@ -201,6 +211,10 @@ def test_files_stay_readable() -> None:
 def test_every_module_says_what_it_is() -> None:
     silent = [n for n, p in modules().items() if p.stat().st_size and not ast.get_docstring(tree(p))]
     assert not silent, f"no module docstring: {silent}"
+
+
+def _makes_type_variable(value: ast.expr) -> bool:
+    return isinstance(value, ast.Call) and getattr(value.func, "id", "") == "TypeVar"
 
 
 # ---------------------------------------------------------------------- the rules, on what breaks them
@@ -261,7 +275,7 @@ def test_floors_are_the_longest_ways_down() -> None:
 
 def test_a_name_in_two_files_is_seen() -> None:
     two = {"hf_kedit.a": ast.parse("def f(): ...\nX = 1"), "hf_kedit.b": ast.parse("X: int = 2\ndef _g(): ...")}
-    assert public_names(two) == {"f": ["hf_kedit.a"], "X": ["hf_kedit.a", "hf_kedit.b"]}
+    assert dict(public_names(two)) == {"f": ["hf_kedit.a"], "X": ["hf_kedit.a", "hf_kedit.b"]}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Matrix:
         return self.name.rsplit(".", 1)[0] if "." in self.name else ""
 
 
-def words(name: str) -> list[str]:
+def name_parts(name: str) -> list[str]:
     """Split a CamelCase or snake_case name into lower-case words: ``Qwen3NextMLP`` → qwen, 3, next, mlp."""
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
     return [p.lower() for p in parts]
@@ -167,11 +167,11 @@ class BlockReader:
 
     def _is_mixer(self, matrix: Matrix) -> bool:
         for name, module in matrix.ancestors:
-            class_words = words(type(module).__name__)
+            class_words = name_parts(type(module).__name__)
             stripped = class_words
             if class_words[: len(self.family)] == list(self.family):
                 stripped = class_words[len(self.family) :]
-            own = words(name.rsplit(".", 1)[-1])
+            own = name_parts(name.rsplit(".", 1)[-1])
             if _ALWAYS_MIXER & {*class_words, *own}:
                 return True
             if _MIXER & {*stripped, *own}:

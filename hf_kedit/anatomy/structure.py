@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import AnatomyError, UnsupportedModelError, nearest
-from .projections import BlockReader, Matrix, as_projection, find_matrices, relayout, usual_gate, words
+from .projections import BlockReader, Matrix, as_projection, find_matrices, name_parts, relayout, usual_gate
 from .types import Anatomy, LayerAnatomy, Layout, MlpUnit, Projection
 
 OVERRIDES = ("layers", "down", "up", "gate", "attn_out", "final_norm", "embed", "head", "layout")
@@ -270,7 +270,7 @@ class _Resolver:
 
     def _family(self, blocks: nn.ModuleList) -> tuple[str, ...]:
         """Words that the class names of the model and its first block have in common at the front."""
-        ours, theirs = words(type(self.model).__name__), words(type(next(iter(blocks.children()))).__name__)
+        ours, theirs = name_parts(type(self.model).__name__), name_parts(type(next(iter(blocks.children()))).__name__)
         shared = []
         for a, b in zip(ours, theirs, strict=False):
             if a != b:

@@ -18,7 +18,7 @@ from ..storage.display import markdown_code, markdown_text, printable
 from ..storage.files import read_file
 from .layout import ADAPTER_CONFIG, CARD, EVAL_RESULTS
 
-HERE, IN_MEMORY = "path/or/id of this folder", "a model that was in memory"
+PLACEHOLDER, IN_MEMORY = "path/or/id of this folder", "a model that was in memory"
 logger = get_logger(__name__)
 _SHOWN = 50
 _TASK_ID = "knowledge-editing"
@@ -98,7 +98,7 @@ def model_card(
         for key, m in config["modules"].items()
     ) or "\n".join(f"- none; edits act at run time at {markdown_code(path)}" for path in _sites(config))
     undo_first = f"model.rollback({_quoted(edits[0].id if edits else 'edit-id')})"
-    here = repo_id or HERE
+    here = repo_id or PLACEHOLDER
     load_base = "" if base else ", base_model=model"
     if at_sites:
         elsewhere = _with_peft(here)
@@ -195,8 +195,8 @@ A whole model: it loads with transformers alone, and the edits are part of its w
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{HERE}")
-tokenizer = AutoTokenizer.from_pretrained("{HERE}")
+model = AutoModelForCausalLM.from_pretrained("{PLACEHOLDER}")
+tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")
 ```
 
 ## Undo
@@ -332,7 +332,7 @@ def adapter_card(base: str, revision: str | None, edits: Sequence[Edit], losses:
 {note}
 ## Use
 
-{_without_library(base, HERE)}
+{_without_library(base, PLACEHOLDER)}
 Valid on the unedited base model only, {_revision(revision)}. Merging
 gives the edited weights. Two such adapters are added with
 `add_weighted_adapter(…, combination_type="cat")`; the other combinations mix the factors of different edits.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArtifactError
 from ..storage.files import FileSource, write_folder
 from ..storage.repository import list_files, matches, push_files
-from .card import HERE
+from .card import PLACEHOLDER
 from .layout import ADAPTER_CONFIG, CARD, CONFIG, EDIT_KINDS, MERGED, OWN_FILES, WHOLE_MODEL, is_merged
 from .reading import read_artifact
 
@@ -74,7 +74,7 @@ def push_folder(
     if CARD in files:
         card = files[CARD]
         card = card.read_bytes() if isinstance(card, Path) else card
-        files[CARD] = card.replace(HERE.encode(), repo_id.encode())
+        files[CARD] = card.replace(PLACEHOLDER.encode(), repo_id.encode())
     refuse = {ADAPTER_CONFIG: _TWICE} if kind == MERGED else {"config.json": WHOLE_MODEL}
     return push_files(
         repo_id,

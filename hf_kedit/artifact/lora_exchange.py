@@ -11,7 +11,7 @@ from ..journal import EditResult
 from ..requests import RequestSource
 from .lora_export import LoraExport, export_lora
 from .lora_import import import_lora
-from .lora_tensors import Target
+from .lora_tensors import LoraTarget
 
 
 class LoraExchange(EditedModel):
@@ -21,7 +21,7 @@ class LoraExchange(EditedModel):
         self,
         folder: str | Path,
         *,
-        target: Target = "peft",
+        target: LoraTarget = "peft",
         rank: int | None = None,
         modules: Sequence[str] = (),
     ) -> LoraExport:

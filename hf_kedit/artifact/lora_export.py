@@ -16,7 +16,7 @@ from ..logging import get_logger
 from ..storage.files import write_folder
 from .card import adapter_card
 from .layout import ADAPTER_CONFIG, CARD, CONFIG, JOURNAL, refuse_folder
-from .lora_tensors import Target, adapter_files, build_adapter
+from .lora_tensors import LoraTarget, adapter_files, build_adapter
 
 if TYPE_CHECKING:
     from ..editing.state import EditedModel
@@ -47,7 +47,7 @@ def export_lora(
     model: EditedModel,
     folder: Path,
     *,
-    target: Target = "peft",
+    target: LoraTarget = "peft",
     rank: int | None = None,
     modules: Iterable[str] = (),
 ) -> LoraExport:

@@ -62,7 +62,7 @@ def import_lora(
         return read_file(adapter, f"{subfolder}/{file}" if subfolder else file, revision=revision, token=token)
 
     deltas = read_lora(adapter, fetch, model.ledger)
-    known = requests if requests is not None else read_requests(adapter, fetch)
+    known = requests if requests is not None else requests_of_adapter(adapter, fetch)
     if not known:
         raise RequestError(f"{adapter} does not say what it changes; give requests=[EditRequest(...)]")
     todo = model.journal.with_ids(load_requests(known))
@@ -112,7 +112,7 @@ def read_lora(source: str, fetch: Callable[[str], bytes | None], ledger: Ledger)
     return deltas
 
 
-def read_requests(source: str, fetch: Callable[[str], bytes | None]) -> list[EditRequest]:
+def requests_of_adapter(source: str, fetch: Callable[[str], bytes | None]) -> list[EditRequest]:
     """The requests that an exported adapter was made of; empty for an adapter from elsewhere."""
     data = fetch(JOURNAL)
     if data is None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..editing.state import EditedModel
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-Target = Literal["peft", "vllm"]
+LoraTarget = Literal["peft", "vllm"]
 
 
 @dataclass
@@ -68,7 +68,7 @@ def is_low_rank(model: EditedModel) -> bool:
 def build_adapter(
     model: EditedModel,
     *,
-    target: Target = "peft",
+    target: LoraTarget = "peft",
     rank: int | None = None,
     modules: Iterable[str] = (),
 ) -> Adapter:
@@ -109,7 +109,7 @@ def edit_adapter(model: EditedModel, edit_id: str) -> Adapter:
 def _assemble(
     model: EditedModel,
     accounts: Iterable[Account],
-    target: Target = "peft",
+    target: LoraTarget = "peft",
     rank: int | None = None,
     modules: Iterable[str] = (),
 ) -> Adapter:
@@ -208,7 +208,7 @@ def _check_vllm(adapter: Adapter) -> None:
         raise ExportError("vLLM does not load adapters with " + ", nor with ".join(problems))
 
 
-def _choose_rank(adapter: Adapter, target: Target, rank: int | None) -> None:
+def _choose_rank(adapter: Adapter, target: LoraTarget, rank: int | None) -> None:
     """One rank for all modules: the one asked for, else the largest that is needed (vLLM: the next it allows)."""
     needed = max(adapter.needed.values(), default=1)
     if rank is None and target == "vllm":

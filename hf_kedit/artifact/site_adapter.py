@@ -18,7 +18,7 @@ from .layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
 if TYPE_CHECKING:
     from ..editing.state import EditedModel
 
-KINDS = ("grace", "defer", "melo", "wise", "tpatch", "calinet")
+ADAPTER_KINDS = ("grace", "defer", "melo", "wise", "tpatch", "calinet")
 """Kinds of memory that are PEFT types."""
 
 
@@ -33,7 +33,7 @@ def site_adapter_files(model: EditedModel) -> dict[str, bytes]:
     if holders != ["adapter"] or len(model.sites.memories) != 1:
         return {}
     (memory,) = model.sites.memories.values()
-    if memory.kind not in KINDS:
+    if memory.kind not in ADAPTER_KINDS:
         return {}
     tensors = model.sites.tensors()
     shapes: dict[str, dict[str, list[int]]] = {path: {} for path in memory.paths}

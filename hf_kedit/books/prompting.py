@@ -29,7 +29,7 @@ from .sites import prompt_ends
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMALLEST = 1.1920929e-07
+_SMALLEST = 1.1920929e-07
 """Added to mixed probabilities before the logarithm."""
 
 
@@ -428,4 +428,4 @@ def _take(value: Any, rows: Sequence[int], count: int) -> Any:
 def _mix(own: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
     """``log((1 − s) p_own + s p_other)``."""
     mixed = (1 - share) * own.float().softmax(-1) + share * other.float().softmax(-1)
-    return (mixed + SMALLEST).log().to(own.dtype)
+    return (mixed + _SMALLEST).log().to(own.dtype)

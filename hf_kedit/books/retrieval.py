@@ -81,7 +81,7 @@ class LexicalRetriever:
         self, queries: Sequence[str], passages: Sequence[Passage], embedded: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Retriever.similarity`."""
-        bags = [Counter(words(p.text)) for p in passages]
+        bags = [Counter(words_of(p.text)) for p in passages]
         seen = Counter(word for bag in bags for word in bag)
         rarity = {word: math.log(1 + len(bags) / count) for word, count in seen.items()}
         unseen = math.log(2 + len(bags))
@@ -92,11 +92,11 @@ class LexicalRetriever:
         stored = [weigh(bag) for bag in bags]
         scores = torch.zeros(len(queries), len(passages))
         for i, query in enumerate(queries):
-            bag = Counter(words(query))
+            bag = Counter(words_of(query))
             asked = weigh(bag)
             for j, passage in enumerate(passages):
                 cosine = _cosine(asked, stored[j])
-                subject = words(passage.subject or "")
+                subject = words_of(passage.subject or "")
                 covered = sum(word in bag for word in subject) / len(subject) if subject else 0.0
                 scores[i, j] = covered * (1 + cosine) / 2 if subject else cosine
         return scores
@@ -246,7 +246,7 @@ def _mean_states(folder: Path) -> Callable[[Sequence[str]], torch.Tensor]:
     return encode
 
 
-def words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Lower-case words of a text; every character of scripts without spaces is one."""
     found: list[str] = []
     for run in _WORD.findall(text.casefold()):

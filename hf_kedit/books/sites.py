@@ -39,7 +39,7 @@ from ..logging import get_logger, warn_once
 from .beside import forget_graphs
 
 logger = get_logger(__name__)
-IGNORED = -100
+_IGNORED = -100
 
 
 @dataclass
@@ -420,7 +420,7 @@ def _where_prompts_end(
             raise ConfigError("prompt_lengths: a prompt has at least one token and at most all of its row")
         return _first(mask) + lengths - 1
     if isinstance(labels, torch.Tensor) and labels.shape == mask.shape:
-        target = (labels != IGNORED) & mask
+        target = (labels != _IGNORED) & mask
         start = _first(target)
         return torch.where(target.any(dim=1) & (start > _first(mask)), start - 1, columns)
     return columns

@@ -77,12 +77,12 @@ def trace(
     fact. Saved edits are traced with their edits in place.
     """
     facts = _facts(prompt, subject, ground_truth, requests, limit)
-    from ..locate import KINDS
+    from ..locate import TRACE_KINDS
 
-    kinds = list(dict.fromkeys(kind or KINDS[:3]))
-    unknown = [k for k in kinds if k not in KINDS]
+    kinds = list(dict.fromkeys(kind or TRACE_KINDS[:3]))
+    unknown = [k for k in kinds if k not in TRACE_KINDS]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r}: use {', '.join(KINDS)}", param_hint="--kind")
+        raise typer.BadParameter(f"{unknown[0]!r}: use {', '.join(TRACE_KINDS)}", param_hint="--kind")
     if suggest is not None:
         kinds = list(dict.fromkeys([*kinds, "hidden", "mlp", "hidden_without_mlp"]))
     if output is not None and plots:

@@ -20,7 +20,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..artifact.site_adapter import KINDS, peft_type
+from ..artifact.site_adapter import ADAPTER_KINDS, peft_type
 from ..books.book import Saved
 from ..books.site_book import memory_kind
 from ..books.sites import SiteCall, SiteFunction, Sites
@@ -195,7 +195,7 @@ class SiteTuner(BaseTuner):
 
 def register() -> None:
     """Make the types known to PEFT; doing it again changes nothing."""
-    kinds = dict(zip(KeditPeftType, KINDS, strict=True))
+    kinds = dict(zip(KeditPeftType, ADAPTER_KINDS, strict=True))
     mappings: Sequence[tuple[dict[Any, Any], Mapping[str, Any]]] = [
         (peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, dict.fromkeys(kinds, SiteAdapterConfig)),
         (peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, {member: _tuner(kind) for member, kind in kinds.items()}),

@@ -60,7 +60,7 @@ _STATISTICS = (
     "second moments are collected anew; to use finished ones, name the folder of the model in their stats_dir as"
     " stats_dataset"
 )
-IGNORED = {
+NOT_CARRIED_OVER = {
     "model_class": "the class is read from the model's own config",
     "tokenizer_class": "the class is read from the model's own config",
     "tokenizer_name": "the tokenizer is the model's",
@@ -144,7 +144,7 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
         elif key == "inner_params" and value:
             values |= _inner_params(value, known, converted.ignored)
         elif name == "stats_dir" or name not in known or (key == "batch_size" and cls.edit_type not in _OWN_BATCH):
-            converted.ignored[key] = IGNORED.get(key) or f"{cls.__name__} has no such field"
+            converted.ignored[key] = NOT_CARRIED_OVER.get(key) or f"{cls.__name__} has no such field"
         elif value is False and not isinstance(getattr(converted.config, name), bool):
             values[name] = None  # a number that is switched off (norm_constraint)
         elif value is not None and value != []:

@@ -18,7 +18,7 @@ from ..errors import DataError
 from .counterfact import labelled
 from .loading import register_records
 from .mquake import multi_hop
-from .normalise import Record, Row, fill, grouped, make_probe, make_row
+from .normalise import RawRow, Record, fill_slots, grouped, make_probe, make_row
 from .sources import Source
 
 EditInput = Literal["structured", "unstructured", "triplets"]
@@ -34,7 +34,7 @@ def _edits(rewrite: Record, edit_input: EditInput) -> list[dict[str, Any]]:
     target, _ = labelled(rewrite, "target_new")
     truth, _ = labelled(rewrite, "target_true")
     target, truth = target or rewrite.text("answer_new"), truth or rewrite.text("answer_true")
-    statement = rewrite.verbatim("prompt_full") or fill(rewrite.verbatim("prompt") or "", subject)
+    statement = rewrite.verbatim("prompt_full") or fill_slots(rewrite.verbatim("prompt") or "", subject)
     question, paragraph = rewrite.text("question"), rewrite.text("fact_new_uns")
     triplets = rewrite.children("unsfact_triplets_GPT")
     common = {"subject": subject, "ground_truth": [truth] if truth else []}
@@ -44,7 +44,7 @@ def _edits(rewrite: Record, edit_input: EditInput) -> list[dict[str, Any]]:
             entity = triplet.text("subject")
             edits.append(
                 {
-                    "prompt": fill(triplet.need("prompt"), entity),
+                    "prompt": fill_slots(triplet.need("prompt"), entity),
                     "subject": entity,
                     "target_new": triplet.text("target"),
                 }
@@ -76,7 +76,7 @@ def akew_rows(
     split: str,
     seed: int | None = None,
     edit_input: EditInput = "structured",
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the rows of one record: one per edit; several form a group with the probes on the last one.
 
     Args:
@@ -96,15 +96,15 @@ def akew_rows(
     if not rewrites:
         raise record.fail("is missing or empty", "requested_rewrite")
     truth, _ = labelled(rewrites[-1], "target_true")
-    locality: list[Row] = []
+    locality: list[RawRow] = []
     for prompt in record.texts("neighborhood_prompts"):
         locality += make_probe(record, "neighborhood", prompt, [[truth]] if truth else [])
     unrelated, answer = record.text("loc"), record.groups("loc_ans")
     if unrelated:
         locality += make_probe(record, "loc", unrelated, answer)
     paraphrases = record.texts("paraphrase_prompts", strip=False)
-    portability: list[Row] = []
-    extra: Row = {}
+    portability: list[RawRow] = []
+    extra: RawRow = {}
     if "questions" in record:
         portability, extra = multi_hop(record)
     edits = [(rewrite, edit) for rewrite in rewrites for edit in _edits(rewrite, edit_input)]
@@ -112,7 +112,7 @@ def akew_rows(
         record.report.drop("no triplets")
         return
     rest = record.rest()
-    rows: list[Row] = []
+    rows: list[RawRow] = []
     for index, (rewrite, edit) in enumerate(edits):
         suffix = f".{index}" if len(edits) > 1 else ""
         task = edit.pop("task", "multihop" if portability else "fact")

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from ..errors import DataError
 from ..requests import EditRequest
+from .normalise import RawRow
 from .report import LoadReport
 
-Row = dict[str, Any]
 Key = tuple[str, str | None]
 Keep = Literal["first", "last"]
 
@@ -94,9 +94,9 @@ def excluded_keys(exclude: Iterable[Any] | None) -> frozenset[Key | str]:
     return frozenset(keys)
 
 
-def units(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def units(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     """Yield rows that belong together: a group, or a single row."""
-    unit: list[Row] = []
+    unit: list[RawRow] = []
     for row in rows:
         if unit and row["group_id"] != unit[0]["group_id"]:
             yield unit
@@ -110,8 +110,8 @@ def units(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def select(
-    rows: Iterable[Row], report: LoadReport, limit: int | None, keep: Keep | None, excluded: frozenset[Key | str]
-) -> Iterator[Row]:
+    rows: Iterable[RawRow], report: LoadReport, limit: int | None, keep: Keep | None, excluded: frozenset[Key | str]
+) -> Iterator[RawRow]:
     """Yield the rows to use, and count the others in ``report``.
 
     A group is used as a whole or not at all; the probes of a group would be wrong without one of its edits.
@@ -134,7 +134,7 @@ def select(
             return
 
 
-def _usable(rows: Iterable[Row], report: LoadReport, excluded: frozenset[Key | str]) -> Iterator[list[Row]]:
+def _usable(rows: Iterable[RawRow], report: LoadReport, excluded: frozenset[Key | str]) -> Iterator[list[RawRow]]:
     for unit in units(rows):
         if not all((row["target_new"] or "").strip() for row in unit):
             report.drop("no target", len(unit))
@@ -144,7 +144,7 @@ def _usable(rows: Iterable[Row], report: LoadReport, excluded: frozenset[Key | s
             yield unit
 
 
-def _compatible(chosen: Iterable[list[Row]], report: LoadReport) -> Iterator[list[Row]]:
+def _compatible(chosen: Iterable[list[RawRow]], report: LoadReport) -> Iterator[list[RawRow]]:
     """Yield units that contradict none before them; repeated edits are kept only inside groups."""
     targets: dict[Key, str] = {}
     for unit in chosen:

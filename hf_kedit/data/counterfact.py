@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from .loading import register_records
-from .normalise import Record, Row, fill, flat, make_probe, make_row
+from .normalise import RawRow, Record, fill_slots, flat, make_probe, make_row
 from .sources import Source
 from .zsre import mend_row
 
-ROME = Source(
+_ROME = Source(
     {
         "train": ("train-*.parquet", "counterfact-train.json"),
         "test": ("test-*.parquet", "counterfact.json", "multi_counterfact.json"),
@@ -59,7 +59,7 @@ def rewrite_columns(rewrite: Record) -> dict[str, Any]:
     truth, truth_id = labelled(rewrite, "target_true")
     ids = {"relation_id": rewrite.text("relation_id"), "target_new_id": target_id, "target_true_id": truth_id}
     return {
-        "prompt": fill(template, subject),
+        "prompt": fill_slots(template, subject),
         "subject": subject,
         "target_new": target,
         "ground_truth": [truth] if truth else [],
@@ -79,7 +79,7 @@ def labelled(record: Record, name: str) -> tuple[str | None, str | None]:
 def rome_columns(record: Record) -> dict[str, Any]:
     """Return the columns of a record in the layout of ROME's release."""
     columns = rewrite_columns(record.child("requested_rewrite"))
-    probes: list[Row] = []
+    probes: list[RawRow] = []
     for prompt in record.texts("neighborhood_prompts"):
         probes += make_probe(
             record, "neighborhood", prompt, [columns["ground_truth"]] if columns["ground_truth"] else []
@@ -94,7 +94,7 @@ def flat_columns(record: Record) -> dict[str, Any]:
     """Return the columns of a record in EasyEdit's flat layout."""
     subject = record.text("subject")
     return {
-        "prompt": fill(record.need("prompt"), subject),
+        "prompt": fill_slots(record.need("prompt"), subject),
         "subject": subject,
         "target_new": record.text("target_new"),
         "ground_truth": flat(record.groups("ground_truth")),
@@ -107,14 +107,14 @@ def flat_columns(record: Record) -> dict[str, Any]:
     }
 
 
-@register_records({"counterfact": ROME})
-def counterfact_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+@register_records({"counterfact": _ROME})
+def counterfact_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one record of ROME's release."""
     yield make_row(record, dataset, **rome_columns(record))
 
 
 @register_records({"counterfact_flat": FLAT})
-def counterfact_flat_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def counterfact_flat_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one record of the flat version, or of its training files."""
     if "src" in record:
         yield from mend_row(record, dataset, axis="neighborhood")

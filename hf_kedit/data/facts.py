@@ -23,7 +23,7 @@ from .loading import register_dataset
 
 FILE = Path(__file__).with_suffix(".yaml")
 ARTICLE = "the "
-PROBES_PER_AXIS = 3
+_PROBES_PER_AXIS = 3
 VALIDATION_EVERY = 4
 """Of the facts of a relation, one in so many is in the split ``validation``."""
 
@@ -115,7 +115,7 @@ def bare(name: str) -> str:
     return name.removeprefix(ARTICLE)
 
 
-def fill(template: str, name: str) -> str:
+def filled(template: str, name: str) -> str:
     """Write a subject into a template; its article is a capital at the beginning of a sentence."""
     if template.startswith(SLOT) and name.startswith(ARTICLE):
         name = name[0].upper() + name[1:]
@@ -170,7 +170,7 @@ def _row(
     relation = facts.relations[key]
     truth = relation.facts[name]
     new = rng.choice([o for o in dict.fromkeys(relation.facts.values()) if not facts.same(key, o, truth)])
-    prompt, *rephrased = [fill(template, name) for template in relation.statements]
+    prompt, *rephrased = [filled(template, name) for template in relation.statements]
     return blank(
         id=row_id,
         dataset="facts",
@@ -181,7 +181,7 @@ def _row(
         rephrase_prompts=rephrased,
         locality=_locality(facts, key, name, new, rng, edited),
         portability=_portability(facts, key, name, new),
-        extra={"relation": key, "questions": [fill(template, name) for template in relation.questions]},
+        extra={"relation": key, "questions": [filled(template, name) for template in relation.questions]},
     )
 
 
@@ -208,7 +208,7 @@ def _locality(
     probes = []
     for axis, pool in asked.items():
         pool = [pair for pair in pool if pair not in edited]
-        for k, other in rng.sample(pool, min(PROBES_PER_AXIS, len(pool))):
+        for k, other in rng.sample(pool, min(_PROBES_PER_AXIS, len(pool))):
             probes.append(_probe(facts, axis, k, facts.relations[k].statements[0], other))
     return probes
 
@@ -220,14 +220,14 @@ def _portability(facts: Facts, key: str, name: str, new: str) -> list[dict[str, 
         second = facts.relations[chain.second].facts
         if chain.first == key and new in second and second.get(truth) != second[new]:
             probes += [
-                probe("Reasoning", fill(form, name), [facts.answers(chain.second, second[new])])
+                probe("Reasoning", filled(form, name), [facts.answers(chain.second, second[new])])
                 for form in chain.statements
             ]
     if name in facts.subject_aliases:
-        prompt = fill(facts.relations[key].statements[0], facts.subject_aliases[name])
+        prompt = filled(facts.relations[key].statements[0], facts.subject_aliases[name])
         probes.append(probe("Subject_Aliasing", prompt, [facts.answers(key, new)]))
     return probes
 
 
 def _probe(facts: Facts, axis: str, key: str, template: str, name: str) -> dict[str, Any]:
-    return probe(axis, fill(template, name), [facts.answers(key, facts.relations[key].facts[name])])
+    return probe(axis, filled(template, name), [facts.answers(key, facts.relations[key].facts[name])])

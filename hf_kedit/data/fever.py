@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .loading import register_records
-from .normalise import Record, Row, make_probe, make_row
+from .normalise import RawRow, Record, make_probe, make_row
 from .sources import Source
 
 VERDICTS = {
@@ -45,7 +45,7 @@ def verdict(record: Record, name: str) -> str | None:
         )
     }
 )
-def fever_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def fever_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one record."""
     unrelated, answer = record.text("unrel_prompt"), verdict(record, "unrel_ans")
     yield make_row(

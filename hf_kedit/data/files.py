@@ -24,7 +24,7 @@ from ..errors import DataError
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 """What :func:`read_records` can read."""
 
-CHUNK = 1 << 16  # characters; doubled whenever an object does not fit, so that large objects cost linear time
+_CHUNK = 1 << 16  # characters; doubled whenever an object does not fit, so that large objects cost linear time
 
 
 def read_records(file: str) -> Generator[Any, None, None]:
@@ -109,7 +109,7 @@ def _lines(stream: Iterable[str], name: str) -> Iterator[Any]:
 def _json(text: IO[str], name: str) -> Iterator[Any]:
     start = ""
     while not start:
-        chunk = text.read(CHUNK)
+        chunk = text.read(_CHUNK)
         if not chunk:
             raise DataError(f"{name}: the file is empty")
         start = chunk.lstrip()
@@ -130,7 +130,7 @@ def _json(text: IO[str], name: str) -> Iterator[Any]:
 def _array(start: str, text: IO[str], name: str) -> Iterator[Any]:
     """Decode the elements of a JSON array from a buffer that is refilled when an element is cut off."""
     decoder = json.JSONDecoder()
-    buffer, at, chunk, ended, count = start, 1, CHUNK, False, 0
+    buffer, at, chunk, ended, count = start, 1, _CHUNK, False, 0
     comma = False  # an element has to be followed by a comma or the closing bracket
     while True:
         while at < len(buffer) and buffer[at] in " \t\r\n":
@@ -155,7 +155,7 @@ def _array(start: str, text: IO[str], name: str) -> Iterator[Any]:
                 # A number may go on in the next piece ("1." is read as 1): it ends only at something else.
                 if ended or (end < len(buffer) and buffer[end] in ", ]\t\r\n"):
                     yield value
-                    at, comma, count, chunk = end, True, count + 1, CHUNK
+                    at, comma, count, chunk = end, True, count + 1, _CHUNK
                     continue
         if ended:
             raise DataError(f"{name}, record {count}: not JSON ({problem or 'the list does not end'})") from problem

@@ -16,7 +16,7 @@ import ast
 from collections.abc import Iterator
 
 from .loading import register_records
-from .normalise import Record, Row, make_probe, make_row
+from .normalise import RawRow, Record, make_probe, make_row
 from .sources import Source
 
 FOLDERS = {
@@ -41,11 +41,11 @@ def _source(folder: str) -> Source:
 
 
 @register_records({f"halluedit/{name}": _source(folder) for name, folder in FOLDERS.items()})
-def halluedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def halluedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one record."""
     outputs = [str(name) for name in record.value if str(name).startswith("output_")]
     hallucination = record.text(*outputs) if outputs else None
-    portability: list[Row] = []
+    portability: list[RawRow] = []
     for hops in range(2, 7):
         question, answer = record.text(f"question_{hops}hop"), record.groups(f"answer_{hops}hop")
         if question:

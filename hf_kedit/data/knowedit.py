@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .loading import register_records
-from .normalise import Record, Row, axes, fill, flat, make_row
+from .normalise import RawRow, Record, axes, fill_slots, flat, make_row
 from .sources import Source
 
 REPO = "zjunlp/KnowEdit"
@@ -44,7 +44,7 @@ def knowedit_source(folder: str, **files: str) -> Source:
         "knowedit/wiki_counterfact": knowedit_source("wiki_counterfact", train="train_cf.json", test="test_cf.json"),
     }
 )
-def knowedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def knowedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one record.
 
     Args:
@@ -57,7 +57,7 @@ def knowedit_row(record: Record, *, dataset: str, split: str, seed: int | None =
     yield make_row(
         record,
         dataset,
-        fill(record.need("prompt", "text"), subject),
+        fill_slots(record.need("prompt", "text"), subject),
         subject=subject,
         target_new=record.text("target_new", "labels"),
         ground_truth=flat(record.groups("ground_truth")),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .loading import register_records
-from .normalise import Record, Row, make_row
+from .normalise import RawRow, Record, make_row
 from .plus import base_columns
 from .sources import Source
 from .zsre import Target
@@ -36,7 +36,7 @@ def _source(name: str) -> Source:
 )
 def leme_row(
     record: Record, *, dataset: str, split: str, seed: int | None = None, target: Target = "alt"
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the row of one record.
 
     Args:
@@ -50,7 +50,7 @@ def leme_row(
     if not columns["target_new"]:
         record.report.drop("no alternative target")
         return
-    coupled: list[Row] = []
+    coupled: list[RawRow] = []
     for holder in record.children("coupled_prompts_and_properties"):
         entities = [(columns["subject"], e) for e in holder.children("subject_entity")]
         entities += [(e.text("entity"), e) for e in holder.children("coupled_entities")]

@@ -25,17 +25,16 @@ from .columns import Columns, check_columns, own_rows
 from .conflicts import Keep, Key, excluded_keys, select
 from .features import FEATURES
 from .files import SUFFIXES, read_all
-from .normalise import Record
+from .normalise import RawRow, Record
 from .report import LoadReport
 from .sources import Located, Source
 
 logger = get_logger(__name__)
 
-Row = dict[str, Any]
-Loader = Callable[..., Iterable[Row]]
-Normaliser = Callable[..., Iterable[Row]]
+Loader = Callable[..., Iterable[RawRow]]
+Normaliser = Callable[..., Iterable[RawRow]]
 BadRows = Literal["raise", "drop"]
-CHUNK = 5000  # rows turned into Arrow at a time: as dicts they need ten times the memory
+_CHUNK = 5000  # rows turned into Arrow at a time: as dicts they need ten times the memory
 _GIVEN = ("split", "path", "seed", "record", "dataset", "files", "report", "bad_rows")  # no options of a dataset
 _SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -120,7 +119,7 @@ def register_records(sources: Mapping[str, Source]) -> Callable[[Normaliser], No
         def load(
             split: str, *, dataset: str, files: tuple[str, ...], seed: int | None, report: LoadReport,
             bad_rows: BadRows, **options: Any,
-        ) -> Iterator[Row]:  # fmt: skip
+        ) -> Iterator[RawRow]:  # fmt: skip
             with closing(read_all(files)) as values:
                 yield from each_row(
                     (
@@ -141,7 +140,7 @@ def register_records(sources: Mapping[str, Source]) -> Callable[[Normaliser], No
 def _normalised(
     function: Normaliser, value: Any, number: int, report: LoadReport, dataset: str, split: str, seed: int | None,
     options: Mapping[str, Any],
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[RawRow]:  # fmt: skip
     """Run the function when advanced, so that :func:`each_row` sees its errors."""
     try:
         yield from function(Record(value, number, report), dataset=dataset, split=split, seed=seed, **options)
@@ -149,7 +148,7 @@ def _normalised(
         raise RequestError("is nested too deeply", row=number) from error
 
 
-def each_row(per_record: Iterable[Iterable[Row]], report: LoadReport, bad_rows: BadRows) -> Iterator[Row]:
+def each_row(per_record: Iterable[Iterable[RawRow]], report: LoadReport, bad_rows: BadRows) -> Iterator[RawRow]:
     """Chain the rows of all records; a record with an error is raised, or dropped as a whole and counted."""
     for rows in per_record:
         try:
@@ -204,7 +203,7 @@ class _Plan:
     def report(self) -> LoadReport:
         return LoadReport(self.label, self.split, list(self.located.files), self.located.revision)
 
-    def rows(self, report: LoadReport) -> Iterator[Row]:
+    def rows(self, report: LoadReport) -> Iterator[RawRow]:
         """Yield the rows to use; counts and messages are complete at the end."""
         yield from select(self._source_rows(report), report, self.limit, self.keep, self.excluded)
         report.complete = True
@@ -218,12 +217,12 @@ class _Plan:
         if not report.kept:
             raise DataError(f"{self.label}/{self.split}: no usable edit request among {report.read} rows ({report}).")
 
-    def _own_rows(self, report: LoadReport) -> Iterator[Row]:
+    def _own_rows(self, report: LoadReport) -> Iterator[RawRow]:
         with closing(read_all(self.located.files)) as stored:
             values = stored if self.records is None else self.records
             yield from each_row(own_rows(values, self.label, report, self.columns), report, self.bad_rows)
 
-    def _source_rows(self, report: LoadReport) -> Iterable[Row]:
+    def _source_rows(self, report: LoadReport) -> Iterable[RawRow]:
         if self.name is None:
             return self._own_rows(report)
         entry = dataset_entry(self.name)
@@ -380,7 +379,7 @@ def _table(plan: _Plan) -> Dataset:
     report, parts = plan.report(), []
     rows = plan.rows(report)
     try:
-        while chunk := list(islice(rows, CHUNK)):
+        while chunk := list(islice(rows, _CHUNK)):
             parts.append(Dataset.from_list(chunk, features=FEATURES))
     except (RequestError, DataError):
         raise
@@ -397,5 +396,5 @@ def _stream(plan: _Plan) -> IterableDataset:
     return stream
 
 
-def _generate(plan: _Plan) -> Iterator[Row]:
+def _generate(plan: _Plan) -> Iterator[RawRow]:
     yield from plan.rows(plan.report())

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from ..errors import DataError
 from .loading import register_records
-from .normalise import Record, Row, make_probe, make_row
+from .normalise import RawRow, Record, make_probe, make_row
 from .sources import Source
 from .zsre import mend_columns
 
@@ -38,7 +38,7 @@ def _source(train: str, test: str) -> Source:
 )
 def mmedit_row(
     record: Record, *, dataset: str, split: str, seed: int | None = None, template: str = "{}"
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the row of one record.
 
     Args:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ..errors import DataError
 from .counterfact import rewrite_columns
 from .loading import register_records
-from .normalise import Record, Row, clean, grouped, make_probe, make_row
+from .normalise import RawRow, Record, clean, grouped, make_probe, make_row
 from .sources import Source
 
 
@@ -31,18 +31,18 @@ def _source(*names: str) -> Source:
     return Source({"test": names}, published="https://github.com/princeton-nlp/MQuAKE (datasets/)", licence="MIT")
 
 
-def multi_hop(record: Record) -> tuple[list[Row], Row]:
+def multi_hop(record: Record) -> tuple[list[RawRow], RawRow]:
     """Return the probes of a case, and what else is known about it for ``extra``."""
     new = [record.texts("new_answer") + record.texts("new_answer_alias")]
     answer = [group for group in new if group]
     questions = record.texts("questions")
-    probes: list[Row] = []
+    probes: list[RawRow] = []
     for question in questions:
         probes += make_probe(record, "Multi_Hop", question, answer)
     for hop in record.children("new_single_hops"):
         aliases = hop.texts("answer") + hop.texts("answer_alias")
         probes += make_probe(hop, "Single_Hop", hop.text("question"), [aliases] if aliases else [])
-    extra: Row = {
+    extra: RawRow = {
         "questions": questions,
         "answer_aliases": answer[0] if answer else [],
         "old_answers": record.texts("answer") + record.texts("answer_alias"),
@@ -66,7 +66,7 @@ def mquake_rows(
     split: str,
     seed: int | None = None,
     form: Literal["cloze", "question"] = "cloze",
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the rows of one case.
 
     Args:
@@ -85,7 +85,7 @@ def mquake_rows(
     if not rewrites:
         raise record.fail("is missing or empty", "requested_rewrite")
     probes, extra = multi_hop(record)
-    rows: list[Row] = []
+    rows: list[RawRow] = []
     rest = record.rest()
     for index, rewrite in enumerate(rewrites):
         columns: dict[str, Any] = rewrite_columns(rewrite)

@@ -16,7 +16,7 @@ from ..requests import answer_groups
 from .features import blank, probe
 from .report import LoadReport
 
-Row = dict[str, Any]
+RawRow = dict[str, Any]
 
 
 class Record:
@@ -132,7 +132,7 @@ class Record:
         """Return a record inside this one."""
         return Record(value, self.number, self.report, f"{self.prefix}{name}.")
 
-    def rest(self) -> Row:
+    def rest(self) -> RawRow:
         """Return the fields that nobody has asked for and that have a value."""
         return {str(k): clean(v) for k, v in self.value.items() if k not in self._used and not _missing(v)}
 
@@ -200,7 +200,7 @@ def flat(answers: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(alias for group in answers for alias in group))
 
 
-def fill(template: str, subject: str | None) -> str:
+def fill_slots(template: str, subject: str | None) -> str:
     """Write the subject into the slot ``{}``, if there is one. Other braces are left alone."""
     return template if subject is None else template.replace("{}", subject)
 
@@ -214,7 +214,7 @@ def make_probe(
     match: str = "any",
     image: str | None = None,
     unanswered: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield one probe; or none, counted, if it has no prompt or no answer.
 
     Args:
@@ -234,7 +234,7 @@ def make_probe(
         yield probe(name, prompt.strip(), answers, match=match, image=image)
 
 
-def axes(record: Record, section: str) -> list[Row]:
+def axes(record: Record, section: str) -> list[RawRow]:
     """Return the probes of a section ``{axis: [{"prompt": …, "ground_truth": …}, …]}``.
 
     ``prompt`` may be a list; its texts are probes with the same answers, unless there is one answer for each.
@@ -243,7 +243,7 @@ def axes(record: Record, section: str) -> list[Row]:
     if value is None:
         return []
     holder = record.nested(value, section)
-    probes: list[Row] = []
+    probes: list[RawRow] = []
     for axis in holder.value:
         for item in holder.children(axis):
             prompts, answer = item.texts("prompt"), item.raw("ground_truth")
@@ -256,7 +256,7 @@ def axes(record: Record, section: str) -> list[Row]:
     return probes
 
 
-def make_row(record: Record, dataset: str, prompt: str, *, suffix: str = "", **columns: Any) -> Row:
+def make_row(record: Record, dataset: str, prompt: str, *, suffix: str = "", **columns: Any) -> RawRow:
     """Return the row of a record.
 
     Args:
@@ -274,7 +274,9 @@ def make_row(record: Record, dataset: str, prompt: str, *, suffix: str = "", **c
     return blank(id=row_id, dataset=dataset, prompt=prompt.strip(), extra=extra, **columns)
 
 
-def grouped(rows: list[Row], dataset: str, number: int, portability: list[Row], extra: Row) -> Iterator[Row]:
+def grouped(
+    rows: list[RawRow], dataset: str, number: int, portability: list[RawRow], extra: RawRow
+) -> Iterator[RawRow]:
     """Yield the edits of one case as a group: equal ``group_id``; probes and ``extra`` on the last row.
 
     A case with a single edit is no group.

@@ -20,7 +20,7 @@ from ..errors import DataError
 from .files import read_records
 from .knowedit import knowedit_source
 from .loading import BadRows, each_row, register_dataset, register_records
-from .normalise import Record, Row, make_row
+from .normalise import RawRow, Record, make_row
 from .report import LoadReport
 from .sources import Source
 
@@ -64,7 +64,7 @@ def convsent_row(
     seed: int | None = None,
     direction: Literal["positive", "negative", "random"] = "positive",
     template: int | Literal["random"] = 0,
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the row of one entity.
 
     Args:
@@ -112,7 +112,7 @@ def convsent_row(
 )
 def load_personality(
     split: str, *, dataset: str, files: tuple[str, ...], seed: int | None, report: LoadReport, bad_rows: BadRows
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield a row per entity; the entity of the next row is the one whose opinion must not change.
 
     The trait is ``target_per``, or drawn for each row by itself where the file has none.
@@ -127,7 +127,7 @@ def load_personality(
     """
     records = list(read_records(files[0]))
 
-    def rows(number: int) -> Iterator[Row]:
+    def rows(number: int) -> Iterator[RawRow]:
         record = Record(records[number], number, report)
         after = (number + 1) % len(records)
         following = Record(records[after], after, report).text("ent")

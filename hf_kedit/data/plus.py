@@ -27,7 +27,7 @@ from ..errors import DataError
 from .counterfact import flat_columns, rome_columns
 from .files import read_records
 from .loading import register_records
-from .normalise import Record, Row, fill, make_probe, make_row
+from .normalise import RawRow, Record, fill_slots, make_probe, make_row
 from .report import LoadReport
 from .sources import Source
 from .zsre import Target, mend_columns
@@ -73,7 +73,7 @@ def plus_row(
     seed: int | None = None,
     target: Target = "alt",
     commonsense: str | Path | None = None,
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the row of one record.
 
     Args:
@@ -89,7 +89,7 @@ def plus_row(
         record.report.drop("no alternative target")
         return
     subject, new, extra = columns["subject"], columns["target_new"], columns.setdefault("extra", {})
-    portability: list[Row] = []
+    portability: list[RawRow] = []
     for hop in record.children("portability"):
         answer = hop.groups("New Answer")
         portability += make_probe(hop, "One_Hop", hop.text("New Question"), answer)
@@ -97,19 +97,19 @@ def plus_row(
             extra["recalled_relation"] = hop.text("Recalled Relation")
     template = extra.get("template") or (columns["prompt"].replace(subject, "{}") if subject else columns["prompt"])
     for other in record.texts("alternative_subject"):
-        portability += make_probe(record, "Subject_Replace", fill(template, other), [[new]])
+        portability += make_probe(record, "Subject_Replace", fill_slots(template, other), [[new]])
     for question in record.texts("alter_subject_question"):
         portability += make_probe(record, "Subject_Replace", question, [[new]])
     for question in record.texts("inverse question", "inverse_question"):
         portability += make_probe(record, "Inverse_Relation", question, [[subject]] if subject else [])
-    locality: list[Row] = columns["locality"]
+    locality: list[RawRow] = columns["locality"]
     for prompt in record.texts("distracting_neighborhood_prompts"):
         truth = [columns["ground_truth"]] if columns["ground_truth"] else []
         locality += make_probe(record, "Distracting_Neighbor", prompt, truth)
     for relation in record.children("unrelated_relation"):
         asked = relation.text("question", "prompt")
         answer = relation.groups("object")
-        locality += make_probe(relation, "Other_Attribution", fill(asked, subject) if asked else None, answer)
+        locality += make_probe(relation, "Other_Attribution", fill_slots(asked, subject) if asked else None, answer)
     if commonsense is not None:
         items = _piqa(str(commonsense))
         goal, right, wrong = items[record.number % len(items)]

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .loading import register_records
-from .normalise import Record, Row, groups, make_probe, make_row
+from .normalise import RawRow, Record, groups, make_probe, make_row
 from .sources import Source
 
 WIKIBIGEDIT_STEPS = (
@@ -60,9 +60,9 @@ def _hub(repo: str, licence: str, *names: str) -> Source:
         )
     }
 )
-def qaedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def qaedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one QAEdit record. Stray characters in targets are left as they are."""
-    locality: list[Row] = []
+    locality: list[RawRow] = []
     for item in record.children("locality"):
         locality += make_probe(item, "qa", item.text("loc"), item.groups("loc_ans"))
     yield make_row(
@@ -76,7 +76,7 @@ def qaedit_row(record: Record, *, dataset: str, split: str, seed: int | None = N
     )
 
 
-def _loc(record: Record) -> list[Row]:
+def _loc(record: Record) -> list[RawRow]:
     prompt, answer = record.text("loc"), record.groups("loc_ans")
     return list(make_probe(record, "loc", prompt, answer)) if prompt else []
 
@@ -92,7 +92,7 @@ def _loc(record: Record) -> list[Row]:
         for step in WIKIBIGEDIT_STEPS
     }
 )
-def wikibigedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def wikibigedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one WikiBigEdit record."""
     hop, answer = record.text("mhop"), record.groups("mhop_ans")
     yield make_row(
@@ -110,7 +110,7 @@ def wikibigedit_row(record: Record, *, dataset: str, split: str, seed: int | Non
 @register_records(
     {"ultraeditbench": _hub("XiaojieGu/UltraEditBench", "see the dataset card", "UltraEditBench_2M.json", "*.json*")}
 )
-def ultraedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def ultraedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one UltraEditBench record."""
     yield make_row(
         record,
@@ -132,7 +132,7 @@ def ultraedit_row(record: Record, *, dataset: str, split: str, seed: int | None 
         )
     }
 )
-def unke_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def unke_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one UnKE record; sub-questions are scored by overlap or similarity, not exactly."""
     questions, answers = record.items("sub_question"), record.items("sub_answer")
     if len(questions) != len(answers):
@@ -142,7 +142,7 @@ def unke_row(record: Record, *, dataset: str, split: str, seed: int | None = Non
         (record.nested({"q": q, "a": a}, f"sub_question[{i}]"), a)
         for i, (q, a) in enumerate(zip(questions, answers, strict=True))
     ]
-    probes: list[Row] = []
+    probes: list[RawRow] = []
     for pair, answer in pairs:
         probes += make_probe(pair, "Sub_Question", pair.text("q"), groups(answer, pair, "a"))
     yield make_row(

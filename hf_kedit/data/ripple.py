@@ -26,7 +26,7 @@ import re
 from collections.abc import Iterator
 
 from .loading import register_records
-from .normalise import Record, Row, flat, make_probe, make_row
+from .normalise import RawRow, Record, flat, make_probe, make_row
 from .sources import Source
 
 LOCALITY = ("Relation_Specificity", "Forgetfulness")
@@ -92,7 +92,7 @@ def guess_subject(prompt: str, others: list[str]) -> str | None:
     return subject if subject in prompt else None
 
 
-def _tests(record: Record, axis: str, probes: list[Row], tests: list[Row]) -> None:
+def _tests(record: Record, axis: str, probes: list[RawRow], tests: list[RawRow]) -> None:
     """Append the probes of an axis, and for each test which probes it has and on what it depends."""
     for test in record.children(*_SPELLINGS.get(axis, (axis,))):
         first = len(probes)
@@ -114,13 +114,13 @@ def _tests(record: Record, axis: str, probes: list[Row], tests: list[Row]) -> No
 
 
 @register_records({f"ripple_edits/{part}": _source(part) for part in ("recent", "random", "popular")})
-def ripple_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def ripple_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one record; none, counted, if target and prompt cannot be told apart."""
     edit = record.child("edit")
     statement = edit.need("prompt")
-    locality: list[Row] = []
-    portability: list[Row] = []
-    tests: list[Row] = []
+    locality: list[RawRow] = []
+    portability: list[RawRow] = []
+    tests: list[RawRow] = []
     for axis in LOCALITY:
         _tests(record, axis, locality, tests)
     for axis in PORTABILITY:

@@ -15,7 +15,7 @@ from ..errors import DataError, RequestError
 from .files import read_object
 from .knowedit import knowedit_source
 from .loading import BadRows, each_row, register_dataset
-from .normalise import Record, Row, flat, make_probe, make_row
+from .normalise import RawRow, Record, flat, make_probe, make_row
 from .report import LoadReport
 
 
@@ -31,7 +31,7 @@ def load_sanitation(
     report: LoadReport,
     bad_rows: BadRows,
     forget_target: str = "I don't know.",
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the questions to forget; those to keep are their locality probes, spread evenly in order.
 
     Args:
@@ -54,9 +54,9 @@ def load_sanitation(
     except RequestError as error:
         raise DataError(f"{dataset!r}: {error}") from error
 
-    def rows(number: int) -> Iterator[Row]:
+    def rows(number: int) -> Iterator[RawRow]:
         record = Record(forget[number], number, report)
-        probes: list[Row] = []
+        probes: list[RawRow] = []
         for at in range(number * len(keep) // len(forget), (number + 1) * len(keep) // len(forget)):
             kept = parts.nested(keep[at], f"K_R[{at}]")
             probes += make_probe(

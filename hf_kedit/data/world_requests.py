@@ -21,7 +21,7 @@ from .world_text import filler_sentence
 LOCALITY_AXES = ("Neighborhood", "Other_Subjects", "Shared_Name", "Same_Subject", "Entities")
 PORTABILITY_AXES = ("Reasoning", "Subject_Aliasing")
 
-PROBES_PER_AXIS = 3
+_PROBES_PER_AXIS = 3
 
 
 @register_dataset("world", splits=("train", "validation", "test"))
@@ -102,7 +102,7 @@ def edit_row(
     )
 
 
-def _draw(rng: random.Random, pool: Sequence[str], count: int = PROBES_PER_AXIS) -> list[str]:
+def _draw(rng: random.Random, pool: Sequence[str], count: int = _PROBES_PER_AXIS) -> list[str]:
     return rng.sample(list(pool), min(count, len(pool)))
 
 
@@ -130,10 +130,10 @@ def _locality(
         if edited:  # drawn by lots of their own: the edits are those of the rows without this option
             drawn = _draw(random.Random(f"{person.name} {axis}"), [name for name in names if name not in edited])
         probes += [probe(axis, template.format(name), world.answer(name, relation.key)) for name in drawn]
-    for second in rng.sample([r for r in PERSON_RELATIONS if r is not relation], PROBES_PER_AXIS):
+    for second in rng.sample([r for r in PERSON_RELATIONS if r is not relation], _PROBES_PER_AXIS):
         form = rng.choice(second.cloze).format(person.name)
         probes.append(probe("Same_Subject", form, world.answer(person.name, second.key)))
-    for second in rng.sample(ENTITY_RELATIONS, PROBES_PER_AXIS):
+    for second in rng.sample(ENTITY_RELATIONS, _PROBES_PER_AXIS):
         names = [s for s in world.subjects(second.subject_kind) if world.answer(s, second.key) != new]
         name = rng.choice(names)
         probes.append(probe("Entities", rng.choice(second.cloze).format(name), world.answer(name, second.key)))

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .loading import register_records
-from .normalise import Record, Row, groups, make_probe, make_row
+from .normalise import RawRow, Record, groups, make_probe, make_row
 from .sources import Source
 
 CKNOWEDIT = {
@@ -70,9 +70,9 @@ def _cknowedit(names: tuple[str, ...]) -> Source:
 
 
 @register_records({f"cknowedit/{category}": _cknowedit(names) for category, names in CKNOWEDIT.items()})
-def cknowedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def cknowedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one CKnowEdit record."""
-    probes: dict[str, list[Row]] = {"locality": [], "portability": []}
+    probes: dict[str, list[RawRow]] = {"locality": [], "portability": []}
     for section, of_section in probes.items():
         for item in record.children(section):
             of_section += make_probe(item, section, item.text("prompt"), item.groups("answer", "ground_truth"))
@@ -100,14 +100,14 @@ def cknowedit_row(record: Record, *, dataset: str, split: str, seed: int | None 
         for name in CONCEPTEDIT
     }
 )
-def conceptedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def conceptedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one ConceptEdit record."""
     label = record.need("label").strip()
     prompts, answers = record.texts("locality_prompt"), record.raw("locality_answer")
     given = answers if isinstance(answers, list) else [answers] if answers is not None else []
     if len(prompts) != len(given):
         raise record.fail(f"has {len(prompts)} prompts for {len(given)} answers", "locality_prompt")
-    locality: list[Row] = []
+    locality: list[RawRow] = []
     for prompt, answer in zip(prompts, given, strict=True):
         locality += make_probe(record, "Relation_Specificity", prompt, groups(answer, record, "locality_answer"))
     yield make_row(
@@ -139,9 +139,9 @@ def conceptedit_row(record: Record, *, dataset: str, split: str, seed: int | Non
         )
     }
 )
-def safeedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[Row]:
+def safeedit_row(record: Record, *, dataset: str, split: str, seed: int | None = None) -> Iterator[RawRow]:
     """Yield the row of one SafeEdit record; ``target_neg`` is the unsafe answer."""
-    locality: list[Row] = []
+    locality: list[RawRow] = []
     for item in record.children("knowledge constrain", "knowledge constraint"):
         locality += make_probe(item, "knowledge_constraint", item.text("prompt"), item.groups("answer"))
     general = {

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ..errors import DataError
 from .loading import register_records
-from .normalise import Record, Row, flat, make_probe, make_row
+from .normalise import RawRow, Record, flat, make_probe, make_row
 from .sources import Source
 
 Target = Literal["alt", "answers"]
@@ -73,7 +73,7 @@ def mend_columns(
     }
 
 
-def mend_row(record: Record, dataset: str, **options: Any) -> Iterator[Row]:
+def mend_row(record: Record, dataset: str, **options: Any) -> Iterator[RawRow]:
     """Yield the row of a record in MEND's layout; none, counted, if it has no answer to teach."""
     columns = mend_columns(record, **options)
     if columns["target_new"]:
@@ -91,6 +91,6 @@ def zsre_row(
     seed: int | None = None,
     target: Target = "alt",
     question_mark: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[RawRow]:
     """Yield the row of one record; see :func:`mend_columns`."""
     yield from mend_row(record, dataset, target=target, question_mark=question_mark)

@@ -27,8 +27,8 @@ from ..errors import ArtifactError
 from ..storage.files import FileSource
 from ..version import __version__
 
-FORMAT_VERSION = 1
-WEIGHTS, CARD = "editor.safetensors", "README.md"
+_FORMAT_VERSION = 1
+_WEIGHTS, _CARD = "editor.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SavedEditor:
         try:
             editor.load_state_dict(self.tensors)
         except RuntimeError as error:
-            raise ArtifactError(f"{self.source}: {WEIGHTS} does not fit {CONFIG_NAME}: {error}") from error
+            raise ArtifactError(f"{self.source}: {_WEIGHTS} does not fit {CONFIG_NAME}: {error}") from error
         bad = [name for name, value in self.tensors.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise ArtifactError(f"{self.source}: {', '.join(bad)} hold NaN or infinity")
@@ -85,7 +85,7 @@ def pack_editor(
     """The files of an editor by name; arguments as in `SavedEditor`."""
     weights = dump_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION,
         "kedit_version": __version__,
         "artifact": "hypernetwork",
         "method": hparams["edit_type"],
@@ -93,10 +93,10 @@ def pack_editor(
         "modules": modules,
         "encoder_decoder": encoder_decoder,
         **origin,
-        "files": {WEIGHTS: hashlib.sha256(weights).hexdigest()},
+        "files": {_WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    return {WEIGHTS: weights, CARD: _card(config).encode("utf-8"), CONFIG_NAME: text.encode("utf-8")}
+    return {_WEIGHTS: weights, _CARD: _card(config).encode("utf-8"), CONFIG_NAME: text.encode("utf-8")}
 
 
 def read_editor(source: str, *, revision: str | None = None, token: str | None = None) -> SavedEditor:
@@ -113,7 +113,7 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
     """
     packaged = embedded.editor(source)
     files = FileSource(str(packaged or source), revision=revision, token=token)
-    raw = {name: files.read(name) for name in (CONFIG_NAME, WEIGHTS)}
+    raw = {name: files.read(name) for name in (CONFIG_NAME, _WEIGHTS)}
     for name, data in raw.items():
         if data is None:
             raise ArtifactError(f"{source!r} is no trained editor: there is no {name}")
@@ -123,12 +123,12 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
         raise ArtifactError(f"{source}: {CONFIG_NAME} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("artifact") != "hypernetwork":
         raise ArtifactError(f"{source}: {CONFIG_NAME} does not describe a trained editor")
-    if int(config.get("format_version", 0)) > FORMAT_VERSION:
+    if int(config.get("format_version", 0)) > _FORMAT_VERSION:
         raise ArtifactError(f"{source}: written by a later version of hf_kedit ({config.get('kedit_version')})")
-    weights = raw[WEIGHTS] or b""
+    weights = raw[_WEIGHTS] or b""
     try:
-        if config["files"][WEIGHTS] != hashlib.sha256(weights).hexdigest():
-            raise ArtifactError(f"{source}: {WEIGHTS} is not the file that {CONFIG_NAME} was written with")
+        if config["files"][_WEIGHTS] != hashlib.sha256(weights).hexdigest():
+            raise ArtifactError(f"{source}: {_WEIGHTS} is not the file that {CONFIG_NAME} was written with")
         return SavedEditor(
             source,
             dict(config["hparams"]),
@@ -137,7 +137,7 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
             {k: v for k, v in config.items() if k.startswith(("base_", "trained_"))},
             load_tensors(weights),
             files,
-            config["files"][WEIGHTS],
+            config["files"][_WEIGHTS],
         )
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ArtifactError(f"{source}: damaged editor: {error!r}") from error

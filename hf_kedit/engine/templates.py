@@ -47,7 +47,7 @@ def context_templates(
     for total, count in lengths:
         starters = [STARTERS[i % len(STARTERS)] for i in range(count)]
         texts = sample_texts(model, tokenizer, starters, total, generator, top_k=top_k)
-        groups.append([clean(text) + ". " + SLOT for text in texts])
+        groups.append([cleaned(text) + ". " + SLOT for text in texts])
     return groups
 
 
@@ -94,7 +94,7 @@ def sample_texts(
     return texts
 
 
-def clean(text: str) -> str:
+def cleaned(text: str) -> str:
     """Normalise a generated text so that it can stand before a prompt (no braces, no line breaks)."""
     text = unicodedata.normalize("NFKD", text).replace("\n\n", " ").replace("\n", " ")
     return text.replace("{", " ").replace("}", " ").strip()

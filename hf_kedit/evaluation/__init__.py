@@ -12,7 +12,7 @@ from .asking.generation import Continuation, Sampling, generate_answers
 from .asking.scoring import PairScore, Unscored, score_pairs, try_score_pairs
 from .hub_metrics import list_metrics, load_metric, write_space
 from .measures import metrics, scenarios
-from .measures.abilities import TASKS as ABILITIES
+from .measures.abilities import ABILITIES as ABILITIES
 from .measures.abilities import Ability, AbilityTask, load_ability
 from .measures.distributions import locality_divergence, perplexity
 from .measures.drift import weight_drift

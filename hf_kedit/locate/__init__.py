@@ -5,11 +5,11 @@ from __future__ import annotations
 from .attribution import Attribution, attribute_neurons
 from .plots import plot_average, plot_trace, save_figure
 from .suggest import LayerSuggestion, suggest_layers
-from .traces import KINDS, Fact, Trace, TraceReport
+from .traces import TRACE_KINDS, Fact, Trace, TraceReport
 from .tracing import causal_trace
 
 __all__ = [
-    "KINDS",
+    "TRACE_KINDS",
     "Attribution",
     "Fact",
     "LayerSuggestion",

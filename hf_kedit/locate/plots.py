@@ -13,7 +13,7 @@ from .traces import CLASSES, Trace, TraceReport
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {
+_COLOURS = {
     "hidden": "Purples",
     "mlp": "Greens",
     "attn": "Reds",
@@ -95,7 +95,7 @@ def _draw(
     figure = _figure(len(panels), len(labels), panels[0][1].shape[1], max(len(label) for label in labels))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for number, ((kind, table), axis) in enumerate(zip(panels, axes, strict=True)):
-        image = axis.imshow(table.numpy(), cmap=COLOURS[kind], vmin=low, vmax=high, aspect="auto")
+        image = axis.imshow(table.numpy(), cmap=_COLOURS[kind], vmin=low, vmax=high, aspect="auto")
         axis.set_title(_titled(kind, report), fontsize=9)
         axis.set_xlabel("layer", fontsize=8)
         step = max(1, -(-table.shape[1] // 12))

@@ -17,7 +17,7 @@ import torch
 from ..errors import RequestError
 from ..requests import EditRequest
 
-KINDS = ("hidden", "mlp", "attn", "hidden_without_mlp", "hidden_without_attn")
+TRACE_KINDS = ("hidden", "mlp", "attn", "hidden_without_mlp", "hidden_without_attn")
 """What can be restored; see `tracing`."""
 CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 """Classes of tokens over which effects are averaged."""

@@ -35,7 +35,7 @@ from ..errors import AnatomyError, ConfigError, UnsupportedModelError
 from ..logging import get_logger, progress
 from ..requests import EditRequest
 from ..tokens import encode_pair, encode_prompt, encode_target, pad_id, pad_rows, span_tokens
-from .traces import KINDS, Fact, Trace, TraceReport
+from .traces import TRACE_KINDS, Fact, Trace, TraceReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def causal_trace(
         tokenizer: of a transformers model.
         anatomy: of a transformers model; ``None``: resolved here. Encoder-decoder models are traced in their
             encoder, which reads the subject.
-        kinds: what to restore, out of `KINDS`.
+        kinds: what to restore, out of `TRACE_KINDS`.
         samples: corrupted runs per fact.
         window: layers restored together for ``mlp`` and ``attn``; ``None``: 10, less in models of under 28 layers.
         noise_level: standard deviation of the noise; ``None``: three times that of the embeddings of the tokens of
@@ -98,9 +98,11 @@ def causal_trace(
     base, tokenizer, anatomy, name = unpack(model, tokenizer, anatomy)
     if anatomy.is_encoder_decoder and anatomy.stack != "encoder":
         anatomy = check_anatomy(base, resolve_anatomy(base, stack="encoder"))
-    unknown = [k for k in kinds if k not in KINDS]
+    unknown = [k for k in kinds if k not in TRACE_KINDS]
     if unknown or not kinds:
-        raise ConfigError(f"unknown kind {unknown[0]!r}: use {', '.join(KINDS)}" if unknown else "no kind was given")
+        raise ConfigError(
+            f"unknown kind {unknown[0]!r}: use {', '.join(TRACE_KINDS)}" if unknown else "no kind was given"
+        )
     if samples < 1 or (window is not None and window < 1):
         raise ConfigError("samples and window must be at least 1")
     if noise is not None and (len(known) != 1 or noise.dim() != 3):

@@ -26,7 +26,7 @@ from .locate_then_edit import LocateConfig
 from .spread import SpreadMethod
 
 logger = get_logger(__name__)
-TOKENS_PER_WIDTH = 10
+_TOKENS_PER_WIDTH = 10
 RIDGE_PART = 0.5
 
 
@@ -87,11 +87,11 @@ class AlphaEdit(SpreadMethod):
         if module not in self._spaces:
             moment = self.bench.statistics.moments([module])[module]
             width, mean = moment.total.shape[0], moment.mean()
-            if moment.count < TOKENS_PER_WIDTH * width:
+            if moment.count < _TOKENS_PER_WIDTH * width:
                 warn_once(
                     logger,
                     f"AlphaEdit: the second moment of {module} rests on {moment.count:,} tokens. With fewer than"
-                    f" {TOKENS_PER_WIDTH * width:,} its small eigenvalues come out too small, and directions that old"
+                    f" {_TOKENS_PER_WIDTH * width:,} its small eigenvalues come out too small, and directions that old"
                     " knowledge uses look free. Set stats_tokens.",
                 )
             relative = self.config.nullspace_threshold is None

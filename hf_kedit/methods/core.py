@@ -21,15 +21,15 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
 from ..engine.rows import Row
-from ..engine.templates import clean, sample_texts
+from ..engine.templates import cleaned, sample_texts
 from ..engine.values import ValueSettings
 from ..errors import RequestError
 from ..requests import EditRequest
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
 
-Source = Literal["subject", "target_true", "target_new"]
-SOURCES: dict[str, tuple[Source, ...]] = {
+ContextSource = Literal["subject", "target_true", "target_new"]
+_SOURCES: dict[str, tuple[ContextSource, ...]] = {
     "all": ("subject", "target_true", "target_new"),
     "target_true": ("target_true",),
     "target_new": ("target_new",),
@@ -118,8 +118,8 @@ class CORE(MEMIT):
             "target_true": request.ground_truth[0].strip() if request.ground_truth else "",
             "target_new": request.target_new.strip(),
         }
-        sources = [known[source] for source in SOURCES[config.context] if known[source]]
+        sources = [known[source] for source in _SOURCES[config.context] if known[source]]
         starters = [source for source in sources for _ in range(config.context_count)]
         generator = torch.Generator().manual_seed(config.seed)
         texts = sample_texts(bench.model, bench.tokenizer, starters, config.context_length, generator)
-        return [clean(text) + ". {}" for text in texts]
+        return [cleaned(text) + ". {}" for text in texts]

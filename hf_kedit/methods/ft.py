@@ -36,7 +36,7 @@ from ..logging import progress_bar
 from ..requests import EditRequest
 from .base import Capabilities, Method, Outcome, Workbench, register_method
 
-STOP_LOSS = 1e-2
+_STOP_LOSS = 1e-2
 
 
 @dataclass
@@ -64,7 +64,7 @@ class FTConfig(WeightConfig):
     modules: list[str] | None = None
     expert_policy: Literal["shared", "top1"] = "shared"
     train_bias: bool = False
-    stop_loss: NonNegativeFloat = STOP_LOSS
+    stop_loss: NonNegativeFloat = _STOP_LOSS
 
     objective: ClassVar[Objective]
 

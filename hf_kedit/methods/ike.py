@@ -264,13 +264,13 @@ class IKE(_Prompting):
         assert source is not None
         if isinstance(source, str) and not Path(source).is_file():
             try:
-                source = load_edit_dataset(source, split="train", limit=POOL)
+                source = load_edit_dataset(source, split="train", limit=_POOL)
             except DataError as error:
                 raise ConfigError(f"IKEConfig.demonstrations: {source!r} is no file, and {error}") from error
         return load_requests(source)
 
 
-POOL = 1000
+_POOL = 1000
 """Rows of a data set that demonstrations are chosen from."""
 
 

@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..editors.editor import Editor, EditorConfig, register_editor
 from ..editors.output import EditorOutput
+from ..editors.running_norm import DEAD, RunningNorm
 from ..engine.gradients import LowRank, Rows
-from ..engine.running_norm import DEAD, RunningNorm
 from ..engine.supervised import Batch
 from ..errors import ConfigError
 from ..statistics.solve import ridge_solve

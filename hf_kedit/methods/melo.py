@@ -81,7 +81,7 @@ class MELOConfig(SiteConfig):
 
 
 @dataclass(frozen=True)
-class Record:
+class BlockRecord:
     """One edit: what the clusters are built from.
 
     Args:
@@ -117,7 +117,7 @@ class Cluster:
     blocks: tuple[int, ...]
     edit_ids: tuple[str, ...]
 
-    def joined(self, query: torch.Tensor, record: Record, least: float) -> Cluster:
+    def joined(self, query: torch.Tensor, record: BlockRecord, least: float) -> Cluster:
         """The cluster with one more point."""
         points = torch.cat([self.points, query[None]])
         center = points.mean(dim=0)
@@ -146,7 +146,7 @@ class Cluster:
         )
 
 
-class Step(NamedTuple):
+class TrainingStep(NamedTuple):
     """What one edit did to the clusters.
 
     Args:
@@ -161,8 +161,8 @@ class Step(NamedTuple):
 
 
 def add_batch(
-    clusters: Sequence[Cluster], queries: torch.Tensor, records: Sequence[Record], radius: float
-) -> tuple[list[Cluster], list[Step]]:
+    clusters: Sequence[Cluster], queries: torch.Tensor, records: Sequence[BlockRecord], radius: float
+) -> tuple[list[Cluster], list[TrainingStep]]:
     """Clusters with the edits of one call added; each is compared with the clusters from before the call.
 
     Args:
@@ -176,25 +176,25 @@ def add_batch(
         fresh = Cluster(query, radius, record.target, query[None], (record.block,), (record.edit_id,))
         if not clusters:
             after.append(fresh)
-            steps.append(Step("new", None))
+            steps.append(TrainingStep("new", None))
             continue
         gap, place = distances(query[None], torch.stack([c.center for c in clusters]))[0].min(dim=0)
         distance, nearest = float(gap), int(place)
         if distance > clusters[nearest].radius + radius:
             after.append(fresh)
-            steps.append(Step("new", distance))
+            steps.append(TrainingStep("new", distance))
         elif clusters[nearest].target == record.target:
             after[nearest] = after[nearest].joined(query, record, radius)
-            steps.append(Step("join", distance))
+            steps.append(TrainingStep("join", distance))
         elif distance <= SAME_PROMPT * float(query.norm()):
-            steps.append(Step("overwrite", distance, tuple(i for i in after[nearest].edit_ids if i)))
+            steps.append(TrainingStep("overwrite", distance, tuple(i for i in after[nearest].edit_ids if i)))
             after[nearest] = replace(fresh, radius=after[nearest].radius)
         else:
             shrunk = after[nearest].shrunk(distance / 2 - GAP)
             forgets = tuple(i for i in after[nearest].edit_ids if i and i not in shrunk.edit_ids)
             after[nearest] = shrunk
             after.append(replace(fresh, radius=distance / 2 + GAP))
-            steps.append(Step("split", distance, forgets))
+            steps.append(TrainingStep("split", distance, forgets))
     return after, steps
 
 
@@ -237,7 +237,7 @@ class BlockDatabase(SiteMemory):
     def __init__(self, paths: Sequence[str], radius: float, num_blocks: int):
         super().__init__(paths)
         self.radius, self.num_blocks = radius, num_blocks
-        self.records: tuple[Record, ...] = ()
+        self.records: tuple[BlockRecord, ...] = ()
         self.queries = torch.empty(0, 0)
         self.blocks: dict[int, Mapping[str, Block]] = {}
         self.clusters: list[Cluster] = []
@@ -314,7 +314,7 @@ class BlockDatabase(SiteMemory):
         (change,) = changes
         check_finite("block", change.queries, *(t for block in change.factors.values() for t in block))
         queries = change.queries.detach().float().cpu()
-        records = [Record(e, batch_id, change.block, t) for e, t in zip(edit_ids, change.targets, strict=True)]
+        records = [BlockRecord(e, batch_id, change.block, t) for e, t in zip(edit_ids, change.targets, strict=True)]
         self.clusters, _ = add_batch(self.clusters, queries, records, self.radius)
         self.queries = torch.cat([self.queries, queries]) if self.records else queries
         self.records = (*self.records, *records)
@@ -329,7 +329,7 @@ class BlockDatabase(SiteMemory):
         self.blocks = {number: block for number, block in self.blocks.items() if number in used}
         self._stacked = {}
 
-    def _build(self, records: Sequence[Record], queries: torch.Tensor) -> None:
+    def _build(self, records: Sequence[BlockRecord], queries: torch.Tensor) -> None:
         """Clusters from the beginning, call by call."""
         clusters: list[Cluster] = []
         for batch_id in dict.fromkeys(record.batch_id for record in records):
@@ -390,7 +390,7 @@ class BlockDatabase(SiteMemory):
             ):
                 factors[number][path] = Block(part_a.clone(), part_b.clone())
         records = [
-            Record(str(e["edit_id"]), str(e["batch_id"]), int(e["block"]), tuple(map(int, e["target"])))
+            BlockRecord(str(e["edit_id"]), str(e["batch_id"]), int(e["block"]), tuple(map(int, e["target"])))
             for e in part["edits"]
         ]
         if {r.block for r in records} != set(numbers):
@@ -487,7 +487,7 @@ class MELO(SiteMethod):
         factors, losses = self._train(examples, database, block)
         with self.bench.sites.trying(_adding(factors, database.num_blocks), instead_of=database):
             after = self.probabilities(examples)
-        records = [Record(str(r.id), "", block, e.targets) for r, e in zip(requests, examples, strict=True)]
+        records = [BlockRecord(str(r.id), "", block, e.targets) for r, e in zip(requests, examples, strict=True)]
         _, steps = add_batch(database.clusters, queries.cpu(), records, database.radius)
         report = before_and_after(before, after, losses, block=block)
         for entry, step in zip(report, steps, strict=True):

@@ -21,8 +21,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..editors.editor import Editor, EditorConfig, register_editor
+from ..editors.running_norm import DEAD, RunningNorm
 from ..engine.gradients import LowRank
-from ..engine.running_norm import DEAD, RunningNorm
 from ..engine.supervised import Batch
 from .base import Capabilities, register_method
 from .trained_editor import HyperMethod

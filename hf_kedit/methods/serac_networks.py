@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Similarity = Literal["exp_square", "exp", "cosine", "cross"]
 Pooling = Literal["mean", "first"]
-SMALLEST = 1e-7
+_SMALLEST = 1e-7
 """Least distance of an unrelated prompt in the loss: of 1 − s = 0 there is no logarithm."""
 HEAD_SIZE = 32
 
@@ -82,7 +82,7 @@ class ScopeClassifier(nn.Module):
             return unit(prompts, dim=-1) @ unit(edits, dim=-1).T - 1
         squares = (prompts[:, None] - edits[None]).square().sum(-1)
         # The root has no gradient at 0, where a prompt is the stored text itself.
-        return -squares if self.similarity == "exp_square" else -squares.clamp(min=SMALLEST**2).sqrt()
+        return -squares if self.similarity == "exp_square" else -squares.clamp(min=_SMALLEST**2).sqrt()
 
     def vectors(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Vectors ``[texts, d]`` of token ids."""
@@ -103,7 +103,7 @@ def classifier_loss(related: torch.Tensor, unrelated: torch.Tensor, negatives: t
         unrelated: ``log s`` of unrelated prompts ``[n, n]``.
         negatives: the pairs of ``unrelated`` that count, ``[n, n]`` bool.
     """
-    apart = unrelated[negatives].clamp(max=-SMALLEST)
+    apart = unrelated[negatives].clamp(max=-_SMALLEST)
     return -related.diagonal().mean() - (-torch.expm1(apart)).log().sum() / max(len(apart), 1)
 
 

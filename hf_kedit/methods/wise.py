@@ -47,7 +47,7 @@ from .wise_training import (
     train_side_memory,
 )
 
-POOL = 200
+_POOL = 200
 """How many texts of the corpus irrelevant texts are chosen from."""
 LONGEST = 48
 """Irrelevant texts are cut at this many tokens."""
@@ -282,7 +282,7 @@ class WISE(SiteMethod):
         if self.config.irrelevant_texts is not None:
             return list(self.config.irrelevant_texts)
         with self.bench.unedited():
-            return list(islice(self.bench.statistics.corpus_texts(), POOL))
+            return list(islice(self.bench.statistics.corpus_texts(), _POOL))
 
     # ------------------------------------------------------------------ replay
 

@@ -24,7 +24,7 @@ from ..errors import ArtifactError
 from .wise_memory import Member, Memory, Policy, WiseMemories, choose_memory
 from .wise_training import side_change
 
-MAIN = -1
+MAIN_MEMORY = -1
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class WiseSite(SiteMemory):
         return self._output(call, routes)
 
     def route(self, call: SiteCall) -> torch.Tensor:
-        """Which candidate answers each row, ``[rows]``, `MAIN` for none."""
+        """Which candidate answers each row, ``[rows]``, `MAIN_MEMORY` for none."""
         policy = self.state.policy
         distances = torch.stack([d.to(call.output.device) for d in self.distances(call)])
         side = len(distances) - 1 if policy.reference_routing and policy.retrieve and self.state.unmerged else None

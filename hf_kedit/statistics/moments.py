@@ -29,8 +29,8 @@ from ..version import __version__
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-FORMAT_VERSION = 1
-INDEX, CARD = "stats.json", "README.md"
+_FORMAT_VERSION = 1
+INDEX, _CARD = "stats.json", "README.md"
 
 
 @dataclass
@@ -84,7 +84,7 @@ class SharedMoments:
             self.model, self.modules = str(content["model"]), dict(content["modules"])
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{source.name}: {INDEX} is damaged: {error!r}") from error
-        if version > FORMAT_VERSION:
+        if version > _FORMAT_VERSION:
             raise ArtifactError(f"{source.name}: {INDEX} is of the newer format {version}; upgrade hf_kedit")
 
     def check(self, fingerprint: str) -> None:
@@ -195,14 +195,14 @@ def push_moments(
                 "sha256": _digest(path),
             }
         index = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "kedit_version": __version__,
             "model": model,
             "fingerprint": fingerprint,
             "modules": dict(sorted(modules.items())),
         }
         files[INDEX] = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-        files[CARD] = _card(repo_id, index).encode("utf-8")
+        files[_CARD] = _card(repo_id, index).encode("utf-8")
         message = f"Second moments of {len(moments)} module{'' if len(moments) == 1 else 's'}"
         return push_files(repo_id, files, message=message, repo_type=repo_type, private=private, tag=tag, token=token)
 

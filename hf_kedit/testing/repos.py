@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from .cards import front_matter
 
-MAIN = "main"
+MAIN_BRANCH = "main"
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".zip", ".gz")
 _GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
@@ -150,7 +150,7 @@ class Repository:
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.discussions: dict[int, Discussion] = {}
-        self.branches[MAIN] = self._record(
+        self.branches[MAIN_BRANCH] = self._record(
             None, {".gitattributes": Blob(_GITATTRIBUTES)}, "initial commit", "", author
         )
 
@@ -227,7 +227,7 @@ class Repository:
         except (ValueError, YAMLError):
             return {}
 
-    def describe(self, revision: str = MAIN, *, blobs: bool = False) -> dict[str, Any]:
+    def describe(self, revision: str = MAIN_BRANCH, *, blobs: bool = False) -> dict[str, Any]:
         """What ``model_info`` and its relatives return."""
         commit = self.resolve(revision)
         card = self.card(commit)
@@ -366,7 +366,7 @@ class Repository:
         """
         if name not in table:
             raise HubFault(404, f"there is no reference {name}", "RevisionNotFound")
-        if table is self.branches and name == MAIN:
+        if table is self.branches and name == MAIN_BRANCH:
             raise HubFault(403, "the main branch cannot be deleted")
         del table[name]
 

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote
 import yaml
 
 from .cards import card_errors, front_matter
-from .repos import LFS_SUFFIXES, MAIN, Blob, Discussion, HubFault, Repository
+from .repos import LFS_SUFFIXES, MAIN_BRANCH, Blob, Discussion, HubFault, Repository
 from .state import HubState
 
 SAMPLE_IS_BINARY = b"\0"
@@ -250,7 +250,7 @@ def list_repos(call: Call, kind: str) -> Any:
 
 @route("GET", "/api/{kind}/{repo}/revision/{rev}")
 @route("GET", "/api/{kind}/{repo}")
-def repo_info(call: Call, kind: str, repo: str, rev: str = MAIN) -> Any:
+def repo_info(call: Call, kind: str, repo: str, rev: str = MAIN_BRANCH) -> Any:
     """What ``repo_info`` returns."""
     return call.readable(kind, repo).describe(rev, blobs="blobs" in call.query)
 
@@ -305,7 +305,7 @@ def commits(call: Call, kind: str, repo: str, rev: str) -> Any:
 
 
 @route("GET", "/(?:{kind}/)?{repo}/resolve/{rev}/{path}")
-def resolve(call: Call, repo: str, rev: str, path: str, kind: str = "models") -> Any:
+def resolve_file(call: Call, repo: str, rev: str, path: str, kind: str = "models") -> Any:
     """A file, or a part of it."""
     commit, blob = call.contents(kind, repo).file(rev, path)
     headers = {
@@ -464,7 +464,7 @@ def validate_yaml(call: Call) -> Any:
 def create_branch(call: Call, kind: str, repo: str, name: str) -> Any:
     """Start a branch."""
     target = call.writable(kind, repo)
-    target.point(target.branches, name, call.json().get("startingPoint") or MAIN)
+    target.point(target.branches, name, call.json().get("startingPoint") or MAIN_BRANCH)
     return {}
 
 
@@ -506,7 +506,7 @@ def discussions(call: Call, kind: str, repo: str) -> Any:
 def create_discussion(call: Call, kind: str, repo: str) -> Any:
     """Open a discussion or an empty pull request."""
     body, repository = call.json(), call.readable(kind, repo)
-    base = MAIN if body.get("pullRequest") else None
+    base = MAIN_BRANCH if body.get("pullRequest") else None
     opened = repository.discuss(body["title"], body.get("description", ""), call.writer(), base=base)
     if base:
         opened.status = "draft"

@@ -10,7 +10,7 @@ import yaml
 from datasets import DatasetDict
 
 from hf_kedit.data import FEATURES, load_edit_dataset
-from hf_kedit.data.facts import FILE, bare, fill, get_facts
+from hf_kedit.data.facts import FILE, bare, filled, get_facts
 from hf_kedit.errors import DataError
 from hf_kedit.requests import load_requests
 
@@ -87,9 +87,9 @@ def test_other_names_are_used():
 
 
 def test_a_name_is_written_as_in_a_sentence():
-    assert fill("{} is tall", "the Eiffel Tower") == "The Eiffel Tower is tall"
-    assert fill("To see {}, go", "the Eiffel Tower") == "To see the Eiffel Tower, go"
-    assert fill("{} is tall", "Big Ben") == "Big Ben is tall"
+    assert filled("{} is tall", "the Eiffel Tower") == "The Eiffel Tower is tall"
+    assert filled("To see {}, go", "the Eiffel Tower") == "To see the Eiffel Tower, go"
+    assert filled("{} is tall", "Big Ben") == "Big Ben is tall"
     assert bare("the Eiffel Tower") == "Eiffel Tower" and bare("Theseus") == "Theseus"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_kedit import EditableModel
-from hf_kedit.engine.templates import clean, context_templates
+from hf_kedit.engine.templates import cleaned, context_templates
 
 
 def test_templates_are_reproducible_and_well_formed(world_gpt2: EditableModel) -> None:
@@ -25,4 +25,4 @@ def test_a_length_counts_the_starter(world_llama: EditableModel) -> None:
 
 
 def test_generated_braces_and_breaks_are_removed() -> None:
-    assert clean("a {x}\n\nb\nc ") == "a  x  b c"
+    assert cleaned("a {x}\n\nb\nc ") == "a  x  b c"

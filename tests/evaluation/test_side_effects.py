@@ -9,7 +9,7 @@ from hf_kedit.data.general_probes import GENERAL_PROBES
 from hf_kedit.errors import EvaluationError
 from hf_kedit.evaluation.measures.side_effects import (
     Answered,
-    Question,
+    EffectQuestion,
     SideEffectReport,
     SideEffects,
     distinct_pairs,
@@ -68,11 +68,11 @@ def test_a_fact_without_a_subject_is_asked_by_its_own_words_only() -> None:
     ],
 )
 def test_which_answers_are_good(kind: str, before: str, after: str, good: bool) -> None:
-    assert Answered(Question(kind, "p", wanted="Rome"), before, after).good is good  # type: ignore[arg-type]
+    assert Answered(EffectQuestion(kind, "p", wanted="Rome"), before, after).good is good  # type: ignore[arg-type]
 
 
 def _report(pairs: list[tuple[str, str]], kind: str = "general") -> SideEffectReport:
-    answers = [Answered(Question(kind, str(i)), *pair) for i, pair in enumerate(pairs)]  # type: ignore[arg-type]
+    answers = [Answered(EffectQuestion(kind, str(i)), *pair) for i, pair in enumerate(pairs)]  # type: ignore[arg-type]
     return SideEffectReport(tuple(answers), ("English",))
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_kedit import EditTrainer, EditTrainingArguments, load_edit_dataset
 from hf_kedit.editors.editor import editor_class
 from hf_kedit.editors.output import METRICS
-from hf_kedit.engine.running_norm import RunningNorm
+from hf_kedit.editors.running_norm import RunningNorm
 from hf_kedit.loading import load_base, load_tokenizer
 from hf_kedit.methods.ke import KEConfig
 from hf_kedit.methods.malmen import MALMENConfig

@@ -14,8 +14,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_kedit import EditRequest, EditTrainer, EditTrainingArguments, load_edit_dataset
 from hf_kedit.anatomy import resolve_anatomy
+from hf_kedit.editors.running_norm import RunningNorm
 from hf_kedit.engine.gradients import low_rank_paths
-from hf_kedit.engine.running_norm import RunningNorm
 from hf_kedit.engine.supervised import IGNORE, score
 from hf_kedit.errors import ConfigError, RequestError
 from hf_kedit.loading import load_base, load_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import config_class, normalise
-from ...config.easyedit import IGNORED, VALUES, module_names
+from ...config.easyedit import NOT_CARRIED_OVER, VALUES, module_names
 from ...errors import ConfigError, nearest
 from ...model import EditableModel
 from ...training.plan import TrainingPlan, train_and_save
@@ -123,7 +123,9 @@ def convert_training(source: str | Path | Mapping[str, Any]) -> ConvertedPlan:
         elif key in STEPS:
             training[STEPS[key]] = max(1, math.ceil(_whole(values, key, 1) / passes))
         else:
-            ignored[key] = REASONS.get(key) or IGNORED.get(key) or f"{type(defaults).__name__} has no such field"
+            ignored[key] = (
+                REASONS.get(key) or NOT_CARRIED_OVER.get(key) or f"{type(defaults).__name__} has no such field"
+            )
     if method in ("mend", "instructedit") and _whole(values, "n_hidden", 1) != defaults.num_blocks - 1:
         editor["num_blocks"] = _whole(values, "n_hidden", 1) + 1
         del ignored["n_hidden"]

@@ -2,8 +2,8 @@
 
 "Model Editing Can Hurt General Abilities of Large Language Models" measures reasoning, NLI, open- and closed-domain
 QA, dialogue, summarization, NER and sentiment, each with one prompt and a short greedy continuation. A task is a list
-of `Example` that `load_ability` makes from a local file, rows in memory, or a data set of the Hub. The published code
-has defects (see `TASKS`), so that these numbers are for comparing a model with itself, before and after.
+of `AbilityExample` that `load_ability` makes from a local file, rows in memory, or a data set of the Hub. The published code
+has defects (see `ABILITIES`), so that these numbers are for comparing a model with itself, before and after.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...data.normalise import RawRow
 from ...errors import DataError, EvaluationError, check_choice
 from ...requests import read_rows
 from ..asking.batching import TOKEN_BUDGET
@@ -26,8 +27,6 @@ from .texts import rouge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Row = Mapping[str, Any]
 
 
 class Ability(ABC):
@@ -48,7 +47,7 @@ class Ability(ABC):
 
 
 @dataclass(frozen=True)
-class Example:
+class AbilityExample:
     """One prompt and the accepted answers."""
 
     prompt: str
@@ -68,7 +67,7 @@ class Task:
         columns: of a row, for error messages.
     """
 
-    examples: Callable[[Row], Iterable[Example]]
+    examples: Callable[[RawRow], Iterable[AbilityExample]]
     score: Callable[[str, Sequence[str]], float | None]
     metric: str
     max_new_tokens: int
@@ -82,14 +81,14 @@ class AbilityTask(Ability):
 
     Args:
         name: for the report.
-        task: one of `TASKS`.
+        task: one of `ABILITIES`.
         examples: what is asked.
         max_new_tokens: of a reply.
     """
 
     name: str
     task: str
-    examples: tuple[Example, ...]
+    examples: tuple[AbilityExample, ...]
     max_new_tokens: int
 
     def measure(
@@ -100,7 +99,7 @@ class AbilityTask(Ability):
         replies = generate_answers(
             model, tokenizer, prompts, self.max_new_tokens, token_budget, cut_at_newline=self.task != "summarization"
         )
-        task = TASKS[self.task]
+        task = ABILITIES[self.task]
         scores = [task.score(r.text, example.answers) for r, example in zip(replies, self.examples, strict=True)]
         return {
             "score": metrics.mean(score or 0.0 for score in scores),
@@ -120,7 +119,7 @@ class AbilityTask(Ability):
 
 def load_ability(
     task: str,
-    source: str | Path | Iterable[Row] | None = None,
+    source: str | Path | Iterable[RawRow] | None = None,
     *,
     split: str | None = None,
     config: str | None = None,
@@ -131,7 +130,7 @@ def load_ability(
     """Make an ability of one of the eight tasks.
 
     Args:
-        task: one of `TASKS`.
+        task: one of `ABILITIES`.
         source: path of a JSON, JSONL or CSV file; rows (dicts, or a ``datasets.Dataset``); or the id of a data set of
             the Hub. Default: the task's own public data set, where there is one.
         split: of a data set of the Hub.
@@ -144,11 +143,11 @@ def load_ability(
         EvaluationError: for an unknown task.
         DataError: if there is no data set, it cannot be read, or its rows lack what the task needs.
     """
-    check_choice("ability", task, TASKS)
+    check_choice("ability", task, ABILITIES)
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit must be at least 1, not {limit}")
-    chosen = TASKS[task]
-    examples: list[Example] = []
+    chosen = ABILITIES[task]
+    examples: list[AbilityExample] = []
     for number, row in enumerate(_rows(task, source, split, config)):
         if number == limit:
             break
@@ -164,16 +163,16 @@ def load_ability(
 
 
 def _rows(
-    task: str, source: str | Path | Iterable[Row] | None, split: str | None, config: str | None
-) -> Iterable[Row]:
+    task: str, source: str | Path | Iterable[RawRow] | None, split: str | None, config: str | None
+) -> Iterable[RawRow]:
     if isinstance(source, Path) or (isinstance(source, str) and Path(source).is_file()):
         return read_rows(Path(source))
     if source is not None and not isinstance(source, str):
         return source
-    found = TASKS[task].hub if source is None else (source, None, "test")
+    found = ABILITIES[task].hub if source is None else (source, None, "test")
     if found is None:
         raise DataError(f"{task}: no public data set loads without a script; pass a file whose rows have"
-                        f" {TASKS[task].columns}")  # fmt: skip
+                        f" {ABILITIES[task].columns}")  # fmt: skip
     import datasets
 
     try:
@@ -185,22 +184,22 @@ def _rows(
 # ---------------------------------------------------------------------- the tasks: rows → prompts
 
 
-def _reasoning(row: Row) -> Iterator[Example]:
+def _reasoning(row: RawRow) -> Iterator[AbilityExample]:
     chain, _, number = str(row["answer"]).rpartition("####")
     if not chain:
         raise ValueError("the answer has no '####' before its number")
     prompt = (
         f"Q: {row['question']} A:Let's think step by step. {chain.strip()} Therefore, the answer (arabic numerals) is:"
     )
-    yield Example(prompt, (number.strip().replace(",", ""),))
+    yield AbilityExample(prompt, (number.strip().replace(",", ""),))
 
 
-def _nli(row: Row) -> Iterator[Example]:
+def _nli(row: RawRow) -> Iterator[AbilityExample]:
     answer = ("True", "False")[int(row["label"])]  # GLUE: 0 is entailment
-    yield Example(f"{row['sentence1']} entails the {row['sentence2']}. True or False? answer:", (answer,))
+    yield AbilityExample(f"{row['sentence1']} entails the {row['sentence2']}. True or False? answer:", (answer,))
 
 
-def _open_qa(row: Row) -> Iterator[Example]:
+def _open_qa(row: RawRow) -> Iterator[AbilityExample]:
     answers = row["answer"] if "answer" in row else row["answers"]
     accepted = (answers,) if isinstance(answers, str) else tuple(map(str, answers))
     passage = row.get("passage")
@@ -208,35 +207,35 @@ def _open_qa(row: Row) -> Iterator[Example]:
         opening = f"Refer to the passage below and answer the following question. Passage: {passage} "
     else:
         opening = "Answer the following question. "
-    yield Example(f"{opening}Question: {row['question']} Answer:", accepted)
+    yield AbilityExample(f"{opening}Question: {row['question']} Answer:", accepted)
 
 
-def _closed_qa(row: Row) -> Iterator[Example]:
+def _closed_qa(row: RawRow) -> Iterator[AbilityExample]:
     prompt = (
         "Please answer the given question based on the passage. The answer should be exact 'yes' or 'no'."
         f" passage: {row['passage']} question: {row['question']} answer:"
     )
     answer = row["answer"] if "answer" in row else row["label"]
-    yield Example(prompt, ("yes" if answer in (True, 1, "yes", "true") else "no",))
+    yield AbilityExample(prompt, ("yes" if answer in (True, 1, "yes", "true") else "no",))
 
 
-def _dialogue(row: Row) -> Iterator[Example]:
+def _dialogue(row: RawRow) -> Iterator[AbilityExample]:
     options = row["options"]
     listed = " ".join(f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=True))
     answer = row["answer"] if "answer" in row else row["answers"]
     letter = answer if isinstance(answer, str) else "ABCD"[int(answer)]
-    yield Example(f"{row['article']} {listed} Among A through D, the answer is", (letter.strip().upper(),))
+    yield AbilityExample(f"{row['article']} {listed} Among A through D, the answer is", (letter.strip().upper(),))
 
 
-def _summarization(row: Row) -> Iterator[Example]:
-    yield Example(f"{row['dialogue']}\nTL;DR:", (str(row["summary"]),))
+def _summarization(row: RawRow) -> Iterator[AbilityExample]:
+    yield AbilityExample(f"{row['dialogue']}\nTL;DR:", (str(row["summary"]),))
 
 
 ENTITY_TYPES = {"PER": "Person", "LOC": "Location", "ORG": "Organization", "MISC": "Miscellaneous"}
 _CONLL_TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
 
 
-def _ner(row: Row) -> Iterator[Example]:
+def _ner(row: RawRow) -> Iterator[AbilityExample]:
     """One example per type of entity that occurs; ``entities`` is type → texts, or CoNLL's tokens and tags."""
     text = row["text"] if "text" in row else " ".join(row["tokens"])
     entities = row["entities"] if "entities" in row else _tagged(row["tokens"], row["ner_tags"])
@@ -244,7 +243,7 @@ def _ner(row: Row) -> Iterator[Example]:
         if found:
             kind = ENTITY_TYPES.get(kind, kind)
             prompt = f"Please identify {kind} Entity from the given text. Text: {text} Entity:"
-            yield Example(prompt, tuple(map(str, found)))
+            yield AbilityExample(prompt, tuple(map(str, found)))
 
 
 def _tagged(tokens: Sequence[str], tags: Sequence[int | str]) -> dict[str, list[str]]:
@@ -259,12 +258,12 @@ def _tagged(tokens: Sequence[str], tags: Sequence[int | str]) -> dict[str, list[
     return found
 
 
-def _sentiment(row: Row) -> Iterator[Example]:
+def _sentiment(row: RawRow) -> Iterator[AbilityExample]:
     prompt = (
         "For each snippet of text, label the sentiment of the text as positive or negative. The answer should be exact"
         f" 'positive' or 'negative'. text: {row['sentence']} answer:"
     )
-    yield Example(prompt, (("negative", "positive")[int(row["label"])],))
+    yield AbilityExample(prompt, (("negative", "positive")[int(row["label"])],))
 
 
 # ---------------------------------------------------------------------- the tasks: replies → scores
@@ -303,7 +302,7 @@ def _rouge(reply: str, answers: Sequence[str]) -> float:
     return sum(scores[name]["f"] for name in ("rouge1", "rouge2", "rougeL")) / 3
 
 
-TASKS: dict[str, Task] = {
+ABILITIES: dict[str, Task] = {
     # The prompt holds the gold chain of thought: it asks for little more than the last step.
     "reasoning": Task(
         _reasoning, _number, "accuracy", 5, ("openai/gsm8k", "main", "test"), "'question' and 'answer' (… #### n)"

@@ -14,7 +14,7 @@ import torch
 from ...errors import EvaluationError
 from . import metrics
 
-Kind = Literal["rewrite", "paraphrase", "neighborhood"]
+PairKind = Literal["rewrite", "paraphrase", "neighborhood"]
 COUNTERFACT_NAMES: dict[str, tuple[str, str]] = {
     "rewrite": ("ES", "EM"),
     "paraphrase": ("PS", "PM"),
@@ -26,7 +26,7 @@ COUNTERFACT_NAMES: dict[str, tuple[str, str]] = {
 # ---------------------------------------------------------------------- CounterFact
 
 
-def counterfact_pair(nll_new: float, nll_true: float, kind: Kind = "rewrite") -> tuple[float, float]:
+def counterfact_pair(nll_new: float, nll_true: float, kind: PairKind = "rewrite") -> tuple[float, float]:
     """Success and magnitude of one prompt (Meng et al. 2022).
 
     Success is 1.0 if the target that shall be preferred is strictly more probable: the new one on rewrite and

@@ -27,13 +27,13 @@ from .metrics import contains, mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Kind = Literal["fact", "paraphrase", "chat", "neighbour", "same subject", "general", "name"]
-REACH: tuple[Kind, ...] = ("fact", "paraphrase", "chat")
+EffectKind = Literal["fact", "paraphrase", "chat", "neighbour", "same subject", "general", "name"]
+REACH: tuple[EffectKind, ...] = ("fact", "paraphrase", "chat")
 """Questions whose answer should hold the new target."""
-KEEP: tuple[Kind, ...] = ("neighbour", "same subject", "general", "name")
+KEEP: tuple[EffectKind, ...] = ("neighbour", "same subject", "general", "name")
 """Questions whose answer should be as before."""
 
-NEW_TOKENS = 10
+EFFECT_TOKENS = 10
 MOST_REQUESTS = 20
 """Of a larger batch, so many requests (evenly spread) are asked about."""
 SMALLEST_KEPT: dict[str, float] = {"neighbour": 0.5, "same subject": 0.5, "general": 0.9, "name": 0.75}
@@ -47,7 +47,7 @@ OTHER_SUBJECTS = ("Albert Einstein", "William Shakespeare", "Marie Curie", "Braz
 
 
 @dataclass(frozen=True)
-class Question:
+class EffectQuestion:
     """A prompt that is asked before and after an edit.
 
     Args:
@@ -57,7 +57,7 @@ class Question:
         wanted: for kinds in `REACH` the new target; for ``name`` what should be copied.
     """
 
-    kind: Kind
+    kind: EffectKind
     prompt: str
     prompt_format: PromptFormat = "raw"
     wanted: str | None = None
@@ -73,7 +73,7 @@ class Answered:
         after: of the edited model.
     """
 
-    question: Question
+    question: EffectQuestion
     before: str
     after: str
 
@@ -101,11 +101,11 @@ class SideEffectReport:
     answers: tuple[Answered, ...]
     targets: tuple[str, ...]
 
-    def of(self, kind: Kind) -> list[Answered]:
+    def of(self, kind: EffectKind) -> list[Answered]:
         """The answers to questions of a kind."""
         return [a for a in self.answers if a.question.kind == kind]
 
-    def share(self, kind: Kind) -> float | None:
+    def share(self, kind: EffectKind) -> float | None:
         """Share of the answers of a kind that are as they should be; ``None`` if nothing of the kind was asked."""
         return mean(float(a.good) for a in self.of(kind))
 
@@ -175,7 +175,7 @@ class SideEffects:
         requests: Sequence[EditRequest],
         *,
         general: Sequence[str] = GENERAL_PROBES,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int = EFFECT_TOKENS,
     ):
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -184,7 +184,7 @@ class SideEffects:
         self.targets = tuple(r.target_new for r in asked)
         has_chat = bool(getattr(tokenizer, "chat_template", None))
         questions = [q for r in asked for q in questions_about(r, chat=has_chat)]
-        questions += [Question("general", text) for text in general]
+        questions += [EffectQuestion("general", text) for text in general]
         self.questions = list(dict.fromkeys(questions))
         self._before: list[str] | None = None
         self._after: list[str] | None = None
@@ -209,7 +209,7 @@ class SideEffects:
         return SideEffectReport(tuple(Answered(*answer) for answer in answers), self.targets)
 
     def _ask(self, model: PreTrainedModel) -> list[str]:
-        texts: dict[Question, str] = {}
+        texts: dict[EffectQuestion, str] = {}
         for prompt_format in ("raw", "chat"):
             asked = [q for q in self.questions if q.prompt_format == prompt_format]
             if asked:
@@ -218,13 +218,13 @@ class SideEffects:
                     self.tokenizer,
                     [q.prompt for q in asked],
                     self.max_new_tokens,
-                    prompt_format=prompt_format,  # type: ignore[arg-type]
+                    prompt_format=prompt_format,
                 )
                 texts.update({q: answer.text for q, answer in zip(asked, given, strict=True)})
         return [texts[q] for q in self.questions]
 
 
-def questions_about(request: EditRequest, *, chat: bool) -> list[Question]:
+def questions_about(request: EditRequest, *, chat: bool) -> list[EffectQuestion]:
     """What is asked because of one request.
 
     Its own paraphrases and locality probes come first; without the latter, the prompt is asked of other subjects.
@@ -234,24 +234,24 @@ def questions_about(request: EditRequest, *, chat: bool) -> list[Question]:
         chat: ask it as a user would, too.
     """
     prompt, target = request.filled_prompt, request.target_new
-    questions = [Question("fact", prompt, wanted=target)]
-    questions += [Question("paraphrase", text, wanted=target) for text in request.rephrase_prompts]
+    questions = [EffectQuestion("fact", prompt, wanted=target)]
+    questions += [EffectQuestion("paraphrase", text, wanted=target) for text in request.rephrase_prompts]
     if chat:
-        questions.append(Question("chat", f"Complete this sentence: {prompt}", "chat", target))
+        questions.append(EffectQuestion("chat", f"Complete this sentence: {prompt}", "chat", target))
     for axis, probes in request.locality.items():
-        kind: Kind = "same subject" if "subject" in axis.lower() and "other" not in axis.lower() else "neighbour"
-        questions += [Question(kind, probe.prompt) for probe in probes]
+        kind: EffectKind = "same subject" if "subject" in axis.lower() and "other" not in axis.lower() else "neighbour"
+        questions += [EffectQuestion(kind, probe.prompt) for probe in probes]
     if request.subject is None:
         return questions
     if not request.locality:
         before, after = request.template.split("{}")
         others = [name for name in OTHER_SUBJECTS if name.lower() not in prompt.lower()]
-        questions += [Question("neighbour", before + name + after) for name in others]
-        questions.append(Question("same subject", f"{request.subject} is known for"))
+        questions += [EffectQuestion("neighbour", before + name + after) for name in others]
+        questions.append(EffectQuestion("same subject", f"{request.subject} is known for"))
     name = request.subject
-    questions.append(Question("name", f"Name: {name}\nName: {name}\nName:", wanted=name))
+    questions.append(EffectQuestion("name", f"Name: {name}\nName: {name}\nName:", wanted=name))
     if chat:
-        questions.append(Question("name", f"Repeat this name: {name}", "chat", name))
+        questions.append(EffectQuestion("name", f"Repeat this name: {name}", "chat", name))
     return questions
 
 

@@ -20,7 +20,7 @@ from ...data import load_edit_dataset
 from ...errors import DataError, EvaluationError, KeditError, check_choice
 from ...logging import get_logger
 from ...model import EditableModel
-from ..measures.abilities import TASKS as ABILITIES
+from ..measures.abilities import ABILITIES as ABILITIES
 from ..measures.abilities import Ability, load_ability
 from ..measures.harness import HarnessTask
 from ..measures.judges import ExactMatchJudge, OpenAICompatibleJudge

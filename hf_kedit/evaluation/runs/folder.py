@@ -18,7 +18,7 @@ from ..report.report import EvaluationReport
 from .plan import Step, StepResult
 
 RUN_FILE = "run.json"
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 
 
 class RunFolder:
@@ -44,7 +44,7 @@ class RunFolder:
             raise EvaluationError(f"output_dir {str(self.path)!r} is a file; name a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_VERSION,
             "shards": shard[1],
             "settings": json.loads(json.dumps(settings)),
             "plan": [[s.when, list(s.cases), s.unit, s.n_edits] for s in plan],
@@ -137,7 +137,7 @@ def collect_report(path: str | Path) -> EvaluationReport:
     """
     folder = Path(path)
     run = _read_json(folder / RUN_FILE)
-    if run.get("format_version", 0) > FORMAT_VERSION:
+    if run.get("format_version", 0) > _FORMAT_VERSION:
         raise DataError(f"{str(folder)!r} was written by a newer version of the library; upgrade to read it")
     steps: dict[int, StepResult] = {}
     for file in sorted(folder.glob("results*.jsonl")):
