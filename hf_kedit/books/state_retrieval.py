@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..anatomy import Anatomy
 
-ROWS = 64
+_ROWS = 64
 """Texts that share a forward pass."""
 
 
@@ -88,8 +88,8 @@ class StateReader:
         tap = Tap(self.anatomy.layer(layer).path)
         found = [torch.empty(0, self.anatomy.hidden_size)]
         with self.unedited(), frozen_eval(self.model):
-            for start in range(0, len(ids), ROWS):
-                rows = ids[start : start + ROWS]
+            for start in range(0, len(ids), _ROWS):
+                rows = ids[start : start + _ROWS]
                 batch = pad_rows(rows, fill).to(device_of(self.model))
                 columns = torch.tensor([len(row) - 1 for row in rows])
                 found.append(capture_at(self.model, batch, columns, [tap])[tap].cpu())

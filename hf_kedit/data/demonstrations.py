@@ -18,7 +18,7 @@ from ..requests import SLOT, EditRequest, load_requests
 from .features import blank, probe
 from .loading import register_dataset
 
-FILE = Path(__file__).with_suffix(".yaml")
+_FILE = Path(__file__).with_suffix(".yaml")
 LANGUAGES = ("en", "zh")
 _HAN = re.compile("[\u4e00-\u9fff]")
 _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
@@ -37,7 +37,7 @@ def packaged_demonstrations(language: str) -> tuple[EditRequest, ...]:
 
 @functools.cache
 def _read() -> dict[str, list[list[str]]]:
-    content: dict[str, list[list[str]]] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    content: dict[str, list[list[str]]] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     return content
 
 

@@ -21,7 +21,7 @@ from ..requests import SLOT
 from .features import blank, probe
 from .loading import register_dataset
 
-FILE = Path(__file__).with_suffix(".yaml")
+_FILE = Path(__file__).with_suffix(".yaml")
 ARTICLE = "the "
 _PROBES_PER_AXIS = 3
 VALIDATION_EVERY = 4
@@ -99,7 +99,7 @@ class Facts:
 @functools.cache
 def get_facts() -> Facts:
     """Read the packaged facts (once)."""
-    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    content = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     relations = {
         key: FactRelation(
             entry["subject"], entry["object"], tuple(entry["statements"]), tuple(entry["questions"]), entry["facts"]

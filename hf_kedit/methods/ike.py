@@ -40,7 +40,7 @@ from .base import Capabilities, Method, Outcome, register_method
 logger = get_logger(__name__)
 BELIEVED = 0.5
 """A new answer less likely than this behind its fact is one that the model does not believe."""
-ROWS = 8
+_ROWS = 8
 """Edits that are measured in one forward; each is as long as its demonstrations."""
 COPY, UPDATE, RETAIN = "copy", "update", "retain"
 SHARES = {COPY: 4, UPDATE: 12, RETAIN: 16}
@@ -169,8 +169,8 @@ class _Prompting(InContext):
             ids, own = prompter.with_prefix(example.ids, prefix, model, reserve=0)
             behind.append(replace(example, ids=tuple(ids), positions=tuple(own[p] for p in example.positions)))
         return (
-            target_probabilities(model, plain, fill, ROWS),
-            target_probabilities(model, behind, fill, ROWS),
+            target_probabilities(model, plain, fill, _ROWS),
+            target_probabilities(model, behind, fill, _ROWS),
         )
 
     def entry(self, request: EditRequest) -> PromptEntry:

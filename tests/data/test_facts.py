@@ -10,11 +10,11 @@ import yaml
 from datasets import DatasetDict
 
 from hf_kedit.data import FEATURES, load_edit_dataset
-from hf_kedit.data.facts import FILE, bare, filled, get_facts
+from hf_kedit.data.facts import _FILE, bare, filled, get_facts
 from hf_kedit.errors import DataError
 from hf_kedit.requests import load_requests
 
-TABLE = yaml.safe_load(Path(FILE).read_text(encoding="utf-8"))
+TABLE = yaml.safe_load(Path(_FILE).read_text(encoding="utf-8"))
 RELATIONS = TABLE["relations"]
 
 
@@ -43,7 +43,7 @@ def test_a_subject_stands_once_in_a_table():
         return dict(loader.construct_pairs(node, deep=True))
 
     Strict.add_constructor("tag:yaml.org,2002:map", mapping)
-    yaml.load(FILE.read_text(encoding="utf-8"), Strict)
+    yaml.load(_FILE.read_text(encoding="utf-8"), Strict)
 
 
 def test_every_name_is_text():

@@ -1,9 +1,10 @@
 """General abilities of a model, to see what editing costs it: the eight tasks of Gu et al. (2024).
 
 "Model Editing Can Hurt General Abilities of Large Language Models" measures reasoning, NLI, open- and closed-domain
-QA, dialogue, summarization, NER and sentiment, each with one prompt and a short greedy continuation. A task is a list
-of `AbilityExample` that `load_ability` makes from a local file, rows in memory, or a data set of the Hub. The published code
-has defects (see `ABILITIES`), so that these numbers are for comparing a model with itself, before and after.
+QA, dialogue, summarization, NER and sentiment, each with one prompt and a short greedy continuation. A task is a
+list of `AbilityExample` that `load_ability` makes from a local file, rows in memory, or a data set of the Hub. The
+published code has defects (see `ABILITIES`), so that these numbers are for comparing a model with itself, before and
+after.
 """
 
 from __future__ import annotations

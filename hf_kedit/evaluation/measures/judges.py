@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from ...errors import EvaluationError
 from ...logging import get_logger, warn_once
+from ..asking.generation import generate_answers
 from . import metrics
 
 logger = get_logger(__name__)
@@ -327,8 +328,6 @@ class HFModelJudge(ModelJudge):
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
 
     def reply(self, prompt: str) -> str:
-        from ..asking.generation import generate_answers
-
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         text = prompt if chat else prompt + "\nGrade:"
         answers = generate_answers(

@@ -11,7 +11,7 @@ from .charts import COLOURS, LONG_LABEL, bars, curves, legend
 from .groups import Group, Runs
 from .html_cases import run_cases, side_by_side
 from .results import Results
-from .summaries import LABELS, SHORT, axis_means, formatted, in_charts, label_of, means_by_name
+from .summaries import LABELS, SHORT, formatted, in_charts, label_of, means_by_axis, means_by_name
 
 _MANY_RUNS = 4
 """Runs from which on their cases are behind a line that opens them."""
@@ -152,7 +152,7 @@ def _heading(group: Group[Any], protocol: str, scorer: object, when: str) -> str
 
 def _axes(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """The means of the axes one by one."""
-    means = axis_means(summaries)
+    means = means_by_axis(summaries)
     names = list(dict.fromkeys(key for row in means.values() for key in row))
     if not names:
         return ""

@@ -13,7 +13,7 @@ from .groups import Group
 from .results import Results
 from .summaries import LABELS, NAMES, SHORT, exists, flat_row, formatted
 
-Edit = tuple[str, str]
+EditKey = tuple[str, str]
 """Prompt and new answer."""
 _SIDE_BY_SIDE = 100
 """Edits that are shown under every method; their tables are small."""
@@ -46,7 +46,7 @@ def side_by_side(number: int, group: Group[Any]) -> str:
     """
     if len(group.reports) < 2:
         return ""
-    by_edit: dict[Edit, dict[str, CaseResult]] = {}
+    by_edit: dict[EditKey, dict[str, CaseResult]] = {}
     for label, report in group.reports.items():
         for result in report.chosen():
             by_edit.setdefault(_edit(result), {})[label] = result
@@ -64,11 +64,11 @@ def side_by_side(number: int, group: Group[Any]) -> str:
     )
 
 
-def _edit(result: CaseResult) -> Edit:
+def _edit(result: CaseResult) -> EditKey:
     return str(result.request["prompt"]), str(result.request["target_new"])
 
 
-def _written_after(report: Results) -> dict[Edit, str]:
+def _written_after(report: Results) -> dict[EditKey, str]:
     """Edit → what the model writes behind its prompt at the end, where a protocol generates."""
     return {
         _edit(result): str(text["post"])
@@ -79,7 +79,7 @@ def _written_after(report: Results) -> dict[Edit, str]:
     }
 
 
-def _compared(edit: Edit, results: Mapping[str, CaseResult], written: Mapping[str, Mapping[Edit, str]]) -> str:
+def _compared(edit: EditKey, results: Mapping[str, CaseResult], written: Mapping[str, Mapping[EditKey, str]]) -> str:
     flat = {label: flat_row(result) for label, result in results.items()}
     names = [n for n in LABELS if any(row[f"post_{n}"] is not None for row in flat.values())]
     texts = {label: written[label][edit] for label in results if edit in written[label]}

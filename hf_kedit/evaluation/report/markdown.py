@@ -9,7 +9,7 @@ from ...storage.display import markdown_text, percent
 from ..measures import metrics
 from .groups import Group, Runs
 from .results import Results
-from .summaries import LABELS, SHORT, axis_means, formatted, label_of, means_by_name
+from .summaries import LABELS, SHORT, formatted, label_of, means_by_axis, means_by_name
 
 
 def render(runs: Runs[Any], max_cases: int) -> str:
@@ -65,7 +65,7 @@ def _means(group: Group[Any], protocol: str, when: str) -> list[str]:
     scorer = next(iter(summaries.values()))["scorer"]
     title = f"{group.title}: {protocol}" if group.title else protocol
     lines = [f"## {markdown_text(f'{title} ({scorer}), {when}')}", "", *_table(head, body)]
-    axes = axis_means(summaries)
+    axes = means_by_axis(summaries)
     names = list(dict.fromkeys(key for row in axes.values() for key in row))
     if names:
         head = ["axis by axis", *(f"{SHORT[section]}: {axis}" for section, axis in names)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-FORMAT_VERSION = 1
+_FORMAT_VERSION = 1
 
 
 class EvaluationReport(Results):
@@ -132,7 +132,7 @@ class EvaluationReport(Results):
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The whole report as JSON text; also written to ``path`` if one is given (overwriting it)."""
-        content = {"format_version": FORMAT_VERSION, "meta": self.meta, "records": self.records}
+        content = {"format_version": _FORMAT_VERSION, "meta": self.meta, "records": self.records}
         text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
         written(text + "\n", path)
         return text
@@ -146,7 +146,7 @@ class EvaluationReport(Results):
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["format_version"] > FORMAT_VERSION:
+            if content["format_version"] > _FORMAT_VERSION:
                 raise DataError(f"{str(path)!r} was written by a newer version of the library; upgrade to read it")
             return cls(content["records"], content["meta"])
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:

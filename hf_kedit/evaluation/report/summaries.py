@@ -36,7 +36,7 @@ SHORT = {
     "portability": "portability",
 }
 """Short names of the means for charts and wide tables."""
-Key = tuple[str, str]
+AxisKey = tuple[str, str]
 """Section of a number that only some protocols have (else empty), and its name."""
 
 
@@ -118,12 +118,12 @@ def look_up(post: Mapping[str, Any], name: str) -> float | None:
     return value if isinstance(value, float) else None
 
 
-def means_by_name(summary: Mapping[str, Any]) -> dict[Key, tuple[float | None, float]]:
+def means_by_name(summary: Mapping[str, Any]) -> dict[AxisKey, tuple[float | None, float]]:
     """All means of a summary, in order: (section, name) → before and after."""
     pre, post = summary["pre"], summary["post"]
     # Under the likelihood protocol ES, PS and NS are these same numbers under the names that papers use.
     again = ("rewrite_acc", "rephrase_acc", "locality_accuracy") if "counterfact" in post else ()
-    means: dict[Key, tuple[float | None, float]] = {
+    means: dict[AxisKey, tuple[float | None, float]] = {
         ("", name): (pre.get(name), post[name]) for name in LABELS if name in post and name not in again
     }
     for section in extra_sections(post):
@@ -131,7 +131,7 @@ def means_by_name(summary: Mapping[str, Any]) -> dict[Key, tuple[float | None, f
     return means
 
 
-def axis_means(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[Key, float]]:
+def means_by_axis(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[AxisKey, float]]:
     """Name of a run → (section, axis) → mean after the edits, of sections that have several axes in some run."""
     by_run = {name: summary["post"].get("per_axis", {}) for name, summary in summaries.items()}
     several = {section for axes in by_run.values() for section, means in axes.items() if len(means) > 1}
