@@ -176,10 +176,119 @@ SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("BartConfig", "BartForConditionalGeneration", _BART),
 }
 
+# Layers that keep a recurrent or a convolution state instead of keys and values, or beside them.
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+_NEMOTRON_H = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": 8,
+    "max_position_embeddings": POSITIONS,
+    "layers_block_type": ["full_attention", "mlp", "linear_attention", "mlp"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 1,
+    "ssm_state_size": 8,
+    "chunk_size": 8,
+}
+HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_5_text": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {**_HEAD8, **_LINEAR}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**_MOE, **_LINEAR, "head_dim": 8, "num_experts": 4, "shared_expert_intermediate_size": 40},
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {**_GQA, "layer_types": ["conv", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", {**_GQA, **_MAMBA, "mamba_d_ssm": 64}),
+    "bamba": ("BambaConfig", "BambaForCausalLM", {**_GQA, **_MAMBA, "attn_layer_indices": [1]}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_GQA,
+            **_MAMBA,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "shared_intermediate_size": 40,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", {**_GQA, **_LINEAR}),
+    "nemotron_h": ("NemotronHConfig", "NemotronHForCausalLM", _NEMOTRON_H),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {
+            **_GQA,
+            "num_hidden_layers": 4,
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
+}
+# Blocks with several streams on a leading axis; experts that are added to a module's output in place.
+UNUSUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3n_text": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            **_HEAD8,
+            "num_hidden_layers": 5,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"],
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": [0.0] * 5,
+        },
+    ),
+    "llama4_text": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            **_HEAD8,
+            "num_hidden_layers": 4,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": INNER,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 32,
+        },
+    ),
+}
+
+
+def _spec(family: str) -> tuple[str, str, dict[str, Any]]:
+    return {**SPECS, **HYBRIDS, **UNUSUAL}[family]
+
 
 def tiny_config(family: str, vocab_size: int = VOCAB, **overrides: Any) -> PretrainedConfig:
     """Configuration of a tiny model of this family, with any value overridden."""
-    config_class, _, values = SPECS[family]
+    config_class, _, values = _spec(family)
     return getattr(transformers, config_class)(
         **{"vocab_size": vocab_size, **_IDS, **copy.deepcopy(values), **overrides}
     )
@@ -189,7 +298,7 @@ def tiny_model(family: str, vocab_size: int = VOCAB, seed: int = 0, **overrides:
     """A tiny random model, in evaluation mode.
 
     Args:
-        family: key of `FAMILIES`.
+        family: key of `FAMILIES`, `HYBRIDS` or `UNUSUAL`.
         vocab_size: size of the vocabulary.
         seed: of the weights; the global random state is left alone.
         overrides: configuration values.
@@ -200,7 +309,7 @@ def tiny_model(family: str, vocab_size: int = VOCAB, seed: int = 0, **overrides:
         config = tiny_config(family, vocab_size, **overrides)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = getattr(transformers, SPECS[family][1])(config)
+            model = getattr(transformers, _spec(family)[1])(config)
     return randomised(model, seed)
 
 

@@ -108,6 +108,7 @@ class _Checker:
             additive=tuple(scale == 1.0 for scale in scales),
             residual_scale=scales,
             block_returns_tuple=tuple(seen.tuples.get(layer.path, False) for layer in layers),
+            one_stream=all(tensor.dim() == 3 for tensor in seen.raw.values()),
         )
 
     # ------------------------------------------------------------------ first pass
@@ -350,8 +351,8 @@ class _Checker:
                     return replace_block_output(output, new)
 
                 def after(_: Any, __: Any, output: Any, *, path: str = layer.path, row: int = row) -> None:
-                    if path not in moved:
-                        tensor = block_output(output)
+                    tensor = block_output(output)
+                    if path not in moved and tensor.dim() == 3:  # not several streams on a leading axis
                         moved[path] = wide_copy(tensor[row]) - wide_copy(tensor[0])
 
                 add(self.model.get_submodule(sites[layer.index]).register_forward_hook(at_site))

@@ -9,7 +9,7 @@ from .types import Anatomy
 
 
 def profile_of(model: nn.Module, anatomy: Anatomy, name: str) -> ModelProfile:
-    """Return depth, width and kind of norm of a model.
+    """Return depth, width, kind of norm, and the layers with an MLP of a model.
 
     Args:
         model: with or without weights (meta device).
@@ -23,4 +23,5 @@ def profile_of(model: nn.Module, anatomy: Anatomy, name: str) -> ModelProfile:
         hidden_size=anatomy.hidden_size,
         norm="layer" if getattr(norm, "bias", None) is not None else "rms",
         model_type=anatomy.model_type,
+        mlp_layers=tuple(layer.index for layer in anatomy.layers if layer.down is not None),
     )

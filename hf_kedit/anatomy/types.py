@@ -190,6 +190,8 @@ class Anatomy:
             positions and directions (1.0 where additive), otherwise ``None``.
         block_returns_tuple: per layer: the block returns a tuple with the hidden states first.
         logit_lens: logits equal ``head(final_norm(output of the last block))``.
+        one_stream: blocks work on ``[batch, tokens, width]``; ``False`` where they carry several streams on a leading
+            axis (Gemma 3n), which no method can read or set as one state of the residual stream.
     """
 
     model_class: str
@@ -208,6 +210,7 @@ class Anatomy:
     residual_scale: tuple[float | None, ...] | None = None
     block_returns_tuple: tuple[bool, ...] | None = None
     logit_lens: bool | None = None
+    one_stream: bool | None = None
 
     @property
     def checked(self) -> bool:
@@ -225,6 +228,21 @@ class Anatomy:
                 f"layer {index!r} does not exist in {self.model_class}: valid are 0 to {self.num_layers - 1}"
             )
         return self.layers[index]
+
+    def block(self, index: int) -> str:
+        """Return the name of a block whose output is one state of the residual stream for each token.
+
+        Raises:
+            LayerError: if there is no such layer.
+            UnsupportedModelError: if the blocks carry several streams.
+        """
+        if self.one_stream is False:
+            raise UnsupportedModelError(
+                f"the blocks of {self.model_class} pass on several streams side by side, not one state"
+                " [batch, tokens, width]: what reads or sets a whole block's output (MEMIT and its relatives, tracing)"
+                " does not work on it. ROME, fine-tuning, LoRA and the codebooks work on its projections"
+            )
+        return self.layer(index).path
 
     def down(self, index: int) -> Projection:
         """Return the projection out of the main MLP unit of a layer.

@@ -318,7 +318,12 @@ class Sites:
             if path in functions:
                 new = functions[path](SiteCall(path, module, given, after, frame))
                 after = after if new is None else new
-        return None if after is before else with_first(output, after.reshape(states.shape))
+        if after is before:
+            return None
+        # A copy where a gradient is wanted: some models go on in place (Llama 4 adds its routed experts to the shared
+        # one's output), and a site function may have put its own output into a loss.
+        after = after.clone() if after.requires_grad else after
+        return with_first(output, after.reshape(states.shape))
 
     @torch.compiler.disable
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

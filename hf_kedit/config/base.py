@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,7 @@ class ModelProfile:
         hidden_size: width of the residual stream.
         norm: ``"rms"`` or ``"layer"``, the kind of the normalisation layers.
         model_type: transformers' ``config.model_type``.
+        mlp_layers: the layers that have a projection out of an MLP of their own; empty where that is not known.
     """
 
     name: str
@@ -47,6 +48,24 @@ class ModelProfile:
     hidden_size: int
     norm: str = "layer"
     model_type: str | None = None
+    mlp_layers: tuple[int, ...] = ()
+
+    def with_mlp(self, layers: Sequence[int]) -> list[int]:
+        """Layers with an MLP in the place of some layers: itself, else the next one above, else the next below.
+
+        Hybrid models have layers that are nothing but a mixer, and mixtures of experts may have layers without a
+        matrix that every token reads. Each layer is used once; there may be fewer of them than ``layers``. The last
+        layer of the model takes no other's place while there is a choice: nothing above it could use what it adds.
+        """
+        if not self.mlp_layers:
+            return list(layers)
+        chosen: set[int] = set()
+        for layer in layers:
+            free = [i for i in self.mlp_layers if i not in chosen]
+            if free:
+                last = self.num_layers - 1
+                chosen.add(min(free, key=lambda i: (i == last != layer, i < layer, abs(i - layer))))
+        return sorted(chosen)
 
 
 def _renamed(values: Mapping[str, Any], owner: str, *, quietly: bool = False) -> dict[str, Any]:
@@ -177,6 +196,8 @@ class EditConfig(metaclass=_OldNames):
         rest = [n for n in dependent if n not in given and n not in chosen]
         if rest:
             derived = self.derive(profile)
+            if "layers" in derived:
+                derived["layers"] = profile.with_mlp(derived["layers"])
             chosen.update({n: derived[n] for n in rest if n in derived})
             told = ", ".join(f"{n}={chosen[n]}" for n in rest if n in chosen)
             if told and packaged is None:

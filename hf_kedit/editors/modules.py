@@ -17,15 +17,18 @@ EDITED_BLOCKS = 3
 
 
 def mlp_modules(model: PreTrainedModel, layers: Sequence[int] | None = None) -> list[str]:
-    """Names of the matrices of the MLPs of some blocks (``None``: the last three), of both stacks if there are two."""
+    """Names of the matrices of the MLPs of some blocks, of both stacks if there are two.
+
+    Args:
+        model: transformers model.
+        layers: the blocks; ``None``: the last three that have an MLP.
+    """
     stacks = ["encoder", "decoder"] if model.config.is_encoder_decoder else ["decoder"]
     found = []
     for stack in stacks:
         anatomy = resolve_anatomy(model, stack=stack)  # type: ignore[arg-type]
-        blocks = (
-            layers if layers is not None else range(max(anatomy.num_layers - EDITED_BLOCKS, 0), anatomy.num_layers)
-        )
-        for index in blocks:
+        with_mlp = [layer.index for layer in anatomy.layers if layer.down is not None]
+        for index in layers if layers is not None else with_mlp[-EDITED_BLOCKS:] or [anatomy.num_layers - 1]:
             block = anatomy.layer(index % anatomy.num_layers)
             found += [p.path for p in (*block.ups, anatomy.down(block.index))]
     return found

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.activations import ACT2FN
 
+from ..anatomy import resolve_anatomy
 from ..errors import UnsupportedModelError
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj", "ffn_act_fn", "activation")
+_FIELDS = (
+    "hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function", "feed_forward_proj", "ffn_act_fn",
+    "activation", "mlp_activation_function", "ff_activation",
+)  # fmt: skip
+_ACTIVATION = re.compile(r"(gelu|silu|swish|relu)(act|activation)?$", re.IGNORECASE)
 
 
-def hidden_activation(config: Any) -> Activation:
-    """Return the activation function that a transformers config names.
+def hidden_activation(model: nn.Module) -> Activation:
+    """Return the activation function of a model's feed-forward layers.
 
     Args:
-        config: of the model; the decoder's part counts.
+        model: a transformers model. What its config names counts (of two stacks, the decoder's), else an activation
+            among its modules, else SiLU for gated MLPs: what families that write the function into their code use.
 
     Raises:
-        UnsupportedModelError: if it names none that transformers knows.
+        UnsupportedModelError: if none of this tells.
     """
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     for name in _FIELDS:
         value = getattr(text, name, None)
@@ -32,10 +41,15 @@ def hidden_activation(config: Any) -> Activation:
             if value in ACT2FN:
                 function: Activation = ACT2FN[value]
                 return function
-    raise UnsupportedModelError(
-        f"the config of this {getattr(text, 'model_type', 'model')} names no activation function"
-        f" ({', '.join(_FIELDS)}) that transformers knows"
-    )
+    module: Activation | None = next((m for m in model.modules() if _ACTIVATION.search(type(m).__name__)), None)
+    if module is None and any(layer.gated for layer in resolve_anatomy(model).layers):
+        return torch.nn.functional.silu
+    if module is None:
+        raise UnsupportedModelError(
+            f"neither the config of this {getattr(text, 'model_type', 'model')} ({', '.join(_FIELDS)}) nor a module of"
+            " it says what its activation function is"
+        )
+    return module
 
 
 def activation_distance(changed: torch.Tensor, original: torch.Tensor, activation: Activation | None) -> torch.Tensor:

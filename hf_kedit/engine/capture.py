@@ -17,6 +17,7 @@ from ..anatomy.experts import routing_of
 from ..anatomy.outputs import block_output as first
 from ..anatomy.outputs import hooks, module_input, replace_module_input
 from ..anatomy.outputs import replace_block_output as with_first
+from ..errors import UnsupportedModelError
 from ..tokens import pad_rows
 from .experts import ExpertSlice
 from .forward import device_of, model_inputs
@@ -62,7 +63,15 @@ class Tap:
 
 
 def as_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """View ``[rows · width, d]`` (OPT flattens its MLP) as ``[rows, width, d]``; other shapes pass through."""
+    """View ``[rows · width, d]`` (OPT flattens its MLP) as ``[rows, width, d]``; other shapes pass through.
+
+    Raises:
+        UnsupportedModelError: for more dimensions (`Anatomy.one_stream`): rows are not the first of them.
+    """
+    if tensor.dim() > 3:
+        raise UnsupportedModelError(
+            f"a module of this model works on {tuple(tensor.shape)} where hf_kedit needs [batch, tokens, width]"
+        )
     if tensor.dim() == 2 and rows and tensor.shape[0] % rows == 0:
         return tensor.view(rows, -1, tensor.shape[-1])
     return tensor

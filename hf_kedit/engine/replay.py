@@ -6,8 +6,9 @@ keys/values of the columns before; afterwards the blocks below the cut are passe
 code does the rest. Logits and gradients are those of a full forward.
 
 Whether that holds for a model is not assumed but checked, once per model and layer: the replayed logits must
-equal the full ones. If they do not (recurrent state, an unusual cache), full forwards are used, and the user is
-told once.
+equal the full ones. If they do not (recurrent state, an unusual cache), more of the model is run: all columns of the
+layers above the cut, or all of everything; the user is told once of the latter. So nothing that goes wrong while a
+model is prepared for replaying reaches the user, as long as its plain forward works.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from ..anatomy.outputs import hooks
 from ..logging import get_logger, warn_once
@@ -35,8 +42,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 Route = Literal["prefix", "layers", "full"]
+_SLOWER: dict[Route, Route] = {"prefix": "layers", "layers": "full"}
 _ROUTES: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Route]] = WeakKeyDictionary()
-_UNSUITED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 
@@ -65,6 +72,29 @@ class _PrefixLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the joined states."""
         return self._length + query_length, 0
+
+
+def _recording_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache of the model's own kinds of layers, in which attention keeps the states of every column.
+
+    Made from the config, because hybrid models need to find a layer with a recurrent or convolution state where they
+    have one. A layer with a sliding window would drop the early columns; what it may look at is the mask's business.
+    """
+    cache = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
+            cache.layers[i] = DynamicLayer()
+    return cache
+
+
+def _is_recurrent(layers: Sequence[Any]) -> bool:
+    """Whether one of these layers of a filled cache holds a state that sums up all columns.
+
+    It is known behind the last column only, not in front of the window; a model whose layers above the cut have one
+    is restarted with all columns. Not left to the comparison of logits: a state may have decayed on the rows that are
+    compared, and matter on the next ones.
+    """
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -122,10 +152,11 @@ class Replay:
         self._hidden: torch.Tensor | None = None
         self._prefix: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._tuples: dict[int, Any] = {}
-        self.route: Route = route or self._checked_route()
+        self.route: Route = route or self._hoped_route()
         self.taken: dict[Tap, torch.Tensor] = {}
-        self.base_logits = self._prefill(list(dict.fromkeys([*taps, *(Tap(s) for s in self.sites)])))
-        if route is None and self.route != "full" and self._route_key() not in self._verified():
+        wanted = list(dict.fromkeys([*taps, *(Tap(s) for s in self.sites)]))
+        self.base_logits = self._prefill(wanted) if route else self._prefill_somehow(wanted)
+        if route is None and self._verified().get(self._route_key()) != self.route:
             self._verify()
 
     # ------------------------------------------------------------------ public
@@ -188,6 +219,19 @@ class Replay:
 
     # ------------------------------------------------------------------ first pass
 
+    def _prefill_somehow(self, taps: list[Tap]) -> torch.Tensor:
+        """`_prefill` by the fastest route on which the model runs; raises what its plain forward raises."""
+        while True:
+            try:
+                return self._prefill(taps)
+            except torch.OutOfMemoryError:  # fewer rows will do
+                raise
+            except Exception as error:
+                if self.route == "full":
+                    raise
+                logger.debug("%s: no %s route: %r", type(self.model).__name__, self.route, error)
+                self.route = _SLOWER[self.route]
+
     def _prefill(self, taps: list[Tap]) -> torch.Tensor:
         """Run the rows once, keep what replaying needs, and return the logits at the wanted positions (fp32)."""
         model, rows = self.model, self.facts.shape[0]
@@ -204,13 +248,16 @@ class Replay:
                 self.taken[tap] = states[index, self.facts.to(states.device)].float().clone()
 
         kwargs = model_inputs(model, self.batch)
-        cache = DynamicCache() if self.route == "prefix" else None
+        cache = _recording_cache(model) if self.route == "prefix" else None
         if cache is not None:
             kwargs.update(use_cache=True, past_key_values=cache)
         with torch.no_grad(), listen(model, [*taps, *([cut] if cut else [])], receive), self._structures(cut):
             logits = logits_at(model, kwargs, self.positions()).float()
         if cache is not None:
             lowest = self.layer + 1 if self.behind else self.layer
+            if _is_recurrent(cache.layers[lowest:]):
+                self.route = "layers"
+                return logits
             self._prefix = [
                 self._before_window(entry) if i >= lowest else None for i, entry in enumerate(cache.layers)
             ]
@@ -250,43 +297,46 @@ class Replay:
     # ------------------------------------------------------------------ checking
 
     def _route_key(self) -> tuple[Any, ...]:
-        return (self.layer, self.behind, str(next(self.model.parameters()).dtype))
+        # Without a column before the window a comparison says nothing of prefixes.
+        return (self.layer, self.behind, self.start > 0, str(next(self.model.parameters()).dtype))
 
     def _verified(self) -> dict[tuple[Any, ...], Route]:
         return _ROUTES.setdefault(self.model, {})
 
-    def _checked_route(self) -> Route:
+    def _hoped_route(self) -> Route:
+        """The route that is known to be exact, else the fastest one that there may be."""
         known = self._verified().get(self._route_key())
         if known is not None:
             return known
-        replayable = not self.anatomy.is_encoder_decoder and accepts(self.model, "past_key_values")
-        return "prefix" if replayable else "full"
+        if not _restartable(self.model, self.anatomy):
+            return "full"
+        return "prefix" if self.start > 0 else "layers"
 
     def _verify(self) -> None:
         """Compare a replay without offsets with the first pass; fall back step by step where they differ."""
+        hoped = self._hoped_route()
         zero = {s: torch.zeros(self.taken[Tap(s)].shape, device=self.taken[Tap(s)].device) for s in self.sites}
         tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 6e-2)
         scale = max(float(self.base_logits.abs().max()), 1.0)
-        routes: tuple[Route, ...] = ("prefix", "layers")
-        for route in routes[routes.index(self.route) :] if self.route in routes else ():
-            self.route = route
+        while self.route != "full":
             try:
                 with torch.no_grad():
                     difference = float((self.logits(zero) - self.base_logits).abs().max())
-            except _UNSUITED as error:
-                logger.debug("replay route %s does not run on %s: %s", route, type(self.model).__name__, error)
-                continue
-            if difference <= tolerance * scale:
-                self._verified()[self._route_key()] = route
-                return
-            logger.debug("replay route %s is off by %.2e on %s", route, difference, type(self.model).__name__)
-        self.route = "full"
-        self._verified()[self._route_key()] = "full"
-        warn_once(
-            logger,
-            f"{type(self.model).__name__} cannot be restarted from a middle layer; edits use full forwards"
-            " (same result, slower)",
-        )
+                if difference <= tolerance * scale:
+                    break
+                logger.debug("%s: the %s route is off by %.2e", type(self.model).__name__, self.route, difference)
+            except torch.OutOfMemoryError:  # says nothing about the route
+                raise
+            except Exception as error:
+                logger.debug("%s: no %s route: %r", type(self.model).__name__, self.route, error)
+            self.route = _SLOWER[self.route]
+        self._verified()[self._route_key()] = self.route
+        if self.route == "full" and hoped != "full":
+            warn_once(
+                logger,
+                f"{type(self.model).__name__} cannot be restarted from a middle layer; edits use full forwards"
+                " (same result, slower)",
+            )
 
 
 class LastColumn:
@@ -312,7 +362,7 @@ class LastColumn:
         self._entering: dict[int, torch.Tensor] = {}
         self._logits: torch.Tensor | None = None
         self._positions: dict[tuple[int, int], Positions] = {}
-        if anatomy is not None and not anatomy.is_encoder_decoder and accepts(model, "past_key_values"):
+        if anatomy is not None and _restartable(model, anatomy):
             self._prefill(anatomy)
 
     def _prefill(self, anatomy: Anatomy) -> None:
@@ -322,12 +372,18 @@ class LastColumn:
         def receive(tap: Tap, tensor: torch.Tensor) -> None:
             self._entering[number[tap]] = tensor[:, -1:].clone()
 
-        cache = DynamicCache()
-        recorded = recorded_structures(self.model, anatomy, depth, self._structures)
-        with torch.no_grad(), listen(self.model, list(number), receive), recorded:
-            last = self._last(count, self.width)
-            self._logits = gather_logits(self.model, self.batch, last, use_cache=True, past_key_values=cache)
-        self._cache = list(cache.layers)
+        last = self._last(count, self.width)
+        try:
+            cache = _recording_cache(self.model)
+            recorded = recorded_structures(self.model, anatomy, depth, self._structures)
+            with torch.no_grad(), listen(self.model, list(number), receive), recorded:
+                logits = gather_logits(self.model, self.batch, last, use_cache=True, past_key_values=cache)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whole texts are run, which either works or raises the same
+            logger.debug("%s keeps no last column: %r", type(self.model).__name__, error)
+            return
+        self._cache, self._logits = list(cache.layers), logits
 
     def columns(self, layer: int, picked: torch.Tensor) -> torch.Tensor:
         """In which column the last token of each row is, if `logits` runs these texts; ``[rows]``."""
@@ -378,7 +434,9 @@ class LastColumn:
     def _restartable(self, layer: int) -> bool:
         if self._logits is None or layer not in self._entering:
             return False
-        known, key = _ROUTES.setdefault(self.model, {}), ("last column", layer)
+        if _is_recurrent(self._cache[layer:]):
+            return False
+        known, key = _ROUTES.setdefault(self.model, {}), ("last column", layer, self.width > 1)
         if key not in known:
             everything = torch.arange(self._logits.shape[0], device=self.batch.input_ids.device)
             expected = self._logits.float()
@@ -387,11 +445,19 @@ class LastColumn:
                 with torch.no_grad():
                     off = float((self._run(layer, everything).float() - expected).abs().max())
                 exact = off <= tolerance * max(float(expected.abs().max()), 1.0)
-            except _UNSUITED as error:
-                logger.debug("the last column does not run alone on %s: %s", type(self.model).__name__, error)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                logger.debug("%s: the last column does not run alone: %r", type(self.model).__name__, error)
                 exact = False
             known[key] = "prefix" if exact else "full"
         return known[key] == "prefix"
+
+
+def _restartable(model: PreTrainedModel, anatomy: Anatomy) -> bool:
+    """Whether a restart in the middle is worth trying: one stack, one stream, a cache that can be given."""
+    one = not anatomy.is_encoder_decoder and anatomy.one_stream is not False
+    return one and accepts(model, "past_key_values")
 
 
 @contextlib.contextmanager

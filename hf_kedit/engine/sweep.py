@@ -80,7 +80,8 @@ class Sweep:
             self._chunks.append(_Chunk(places, batch, torch.tensor([rows[i].fact for i in places], device=device)))
         width = next(model.parameters()).element_size() * anatomy.hidden_size
         needed = width * sum(chunk.batch.input_ids.numel() for chunk in self._chunks)
-        self.restart = restart and not anatomy.is_encoder_decoder and needed <= KEPT_BYTES
+        restartable = not anatomy.is_encoder_decoder and anatomy.one_stream is not False
+        self.restart = restart and restartable and needed <= KEPT_BYTES
 
     def read(
         self, taps: Sequence[Tap], layer: int, *, offsets: Mapping[str, torch.Tensor] | None = None

@@ -144,7 +144,7 @@ def place_path(anatomy: Anatomy, layer: int, place: ValuePlace) -> str:
         UnsupportedModelError: if the layer has no such module.
     """
     if place == "block":
-        return anatomy.layers[layer].path
+        return anatomy.block(layer)
     if place == "down":
         return anatomy.down(layer).path
     if place != "attention_out":
@@ -271,7 +271,7 @@ class Optimisation:
         self.device, count = self.replay.base_logits.device, len(rows)
         self.terms = Terms(self.lanes, count, self.device)
         watched = settings.together_layers if settings.together_factor else ()
-        self.watched = [Tap(anatomy.layers[i].path) for i in watched]
+        self.watched = [Tap(anatomy.block(i)) for i in watched]
 
         bare = torch.tensor([k for k, lane in enumerate(self.lanes) if lane.template == 0], device=self.device)
         activations = [self.replay.taken[Tap(m)].to(self.device)[bare] for m in self.modules]

@@ -92,7 +92,7 @@ class CaliNet(Method):
 
     def site(self) -> Calibration:
         """The side layers in the model, or none yet."""
-        new = Calibration(list(self.paths), {}, hidden_activation(self.bench.model.config))
+        new = Calibration(list(self.paths), {}, hidden_activation(self.bench.model))
         existing = self.bench.sites.find(new.key)
         return existing if isinstance(existing, Calibration) and existing.paths == new.paths else new
 

@@ -50,8 +50,8 @@ class MELOConfig(SiteConfig):
     """Hyperparameters of MELO. ``layers`` and ``module`` name the layer whose output is the query.
 
     Args:
-        target_modules: linear layers that get LoRA blocks; ``None``: the projections out of the MLPs of the next two
-            layers. They must come after the query layer.
+        target_modules: linear layers that get LoRA blocks; ``None``: the projections out of the next two MLPs. They
+            must come after the query layer.
         num_blocks: at most so many blocks; every call of ``edit`` takes one. Also the factor of their contribution.
         rank: of a block.
         radius: R0.
@@ -443,8 +443,8 @@ class MELO(SiteMethod):
         if self.config.target_modules is not None:
             targets = [plain_name(name) for name in self.config.target_modules]
         else:
-            above = range(layer + 1, min(layer + 3, bench.anatomy.num_layers))
-            targets = [bench.anatomy.down(i).path for i in above]
+            above = [la.down.path for la in bench.anatomy.layers[layer + 1 :] if la.down is not None]
+            targets = above[:2] or [bench.anatomy.down(i).path for i in range(layer + 1, bench.anatomy.num_layers)]
         order = {name: place for place, (name, _) in enumerate(bench.model.named_modules())}
         early = [path for path in targets if order.get(path, len(order)) <= order[self.path]]
         if early or not targets:

@@ -24,10 +24,12 @@ from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.values import ValuePlace, Values, ValueSettings, place_path
 from ..errors import ConfigError
+from ..logging import get_logger, warn_once
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
 from .spread import Write
 
+logger = get_logger(__name__)
 PLACES: dict[str, ValuePlace] = {"attention": "attention_out", "mlp": "down"}
 SETTLED_FACTOR = 0.1
 SETTLED_KL = 0.01
@@ -102,7 +104,14 @@ class PMET(MEMIT):
         return [place_path(anatomy, layer, PLACES[kind]) for layer in self.layers for kind in self.config.rewrite]
 
     def value_places(self) -> tuple[ValuePlace, ...]:
-        """Both projections, whatever is written."""
+        """Both projections, whatever is written; of a hybrid's layer without an attention the MLP's alone."""
+        if self.bench.anatomy.layers[self.value_layer()].attention_out is None and self.config.rewrite == ["mlp"]:
+            warn_once(
+                logger,
+                f"PMET: layer {self.value_layer()} has no attention whose part of the hidden state could be optimised"
+                " beside the MLP's; the MLP's value is optimised alone",
+            )
+            return ("down",)
         return ("down", "attention_out")
 
     def first_keys(self, downs: Sequence[tuple[str, ...]]) -> list[Tap]:

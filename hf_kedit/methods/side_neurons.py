@@ -122,7 +122,7 @@ class SideNeurons(SiteMemory):
                 raise ArtifactError(f"{saved.source}: {path} has no valid neurons")
             tensors = {n: saved.tensor(f"{path}.kedit_{cls.kind}_{n}", shape) for n, shape in shapes.items()}
             groups[path] = unpack_groups(tensors, entry["groups"])
-        return cls(paths, groups, hidden_activation(model.config))
+        return cls(paths, groups, hidden_activation(model))
 
 
 @register_memory

@@ -110,6 +110,12 @@ class SpreadMethod(LocateMethod):
         ]
         return Outcome(deltas, diagnostics)
 
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check the requests, and that the model has the places whose values are optimised."""
+        for place in self.value_places():
+            place_path(self.bench.anatomy, self.value_layer(), place)
+        super().check(requests)
+
     # ------------------------------------------------------------------ what a method decides
 
     @property

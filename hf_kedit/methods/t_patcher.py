@@ -194,7 +194,7 @@ class TPatcher(Method):
 
     def site(self) -> Patches:
         """The patches in the model, or none yet."""
-        new = Patches([self.path], {}, hidden_activation(self.bench.model.config))
+        new = Patches([self.path], {}, hidden_activation(self.bench.model))
         existing = self.bench.sites.find(new.key)
         return existing if isinstance(existing, Patches) else new
 

@@ -85,7 +85,11 @@ class UltraEditConfig(WeightConfig):
         """The projections out of the MLPs of the last third without the last layer, as published for GPT-J."""
         n = profile.num_layers
         last = max(n - 2, 0)
-        return {"edit_modules": [f"down.{{{min(round(0.65 * n), last)}-{last}}}"]}
+        third = range(min(round(0.65 * n), last), last + 1)
+        layers = [i for i in third if i in profile.mlp_layers] or profile.with_mlp(third)
+        if len(layers) == layers[-1] - layers[0] + 1:
+            return {"edit_modules": [f"down.{{{layers[0]}-{layers[-1]}}}"]}
+        return {"edit_modules": [f"down.{{{i}}}" for i in layers]}
 
     def complete(self, profile: ModelProfile) -> UltraEditConfig:
         """Fill in the modules; layers without modules mean the projections out of their MLPs."""

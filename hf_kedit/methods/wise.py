@@ -160,7 +160,7 @@ class WISE(SiteMethod):
     @cached_property
     def activation(self) -> Activation | None:
         """σ of the distances."""
-        return hidden_activation(self.bench.model.config) if self.config.act_on_output else None
+        return hidden_activation(self.bench.model) if self.config.act_on_output else None
 
     def site(self) -> WiseSite:
         """The model's side memories at the layer, or new ones.

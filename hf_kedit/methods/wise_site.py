@@ -194,5 +194,5 @@ class WiseSite(SiteMemory):
         state = WiseMemories(policy, memories, shards, open_shard, mask, int(part["masks_drawn"]))
         if not state.parts:
             raise ArtifactError(f"{saved.source}: {path} holds no WISE edit")
-        activation = None if not policy.act_on_output else hidden_activation(model.config)
+        activation = None if not policy.act_on_output else hidden_activation(model)
         return cls(path, state, activation)

@@ -203,6 +203,24 @@ def test_a_model_without_a_file_gets_derived_values_and_is_told(caplog: pytest.L
     assert all(getattr(full, name) is not None for name in MEMITConfig.model_dependent_fields())
 
 
+@pytest.mark.parametrize(
+    ("wanted", "with_mlp", "chosen"),
+    [
+        ([1], (0, 1, 2, 3), [1]),
+        ([1], (0, 2, 3), [2]),  # the next above
+        ([2], (0, 1), [1]),  # or else below
+        ([1], (0, 3), [0]),  # the last of four layers only where there is no other
+        ([1], (3,), [3]),
+        ([3], (0, 3), [3]),  # or where it was meant
+        ([0, 1], (1, 2, 3), [1, 2]),  # each layer once
+        ([0, 1, 2], (1, 3), [1, 3]),
+        ([1, 2], (), [1, 2]),  # not known
+    ],
+)
+def test_layers_with_an_mlp(wanted: list[int], with_mlp: tuple[int, ...], chosen: list[int]) -> None:
+    assert ModelProfile("x/y", 4, 32, mlp_layers=with_mlp).with_mlp(wanted) == chosen
+
+
 @pytest.mark.parametrize("layers", [[48], [-49], [0, 99]])
 def test_layers_that_do_not_exist(layers: list[int]) -> None:
     with pytest.raises(LayerError, match="0 … 47"):

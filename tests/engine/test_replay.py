@@ -10,8 +10,8 @@ from hf_kedit.anatomy import check_anatomy, resolve_anatomy
 from hf_kedit.engine import replay as replay_module
 from hf_kedit.engine.capture import Tap
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.engine.replay import Replay, ReplayRow
-from tests.models import FAMILIES, tiny_model
+from hf_kedit.engine.replay import LastColumn, Replay, ReplayRow
+from tests.models import FAMILIES, HYBRIDS, tiny_model
 
 DECODERS = [f for f in FAMILIES if f not in ("t5", "t5_v1_1", "bart", "blip2")]
 ROWS = [
@@ -52,6 +52,93 @@ def test_replay_equals_a_full_forward(family: str, layer: int) -> None:
                 assert torch.allclose(fast.taken[tap], states, atol=1e-5)
     assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == forwards
     assert hooks(model) == before
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_models_with_recurrent_state_are_replayed_exactly(family: str) -> None:
+    model = tiny_model(family)
+    anatomy = check_anatomy(model, resolve_anatomy(model))
+    routes = set()
+    with frozen_eval(model):
+        for layer in range(anatomy.num_layers):
+            site = anatomy.layers[layer].path
+            fast, full = (Replay(model, anatomy, ROWS, layer, [site], route=r) for r in (None, "full"))
+            routes.add(fast.route)
+            (logits, gradient), (expected, expected_gradient) = (loss_and_gradient(r, site) for r in (fast, full))
+            assert torch.allclose(logits, expected, atol=2e-5), layer
+            assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm(), layer
+    assert routes == {"prefix", "layers"}, "a state above the cut needs every column; below it, it does not matter"
+
+
+def test_a_state_above_the_cut_is_not_left_to_the_comparison() -> None:
+    """A recurrent state may have decayed on the rows that are compared, and matter on the next ones."""
+    model = tiny_model("qwen3_5_text")
+    anatomy = resolve_anatomy(model)
+    with frozen_eval(model):
+        Replay(model, anatomy, [ReplayRow((5,) * 9, 8, (8,))], 0, [anatomy.layers[0].path])
+        assert Replay(model, anatomy, ROWS, 0, [anatomy.layers[0].path]).route == "layers"
+
+
+def test_a_window_from_the_first_column_on_says_nothing_of_prefixes() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2] = _Recurrent(model.model.layers[2])
+    anatomy = resolve_anatomy(tiny_model("llama"))
+    site = anatomy.layers[0].path
+    with frozen_eval(model):
+        assert Replay(model, anatomy, [ReplayRow((5, 6, 7), 0, (2,))], 0, [site]).route == "layers"
+        later = Replay(model, anatomy, ROWS, 0, [site])
+        full = Replay(model, anatomy, ROWS, 0, [site], route="full")
+        assert later.route == "layers", "the route of the first rows would be wrong for these"
+        assert torch.allclose(loss_and_gradient(later, site)[0], loss_and_gradient(full, site)[0], atol=2e-5)
+
+
+class _NoCache(nn.Module):
+    """A block that cannot be run with a cache that is not of its own making."""
+
+    def __init__(self, inner: nn.Module, error: type[Exception]):
+        super().__init__()
+        self.inner, self.error = inner, error
+
+    def forward(self, hidden_states, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if kwargs.get("past_key_values") is not None:
+            raise self.error("not with this cache")
+        return self.inner(hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, AssertionError, ZeroDivisionError])
+def test_whatever_goes_wrong_in_the_first_pass_leads_to_a_slower_route(error: type[Exception]) -> None:
+    model = tiny_model("llama")
+    anatomy = resolve_anatomy(model)
+    model.model.layers[1] = _NoCache(model.model.layers[1], error)
+    site = anatomy.layers[0].path
+    with frozen_eval(model):
+        fast, full = (Replay(model, anatomy, ROWS, 0, [site], route=r) for r in (None, "full"))
+        assert fast.route == "layers"
+        assert torch.allclose(loss_and_gradient(fast, site)[0], loss_and_gradient(full, site)[0], atol=2e-5)
+        texts = [[5, 6, 7], [8, 9]]
+        picked = torch.tensor([0, 1])
+        last, whole = (LastColumn(model, a, texts).logits(1, picked) for a in (anatomy, None))
+        assert torch.equal(last, whole)
+
+
+def test_an_error_of_the_model_itself_reaches_the_user() -> None:
+    model = tiny_model("llama")
+    anatomy = resolve_anatomy(model)
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("whatever the route")
+
+    model.model.layers[1].forward = broken
+    with frozen_eval(model), pytest.raises(ZeroDivisionError):
+        Replay(model, anatomy, ROWS, 0, [anatomy.layers[0].path])
+
+
+def test_running_out_of_memory_is_not_a_matter_of_routes() -> None:
+    model = tiny_model("llama")
+    anatomy = resolve_anatomy(model)
+    model.model.layers[1] = _NoCache(model.model.layers[1], torch.OutOfMemoryError)
+    with frozen_eval(model), pytest.raises(torch.OutOfMemoryError):  # whoever called halves the batch
+        Replay(model, anatomy, ROWS, 0, [anatomy.layers[0].path])
 
 
 def test_dropping_rows_keeps_the_others() -> None:

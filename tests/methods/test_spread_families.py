@@ -19,7 +19,6 @@ from hf_kedit import (
     SPHEREConfig,
 )
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
-from hf_kedit.errors import UnsupportedModelError
 from hf_kedit.statistics.moments import SecondMoment
 from tests.test_families import DECODERS, FACTS, build
 
@@ -54,10 +53,6 @@ def test_the_relatives_of_memit_on_every_decoder(family: str) -> None:
         both,
     ):
         model.set_method(config)
-        if isinstance(config, PMETConfig) and not attention:
-            with pytest.raises(UnsupportedModelError, match="attention"):
-                model.edit(FACTS)
-            continue
         for path in model._method.edited_modules():
             width = get_weight(get_module(model.base_model, path)).shape[1]
             spectrum = torch.logspace(0, -4, width, dtype=torch.float64)  # keys hardly use most directions

@@ -13,6 +13,7 @@ from hf_kedit.errors import RollbackError, UnsupportedModelError
 from hf_kedit.methods.wise import WISEConfig
 from hf_kedit.methods.wise_memory import Member, Policy, WiseMemories, choose_memory, draw_mask
 from hf_kedit.methods.wise_training import margin_loss, positive_mean, settled
+from tests.models import tiny_model
 
 SHAPE = (4, 6)
 
@@ -125,18 +126,22 @@ def test_activation_distance() -> None:
     assert activation_distance(changed, original, torch.relu).tolist() == [3.0]
 
 
-def test_activation_of_a_config() -> None:
-    class Config:
-        model_type = "x"
-        hidden_act = "silu"
-
-    x = torch.tensor([1.5])
-    assert torch.equal(hidden_activation(Config())(x), torch.nn.functional.silu(x))
-    Config.hidden_act = "gated-gelu"
-    assert torch.allclose(hidden_activation(Config())(x), torch.nn.functional.gelu(x))
-    Config.hidden_act = "no such"
-    with pytest.raises(UnsupportedModelError):
-        hidden_activation(Config())
+def test_activation_of_a_model() -> None:
+    x = torch.tensor([1.5, -0.5])
+    llama = tiny_model("llama")
+    assert torch.equal(hidden_activation(llama)(x), torch.nn.functional.silu(x))
+    llama.config.hidden_act = "gated-gelu"
+    assert torch.allclose(hidden_activation(llama)(x), torch.nn.functional.gelu(x))
+    # named in no config: a module of the model, or written into the code of a gated MLP
+    assert torch.allclose(hidden_activation(tiny_model("bloom"))(x), torch.nn.functional.gelu(x, approximate="tanh"))
+    assert torch.equal(hidden_activation(tiny_model("lfm2"))(x), torch.nn.functional.silu(x))
+    assert torch.equal(hidden_activation(tiny_model("nemotron_h"))(x), x.relu() ** 2)
+    opt = tiny_model("opt")
+    opt.config.activation_function = "no such"
+    for layer in opt.model.decoder.layers:
+        layer.activation_fn = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="activation"):
+        hidden_activation(opt)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (7, 9)])
