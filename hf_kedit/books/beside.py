@@ -32,16 +32,17 @@ class Change:
     """
 
     def __init__(self, deltas: Sequence[WeightDelta]):
-        lefts = [d.left for d in deltas if d.left is not None]
-        rights = [d.right for d in deltas if d.right is not None]
+        place = deltas[-1].device  # those that are tried may be on the module's, those that are kept are on the CPU
+        lefts = [d.left.to(place) for d in deltas if d.left is not None]
+        rights = [d.right.to(place) for d in deltas if d.right is not None]
         d_out, d_in = deltas[0].shape
         self.factors: list[torch.Tensor]
         if len(lefts) == len(deltas) and sum(left.shape[1] for left in lefts) * (d_out + d_in) < d_out * d_in:
             self.factors = [torch.cat(rights, dim=1), torch.cat(lefts, dim=1).T]
         else:
-            total = deltas[0].matrix()
+            total = deltas[0].matrix().to(place)
             for delta in deltas[1:]:
-                total = total + delta.matrix().to(total.device)
+                total = total + delta.matrix().to(place)
             self.factors = [total.T]
 
     @classmethod

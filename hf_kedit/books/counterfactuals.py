@@ -12,6 +12,7 @@ from ..tokens import vocabulary_size
 
 BASE = "base"
 _REGISTERED: dict[str, Any] = {}
+_LOADED: dict[str, Any] = {}
 _KINDS: dict[str, Callable[[str], Any]] = {}
 
 
@@ -30,6 +31,9 @@ def register_counterfactual_kind(kind: str, load: Callable[[str], Any]) -> None:
 def find_counterfactual(name: str, beside: Any) -> Any:
     """Return a counterfactual model: a registered name or kind, or the id or folder of a causal language model.
 
+    A registered model stays where its owner has put it. One that is loaded here follows the edited model to its
+    device, also when that is moved later, or is another model of the same process.
+
     Args:
         name: of the model.
         beside: the edited model; both must use the same tokens.
@@ -37,9 +41,13 @@ def find_counterfactual(name: str, beside: Any) -> Any:
     Raises:
         UnsupportedModelError: if the vocabularies differ.
     """
-    if name not in _REGISTERED:
-        _REGISTERED[name] = _load(name).eval().to(device_of(beside))
-    model = _REGISTERED[name]
+    model = _REGISTERED.get(name)
+    if model is None:
+        if name not in _LOADED:
+            _LOADED[name] = _load(name).eval()
+        model = _LOADED[name]
+        if device_of(model) != device_of(beside):
+            model.to(device_of(beside))
     mine, own = vocabulary_size(model), vocabulary_size(beside)
     if mine != own:
         raise UnsupportedModelError(

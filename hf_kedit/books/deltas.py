@@ -59,6 +59,13 @@ class WeightDelta:
         return f"{self.module}.{self.name}"
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        found = self.dense if self.left is None else self.left
+        assert found is not None
+        return found.device
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of `matrix`, without multiplying the factors out."""
         if self.left is not None and self.right is not None:
@@ -73,6 +80,12 @@ class WeightDelta:
         assert self.dense is not None
         return self.dense
 
+    def on_cpu(self) -> WeightDelta:
+        """The same change with its tensors on the CPU; itself if they are there."""
+        names = ("left", "right", "dense", "keys")
+        moved = {n: t.cpu() for n in names if (t := getattr(self, n)) is not None and t.device.type != "cpu"}
+        return replace(self, **moved) if moved else self
+
     def finite(self) -> bool:
         """Whether every number in it is finite."""
         parts = [t for t in (self.left, self.right, self.dense, self.keys) if t is not None]
@@ -83,7 +96,8 @@ class WeightDelta:
 class Piece:
     """One delta on one parameter, with the ids of the edits that own it.
 
-    ``columns`` gives the owner of each column of the factors; ``None`` means that ``members`` own it jointly.
+    A piece that is kept has its tensors on the CPU, beside the original: an accelerator holds the edited weight and
+    nothing else of an edit, however many there are. ``columns`` gives the owner of each column of the factors; ``None`` means that ``members`` own it jointly.
     """
 
     batch_id: str
@@ -150,8 +164,12 @@ class Account:
         return (self.original.float() + total.to(self.original.device)).to(self.original.dtype)
 
     def adding(self, pieces: Sequence[Piece]) -> Account:
-        """The account with further pieces behind those that it has."""
-        return replace(self, pieces=[*self.pieces, *pieces], total=fold(pieces, self.total))
+        """The account with further pieces behind those that it has.
+
+        They are multiplied out where they are, which may be an accelerator, and kept on the CPU.
+        """
+        kept = [replace(piece, delta=piece.delta.on_cpu()) for piece in pieces]
+        return replace(self, pieces=[*self.pieces, *kept], total=fold(pieces, self.total))
 
     def without(self, edit_ids: set[str]) -> Account:
         """The account without the pieces of some edits; itself if it has none of them.

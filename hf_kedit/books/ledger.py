@@ -81,7 +81,7 @@ class Ledger:
         """The keys that the active deltas on a parameter brought along, ``[d_in, n]`` fp32; ``None`` for none."""
         account = self.accounts.get(f"{module}.{name}")
         found = [p.delta.keys for p in account.pieces if p.delta.keys is not None] if account else []
-        return torch.cat([k.to("cpu") for k in found], dim=1) if found else None
+        return torch.cat(found, dim=1) if found else None
 
     def modules_of(self, edit_ids: Sequence[str]) -> list[str]:
         """Modules whose weights these edits have changed."""

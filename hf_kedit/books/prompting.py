@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
-from ..engine.forward import model_inputs
+from ..engine.forward import Positions, device_of, logits_at, model_inputs
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
 from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows
 from .sites import prompt_ends
@@ -140,42 +140,58 @@ class Prompter:
             with self.passing():
                 output = self._two_stacks(plain, given, rows, routes)
             return output.to_tuple() if given.get("return_dict") is False else output
+        labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
         with self.passing():
-            logits = self._logits(plain, given, rows, routes)
-        loss = None
-        if given.get("labels") is not None:
-            loss = self.model.loss_function(logits=logits, labels=given["labels"], vocab_size=logits.shape[-1])
-        output = CausalLMOutputWithPast(loss=loss, logits=slice_logits_to_keep(logits, given.get("logits_to_keep", 0)))
+            columns = _columns(keep if labels is None else 0, rows)
+            answers = self._logits(plain, given, rows, routes, columns)
+        masked = labels is None and isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
+        logits, loss = torch.cat(answers) if masked else torch.stack(answers), None
+        if labels is not None:
+            loss = self.model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            logits = slice_logits_to_keep(logits, keep)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits)
         return output.to_tuple() if given.get("return_dict") is False else output
 
     def _logits(
-        self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
-    ) -> torch.Tensor:
-        """Logits at every position of the caller's rows, ``[rows, width, vocabulary]``; zero on padding."""
+        self,
+        plain: Callable[..., Any],
+        given: dict[str, Any],
+        rows: _Rows,
+        routes: Sequence[Prefix | None],
+        wanted: Sequence[Sequence[int]],
+    ) -> list[torch.Tensor]:
+        """Logits at the wanted columns of each row, ``[columns, vocabulary]``; zero on padding of a replaced row."""
+        answers: dict[int, torch.Tensor] = {}
         unrouted = [i for i, route in enumerate(routes) if route is None or route.share < 1]
-        merged: torch.Tensor | None = None
         if unrouted:
             some = {
                 k: _take(v, unrouted, rows.count) for k, v in given.items() if k not in ("labels", "logits_to_keep")
             }
-            own = plain(**{**some, "use_cache": False, "return_dict": True}).logits
-            merged = own.new_zeros(rows.count, *own.shape[1:])
-            merged[unrouted] = own
+            some |= {"use_cache": False, "return_dict": True}
+            asked = [list(wanted[i]) for i in unrouted]
+            found = logits_at(self.model, some, Positions.of(asked, some["input_ids"]), run=plain)
+            answers = dict(zip(unrouted, found.split([len(row) for row in asked]), strict=True))
         for model, group in _by_model(routes).items():
-            prefixed = [self.with_prefix(rows.ids[i], routes[i], model or self.model, 0) for i in group]
-            batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer)).to(rows.input_ids.device)
-            run = plain if model is None else model
-            output = run(**model_inputs(model or self.model, batch), return_dict=True).logits
-            if merged is None:
-                merged = output.new_zeros(rows.count, rows.width, output.shape[-1])
-            for place, i in enumerate(group):
-                columns = rows.mask[i].nonzero().flatten()
-                behind = output[place, torch.tensor(prefixed[place][1], device=output.device)].to(merged.device)
+            reader = model or self.model
+            prefixed = [self.with_prefix(rows.ids[i], routes[i], reader, 0) for i in group]
+            batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer)).to(device_of(reader))
+            # column of the caller → column behind the prefix, of each row's own tokens
+            places = [dict(zip(rows.columns[i], p[1], strict=True)) for i, p in zip(group, prefixed, strict=True)]
+            asked = [[where[c] for c in wanted[i] if c in where] for i, where in zip(group, places, strict=True)]
+            found = logits_at(
+                reader,
+                {**model_inputs(reader, batch), "return_dict": True},
+                Positions.of(asked, batch.input_ids),
+                run=plain if model is None else None,
+            ).to(rows.input_ids.device, self.model.dtype)
+            for i, where, behind in zip(group, places, found.split([len(row) for row in asked]), strict=True):
                 share = routes[i].share  # type: ignore[union-attr]
-                merged = merged.clone() if merged.requires_grad else merged
-                merged[i, columns] = behind if share == 1 else _mix(merged[i, columns], behind, share)
-        assert merged is not None
-        return merged
+                at = [k for k, c in enumerate(wanted[i]) if c in where]
+                real = torch.tensor(at, dtype=torch.long, device=behind.device)
+                before = behind.new_zeros(len(wanted[i]), behind.shape[-1]) if share == 1 else answers[i]
+                mixed = behind if share == 1 else _mix(before[real], behind, share)
+                answers[i] = before.index_put((real,), mixed)
+        return [answers[i] for i in range(rows.count)]
 
     def _two_stacks(
         self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
@@ -199,10 +215,12 @@ class Prompter:
                 )
             )
         for model, group in _by_model(routes).items():
-            batch = self._encoder_rows(rows, routes, group, model).to(rows.input_ids.device)
+            batch = self._encoder_rows(rows, routes, group, model)
             read = {k: _take(v, group, rows.count) for k, v in given.items()}
             read |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            read = _moved(read, device_of(model or self.model))
             logits = (plain if model is None else model)(**read).logits
+            logits = logits.to(rows.input_ids.device, self.model.dtype)
             for i, answer in zip(group, logits, strict=True):
                 share = routes[i].share  # type: ignore[union-attr]
                 found[i] = answer if share == 1 else _mix(found[i], answer, share)
@@ -286,13 +304,14 @@ class Prompter:
         who = model or self.model
         kwargs = {k: _take(v, group, rows.count) for k, v in given.items()}
         if who.config.is_encoder_decoder:
-            batch = self._encoder_rows(rows, routes, group, model).to(rows.input_ids.device)
+            batch = self._encoder_rows(rows, routes, group, model)
             kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            kwargs = _moved(kwargs, device_of(who))
             return plain(**kwargs) if model is None else model.generate(**kwargs)
         settings = given.get("generation_config") or who.generation_config
         new = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         prefixed = [self.with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
-        batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left").to(rows.input_ids.device)
+        batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left")
         kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         for name in ("position_ids", "cache_position", "past_key_values"):
             kwargs.pop(name, None)
@@ -301,6 +320,7 @@ class Prompter:
             value = given.get(name) or getattr(settings, name, None)
             if value and not new:
                 kwargs[name] = value + added
+        kwargs = _moved(kwargs, device_of(who))
         found = plain(**kwargs) if model is None else model.generate(**kwargs)
         sequences = found if isinstance(found, torch.Tensor) else found.sequences
         fresh = sequences[:, batch.input_ids.shape[1] :]
@@ -316,9 +336,10 @@ class Prompter:
     # ------------------------------------------------------------------ routes and tokens
 
     def _routes(self, rows: _Rows, ends: torch.Tensor | None) -> Sequence[Prefix | None]:
+        last = [rows.width] * rows.count if ends is None else ends.tolist()
         texts = []
-        for i, ids in enumerate(rows.ids):
-            count = len(ids) if ends is None else int(rows.mask[i, : int(ends[i]) + 1].sum())
+        for ids, columns, end in zip(rows.ids, rows.columns, last, strict=True):
+            count = sum(column <= end for column in columns)
             texts.append(str(self.tokenizer.decode(ids[:count], skip_special_tokens=True)))
         return self.router(texts)
 
@@ -367,11 +388,12 @@ class Prompter:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a call: padded ids, which of them are real, and the real ones as lists."""
+    """The rows of a call: padded ids, which of them are real; the real ones and their columns as lists."""
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     ids: list[list[int]]
+    columns: list[list[int]]
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> _Rows | None:
@@ -386,7 +408,8 @@ class _Rows:
         if mask.shape != ids.shape:
             return None
         real = mask.bool()
-        return cls(ids, real, [row[keep].tolist() for row, keep in zip(ids, real, strict=True)])
+        columns = [[column for column, on in enumerate(row) if on] for row in real.tolist()]
+        return cls(ids, real, [[row[c] for c in own] for row, own in zip(ids.tolist(), columns, strict=True)], columns)
 
     @property
     def count(self) -> int:
@@ -416,6 +439,21 @@ def _by_model(routes: Sequence[Prefix | None]) -> dict[Any, list[int]]:
         if route is not None:
             groups.setdefault(route.model, []).append(i)
     return groups
+
+
+def _columns(keep: int | torch.Tensor, rows: _Rows) -> list[list[int]]:
+    """The columns of each row whose logits a call wants by its ``logits_to_keep``."""
+    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
+        table = torch.arange(rows.width).expand(rows.count, -1).unsqueeze(-1)
+        kept = keep.cpu() if isinstance(keep, torch.Tensor) else keep
+        columns: list[list[int]] = slice_logits_to_keep(table, kept).squeeze(-1).tolist()
+        return columns
+    return [[column for column, on in enumerate(row) if on] for row in keep.tolist()]
+
+
+def _moved(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of a call with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
 
 
 def _take(value: Any, rows: Sequence[int], count: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -103,23 +103,32 @@ def gather_logits(model: PreTrainedModel, batch: TokenBatch, positions: Position
     return logits_at(model, {**model_inputs(model, batch), **extra}, positions)
 
 
-def logits_at(model: PreTrainedModel, kwargs: dict[str, Any], positions: Positions) -> torch.Tensor:
+def logits_at(
+    model: PreTrainedModel, kwargs: dict[str, Any], positions: Positions, run: Callable[..., Any] | None = None
+) -> torch.Tensor:
     """Call the model with ``kwargs`` and return the logits at some positions, ``[n, vocab]``.
 
     Where the model can, it computes its head there only.
+
+    Args:
+        model: a transformers model, or something that is called like one.
+        kwargs: of its forward.
+        positions: what is wanted.
+        run: called instead of the model: its own forward, by those who stand before it.
     """
+    run = run or model
     rows, columns, kept, places = vars(positions).values()
     masked = kept.dtype == torch.bool
     width = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"].shape[1]
     if accepts(model, "logits_to_keep") and (masked or kept.shape[1] < width):
         with _last_states_brought_back(model):
-            logits = model(**kwargs, logits_to_keep=kept).logits
+            logits = run(**kwargs, logits_to_keep=kept).logits
         if logits.dim() == 2:
             return cast(torch.Tensor, logits[places.to(logits.device)])
         if logits.shape[1] == kept.shape[1] < width:
             return cast(torch.Tensor, logits[rows.to(logits.device), places.to(logits.device)])
     else:
-        logits = model(**kwargs).logits
+        logits = run(**kwargs).logits
     return cast(torch.Tensor, logits[rows.to(logits.device), columns.to(logits.device)])
 
 

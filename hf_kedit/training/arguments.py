@@ -34,6 +34,15 @@ class EditTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always off: facts are no model inputs."})
 
+    @property
+    def n_gpu(self) -> int:
+        """Devices of this process: one at most, as an editor's replicas would all lie beside the one base model.
+
+        Several devices train with several processes (``torchrun``, ``accelerate launch``), or hold parts of the base
+        model (``device_map``).
+        """
+        return min(super().n_gpu, 1)
+
     def __post_init__(self) -> None:
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import pipeline
+from transformers.modeling_utils import slice_logits_to_keep
 
 from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig, load_edit_dataset
 from hf_kedit.books import retrieval
@@ -184,6 +185,25 @@ def test_rows_of_a_mixed_batch_are_the_rows_alone(edited: EditableModel, side: s
         for i, text in enumerate(texts):
             alone = edited(**edited.tokenizer(text, return_tensors="pt")).logits[0]
             assert torch.allclose(together[i][batch["attention_mask"][i].bool()], alone, atol=1e-4)
+
+
+def test_logits_that_a_call_does_not_want_are_not_computed(edited: EditableModel) -> None:
+    """Whatever ``logits_to_keep`` says; a row behind a prefix has no more logits than the row has."""
+    batch = edited.tokenizer([PROMPT, OUT_OF_SCOPE, "Lars Eklund plays the game of"], return_tensors="pt", padding=True)
+    mask = batch["attention_mask"].bool()
+    computed: list[int] = []
+    head = edited.base_model.get_output_embeddings()
+    head.register_forward_hook(lambda _, given, __: computed.append(given[0].shape[:-1].numel()))
+    some = mask & (torch.arange(mask.shape[1]) % 3 != 1)
+    width = mask.shape[1]
+    with torch.no_grad():
+        whole = edited(**batch).logits
+        assert sum(computed) == int(mask[[0, 2]].sum()) + width
+        for keep in (0, 1, 3, torch.tensor([0, 4, width - 1]), torch.tensor([[5, 0], [1, 2], [width - 1, 4]]), some):
+            computed.clear()
+            found, expected = edited(**batch, logits_to_keep=keep).logits, slice_logits_to_keep(whole, keep)
+            assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+            assert sum(computed) <= expected.shape[:-1].numel()
 
 
 def test_generation_returns_what_was_passed_in_and_the_continuation(edited: EditableModel) -> None:

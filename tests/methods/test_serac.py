@@ -110,6 +110,21 @@ def test_another_model_answers_in_scope_and_only_there(case: Case) -> None:
             assert torch.allclose(logits[i][batch["attention_mask"][i].bool()], alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_reader_of_another_number_format(case: Case, soft: bool) -> None:
+    """Answers come in the edited model's format, whatever else is in the batch."""
+    counterfactuals._REGISTERED[READER] = copy.deepcopy(counterfactuals._REGISTERED[READER])
+    model = editable(case, soft=soft)
+    model.base_model.to(torch.bfloat16)
+    batch = model.tokenizer(case.spec["routing"]["queries"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        alone = model(**model.tokenizer(case.spec["routing"]["queries"][0], return_tensors="pt")).logits[0]
+    assert logits.dtype == alone.dtype == torch.bfloat16
+    own = logits[0][batch["attention_mask"][0].bool()].float()
+    assert torch.allclose(own, alone.float(), atol=0.05)
+
+
 def test_without_models_of_its_own_the_base_answers() -> None:
     model, tokenizer = load_model("llama")
     found = EditableModel(model, "serac", tokenizer)
