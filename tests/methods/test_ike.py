@@ -189,7 +189,9 @@ def test_rows_of_a_mixed_batch_are_the_rows_alone(edited: EditableModel, side: s
 
 def test_logits_that_a_call_does_not_want_are_not_computed(edited: EditableModel) -> None:
     """Whatever ``logits_to_keep`` says; a row behind a prefix has no more logits than the row has."""
-    batch = edited.tokenizer([PROMPT, OUT_OF_SCOPE, "Lars Eklund plays the game of"], return_tensors="pt", padding=True)
+    batch = edited.tokenizer(
+        [PROMPT, OUT_OF_SCOPE, "Lars Eklund plays the game of"], return_tensors="pt", padding=True
+    )
     mask = batch["attention_mask"].bool()
     computed: list[int] = []
     head = edited.base_model.get_output_embeddings()
