@@ -97,8 +97,8 @@ class Piece:
     """One delta on one parameter, with the ids of the edits that own it.
 
     A piece that is kept has its tensors on the CPU, beside the original: an accelerator holds the edited weight and
-    nothing else of an edit, however many there are. ``columns`` gives the owner of each column of the factors; ``None``
-    means that ``members`` own it jointly.
+    nothing else of an edit, however many there are. ``columns`` gives the owner of each column of the factors;
+    ``None`` means that ``members`` own it jointly.
     """
 
     batch_id: str
