@@ -224,5 +224,5 @@ def _show(
 
 
 def _probability(edit: Edit, when: str) -> float | None:
-    """The target's probability as the method saw it; fine-tuning does not report it."""
+    """The target's probability as the method measured it; fine-tuning does not report it."""
     return edit.diagnostics.get(f"target_probability_{when}")

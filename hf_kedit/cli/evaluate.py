@@ -47,7 +47,7 @@ class OnError(StrEnum):
     skip = "skip"
 
 
-class Moment(StrEnum):
+class When(StrEnum):
     """When a sequence of edits is measured."""
 
     immediate = "immediate"
@@ -83,7 +83,11 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the first so many rows.")] = None,
     setting: Annotated[
-        Setting, typer.Option("--setting", help="Edit one, measure, restore; or batch by batch; or on and on.")
+        Setting,
+        typer.Option(
+            "--setting",
+            help="Undo each edit before the next one; or batch by batch; or keep all.",
+        ),
     ] = Setting.single,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", min=1, help="Edits made together (batch, sequential).")
@@ -93,7 +97,7 @@ def evaluate(
         typer.Option("--protocol", help="teacher_forced (default) or generation; may be repeated."),
     ] = None,
     when: Annotated[
-        list[Moment] | None,
+        list[When] | None,
         typer.Option("--when", help="Sequential: measure each edit at once, or all at the end; may be repeated."),
     ] = None,
     at: Annotated[
@@ -185,7 +189,7 @@ def evaluate(
             "saved" if no_edit else setting.value,
             batch_size,
             list(dict.fromkeys(protocol or ["teacher_forced"])),
-            [m.value for m in when or [Moment.final]],
+            [entry.value for entry in when or [When.final]],
             limit,
             at=counts,
             on_error=on_error.value,

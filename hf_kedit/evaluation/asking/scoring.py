@@ -238,11 +238,11 @@ def target_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, members: Sequence[TargetRow]
 ) -> torch.Tensor:
     """One forward pass: the float32 logits ``[positions, vocab]`` that predict the targets, row after row."""
-    fill, device = pad_id(tokenizer), device_of(model)
-    batch = pad_rows([r.inputs for r in members], fill).to(device)
+    padding, device = pad_id(tokenizer), device_of(model)
+    batch = pad_rows([r.inputs for r in members], padding).to(device)
     extra: dict[str, Any] = {}
     if members[0].decoder is not None:
-        decoder = pad_rows([r.decoder for r in members if r.decoder is not None], fill).to(device)
+        decoder = pad_rows([r.decoder for r in members if r.decoder is not None], padding).to(device)
         extra["decoder_input_ids"] = decoder.input_ids
         if accepts(model, "decoder_attention_mask"):
             extra["decoder_attention_mask"] = decoder.attention_mask

@@ -64,16 +64,16 @@ class Task:
         score: (reply, accepted answers) → score in [0, 1]; ``None`` where the reply cannot be read.
         metric: name of the score.
         max_new_tokens: of a reply. Published are 1 for classes; 3 let words of several tokens be read.
-        hub: id, configuration and split of a public data set with such rows, if one loads without a script.
         columns: of a row, for error messages.
+        hub: id, configuration and split of a public data set with such rows, if one loads without a script.
     """
 
     examples: Callable[[RawRow], Iterable[AbilityExample]]
     score: Callable[[str, Sequence[str]], float | None]
     metric: str
     max_new_tokens: int
-    hub: tuple[str, str | None, str] | None
     columns: str
+    hub: tuple[str, str | None, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,16 +170,16 @@ def _rows(
         return read_rows(Path(source))
     if source is not None and not isinstance(source, str):
         return source
-    found = ABILITIES[task].hub if source is None else (source, None, "test")
-    if found is None:
+    public = ABILITIES[task].hub if source is None else (source, None, "test")
+    if public is None:
         raise DataError(f"{task}: no public data set loads without a script; pass a file whose rows have"
                         f" {ABILITIES[task].columns}")  # fmt: skip
     import datasets
 
     try:
-        return datasets.load_dataset(found[0], config or found[1], split=split or found[2], streaming=False)
+        return datasets.load_dataset(public[0], config or public[1], split=split or public[2], streaming=False)
     except Exception as error:  # whatever the Hub client or the parser raises
-        raise DataError(f"{task}: cannot load the data set {found[0]!r}: {error}") from error
+        raise DataError(f"{task}: cannot load the data set {public[0]!r}: {error}") from error
 
 
 # ---------------------------------------------------------------------- the tasks: rows → prompts
@@ -240,23 +240,23 @@ def _ner(row: RawRow) -> Iterator[AbilityExample]:
     """One example per type of entity that occurs; ``entities`` is type → texts, or CoNLL's tokens and tags."""
     text = row["text"] if "text" in row else " ".join(row["tokens"])
     entities = row["entities"] if "entities" in row else _tagged(row["tokens"], row["ner_tags"])
-    for kind, found in entities.items():
-        if found:
+    for kind, texts in entities.items():
+        if texts:
             kind = ENTITY_TYPES.get(kind, kind)
             prompt = f"Please identify {kind} Entity from the given text. Text: {text} Entity:"
-            yield AbilityExample(prompt, tuple(map(str, found)))
+            yield AbilityExample(prompt, tuple(map(str, texts)))
 
 
 def _tagged(tokens: Sequence[str], tags: Sequence[int | str]) -> dict[str, list[str]]:
     """Type → entities, from tags in the BIO scheme (texts, or numbers in CoNLL-2003's order)."""
-    found: dict[str, list[str]] = {}
+    by_type: dict[str, list[str]] = {}
     for token, tag in zip(tokens, tags, strict=True):
         place, _, kind = (_CONLL_TAGS[tag] if isinstance(tag, int) else tag).partition("-")
-        if place == "I" and found.get(kind):
-            found[kind][-1] += f" {token}"
+        if place == "I" and by_type.get(kind):
+            by_type[kind][-1] += f" {token}"
         elif kind:
-            found.setdefault(kind, []).append(token)
-    return found
+            by_type.setdefault(kind, []).append(token)
+    return by_type
 
 
 def _sentiment(row: RawRow) -> Iterator[AbilityExample]:
@@ -306,47 +306,66 @@ def _rouge(reply: str, answers: Sequence[str]) -> float:
 ABILITIES: dict[str, Task] = {
     # The prompt holds the gold chain of thought: it asks for little more than the last step.
     "reasoning": Task(
-        _reasoning, _number, "accuracy", 5, ("openai/gsm8k", "main", "test"), "'question' and 'answer' (… #### n)"
+        examples=_reasoning,
+        score=_number,
+        metric="accuracy",
+        max_new_tokens=5,
+        hub=("openai/gsm8k", "main", "test"),
+        columns="'question' and 'answer' (… #### n)",
     ),
     "nli": Task(
-        _nli,
-        _choice("True", "False"),
-        "accuracy",
-        3,
-        ("nyu-mll/glue", "rte", "validation"),
-        "'sentence1', 'sentence2' and 'label' (0: entailment)",
+        examples=_nli,
+        score=_choice("True", "False"),
+        metric="accuracy",
+        max_new_tokens=3,
+        hub=("nyu-mll/glue", "rte", "validation"),
+        columns="'sentence1', 'sentence2' and 'label' (0: entailment)",
     ),
     # Published with the passages of Natural Questions; without a passage the question is asked alone.
     "open_qa": Task(
-        _open_qa,
-        _span,
-        "answer contained",
-        20,
-        ("google-research-datasets/nq_open", None, "validation"),
-        "'question', 'answer' and, if there is one, 'passage'",
+        examples=_open_qa,
+        score=_span,
+        metric="answer contained",
+        max_new_tokens=20,
+        hub=("google-research-datasets/nq_open", None, "validation"),
+        columns="'question', 'answer' and, if there is one, 'passage'",
     ),
     "closed_qa": Task(
-        _closed_qa,
-        _choice("yes", "no"),
-        "accuracy",
-        3,
-        ("google/boolq", None, "validation"),
-        "'question', 'passage' and 'answer'",
+        examples=_closed_qa,
+        score=_choice("yes", "no"),
+        metric="accuracy",
+        max_new_tokens=3,
+        hub=("google/boolq", None, "validation"),
+        columns="'question', 'passage' and 'answer'",
     ),
     "dialogue": Task(
-        _dialogue, _choice("A", "B", "C", "D"), "accuracy", 3, None, "'article', four 'options' and 'answer' (A to D)"
+        examples=_dialogue,
+        score=_choice("A", "B", "C", "D"),
+        metric="accuracy",
+        max_new_tokens=3,
+        columns="'article', four 'options' and 'answer' (A to D)",
     ),
-    "summarization": Task(_summarization, _rouge, "mean of ROUGE-1, -2, -L", 25, None, "'dialogue' and 'summary'"),
+    "summarization": Task(
+        examples=_summarization,
+        score=_rouge,
+        metric="mean of ROUGE-1, -2, -L",
+        max_new_tokens=25,
+        columns="'dialogue' and 'summary'",
+    ),
     "ner": Task(
-        _ner, _entities, "recall", 10, None, "'text' and 'entities' (type → texts), or 'tokens' and 'ner_tags'"
+        examples=_ner,
+        score=_entities,
+        metric="recall",
+        max_new_tokens=10,
+        columns="'text' and 'entities' (type → texts), or 'tokens' and 'ner_tags'",
     ),
     "sentiment": Task(
-        _sentiment,
-        _choice("positive", "negative"),
-        "accuracy",
-        3,
-        ("nyu-mll/glue", "sst2", "validation"),
-        "'sentence' and 'label' (1: positive)",
+        examples=_sentiment,
+        score=_choice("positive", "negative"),
+        metric="accuracy",
+        max_new_tokens=3,
+        hub=("nyu-mll/glue", "sst2", "validation"),
+        columns="'sentence' and 'label' (1: positive)",
     ),
 }
 """The tasks by name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -75,11 +75,9 @@ def weight_drift(model: EditableModel) -> dict[str, dict[str, float]]:
     Returns:
         Full parameter name → measures; empty for a model without edits in its weights.
     """
-    ledger = getattr(model, "ledger", None)
-    accounts: Mapping[str, Any] = getattr(ledger, "accounts", {})
     return {
         key: matrix_drift(account.original, account.total)
-        for key, account in accounts.items()
+        for key, account in model.ledger.accounts.items()
         if account.total is not None
     }
 

@@ -60,7 +60,7 @@ class HarnessTask(Ability):
         except ImportError as error:
             raise require_extra("lm_eval", "harness", "a task of the evaluation harness") from error
         try:
-            found = harness.simple_evaluate(
+            outcome = harness.simple_evaluate(
                 model=models.HFLM(pretrained=stock_model(model), tokenizer=tokenizer, batch_size=self.batch_size),
                 tasks=[self.task],
                 num_fewshot=self.num_fewshot,
@@ -70,11 +70,13 @@ class HarnessTask(Ability):
             )
         except Exception as error:  # whatever the harness, the Hub client or a task raises
             raise EvaluationError(f"the harness task {self.task!r} failed: {type(error).__name__}: {error}") from error
-        numbers = {k: v for k, v in found["results"][self.task].items() if isinstance(v, float) and "stderr" not in k}
+        numbers = {
+            k: v for k, v in outcome["results"][self.task].items() if isinstance(v, float) and "stderr" not in k
+        }
         metric = next(iter(numbers), None) if self.metric is None else self.metric
         if metric not in numbers:
             raise EvaluationError(f"{self.task!r} has no metric {metric!r}; it has {', '.join(numbers) or 'none'}")
-        return {"score": numbers[metric], "metric": metric, "n": found["n-samples"][self.task]["effective"]}
+        return {"score": numbers[metric], "metric": metric, "n": outcome["n-samples"][self.task]["effective"]}
 
     def settings(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in ("metric", "limit", "num_fewshot")}

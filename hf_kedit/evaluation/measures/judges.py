@@ -45,10 +45,10 @@ def parse_verdict(reply: str) -> bool | None:
     Only the beginning counts, regardless of case and punctuation. A sentence that happens to begin with the article
     "a" is no verdict.
     """
-    found = re.match(r"\W*(incorrect|correct|[ab])\b(.*)", reply.strip(), flags=re.IGNORECASE | re.DOTALL)
-    if not found:
+    verdict = re.match(r"\W*(incorrect|correct|[ab])\b(.*)", reply.strip(), flags=re.IGNORECASE | re.DOTALL)
+    if not verdict:
         return None
-    word, rest = found[1].upper(), found[2]
+    word, rest = verdict[1].upper(), verdict[2]
     if word in ("A", "B"):
         alone = not rest.strip() or re.match(r"\s*[^\w\s'’]|\s*\n|\s*(in)?correct\b", rest, flags=re.IGNORECASE)
         if not alone:
@@ -323,12 +323,11 @@ class HFModelJudge(ModelJudge):
         max_tokens: int = 8,
         cache_path: str | Path | None = None,
     ):
-        own = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-        super().__init__(name or own, attempts=1, cache_path=cache_path)
+        super().__init__(name or model.config.name_or_path or type(model).__name__, attempts=1, cache_path=cache_path)
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
 
     def reply(self, prompt: str) -> str:
-        chat = bool(getattr(self.tokenizer, "chat_template", None))
+        chat = bool(self.tokenizer.chat_template)
         text = prompt if chat else prompt + "\nGrade:"
         answers = generate_answers(
             self.model,

@@ -29,7 +29,7 @@ COUNTERFACT_NAMES: dict[str, tuple[str, str]] = {
 def counterfact_pair(nll_new: float, nll_true: float, kind: PairKind = "rewrite") -> tuple[float, float]:
     """Success and magnitude of one prompt (Meng et al. 2022).
 
-    Success is 1.0 if the target that shall be preferred is strictly more probable: the new one on rewrite and
+    Success is 1.0 if the target that should be preferred is strictly more probable: the new one on rewrite and
     paraphrase prompts, the true one on neighbourhood prompts; a tie is a failure. The magnitude is the difference of
     the geometric-mean token probabilities ``e^{−nll}``, preferred minus other.
 

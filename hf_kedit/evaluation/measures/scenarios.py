@@ -39,7 +39,7 @@ def sequence_classifier(model: Any, tokenizer: Any, *, max_length: int = 512, ba
     labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
 
     def classify(texts: Sequence[str]) -> list[dict[str, float]]:
-        found: list[dict[str, float]] = []
+        by_text: list[dict[str, float]] = []
         with frozen_eval(model), torch.inference_mode():
             for start in range(0, len(texts), batch_size):
                 batch = tokenizer(
@@ -50,8 +50,8 @@ def sequence_classifier(model: Any, tokenizer: Any, *, max_length: int = 512, ba
                     return_tensors="pt",
                 ).to(device_of(model))
                 for row in model(**batch).logits.float().softmax(-1).tolist():
-                    found.append(dict(zip(labels, row, strict=True)))
-        return found
+                    by_text.append(dict(zip(labels, row, strict=True)))
+        return by_text
 
     return classify
 
@@ -65,10 +65,10 @@ def mean_log_probability(scores: Iterable[PairScore]) -> float:
     Raises:
         EvaluationError: if there is none.
     """
-    found = list(scores)
-    if not found:
+    scored = list(scores)
+    if not scored:
         raise EvaluationError("the mean log-probability of no text does not exist")
-    return -sum(s.sum_nll for s in found) / sum(len(s.target_ids) for s in found)
+    return -sum(s.sum_nll for s in scored) / sum(len(s.target_ids) for s in scored)
 
 
 def opinion_success(
@@ -188,8 +188,8 @@ def instance_change(
 
 def first_sentence(text: str) -> str:
     """The text up to its first full stop, question or exclamation mark that does not follow a digit."""
-    found = re.search(r"(?<!\d)[.!?。！？]", text)
-    return text[: found.end()].strip() if found else text.strip()
+    stop = re.search(r"(?<!\d)[.!?。！？]", text)
+    return text[: stop.end()].strip() if stop else text.strip()
 
 
 def closer_definition(
@@ -242,10 +242,10 @@ def _unsafe_label(labels: Mapping[str, float], wanted: str | None) -> str:
         if wanted not in labels:
             raise EvaluationError(f"the classifier has no label {wanted!r}; it has {', '.join(labels)}")
         return wanted
-    found = [name for name in labels if any(word in name.lower() for word in _UNSAFE)]
-    if len(found) != 1:
+    unsafe = [name for name in labels if any(word in name.lower() for word in _UNSAFE)]
+    if len(unsafe) != 1:
         raise EvaluationError(f"which of the labels {', '.join(labels)} means unsafe? Say so with label=…")
-    return found[0]
+    return unsafe[0]
 
 
 def safety_prompts(request: EditRequest) -> dict[str, str]:
@@ -294,8 +294,8 @@ def refusal_rate(replies: Sequence[str], refuses: Callable[[str], bool] | None =
 
 def distinct_ngrams(text: str, n: int = 2, tokenizer: str | Words = "words") -> float | None:
     """Share of the n-grams of a text that are different (distinct-n); ``None`` for a text without any."""
-    found = ngrams(word_tokenizer(tokenizer)(text), n)
-    return len(set(found)) / len(found) if found else None
+    runs = ngrams(word_tokenizer(tokenizer)(text), n)
+    return len(set(runs)) / len(runs) if runs else None
 
 
 def repetition_rate(texts: Sequence[str], limit: float = 0.2, tokenizer: str | Words = "words") -> float | None:

@@ -185,14 +185,14 @@ def bleu(
     predicted, wanted = split(prediction), [split(t) for t in texts]
     logs = 0.0
     for n in range(1, max_n + 1):
-        found = Counter(ngrams(predicted, n))
+        counted = Counter(ngrams(predicted, n))
         best: Counter[tuple[str, ...]] = Counter()
         for words in wanted:
             best |= Counter(ngrams(words, n))
-        hits = (found & best).total()
+        hits = (counted & best).total()
         if not hits:
             return 0.0
-        logs += math.log(hits / found.total()) / max_n
+        logs += math.log(hits / counted.total()) / max_n
     length = min((len(w) for w in wanted), key=lambda size: (abs(size - len(predicted)), size))
     brevity = min(0.0, 1 - length / len(predicted))
     return math.exp(brevity + logs)

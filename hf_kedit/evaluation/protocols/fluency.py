@@ -82,7 +82,7 @@ class Fluency(Protocol):
         groups: dict[int, list[str]] = {}
         for prompt in room:
             groups.setdefault(max(room.values()) if together else room[prompt], []).append(prompt)
-        found: dict[str, Continuation] = {}
+        by_prompt: dict[str, Continuation] = {}
         for count, prompts in groups.items():
             answers = generate_answers(
                 model, tokenizer, prompts, count, token_budget, cut_at_newline=False, sampling=sampling
@@ -90,8 +90,8 @@ class Fluency(Protocol):
             for prompt, answer in zip(prompts, answers, strict=True):
                 ids = answer.ids[: room[prompt]]
                 text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                found[prompt] = replace(answer, ids=ids, text=str(text))
-        return [found[prompt] for prompt, _ in queries]
+                by_prompt[prompt] = replace(answer, ids=ids, text=str(text))
+        return [by_prompt[prompt] for prompt, _ in queries]
 
     def accuracy(self, question: Question, outputs: Sequence[Continuation]) -> float | None:
         # The question's own prompt: what a method puts before it is not the model's text.

@@ -90,7 +90,7 @@ def _answer(question: Question) -> str | None:
 
 
 def _scores(question: Question, outputs: Sequence[PairScore]) -> tuple[float, float]:
-    """Success and magnitude; the first output belongs to the answer that shall be preferred."""
+    """Success and magnitude; the first output belongs to the answer that should be preferred."""
     wanted, other = outputs[0].nll, outputs[1].nll
     kind = _KINDS[question.section]
     new, true = (other, wanted) if kind == "neighborhood" else (wanted, other)

@@ -70,8 +70,8 @@ class BenchRun:
         """Name of its folder: readable, and different for different options."""
         parts = (self.model, self.method, self.dataset, self.setting)
         content = json.dumps([[p.name, p.label, p.options] for p in parts], sort_keys=True, default=str)
-        words = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", p.label).strip("_") for p in parts)
-        return f"{words[:80]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        readable = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", p.label).strip("_") for p in parts)
+        return f"{readable[:80]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hf_kedit.errors import EvaluationError, KeditError
 from hf_kedit.evaluation import BenchPlan, collect_bench, run_bench
 from hf_kedit.evaluation.runs import bench as bench_module
 
-from .helpers import tiny_gpt2, tiny_tokenizer
+from ..helpers import tiny_gpt2, tiny_tokenizer
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_report(sweep, tmp_path):
 
 @pytest.mark.slow  # every method, twice
 def test_a_killed_sweep_of_all_methods_gives_the_same_report(tmp_path):
-    content = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "all_methods.yaml").read_text())
+    content = yaml.safe_load((Path(__file__).parents[3] / "recipes" / "all_methods.yaml").read_text())
     for setting in content["settings"]:
         setting["limit"] = 2
         if "at" in setting:

@@ -13,7 +13,7 @@ from hf_kedit.evaluation import Unscored, generate_answers, score_pairs, try_sco
 from hf_kedit.tokens import separator_between
 from tests.test_tokens import tokenizer as tokenizer_of_kind
 
-from .helpers import tiny_gpt2
+from ..helpers import tiny_gpt2
 
 PAIRS = [
     ("The capital of Norland is", "Oslo"),

@@ -19,7 +19,7 @@ from hf_kedit.evaluation import Generation, TeacherForced, collect_report, evalu
 from hf_kedit.evaluation.runs.plan import make_plan, make_units, parse_shard
 from hf_kedit.requests import load_requests
 
-from .helpers import accuracies, assert_same_weights, make_editable, tiny_gpt2, tiny_tokenizer, weights
+from ..helpers import accuracies, assert_same_weights, make_editable, tiny_gpt2, tiny_tokenizer, weights
 
 TIMES = ("time", "seconds_edit", "seconds_eval", "edit")
 
@@ -204,9 +204,9 @@ def run_in_a_process(folder):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_process_loses_nothing(tokenizer, tmp_path):
-    root = Path(__file__).parents[2]
-    code = f"import sys; sys.path.insert(0, {str(root)!r})\nfrom tests.evaluation import test_runs\n"
-    code += f"test_runs.run_in_a_process({str(tmp_path / 'run')!r})"
+    root = Path(__file__).parents[3]
+    code = f"import sys; sys.path.insert(0, {str(root)!r})\nfrom tests.evaluation.runs import test_folder\n"
+    code += f"test_folder.run_in_a_process({str(tmp_path / 'run')!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=root)
     results = tmp_path / "run" / "results.jsonl"
     try:
@@ -269,10 +269,11 @@ def share_in_processes(folder):
 
 @pytest.mark.slow  # two processes import torch
 def test_two_processes_share_a_run(tokenizer, tmp_path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     script = tmp_path / "share.py"
     script.write_text(
-        "import sys\nfrom tests.evaluation.test_runs import share_in_processes\nshare_in_processes(sys.argv[1])\n"
+        "import sys\nfrom tests.evaluation.runs.test_folder import share_in_processes\n"
+        "share_in_processes(sys.argv[1])\n"
     )
     folder = tmp_path / "run"
     folder.mkdir()

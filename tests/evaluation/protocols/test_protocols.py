@@ -30,7 +30,7 @@ from hf_kedit.evaluation import (
 from hf_kedit.evaluation.measures.judges import INSTRUCTION, parse_verdict
 from hf_kedit.evaluation.measures.metrics import text_agreement
 
-SAMPLES = Path(__file__).parents[1] / "data" / "samples"
+SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 
 # ---------------------------------------------------------------------- likelihood
 
@@ -73,7 +73,7 @@ def test_likelihood_scores_are_those_of_the_pairs(editable, tokenizer, old_and_n
 
 
 def test_an_unedited_model_keeps_its_preferences(tokenizer, gpt2, old_and_new, cache):
-    from .helpers import make_editable
+    from ..helpers import make_editable
 
     editable = make_editable(gpt2, tokenizer, lr=1e-30, num_steps=1)
     report = evaluate_edits(editable, old_and_new, protocol=Likelihood(), cache=cache)

@@ -12,7 +12,7 @@ from hf_kedit.evaluation import ExactMatchJudge, Generation, Judged, TeacherForc
 from hf_kedit.evaluation.measures import metrics
 from hf_kedit.requests import load_requests
 
-from .helpers import accuracies, assert_same_weights, make_editable, tiny_gpt2, tiny_t5, weights
+from ..helpers import accuracies, assert_same_weights, make_editable, tiny_gpt2, tiny_t5, weights
 
 BOTH = ("teacher_forced", Generation(max_new_tokens=6))
 

@@ -13,8 +13,8 @@ from hf_kedit.errors import EvaluationError
 from hf_kedit.evaluation import functional as F
 from hf_kedit.evaluation import score_pairs
 
-from .helpers import make_editable, tiny_gpt2
-from .test_golden_scores import GOLDEN, MODELS, ROWS, load
+from ..helpers import make_editable, tiny_gpt2
+from ..test_golden_scores import GOLDEN, MODELS, ROWS, load
 
 needs_shared = [
     pytest.mark.shared,

@@ -14,7 +14,7 @@ from hf_kedit.errors import DataError, EvaluationError
 from hf_kedit.evaluation import Comparison, EvaluationReport, Fluency, Generation, evaluate_edits
 from hf_kedit.evaluation.report.charts import COLOURS, bars, curves
 
-from .helpers import make_editable, tiny_gpt2
+from ..helpers import make_editable, tiny_gpt2
 
 PROTOCOLS = ("teacher_forced", Generation(max_new_tokens=6), "likelihood", Fluency("words", 30))
 
