@@ -76,11 +76,13 @@ class EditResult:
         edits: one per request that was applied, in order.
         failed: (request, error) of requests that were left out (only with ``on_error="skip"``).
         seconds: of the whole call.
+        side_effects: what the call's ``watch`` saw (`SideEffectReport`), or ``None``.
     """
 
     edits: list[Edit]
     failed: list[tuple[EditRequest, KeditError]] = field(default_factory=list)
     seconds: float = 0.0
+    side_effects: Any = None
 
     @property
     def ids(self) -> list[str]:

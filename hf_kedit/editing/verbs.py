@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
@@ -20,9 +20,21 @@ from ..requests import EditRequest, RequestSource, load_requests
 from .state import EditedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
+
+
+class Watcher(Protocol):
+    """Something that looks at a model before and after an edit; `hf_kedit.SideEffects` is one."""
+
+    def before(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> None:
+        """Called before anything is changed."""
+
+    def after(self, model: PreTrainedModel) -> Any:
+        """Called with the edited model; what it returns becomes `EditResult.side_effects`."""
 
 
 class Editing(EditedModel):
@@ -35,6 +47,7 @@ class Editing(EditedModel):
         batch_size: int | None = None,
         on_error: str = "raise",
         show_progress: bool = True,
+        watch: Watcher | None = None,
         **request: Any,
     ) -> EditResult:
         """Change what the model knows.
@@ -50,6 +63,7 @@ class Editing(EditedModel):
                 one another, each on the model that the one before left.
             on_error: ``"raise"``, or ``"skip"`` to leave out batches that fail and report them in the result.
             show_progress: show progress bars.
+            watch: looks at the model before and after, for example ``SideEffects()``; what it saw is in the result.
 
         Returns:
             The edits with their ids and diagnostics.
@@ -68,6 +82,8 @@ class Editing(EditedModel):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         if self.tokenizer is None:
             raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        if watch is not None:
+            watch.before(self.base_model, self.tokenizer, todo)
         method, bench = self._method, self._method.bench
         bench.trace, bench.show_progress = self.trace, show_progress
         if batch_size and batch_size > 1 and not method.capabilities.batch:
@@ -92,6 +108,8 @@ class Editing(EditedModel):
                         raise
                     result.failed.extend((r, error) for r in batch)
         result.seconds = time.perf_counter() - started
+        if watch is not None:
+            result.side_effects = watch.after(self.base_model)
         return result
 
     @contextlib.contextmanager
