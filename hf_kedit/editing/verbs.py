@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import torch
-
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
+from ..engine.devices import PeakMemory, process_memory
 from ..engine.forward import frozen_eval
 from ..engine.weights import uninterrupted
 from ..errors import ConfigError, EditFailedError, RequestError, RollbackError
-from ..journal import Edit, EditResult, Journal, new_id, now, peak_memory
+from ..journal import Edit, EditResult, Journal, new_id, now
 from ..logging import get_logger, progress, warn_once
 from ..methods.base import check_composition
 from ..requests import EditRequest, RequestSource, load_requests
@@ -129,14 +128,13 @@ class Editing(EditedModel):
     def _edit_batch(self, batch: Sequence[EditRequest]) -> list[Edit]:
         """Compute one batch and put it on the weights and into the journal."""
         started = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        memory = PeakMemory(self.base_model)
         outcome = self._method.compute(batch)
         if not all(delta.finite() for delta in outcome.deltas):
             raise EditFailedError("the computed update holds NaN or infinity; nothing was changed")
         outcome = self._method.regularise(outcome)
         seconds = time.perf_counter() - started
-        batch_id, created = new_id("batch"), now()
+        batch_id, created, peak = new_id("batch"), now(), memory.read() or process_memory()
         edits = [
             Edit(
                 id=str(request.id),
@@ -147,7 +145,7 @@ class Editing(EditedModel):
                 diagnostics={
                     **numbers,
                     "seconds": seconds / len(batch),
-                    "peak_memory_bytes": peak_memory(),
+                    "peak_memory_bytes": peak,
                     "batch_size": len(batch),
                 },
             )
