@@ -366,7 +366,17 @@ def test_inspect_a_model(kedit: Run, load: bool) -> None:
 def test_inspect_a_model_for_people(kedit: Run) -> None:
     shown = kedit("inspect", "kedit/world-gpt2").stdout
     assert "GPT2LMHeadModel" in shown
-    assert "mlp.c_proj" in shown
+    assert "mlp.c_proj" in shown and "transformer.ln_f" not in shown
+    for method in ("rome", "memit", "ft-m", "grace", "prompt", "mend"):
+        words = ("inspect", "kedit/world-gpt2", "--method", method)
+        short, full = kedit(*words).stdout, kedit(*words, "--all").stdout
+        assert not re.search(r"None|\?|not checked", short), short
+        assert len(short.splitlines()) < 16 < len(full.splitlines()) and "--set NAME=VALUE" in short
+        config = data(kedit(*words, "-f", "json"))["config"]
+        assert all(f"  {key}: " in full for key in config)
+    shown = kedit("inspect", "kedit/world-gpt2", "--method", "rome").stdout
+    assert "at        transformer.h.2.mlp.c_proj" in shown and "the subject of every fact" in shown
+    assert "hparams/ROME/world-gpt2.yaml" in shown and "second moments" in shown
 
 
 # ---------------------------------------------------------------------- rollback
