@@ -7,17 +7,17 @@ in prompts are harmless.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from .errors import DataError, RequestError, SubjectNotFoundError, nearest
+from .storage.parsing import LEVELS, parse_json
+from .storage.records import CsvRow, read_records
+from .text.scripts import HALF, is_writable
+from .text.subjects import find_subject
 
 SLOT = "{}"
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def answer_groups(value: Any, field_name: str = "ground_truth", row: int | None 
         )
     groups: list[list[str]] = []
     for entry in value:
-        aliases = [entry] if isinstance(entry, str) or entry is None else list(entry)
+        aliases = entry if isinstance(entry, (list, tuple)) else [entry]
         if not all(isinstance(a, str) or a is None for a in aliases):
             raise RequestError("answers must be strings", row=row, field=field_name)
         kept = [a for a in aliases if a is not None and a.strip()]
@@ -104,7 +104,9 @@ class EditRequest:
         portability: axis name → probes whose answer follows from the edit.
         image: path of an image relative to an image root.
         id: a name for the edit, unique within a model; made up when missing.
-        metadata: anything else. No method reads it, except that WISE takes an irrelevant text from ``loc_prompt``.
+        separator: text between prompt and target, where this fact needs another one than the config's.
+        metadata: anything else that JSON can hold. No method reads it, except that WISE takes an irrelevant text from
+            ``loc_prompt``.
 
     Raises:
         RequestError: if a field is missing, empty or of a wrong type.
@@ -119,6 +121,7 @@ class EditRequest:
     portability: dict[str, list[Probe]] = field(default_factory=dict)
     image: str | None = None
     id: str | None = None
+    separator: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     row: int | None = field(default=None, repr=False, compare=False)
 
@@ -129,19 +132,25 @@ class EditRequest:
         if self.subject is not None:
             self._check_text("subject", self.subject)
             self.subject = self.subject.strip()
-        if self.id is not None and (not isinstance(self.id, str) or not self.id.strip()):
-            self._fail("must be a non-empty string", "id")
+        for name in ("id", "image", "separator"):
+            value = getattr(self, name)
+            if value is not None:
+                self._check_text(name, value, blank=name == "separator")
         slots = self.prompt.count(SLOT)
         if slots > 1:
             self._fail(f"has {slots} slots '{{}}'; write the subject into all but one of them", "prompt")
         if slots == 1 and self.subject is None:
             self._fail("the prompt has a slot '{}' but there is no subject to fill it with", "subject")
         self.ground_truth = [a for g in answer_groups(self.ground_truth, "ground_truth", self.row) for a in g]
+        for answer in self.ground_truth:
+            self._check_text("ground_truth", answer)
         self.rephrase_prompts = self._texts("rephrase_prompts", self.rephrase_prompts)
         self.locality = self._probes("locality", self.locality)
         self.portability = self._probes("portability", self.portability)
-        if self.metadata is None:
-            self.metadata = {}
+        self.metadata = {} if self.metadata is None else self.metadata
+        if not isinstance(self.metadata, Mapping):
+            self._fail(f"must be a dict, not {type(self.metadata).__name__}", "metadata")
+        self._check_plain("metadata", self.metadata)
 
     # ------------------------------------------------------------------ text
 
@@ -153,11 +162,14 @@ class EditRequest:
             return before + self.subject + after
         return self.prompt
 
+    def separator_or(self, default: str | None) -> str | None:
+        """What stands between prompt and target: the fact's own separator, else ``default`` (``None``: by rule)."""
+        return default if self.separator is None else self.separator
+
     def subject_span(self) -> tuple[int, int]:
         """Character span of the subject in `filled_prompt`.
 
-        A slot fixes the place. Otherwise the first occurrence counts: literal, then regardless of case, then
-        regardless of Unicode form and of how much white space stands between the words.
+        A slot fixes the place. Otherwise see `find_subject`.
 
         Raises:
             RequestError: if the request has no subject.
@@ -194,7 +206,8 @@ class EditRequest:
 
         Accepts the library's own fields, the columns of `hf_kedit.data.FEATURES` (probes as a flat list with
         ``name``), and the common spellings ``rephrase_prompt``, ``target`` and ``{"str": …}`` targets.
-        Columns that only describe the row (``dataset``, ``task``, ``group_id`` …) go to ``metadata``.
+        Columns that only describe the row (``dataset``, ``task``, ``group_id`` …) go to ``metadata``. In fields that
+        hold lists or objects, a text may be the JSON of one, as in the cells of a CSV file (see `read_cell`).
 
         Raises:
             RequestError: for an unknown field (the nearest known one is named) or a bad value.
@@ -203,6 +216,13 @@ class EditRequest:
         for alias, name in _ALIASES.items():
             if alias in data and name not in data:
                 data[name] = data.pop(alias)
+        for name in _CELLS:
+            if isinstance(data.get(name), str):
+                strict, objects = isinstance(value, CsvRow), name in _OBJECTS
+                data[name] = read_cell(data[name], name, row, strict=strict, objects=objects)
+        extra = data.get("extra")
+        if data.get("separator") is None and isinstance(extra, Mapping):
+            data["separator"] = extra.get("separator")  # `FEATURES` has no column for it
         metadata = data.pop("metadata", None) or {}
         if not isinstance(metadata, Mapping):
             raise RequestError(f"must be a dict, not {type(metadata).__name__}", row=row, field="metadata")
@@ -240,6 +260,7 @@ class EditRequest:
             "portability": _probes_to_json(self.portability),
             "image": self.image,
             "metadata": self.metadata,
+            **({} if self.separator is None else {"separator": self.separator}),
         }
 
     def with_id(self, new_id: str) -> EditRequest:
@@ -251,13 +272,35 @@ class EditRequest:
     def _fail(self, message: str, field_name: str) -> None:
         raise RequestError(message, row=self.row, field=field_name, request_id=self.id)
 
-    def _check_text(self, name: str, value: Any) -> None:
+    def _check_text(self, name: str, value: Any, *, blank: bool = False) -> None:
         if not isinstance(value, str):
             self._fail(f"must be a string, not {type(value).__name__}", name)
-        if not value.strip():
+        if not blank and not value.strip():
             self._fail("is empty", name)
         if "\x00" in value:
             self._fail("contains a NUL character", name)
+        if not is_writable(value):
+            self._fail(HALF, name)
+
+    def _check_plain(self, name: str, value: Any, level: int = 0) -> None:
+        """Refuse what JSON does not give back as it was: it could be edited with, and never be saved."""
+        if level > LEVELS:
+            self._fail(f"is nested more than {LEVELS} levels deep", name)
+        if isinstance(value, str):
+            if not is_writable(value):
+                self._fail(HALF, name)
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                if not isinstance(key, str):
+                    self._fail(f"the key {key!r} would come back from a file as text; write it as text", name)
+                self._check_plain(name, key)
+                self._check_plain(f"{name}.{key}", part, level + 1)
+        elif isinstance(value, list):
+            for i, part in enumerate(value):
+                self._check_plain(f"{name}[{i}]", part, level + 1)
+        elif value is not None and not isinstance(value, (bool, int, float)):
+            better = "a list" if isinstance(value, tuple) else "text or plain numbers"
+            self._fail(f"a {type(value).__name__} cannot be saved as it is; write {better}", name)
 
     def _texts(self, name: str, value: Any) -> list[str]:
         if value is None:
@@ -286,6 +329,11 @@ class EditRequest:
                 probes.setdefault(axis, []).append(Probe.from_value(entry, field_name=name, row=self.row))
         else:
             self._fail(f"must be a dict of axis → probes, not {type(value).__name__}", name)
+        for axis, entries in probes.items():
+            self._check_text(name, axis)
+            for probe in entries:
+                for text in (probe.prompt, *probe.answers, *([probe.image] if probe.image is not None else [])):
+                    self._check_text(f"{name}[{axis!r}]", text)
         return {axis: entries for axis, entries in probes.items() if entries}
 
     def _axis(self, name: str, entries: Any) -> Iterator[Probe]:
@@ -295,7 +343,7 @@ class EditRequest:
                 yield Probe.from_value(entries, field_name=name, row=self.row)
                 return
             answers = entries.get("ground_truth") or [None] * len(prompts)
-            if isinstance(answers, str) or len(answers) != len(prompts):
+            if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
                 self._fail("'prompt' and 'ground_truth' must be lists of the same length", name)
             for prompt, answer in zip(prompts, answers, strict=True):
                 yield Probe.from_value({"prompt": prompt, "ground_truth": answer}, field_name=name, row=self.row)
@@ -318,6 +366,7 @@ _FIELDS = (
     "portability",
     "image",
     "id",
+    "separator",
 )
 _ALIASES = {"rephrase_prompt": "rephrase_prompts", "rephrase": "rephrase_prompts", "target": "target_new"}
 _DESCRIPTIVE = (
@@ -333,6 +382,48 @@ _DESCRIPTIVE = (
 )
 
 
+_LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra")
+_CELLS = (*_LISTS, *_OBJECTS)
+_LIST_AS_TEXT = re.compile(r"""\[\s*['"].*['"]\s*\]""", flags=re.DOTALL)  # what str(["a"]) gives in Python and numpy
+
+
+def read_cell(text: str, name: str, row: int | None = None, *, strict: bool = True, objects: bool = False) -> Any:
+    """What a text stands for in a field of lists or objects: itself, or the value that its JSON holds.
+
+    Args:
+        text: the content of the field.
+        name: of the field, for messages.
+        row: number of the row, for messages.
+        strict: the text is the cell of a CSV file, which can hold a list in no other way.
+        objects: the field may hold objects too.
+
+    Raises:
+        RequestError: for a list that is written otherwise, as Python and numpy print one: it would become one text.
+    """
+    content = text.strip()
+    if not content.startswith(("[", "{") if objects else "["):
+        return text
+    try:
+        value = parse_json(content, "the text", DataError)
+    except DataError as error:
+        if strict or _LIST_AS_TEXT.fullmatch(content):
+            raise RequestError(
+                f'{content[:60]!r} begins like a list and is no JSON: write ["a", "b"] with double quotes, or use'
+                " a JSONL file",
+                row=row,
+                field=name,
+            ) from error
+        return text
+    if not strict and not objects and not _answers(value):
+        return text  # "[1, 2]" may well be an answer
+    return value
+
+
+def _answers(values: list[Any]) -> bool:
+    """Whether a list holds texts, or lists of them."""
+    return all(isinstance(v, str) or (isinstance(v, list) and all(isinstance(a, str) for a in v)) for v in values)
+
+
 def _probes_to_json(probes: Mapping[str, Sequence[Probe]]) -> dict[str, list[dict[str, Any]]]:
     return {
         axis: [
@@ -342,33 +433,6 @@ def _probes_to_json(probes: Mapping[str, Sequence[Probe]]) -> dict[str, list[dic
         ]
         for axis, entries in probes.items()
     }
-
-
-def find_subject(prompt: str, subject: str) -> tuple[int, int] | None:
-    """Find the first occurrence of ``subject`` in ``prompt``: literal, case-insensitive, then normalised.
-
-    Returns:
-        The character span in ``prompt``, or ``None``.
-    """
-    start = prompt.find(subject)
-    if start >= 0:
-        return start, start + len(subject)
-    words = [re.escape(w) for w in subject.split()]
-    hit = re.search(r"\s+".join(words), prompt, flags=re.IGNORECASE) if words else None
-    if hit:
-        return hit.span()
-    # Unicode forms can change lengths: search in the composed text and map the span back character by character.
-    composed: list[str] = []
-    origin: list[tuple[int, int]] = []
-    for cluster in re.finditer(r"\S[\u0300-\u036f]*|\s+", prompt):
-        text = " " if cluster.group().isspace() else unicodedata.normalize("NFC", cluster.group())
-        composed.extend(text)
-        origin.extend([cluster.span()] * len(text))
-    wanted = " ".join(unicodedata.normalize("NFC", w) for w in subject.split())
-    start = "".join(composed).casefold().find(wanted.casefold())
-    if start < 0 or start + len(wanted) > len(origin) or not wanted:
-        return None
-    return origin[start][0], origin[start + len(wanted) - 1][1]
 
 
 def in_row(build: Callable[[EditRequest], T], request: EditRequest) -> T:
@@ -432,35 +496,10 @@ def load_requests(source: RequestSource) -> list[EditRequest]:
 
 
 def read_rows(path: Path) -> list[Any]:
-    """Read the rows of a JSON (a list, or one object), JSONL or CSV file.
+    """Read the rows of a JSON (a list, or one object), JSONL, CSV or Parquet file; blank cells of CSV are left out.
 
     Raises:
         DataError: if the file is missing, unreadable, not UTF-8, or not of these formats.
     """
-    if not path.exists():
-        raise DataError(f"there is no file {str(path)!r}")
-    if path.is_dir():
-        raise DataError(f"{str(path)!r} is a folder; give the path of a .json, .jsonl or .csv file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r}: {error}") from error
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        return [{k: v for k, v in row.items() if v not in (None, "")} for row in csv.DictReader(io.StringIO(text))]
-    if suffix in (".jsonl", ".ndjson"):
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path.name}, line {number}: not JSON ({error.msg})") from error
-        return rows
-    if suffix == ".json":
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path.name}, line {error.lineno}: not JSON ({error.msg})") from error
-        return value if isinstance(value, list) else [value]
-    raise DataError(f"cannot read {path.name!r}: use .json, .jsonl or .csv")
+    rows = read_records(str(path))
+    return [CsvRow({k: v for k, v in row.items() if v}) if isinstance(row, CsvRow) else row for row in rows]

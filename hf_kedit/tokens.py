@@ -7,7 +7,6 @@ without offsets fall back to comparing token prefixes. The user's tokenizer is n
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .errors import ConfigError, RequestError
+from .text.joining import separator_between
+from .text.scripts import HALF, is_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,31 @@ def has_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
-    """Tokenise one text as the model expects it, dropping trailing special tokens (T5's EOS)."""
+    """Tokenise one text as the model expects it, dropping trailing special tokens (T5's EOS).
+
+    Raises:
+        RequestError: if the text is no valid Unicode.
+    """
+    whole = _encode_whole(tokenizer, text)
+    end = len(whole.ids)
+    while end and whole.special[end - 1]:
+        end -= 1
+    if end == 0:  # nothing but special tokens: keep the leading ones
+        end = len(whole.ids)
+    return EncodedText(
+        whole.ids[:end], whole.offsets[:end] if whole.offsets is not None else None, whole.special[:end]
+    )
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, encoder_decoder: bool = False) -> list[int]:
+    """Ids of a text that a model is asked with; an encoder also reads the special tokens at its end."""
+    return _encode_whole(tokenizer, text).ids if encoder_decoder else encode_text(tokenizer, text).ids
+
+
+def _encode_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
+    """Tokenise a text with all special tokens that the tokenizer adds; with one BOS, where the text brings its own."""
+    if not is_writable(text):
+        raise RequestError(f"the text {text[:80]!r} {HALF}")
     offsets: list[tuple[int, int]] | None = None
     if has_offsets(tokenizer):
         encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -82,33 +107,17 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
         encoded = tokenizer(text, return_special_tokens_mask=True)
     ids = [int(i) for i in encoded["input_ids"]]
     special = [bool(m) for m in encoded["special_tokens_mask"]]
-    end = len(ids)
-    while end and special[end - 1]:
-        end -= 1
-    if end == 0:  # nothing but special tokens: keep the leading ones
-        end = len(ids)
-    return EncodedText(ids[:end], offsets[:end] if offsets is not None else None, special[:end])
+    # Chat templates write the BOS themselves. The tokenizer's goes, because the other one has a place in the text.
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
+        ids, special, offsets = ids[1:], special[1:], offsets[1:] if offsets is not None else None
+    return EncodedText(ids, offsets, special)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPair:
     """Tokenise a text that no target follows."""
     encoded = encode_text(tokenizer, text)
     return EncodedPair(encoded.ids, len(encoded.ids), encoded.offsets, text)
-
-
-def separator_between(prompt: str, target: str) -> str:
-    """Return what joins prompt and target: one space, or nothing where white space or CJK makes it wrong."""
-    if not prompt or not target or prompt[-1].isspace() or target[0].isspace() or is_cjk(target[0]):
-        return ""
-    return " "
-
-
-def is_cjk(character: str) -> bool:
-    """Whether a character belongs to a script written without spaces between words."""
-    if ord(character) < 0x2E80:
-        return False
-    name = unicodedata.name(character, "")
-    return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "FULLWIDTH", "IDEOGRAPHIC", "BOPOMOFO"))
 
 
 def encode_pair(

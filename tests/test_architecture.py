@@ -38,9 +38,9 @@ TOP_LEVEL = "__init__ errors journal loading logging model registry requests tok
 # computes the floors from the source and compares; docs/architecture.md shows the same list.
 FLOORS: list[str] = [
     "errors logging testing version",
-    "registry requests storage tokens",
-    "config data embedded journal",
-    "anatomy",
+    "registry storage text",
+    "config embedded requests tokens",
+    "anatomy data journal",
     "engine",
     "editors locate statistics",
     "books loading",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,7 +80,10 @@ def test_duplicate_ids() -> None:
         ("a.json", b"{not json", "not JSON"),
         ("a.jsonl", b'{"prompt": 1}\n{', "line 2"),
         ("a.json", b"\xff\xfe\x00", "cannot read"),
-        ("a.parquet", b"x", "use .json"),
+        ("a.parquet", b"x", "a.parquet"),
+        ("a.txt", b"x", "use .json"),
+        ("a.csv", b"prompt,target_new\n1,2,3\n", "line 2.*more cells"),
+        ("a.csv", b"prompt,prompt\n1,2\n", "two columns are called 'prompt'"),
     ],
 )
 def test_unreadable_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -108,7 +114,7 @@ def test_slot_fixes_the_place_of_a_repeated_subject() -> None:
     assert request.subject_span() == (8, 11)
     assert request.template == "Ada and {} met; Ada"
     filled = EditRequest(prompt="Ada and Ada met", subject="Ada", target_new="left")
-    assert filled.subject_span() == (0, 3)
+    assert filled.subject_span() == (8, 11)  # the last one: prompts end with what is asked
 
 
 def test_braces_in_prompts_are_harmless() -> None:
@@ -186,3 +192,138 @@ def test_a_literal_subject_is_always_found(subject: str, before: str, after: str
     span = find_subject(before + subject + after, subject)
     assert span is not None
     assert (before + subject + after)[span[0] : span[1]] == subject
+
+
+# ---------------------------------------------------------------------- lists in cells
+
+
+def _csv(tmp_path: Path, **cells: str) -> Path:
+    file = tmp_path / "facts.csv"
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [*GOOD, *cells])
+        writer.writeheader()
+        writer.writerow(GOOD | cells)
+    return file
+
+
+@pytest.mark.parametrize("column", ["rephrase_prompts", "rephrase_prompt", "rephrase", "ground_truth"])
+@pytest.mark.parametrize(
+    ("cell", "texts"),
+    [
+        ('["a b", "c d"]', ["a b", "c d"]),
+        (' ["a b"] ', ["a b"]),
+        ('["a, \\"b\\"", "ü"]', ['a, "b"', "ü"]),
+        ("[]", []),
+        ("a b", ["a b"]),
+        ("a [b]", ["a [b]"]),
+    ],
+)
+def test_a_cell_may_hold_a_list_as_json(column: str, cell: str, texts: list[str], tmp_path: Path) -> None:
+    (request,) = load_requests(_csv(tmp_path, **{column: cell}))
+    assert (request.ground_truth if column == "ground_truth" else request.rephrase_prompts) == texts
+
+
+@pytest.mark.parametrize("cell", ["['a b', 'c d']", "['a b' 'c d']", "[a b, c d]", "[", '["a b",', "[MASK] is"])
+@pytest.mark.parametrize("column", ["rephrase_prompts", "ground_truth"])
+def test_a_list_that_is_no_json_is_refused_with_row_and_field(column: str, cell: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="JSON") as caught:
+        load_requests(_csv(tmp_path, **{column: cell}))
+    assert (caught.value.row, caught.value.field) == (0, column)
+
+
+def test_a_bracket_in_a_prompt_stays_text(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.csv"
+    file.write_text('prompt,target_new\n"[""a"", ""b""] is a list of","[1, 2]"\n', encoding="utf-8")
+    (request,) = load_requests(file)
+    assert (request.prompt, request.target_new) == ('["a", "b"] is a list of', "[1, 2]")
+
+
+def test_probes_and_metadata_may_be_json_in_a_cell(tmp_path: Path) -> None:
+    cells = {
+        "locality": '{"near": [{"prompt": "p", "ground_truth": ["x"]}]}',
+        "portability": '[{"name": "hop", "prompt": "q", "ground_truth": [["y", "z"]]}]',
+        "metadata": '{"source": [1]}',
+    }
+    (request,) = load_requests(_csv(tmp_path, **cells))
+    assert request.locality == {"near": [Probe("p", [["x"]])]}
+    assert request.portability == {"hop": [Probe("q", [["y", "z"]])]}
+    assert request.metadata == {"source": [1]}
+    with pytest.raises(RequestError, match="dict"):
+        load_requests(_csv(tmp_path, locality="near"))
+
+
+def test_lists_as_text_in_other_tables() -> None:
+    """A data frame of a CSV file has the same cells; a text that only looks a little like a list stays one."""
+    assert EditRequest.from_dict(GOOD | {"rephrase_prompts": '["a b", "c d"]'}).rephrase_prompts == ["a b", "c d"]
+    assert EditRequest.from_dict(GOOD | {"ground_truth": '[["a", "b"], ["c"]]'}).ground_truth == ["a", "b", "c"]
+    for text in ("[1, 2]", "[MASK] is", "[sic]"):
+        assert EditRequest.from_dict(GOOD | {"ground_truth": text}).ground_truth == [text]
+    for text in ("['a' 'b']", "['a', 'b']"):
+        with pytest.raises(RequestError, match="JSON"):
+            EditRequest.from_dict(GOOD | {"ground_truth": text}, row=3)
+
+
+# ---------------------------------------------------------------------- what could never be saved
+
+LONE = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": LONE + " {} is"}, "prompt"),
+        ({"subject": "A" + LONE}, "subject"),
+        ({"target_new": LONE}, "target_new"),
+        ({"ground_truth": ["x", LONE]}, "ground_truth"),
+        ({"rephrase_prompts": [LONE]}, "rephrase_prompts"),
+        ({"locality": {"near": [{"prompt": LONE, "ground_truth": "x"}]}}, "locality['near']"),
+        ({"locality": {"near": [{"prompt": "x", "ground_truth": [["a", LONE]]}]}}, "locality['near']"),
+        ({"portability": {LONE: [{"prompt": "x", "ground_truth": "a"}]}}, "portability"),
+        ({"portability": {"hop": Probe("x", [["a"]], image=LONE)}}, "portability['hop']"),
+        ({"image": LONE}, "image"),
+        ({"id": LONE}, "id"),
+        ({"separator": LONE}, "separator"),
+        ({"metadata": {"a": {"b": ["x", LONE]}}}, "metadata.a.b[1]"),
+        ({"metadata": {LONE: 1}}, "metadata"),
+        ({"metadata": {"a": torch.ones(1)}}, "metadata.a"),
+        ({"metadata": {"a": datetime(2020, 1, 1)}}, "metadata.a"),
+        ({"metadata": {"a": {"b": {1, 2}}}}, "metadata.a.b"),
+        ({"metadata": {"a": b"x"}}, "metadata.a"),
+        ({"metadata": {"a": [Path("x")]}}, "metadata.a[0]"),
+        ({"metadata": {"a": (1, 2)}}, "metadata.a"),
+        ({"metadata": {1: "a"}}, "metadata"),
+        ({"metadata": {"a": {None: 1}}}, "metadata.a"),
+    ],
+)
+def test_what_could_be_edited_but_never_saved_is_refused_at_once(change: dict[str, Any], field: str) -> None:
+    for make in (lambda: load_requests([GOOD, GOOD | change]), lambda: EditRequest(**(GOOD | change), row=1)):
+        with pytest.raises(RequestError) as caught:
+            make()
+        assert (caught.value.row, caught.value.field) == (1, field)
+        str(caught.value).encode("utf-8")  # can be shown
+
+
+def test_descriptive_columns_are_checked_too() -> None:
+    with pytest.raises(RequestError) as caught:
+        load_requests([GOOD | {"task": object()}])
+    assert (caught.value.row, caught.value.field) == (0, "metadata.task")
+
+
+def test_deep_metadata_is_refused() -> None:
+    deep: Any = "x"
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(RequestError, match="nested"):
+        EditRequest(**GOOD, metadata={"a": deep})
+
+
+# ---------------------------------------------------------------------- a separator of one's own
+
+
+def test_a_row_may_bring_its_separator(tmp_path: Path) -> None:
+    request = EditRequest.from_dict(GOOD | {"separator": "\n"})
+    assert request.separator == "\n"
+    assert EditRequest.from_dict(request.to_dict()) == request
+    assert "separator" not in EditRequest(**GOOD).to_dict()  # files are as they were
+    (tmp_path / "r.jsonl").write_text(json.dumps(GOOD | {"separator": ""}))
+    assert load_requests(tmp_path / "r.jsonl")[0].separator == ""

@@ -16,10 +16,12 @@ from hf_kedit import embedded
 from hf_kedit.errors import RequestError
 from hf_kedit.tokens import (
     encode_pair,
+    encode_prompt,
     encode_target,
     encode_text,
     fact_position,
     pad_rows,
+    prompt_ids,
     separator_between,
     span_tokens,
 )
@@ -116,6 +118,44 @@ def test_a_repeated_subject_is_taken_where_the_span_says(kind: str) -> None:
     assert places == sorted(places) and len(set(places)) == 3
 
 
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_brings_its_bos_gets_no_second_one(kind: str, slow: bool) -> None:
+    """Chat templates write the BOS themselves; in the middle it stays; a plain text has as many as before."""
+    tok = tokenizer(kind)
+    bos, adds = tok.bos_token_id, kind in ("spm", "world-llama")
+    used: Any = _Slow(tok) if slow else tok
+    chat = f"{tok.bos_token}The capital of France is"
+    for ids in (
+        encode_pair(used, chat, "Paris").ids,
+        encode_prompt(used, chat).ids,
+        prompt_ids(used, chat),
+        prompt_ids(used, chat, encoder_decoder=True),
+    ):
+        assert ids[0] == bos and ids[1:].count(bos) == (1 if kind == "world-gpt2" and ids[-1] == bos else 0)
+    middle = encode_pair(used, f"{chat} {tok.bos_token} and it is", "Paris")
+    assert middle.ids[0] == bos and middle.ids.count(bos) == 2
+    plain = encode_pair(used, "The capital of France is", "Paris")
+    assert plain.ids.count(bos) == adds
+    both = encode_pair(used, chat, "Paris")
+    assert both.target_ids == plain.target_ids
+    start = chat.index("France")
+    first, end = span_tokens(used, both, (start, start + 6))
+    assert "France" in tok.decode(both.ids[first:end]) and tok.decode(both.ids[first:end]).strip() in "of France"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_is_no_unicode_is_a_typed_error(kind: str) -> None:
+    for call in (
+        lambda text: encode_pair(tokenizer(kind), text, "x"),
+        lambda text: encode_pair(tokenizer(kind), "x", text),
+        lambda text: encode_prompt(tokenizer(kind), text),
+        lambda text: prompt_ids(tokenizer(kind), text, encoder_decoder=True),
+    ):
+        with pytest.raises(RequestError, match="surrogate"):
+            call("a \ud83d b")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_cjk_subjects_whose_characters_are_several_tokens(kind: str) -> None:
     tok, text = tokenizer(kind), "東京は日本の首都"
@@ -157,6 +197,7 @@ class _Slow:
     def __init__(self, inner: Any):
         self._inner = inner
         self.all_special_ids = inner.all_special_ids
+        self.bos_token, self.bos_token_id = inner.bos_token, inner.bos_token_id
 
     def __call__(self, text: str, **kwargs: Any) -> Any:
         assert "return_offsets_mapping" not in kwargs

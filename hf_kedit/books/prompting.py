@@ -1,4 +1,4 @@
-"""Putting a text in front of what a model reads, unseen by the caller.
+"""Putting a text in front of what a model reads, unseen by whoever calls the model.
 
 While it is attached, a model's ``forward`` and ``generate`` ask a router about every row. A row that it knows a prefix
 for is run with the prefix behind its leading special tokens (BOS), by the model itself or by another one; logits,
@@ -23,7 +23,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from ..engine.forward import Positions, device_of, logits_at, model_inputs
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
-from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows
+from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows, prompt_ids
 from .sites import prompt_ends
 
 if TYPE_CHECKING:
@@ -237,14 +237,14 @@ class Prompter:
         read: list[list[int]] = []
         for i, text in zip(group, texts, strict=True):
             for front in _fronts(routes[i]):
-                ids = self.tokenizer(front + text)["input_ids"]
+                ids = prompt_ids(self.tokenizer, front + text, encoder_decoder=True)
                 if limit is None or len(ids) <= limit:
                     break
             else:
                 raise TargetTooLongError(
                     f"the new fact and the prompt take {len(ids)} tokens, the context has {limit}"
                 )
-            read.append(list(ids))
+            read.append(ids)
         return pad_rows(read, pad_id(self.tokenizer))
 
     # ------------------------------------------------------------------ generation

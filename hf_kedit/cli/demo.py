@@ -302,7 +302,7 @@ def ask(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> A
     targets = [request.target_new, *request.ground_truth[:1]]
     pairs = [(request.filled_prompt, target) for target in targets]
     assert model.tokenizer is not None  # loaded by name
-    scores = score_pairs(model.base_model, model.tokenizer, pairs, separator=model.edit_config.separator)
+    scores = score_pairs(model.base_model, model.tokenizer, pairs, request.separator_or(model.edit_config.separator))
     chances = [math.exp(-score.sum_nll) for score in scores]
     return Answers(_continue(model, prompts, NEW_TOKENS), chances[1] if len(chances) > 1 else None, chances[0])
 

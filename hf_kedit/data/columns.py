@@ -6,17 +6,18 @@ dicts) or the columns of ``FEATURES``. With one, every field names the column it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import DataError, RequestError, nearest
-from ..requests import EditRequest
+from ..requests import EditRequest, read_cell
+from ..storage.files import json_ready
+from ..storage.records import CsvRow
 from .features import row_from_request
-from .normalise import Record, clean, groups
+from .normalise import Record, groups
 from .report import LoadReport
 
-TEXT_FIELDS = ("prompt", "subject", "target_new", "id", "image")
+TEXT_FIELDS = ("prompt", "subject", "target_new", "id", "image", "separator")
 PROBE_FIELDS = ("locality", "portability")
 MAPPED_FIELDS = (*TEXT_FIELDS, "ground_truth", "rephrase_prompts", *PROBE_FIELDS)
 Columns = Mapping[str, Any]
@@ -83,8 +84,9 @@ def _own_row(
     record = Record(value, number, report)
     if columns is None:
         # A blank cell of a CSV file is a missing value, as null is.
-        data = {k: v for k, v in clean(record.value).items() if not (isinstance(v, str) and not v.strip())}
-        data["extra"] = _parsed(data.get("extra"))
+        data = {k: v for k, v in json_ready(record.value).items() if v != "" and (k == "separator" or not _blank(v))}
+        if isinstance(value, CsvRow):
+            data = CsvRow(data)
     else:
         data = _mapped(record, columns)
     if data.get("target_new", data.get("target")) is None:
@@ -93,15 +95,15 @@ def _own_row(
     yield row_from_request(EditRequest.from_dict(data, row=number), dataset=name, number=number)
 
 
-def _parsed(extra: Any) -> Any:
-    """Return ``extra`` as the object that it is; a Parquet file of ours stores it as text."""
-    if isinstance(extra, str):
-        try:
-            value = json.loads(extra)
-        except ValueError:
-            return extra
-        return value if isinstance(value, dict) else extra
-    return extra
+def _blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _cell(value: Any, record: Record, column: str, *, objects: bool = False) -> Any:
+    """A value of a column of lists or objects; a text may be the JSON of one."""
+    if not isinstance(value, str):
+        return value
+    return read_cell(value, column, record.number, strict=isinstance(record.value, CsvRow), objects=objects)
 
 
 def _mapped(record: Record, columns: Columns) -> dict[str, Any]:
@@ -118,22 +120,28 @@ def _mapped(record: Record, columns: Columns) -> dict[str, Any]:
 
     data: dict[str, Any] = {}
     for field, column in columns.items():
-        if field in TEXT_FIELDS:
+        if field == "separator":
+            take(column)
+            data[field] = record.value[column] or None  # which may be white space
+        elif field in TEXT_FIELDS:
             take(column)
             data[field] = record.text(column)
         elif field == "ground_truth":
-            data[field] = groups(take(column), record, column)
+            data[field] = groups(_cell(take(column), record, column), record, column)
         elif field == "rephrase_prompts":
             names = [column] if isinstance(column, str) else list(column)
-            data[field] = [text for one in names if take(one) is not None for text in record.texts(one)]
+            entries = [(one, _cell(take(one), record, one)) for one in names]
+            data[field] = [text for one, entry in entries for text in record.nested({one: entry}, "").texts(one)]
         elif isinstance(column, str):
-            data[field] = clean(take(column))
+            data[field] = _cell(json_ready(take(column)), record, column, objects=True)
         else:
             axes: dict[str, Any] = {}
             for axis, (prompt, answer) in column.items():
-                text, answers = take(prompt), groups(take(answer), record, answer)
+                text, answers = take(prompt), groups(_cell(take(answer), record, answer), record, answer)
                 if text is not None and record.text(prompt):
                     axes[axis] = [{"prompt": record.text(prompt), "ground_truth": answers}]
             data[field] = axes
-    data["metadata"] = {str(k): clean(v) for k, v in record.value.items() if k not in used and v not in (None, "")}
+    data["metadata"] = {
+        str(k): json_ready(v) for k, v in record.value.items() if k not in used and v not in (None, "")
+    }
     return data

@@ -13,7 +13,8 @@ from typing import Any
 from datasets import Features, Json, Value
 
 from ..errors import DataError, nearest
-from ..requests import EditRequest, Probe
+from ..requests import SLOT, EditRequest, Probe
+from ..text.subjects import find_subject
 
 _TEXT = Value("string")
 _PROBE = {"name": _TEXT, "prompt": _TEXT, "ground_truth": [[_TEXT]], "match": _TEXT, "image": _TEXT}
@@ -26,7 +27,7 @@ FEATURES = Features(
         "group_id": _TEXT,  # edits that belong together share it; probes of the group sit on its last row
         "group_index": Value("int32"),
         "group_size": Value("int32"),
-        "prompt": _TEXT,  # filled, stripped
+        "prompt": _TEXT,  # filled, stripped; with its slot "{}" where the subject would be sought in another place
         "subject": _TEXT,
         "target_new": _TEXT,
         "ground_truth": [_TEXT],  # old or true answers, may be empty
@@ -137,10 +138,14 @@ def row_from_request(request: EditRequest, *, dataset: str, number: int) -> dict
         extra = {**nested, **extra}
     elif nested is not None:
         extra["extra"] = nested
+    if request.separator is not None:
+        extra["separator"] = request.separator
+    filled = request.filled_prompt
+    unambiguous = SLOT not in request.prompt or find_subject(filled, str(request.subject)) == request.subject_span()
     return blank(
         **{"dataset": dataset, **descriptive},
         id=request.id or f"{dataset}/{number}",
-        prompt=request.filled_prompt.strip(),
+        prompt=filled.strip() if unambiguous else request.prompt.strip(),
         subject=request.subject,
         target_new=request.target_new,
         ground_truth=list(request.ground_truth),

@@ -21,10 +21,10 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from ..errors import DataError, RequestError, nearest
 from ..logging import get_logger
+from ..storage.records import SUFFIXES, read_all
 from .columns import Columns, check_columns, own_rows
 from .conflicts import Keep, Key, excluded_keys, select
 from .features import FEATURES
-from .files import SUFFIXES, read_all
 from .normalise import RawRow, Record
 from .report import LoadReport
 from .sources import Located, Source

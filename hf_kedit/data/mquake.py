@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from ..errors import DataError
+from ..storage.files import json_ready
 from .counterfact import rewrite_columns
 from .loading import register_records
-from .normalise import RawRow, Record, clean, grouped, make_probe, make_row
+from .normalise import RawRow, Record, grouped, make_probe, make_row
 from .sources import Source
 
 
@@ -46,7 +47,7 @@ def multi_hop(record: Record) -> tuple[list[RawRow], RawRow]:
         "questions": questions,
         "answer_aliases": answer[0] if answer else [],
         "old_answers": record.texts("answer") + record.texts("answer_alias"),
-        "single_hops": [clean(hop.value) for hop in record.children("single_hops")],
+        "single_hops": [json_ready(hop.value) for hop in record.children("single_hops")],
     }
     return probes, extra
 

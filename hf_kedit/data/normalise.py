@@ -13,6 +13,8 @@ from typing import Any
 
 from ..errors import RequestError
 from ..requests import answer_groups
+from ..storage.files import json_ready
+from ..text.scripts import HALF, is_writable
 from .features import blank, probe
 from .report import LoadReport
 
@@ -134,7 +136,7 @@ class Record:
 
     def rest(self) -> RawRow:
         """Return the fields that nobody has asked for and that have a value."""
-        return {str(k): clean(v) for k, v in self.value.items() if k not in self._used and not _missing(v)}
+        return {str(k): json_ready(v) for k, v in self.value.items() if k not in self._used and not _missing(v)}
 
 
 def _missing(value: Any) -> bool:
@@ -156,21 +158,8 @@ def as_text(value: Any, record: Record, name: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise record.fail(f"must be text, not {type(value).__name__}", name)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise record.fail("has half of a surrogate pair: the file is damaged", name) from error
-    return value
-
-
-def clean(value: Any) -> Any:
-    """Return a copy without NaN, which JSON does not know, with plain lists and text keys, for ``extra``."""
-    if isinstance(value, Mapping):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if not is_writable(value):
+        raise record.fail(HALF, name)
     return value
 
 
@@ -266,7 +255,7 @@ def make_row(record: Record, dataset: str, prompt: str, *, suffix: str = "", **c
         suffix: appended to the id, for several edits of one record.
         columns: the other columns. A ``target_new`` of None is stored as ``""`` (such rows are dropped, counted).
     """
-    extra = {**record.rest(), **clean(columns.pop("extra", None) or {})}
+    extra = {**record.rest(), **json_ready(columns.pop("extra", None) or {})}
     if prompt != prompt.strip():
         extra["prompt_raw"] = prompt
     columns["target_new"] = (columns.get("target_new") or "").strip()

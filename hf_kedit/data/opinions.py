@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from ..errors import DataError
-from .files import read_records
+from ..storage.records import read_records
 from .knowedit import knowedit_source
 from .loading import BadRows, each_row, register_dataset, register_records
 from .normalise import RawRow, Record, make_row

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..storage.records import read_records
 from .counterfact import flat_columns, rome_columns
-from .files import read_records
 from .loading import register_records
 from .normalise import RawRow, Record, fill_slots, make_probe, make_row
 from .report import LoadReport

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import DataError, RequestError
-from .files import read_object
+from ..storage.records import read_object
 from .knowedit import knowedit_source
 from .loading import BadRows, each_row, register_dataset
 from .normalise import RawRow, Record, flat, make_probe, make_row

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import DataError
-from .files import SUFFIXES
+from ..storage.records import SUFFIXES
 
 _WILD = re.compile(r"[*?\[]")
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")

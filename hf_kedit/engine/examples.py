@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..requests import EditRequest, in_row
-from ..tokens import encode_pair, encode_target, pad_rows
+from ..tokens import encode_pair, encode_target, pad_rows, prompt_ids
 from .forward import Positions, device_of, logits_at, model_inputs
 from .rows import check_length
 
@@ -54,7 +54,7 @@ def encode_examples(
         model: decoder-only or encoder-decoder.
         tokenizer: of the model.
         requests: what to encode.
-        separator: between prompt and target; ``None`` for the rule of `tokens.separator_between`.
+        separator: between prompt and target, for requests that bring none; ``None``: see `separator_between`.
         objective: ``target_new``: each target token is predicted after the ones before it; ``prompt_last``: all of
             them at the last token of the prompt.
 
@@ -78,7 +78,7 @@ def _encode(
     objective: Objective,
 ) -> Example:
     if model.config.is_encoder_decoder:
-        encoded = tokenizer(request.filled_prompt)["input_ids"]
+        encoded = prompt_ids(tokenizer, request.filled_prompt, encoder_decoder=True)
         targets = encode_target(tokenizer, request.target_new, eos=True)
         begin = model.config.decoder_start_token_id
         begin = tokenizer.pad_token_id if begin is None else begin
@@ -86,7 +86,7 @@ def _encode(
         if objective == "prompt_last":
             return Example(tuple(encoded), (0,) * len(targets), tuple(targets), shifted[:1])
         return Example(tuple(encoded), tuple(range(len(targets))), tuple(targets), shifted)
-    pair = encode_pair(tokenizer, request.filled_prompt, request.target_new, separator)
+    pair = encode_pair(tokenizer, request.filled_prompt, request.target_new, request.separator_or(separator))
     last = pair.prompt_length - 1
     if objective == "prompt_last":
         return Example(tuple(pair.prompt_ids), (last,) * len(pair.target_ids), tuple(pair.target_ids))

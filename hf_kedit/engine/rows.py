@@ -72,7 +72,7 @@ def rewrite_row(
 
     def place(request: EditRequest) -> tuple[EncodedPair, int]:
         prompt, shift = fill(template, request.filled_prompt)
-        pair = encode_pair(tokenizer, prompt, request.target_new, separator)
+        pair = encode_pair(tokenizer, prompt, request.target_new, request.separator_or(separator))
         start, end = (0, 0) if fact_token == "last" else request.subject_span()
         return pair, fact_position(tokenizer, pair, (start + shift, end + shift), fact_token)
 

@@ -33,12 +33,14 @@ class Fact:
         subject: the subject.
         span: character span of the subject in the prompt.
         answers: accepted answers; the first that the model gives is traced. Empty: whatever token it predicts.
+        separator: between prompt and answer; ``None``: see `separator_between`.
     """
 
     prompt: str
     subject: str
     span: tuple[int, int]
     answers: tuple[str, ...] = ()
+    separator: str | None = None
 
     @classmethod
     def from_value(cls, value: Fact | EditRequest | Mapping[str, Any]) -> Fact:
@@ -53,7 +55,8 @@ class Fact:
             value = EditRequest.from_dict({**value, "target_new": value.get("target_new") or "-"})
         if not isinstance(value, EditRequest):
             raise RequestError(f"a fact is an EditRequest or a dict, not {type(value).__name__}")
-        return cls(value.filled_prompt, value.subject or "", value.subject_span(), tuple(value.ground_truth))
+        answers = tuple(value.ground_truth)
+        return cls(value.filled_prompt, value.subject or "", value.subject_span(), answers, value.separator)
 
 
 @dataclass

@@ -34,7 +34,7 @@ from ..engine.weights import get_module
 from ..errors import AnatomyError, ConfigError, UnsupportedModelError
 from ..logging import get_logger, progress
 from ..requests import EditRequest
-from ..tokens import encode_pair, encode_prompt, encode_target, pad_id, pad_rows, span_tokens
+from ..tokens import encode_pair, encode_prompt, encode_target, pad_id, pad_rows, prompt_ids, span_tokens
 from .traces import TRACE_KINDS, Fact, Trace, TraceReport
 
 if TYPE_CHECKING:
@@ -184,11 +184,11 @@ class _Text:
         subject = span_tokens(tokenizer, encoded, fact.span)
         if getattr(model.config, "is_encoder_decoder", False):
             start = model.config.decoder_start_token_id
-            ids = [int(i) for i in tokenizer(fact.prompt)["input_ids"]]  # with the EOS that encoders expect
+            ids = prompt_ids(tokenizer, fact.prompt, encoder_decoder=True)
             answers = [encode_target(tokenizer, a) for a in fact.answers]
             begin = int(tokenizer.pad_token_id if start is None else start)
             return cls(ids, subject, begin, len(encoded.ids), candidates=answers)
-        pairs = [encode_pair(tokenizer, fact.prompt, a) for a in fact.answers]
+        pairs = [encode_pair(tokenizer, fact.prompt, a, fact.separator) for a in fact.answers]
         answers = [p.target_ids for p in pairs if p.prompt_ids == encoded.ids]
         return cls(encoded.ids, subject, None, len(encoded.ids), candidates=answers)
 

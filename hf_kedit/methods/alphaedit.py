@@ -13,13 +13,12 @@ are saved with them, and rolling an edit back takes its keys away too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat
 
-from ..engine.devices import where_there_is_room
+from ..engine.forward import device_of
 from ..logging import get_logger, info_once, warn_once
 from ..statistics.nullspace import KeySpace, null_space
 from .base import Capabilities, Workbench, register_method
@@ -96,13 +95,12 @@ class AlphaEdit(SpreadMethod):
                     " knowledge uses look free. Set stats_tokens.",
                 )
             relative = self.config.nullspace_threshold is None
-            split = partial(
-                null_space,
+            space = null_space(
+                mean.to(device_of(self.bench.model)),
                 threshold=self.config.nullspace_threshold,
                 fraction=self.config.nullspace_fraction if relative else None,
                 name=f"the second moment of {module}",
             )
-            space = where_there_is_room(self.bench.model, split, mean)
             ridge = self.config.L2
             if ridge is None:
                 ridge = RIDGE_PART * space.energy * float(mean.trace())

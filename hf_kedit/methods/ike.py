@@ -284,7 +284,7 @@ def answered(prompt: str, answer: str, separator: str | None = None) -> str:
 
 def fact_of(request: EditRequest, separator: str | None = None) -> str:
     """The new fact as a sentence: prompt and target."""
-    return answered(request.filled_prompt, request.target_new, separator)
+    return answered(request.filled_prompt, request.target_new, request.separator_or(separator))
 
 
 def new_fact(request: EditRequest, separator: str | None = None) -> str:
@@ -294,7 +294,7 @@ def new_fact(request: EditRequest, separator: str | None = None) -> str:
 
 def demonstration(request: EditRequest, prompt: str, answer: str, separator: str | None = None) -> str:
     """One demonstration: the fact of a request, and how a prompt is answered after it."""
-    return f"{new_fact(request, separator)}{answered(prompt, answer, separator)}\n\n"
+    return f"{new_fact(request, separator)}{answered(prompt, answer, request.separator_or(separator))}\n\n"
 
 
 def demonstrations_of(request: EditRequest, separator: str | None = None) -> dict[str, str]:

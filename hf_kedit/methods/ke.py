@@ -43,7 +43,7 @@ from ..engine.weights import get_module, is_transposed
 from ..errors import ConfigError
 from ..logging import get_logger
 from ..requests import EditRequest
-from ..tokens import pad_id, pad_rows
+from ..tokens import pad_id, pad_rows, prompt_ids
 from .base import Capabilities, register_method
 from .trained_editor import HyperMethod
 
@@ -234,10 +234,17 @@ class KEEditor(Editor):
 
 def present_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> str:
     """What the model says now, as many tokens as the new answer has."""
-    encoded = tokenizer(request.filled_prompt, return_tensors="pt").to(device_of(model))
+    both = bool(model.config.is_encoder_decoder)
+    asked = torch.tensor([prompt_ids(tokenizer, request.filled_prompt, encoder_decoder=both)], device=device_of(model))
     length = len(tokenizer(request.target_new, add_special_tokens=False)["input_ids"])
-    said = model.generate(**encoded, max_new_tokens=length, do_sample=False, pad_token_id=pad_id(tokenizer))  # type: ignore[operator]
-    start = 0 if model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+    said = model.generate(  # type: ignore[operator]
+        asked,
+        attention_mask=torch.ones_like(asked),
+        max_new_tokens=length,
+        do_sample=False,
+        pad_token_id=pad_id(tokenizer),
+    )
+    start = 0 if both else asked.shape[1]
     return str(tokenizer.decode(said[0, start:], skip_special_tokens=True)).strip()
 
 

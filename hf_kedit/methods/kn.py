@@ -241,18 +241,18 @@ class KN(Method):
     def _longest(self, request: EditRequest) -> int:
         """Tokens of the longest wording with either answer."""
         answers = [request.target_new, *request.ground_truth[:1]]
-        encoded = [self._encode(prompt, answer) for prompt in self._prompts(request) for answer in answers]
+        encoded = [self._encode(request, prompt, answer) for prompt in self._prompts(request) for answer in answers]
         return max(len(prompt) + len(answer) for prompt, answer in encoded)
 
-    def _encode(self, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        pair = encode_pair(self.bench.tokenizer, prompt, answer, self.config.separator)
+    def _encode(self, request: EditRequest, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        pair = encode_pair(self.bench.tokenizer, prompt, answer, request.separator_or(self.config.separator))
         return tuple(pair.prompt_ids), tuple(pair.target_ids)
 
     def _wording(self, request: EditRequest, prompt: str) -> _Wording:
         """Token ids of one wording; without a ground truth the old answer is what the model says now."""
-        ids, new = self._encode(prompt, request.target_new)
+        ids, new = self._encode(request, prompt, request.target_new)
         if request.ground_truth:
-            return _Wording(ids, self._encode(prompt, request.ground_truth[0])[1], new)
+            return _Wording(ids, self._encode(request, prompt, request.ground_truth[0])[1], new)
         return _Wording(ids, tuple(self._greedy(ids, len(new))), new)
 
     def _attribute(self, taps: Sequence[Tap], wording: _Wording) -> Attribution:

@@ -173,8 +173,9 @@ class SimIE(Method):
     def _keys(self, requests: Sequence[EditRequest]) -> dict[str, torch.Tensor]:
         """Inputs of the edited matrices at every token of prompt and target, ``[tokens, d_in]`` fp32."""
         bench = self.bench
+        separator = self.base.config.separator
         rows = [
-            encode_pair(bench.tokenizer, r.filled_prompt, r.target_new, self.base.config.separator).ids
+            encode_pair(bench.tokenizer, r.filled_prompt, r.target_new, r.separator_or(separator)).ids
             for r in requests
         ]
         keys: dict[str, torch.Tensor] = {}

@@ -189,7 +189,7 @@ class WISE(SiteMethod):
         self.sizes(self.path)
         self.site()
         for request in requests:
-            in_row(lambda r: self._row("{}", r.filled_prompt, r.target_new), request)
+            in_row(lambda r: self._row("{}", r.filled_prompt, r.target_new, r.separator), request)
             self._own_irrelevant(request)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
@@ -199,7 +199,8 @@ class WISE(SiteMethod):
         layer = get_module(bench.model, self.path)
         weight = get_weight(layer).to(compute_device(layer))
         delta, mask, drawn = site.state.side((weight.shape[0], weight.shape[1]))
-        rows = [self._row(t, request.filled_prompt, request.target_new) for t in self.templates()]
+        fact = request.filled_prompt, request.target_new, request.separator
+        rows = [self._row(t, *fact) for t in self.templates()]
         number = len(site.state.members)
         path = SidePath(
             bench.model,
@@ -214,7 +215,8 @@ class WISE(SiteMethod):
         extra = self._replay(site, number) if config.replay and site.state.memories else None
         done = train_side_memory(path, weight, delta, mask, self._settings(), extra)
         self._note(done, mask, weight)
-        edit = TrainedEdit(request.filled_prompt, request.target_new, done.activation, done.delta, mask, drawn)
+        fact = request.filled_prompt, request.target_new, request.separator
+        edit = TrainedEdit(*fact, done.activation, done.delta, mask, drawn)
         return Outcome([], [_diagnostics(done)], [SiteEntry(site, edit)])
 
     def _settings(self) -> TrainingSettings:
@@ -237,9 +239,10 @@ class WISE(SiteMethod):
         )
         return [template for group in groups for template in group]
 
-    def _row(self, template: str, prompt: str, target: str) -> WiseRow:
+    def _row(self, template: str, prompt: str, target: str, separator: str | None = None) -> WiseRow:
         text, _ = fill(template, prompt)
-        pair = encode_pair(self.bench.tokenizer, text, target, self.config.separator)
+        joint = self.config.separator if separator is None else separator
+        pair = encode_pair(self.bench.tokenizer, text, target, joint)
         limit = context_length(self.bench.model.config)
         if limit is not None and len(pair.ids) > limit:
             raise TargetTooLongError(
@@ -312,7 +315,7 @@ class WISE(SiteMethod):
     def _states(self, site: WiseSite, member: Member) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and own output of the layer on an earlier edit, ``[tokens, d]`` each."""
         states_of: dict[str, torch.Tensor] = {}
-        row = self._row("{}", member.prompt, member.target)
+        row = self._row("{}", member.prompt, member.target, member.separator)
         batch = pad_rows([row.ids], self.bench.fill).to(device_of(self.bench.model))
         with self.bench.sites.trying({self.path: lambda call: None}, instead_of=site):
             stream_states(

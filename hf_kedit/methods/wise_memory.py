@@ -50,12 +50,14 @@ class Member:
         activation: mean distance of the edit's rows when its training ended.
         prompt: filled in; for replay.
         target: likewise.
+        separator: between the two, where the edit brought its own.
     """
 
     edit_id: str
     activation: float
     prompt: str
     target: str
+    separator: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,7 @@ class TrainedEdit:
 
     prompt: str
     target: str
+    separator: str | None
     activation: float
     delta: torch.Tensor
     mask: torch.Tensor
@@ -123,7 +124,7 @@ class WiseSite(SiteMemory):
         state = self.state
         for edit, edit_id in zip(changes, edit_ids, strict=True):
             check_finite("side memory of WISE", edit.delta)
-            member = Member(edit_id, edit.activation, edit.prompt, edit.target)
+            member = Member(edit_id, edit.activation, edit.prompt, edit.target, edit.separator)
             state = state.with_edit(member, edit.delta, edit.mask, edit.drawn)
         self.state = state
 
@@ -159,7 +160,7 @@ class WiseSite(SiteMemory):
         """Policy, and which edits lie where."""
 
         def edits(parts: Sequence[Memory]) -> list[list[dict[str, Any]]]:
-            return [[asdict(m) for m in part.members] for part in parts]
+            return [[{k: v for k, v in asdict(m).items() if v is not None} for m in part.members] for part in parts]
 
         state = self.state
         return {

@@ -223,7 +223,7 @@ def sample_of(name: str) -> Any:
     assert source is not None
     folder = SAMPLES / ("editing_data" if family.endswith("_plus") else family)
     folder = folder / name.split("/")[1] if family == "mmedit" else folder
-    from hf_kedit.data.files import read_object
+    from hf_kedit.storage.records import read_object
 
     located = source.locate(name, dataset_entry(name).default_split, folder)
     value = read_object(located.files[0])

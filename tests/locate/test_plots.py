@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from hf_kedit.errors import MissingExtraError, RequestError
-from hf_kedit.locate import KINDS, Fact, Trace, TraceReport, plot_average, plot_trace, save_figure
+from hf_kedit.locate import TRACE_KINDS, Fact, Trace, TraceReport, plot_average, plot_trace, save_figure
 
 TOKENS = [" The", " Eif", "fel", " Tower", " is", " in"]
 
 
-def report(kinds: tuple[str, ...] = KINDS[:3], layers: int = 4) -> TraceReport:
+def report(kinds: tuple[str, ...] = TRACE_KINDS[:3], layers: int = 4) -> TraceReport:
     generator = torch.Generator().manual_seed(0)
     scores = {kind: 0.1 + 0.05 * torch.rand(6, layers, generator=generator) for kind in kinds}
     scores[kinds[0]][3, 1] = 0.8
@@ -41,7 +41,7 @@ def test_one_fact() -> None:
 
 def test_averages() -> None:
     pytest.importorskip("matplotlib")
-    figure = plot_average(report(KINDS))
+    figure = plot_average(report(TRACE_KINDS))
     panels = [a for a in figure.axes if a.images and a.get_title()]
     assert len(panels) == 5 and len({a.images[0].get_clim() for a in panels}) == 1
     labels = [t.get_text() for t in panels[0].get_yticklabels()]

@@ -17,7 +17,7 @@ from hf_kedit import EditableModel, EditRequest, embedded
 from hf_kedit.anatomy import resolve_anatomy
 from hf_kedit.data import load_edit_dataset
 from hf_kedit.errors import ConfigError, RequestError, SubjectNotFoundError, UnsupportedModelError
-from hf_kedit.locate import KINDS, Fact, Trace, TraceReport, causal_trace
+from hf_kedit.locate import TRACE_KINDS, Fact, Trace, TraceReport, causal_trace
 from hf_kedit.locate.tracing import default_window, window_layers
 from hf_kedit.requests import load_requests
 from tests.golden_cases import Case
@@ -150,11 +150,13 @@ def test_cells_equal_a_naive_implementation(family: str) -> None:
     ids = tokenizer()("By Tarosk Boayond a", return_tensors="pt").input_ids[0].tolist()
     fact = {"prompt": "By {} a", "subject": "Tarosk Boayond"}
     noise = torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(3))
-    report = causal_trace(model, fact, tokenizer(), kinds=KINDS, window=2, noise=noise, noise_level=0.5, batch_size=6)
+    report = causal_trace(
+        model, fact, tokenizer(), kinds=TRACE_KINDS, window=2, noise=noise, noise_level=0.5, batch_size=6
+    )
     (trace,) = report.traces
     assert trace.subject_range == (1, 3) and len(ids) == 4
     answer = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    for kind in KINDS:
+    for kind in TRACE_KINDS:
         spread = 0.0
         for position, layer in ((1, 0), (2, 1), (3, 1), (2, 2)):
             scores = [naive_score(model, ids, 0.5 * n, kind, position, layer, answer) for n in noise]

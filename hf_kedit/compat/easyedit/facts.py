@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar, overload
 
 from ...data import load_edit_dataset
-from ...data.files import read_records
 from ...errors import DataError
 from ...requests import EditRequest, load_requests
+from ...storage.records import read_records
 
 Row = dict[str, Any]
 

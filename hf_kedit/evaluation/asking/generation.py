@@ -23,7 +23,7 @@ from transformers import (
 
 from ...engine.forward import device_of, frozen_eval
 from ...errors import EvaluationError
-from ...tokens import context_length, encode_text, pad_id, pad_rows
+from ...tokens import context_length, pad_id, pad_rows, prompt_ids
 from .batching import (
     TOKEN_BUDGET,
     cut_left,
@@ -161,9 +161,7 @@ def _prompt_ids(
         # The template writes the special tokens itself; adding them here would give a second BOS.
         return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     text = format_prompt(prompt, prompt_format)
-    if encoder_decoder:
-        return [int(i) for i in tokenizer(text)["input_ids"]]
-    return encode_text(tokenizer, text).ids
+    return prompt_ids(tokenizer, text, encoder_decoder=encoder_decoder)
 
 
 def _generate_batch(

@@ -23,6 +23,7 @@ from ...tokens import (
     encode_text,
     pad_id,
     pad_rows,
+    prompt_ids,
     separator_between,
     vocabulary_size,
 )
@@ -202,7 +203,7 @@ def encode_row(
         raise RequestError("the target is empty", field="target")
     limit = context_length(model.config)
     if is_encoder_decoder(model):
-        source = [int(i) for i in tokenizer(prompt)["input_ids"]]
+        source = prompt_ids(tokenizer, prompt, encoder_decoder=True)
         source, cut = cut_left(tokenizer, source, len(source), limit)
         lead = _decoder_lead(tokenizer, target)
         labels = [*lead, *encode_target(tokenizer, target)]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...engine.devices import synchronise
 from ...engine.forward import device_of, frozen_eval
 from ...errors import EvaluationError
+from ...tokens import prompt_ids
 from ..asking.batching import stock_model
 
 if TYPE_CHECKING:
@@ -87,20 +87,22 @@ def edit_cost(
         raise EvaluationError("the model carries no edits; make or load some first")
     if new_tokens < 1 or repetitions < 1:
         raise EvaluationError("new_tokens and repetitions must be at least 1")
-    encoded = tokenizer(prompt, return_tensors="pt").to(device_of(base))
+    both = bool(getattr(base.config, "is_encoder_decoder", False))
+    asked = torch.tensor([prompt_ids(tokenizer, prompt, encoder_decoder=both)], device=device_of(base))
 
     def continued() -> float:
-        synchronise(base)
+        _synchronise(base)
         began = time.perf_counter()
         base.generate(  # type: ignore[operator]
-            **encoded,
+            asked,
+            attention_mask=torch.ones_like(asked),
             do_sample=False,
             num_beams=1,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        synchronise(base)
+        _synchronise(base)
         return (time.perf_counter() - began) / new_tokens
 
     edited, unedited = [], []
@@ -117,3 +119,9 @@ def edit_cost(
         "seconds_per_token_unedited": before,
         "added_seconds_per_token": now - before,
     }
+
+
+def _synchronise(model: torch.nn.Module) -> None:
+    device = device_of(model)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ...errors import EvaluationError, check_choice
-from ...tokens import is_cjk
+from ...text.scripts import is_cjk
 
 _ARTICLES = {"a", "an", "the"}
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import DataError, EvaluationError, check_choice, require_extra
-from ...tokens import is_cjk
+from ...text.scripts import is_cjk
 
 Words = Callable[[str], list[str]]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from ...errors import EvaluationError, RequestError, check_choice
 from ..asking.batching import TOKEN_BUDGET
@@ -26,8 +26,20 @@ if TYPE_CHECKING:
 PREFIX_TOKENS = "prefix_tokens"
 """Scorer of `Generation` that compares tokens, not texts."""
 Output = PairScore | Continuation | Unscored
-Query = tuple[str, str | None]
-"""A prompt and, where the protocol feeds one, an answer."""
+
+
+class Query(NamedTuple):
+    """What a model is asked.
+
+    Args:
+        prompt: text.
+        answer: where the protocol feeds one.
+        separator: between them, where the case brings its own.
+    """
+
+    prompt: str
+    answer: str | None = None
+    separator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Question:
         match: ``any`` or ``all`` (groups).
         contrast: what the model must not prefer to the answer: on prompts of the edit the old answer, on locality
             probes the new one; ``None`` if there is none.
+        separator: between prompt and answers, where the case brings its own.
     """
 
     section: str
@@ -52,6 +65,11 @@ class Question:
     groups: tuple[tuple[str, ...], ...]
     match: str = "any"
     contrast: str | None = None
+    separator: str | None = None
+
+    def asked(self, answer: str | None = None) -> Query:
+        """The question with one answer."""
+        return Query(self.prompt, answer, self.separator)
 
 
 def standard_questions(request: EditRequest) -> list[Question]:
@@ -68,7 +86,7 @@ def standard_questions(request: EditRequest) -> list[Question]:
             for i, probe in enumerate(probes):
                 groups = tuple(tuple(group) for group in probe.ground_truth)
                 questions.append(Question(section, axis, i, probe.prompt, groups, probe.match, new))
-    return questions
+    return [replace(question, separator=request.separator) for question in questions]
 
 
 class Protocol(ABC):
@@ -157,8 +175,13 @@ class PairProtocol(Protocol):
         separator: str | None,
         token_budget: int = TOKEN_BUDGET,
     ) -> list[Output]:
-        pairs = [(prompt, answer or "") for prompt, answer in queries]
-        return list(try_score_pairs(model, tokenizer, pairs, separator, token_budget))
+        scores: dict[Query, Output] = {}
+        for own in dict.fromkeys(query.separator for query in queries):
+            part = [query for query in queries if query.separator == own]
+            pairs = [(query.prompt, query.answer or "") for query in part]
+            joint = separator if own is None else own
+            scores |= zip(part, try_score_pairs(model, tokenizer, pairs, joint, token_budget), strict=True)
+        return [scores[query] for query in queries]
 
 
 P = TypeVar("P", bound=type[Protocol])
@@ -199,7 +222,7 @@ class TeacherForced(PairProtocol):
 
     def queries(self, question: Question) -> list[Query]:
         answers = [alias for group in question.groups for alias in group]
-        return [(question.prompt, a) for a in (answers[:1] if self.aliases == "first" else answers)]
+        return [question.asked(a) for a in (answers[:1] if self.aliases == "first" else answers)]
 
     def accuracy(self, question: Question, outputs: Sequence[PairScore]) -> float | None:
         return metrics.best_alias(float(o.exact) if self.scorer == "exact" else o.token_acc for o in outputs)
@@ -254,8 +277,8 @@ class Generation(Protocol):
 
     def queries(self, question: Question) -> list[Query]:
         if self.scorer == PREFIX_TOKENS and question.groups:
-            return [(question.prompt, answer) for group in question.groups for answer in group]
-        return [(question.prompt, None)]
+            return [question.asked(answer) for group in question.groups for answer in group]
+        return [question.asked()]
 
     def run(
         self,
@@ -268,7 +291,7 @@ class Generation(Protocol):
         answers = generate_answers(
             model,
             tokenizer,
-            [prompt for prompt, _ in queries],
+            [query.prompt for query in queries],
             self.max_new_tokens,
             token_budget,
             prompt_format=self.prompt_format,
@@ -276,8 +299,8 @@ class Generation(Protocol):
             stop_strings=self.stop_strings,
         )
         return [
-            answer if target is None else self._with_target(model, tokenizer, answer, target, separator)
-            for answer, (_, target) in zip(answers, queries, strict=True)
+            answer if query.answer is None else self._with_target(model, tokenizer, answer, query, separator)
+            for answer, query in zip(answers, queries, strict=True)
         ]
 
     def _with_target(
@@ -285,12 +308,13 @@ class Generation(Protocol):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         answer: Continuation,
-        target: str,
+        query: Query,
         separator: str | None,
     ) -> Continuation | Unscored:
         """The continuation with the tokens that the answer has behind its prompt (not those that it has alone)."""
+        target, own = str(query.answer), query.separator
         try:
-            ids = encode_row(model, tokenizer, answer.prompt, target, separator).target
+            ids = encode_row(model, tokenizer, answer.prompt, target, separator if own is None else own).target
         except RequestError as error:
             return Unscored(answer.prompt, target, str(error))
         if len(ids) > self.max_new_tokens:

@@ -56,7 +56,7 @@ class Fluency(Protocol):
         return [Question("fluency", None, i, prompt, ()) for i, prompt in enumerate(prompts)]
 
     def queries(self, question: Question) -> list[Query]:
-        return [(question.prompt, None)]
+        return [question.asked()]
 
     def run(
         self,
@@ -72,7 +72,7 @@ class Fluency(Protocol):
         sampling = None if self.top_k == 1 else Sampling(self.top_k, self.seed)
         lengths = {
             prompt: 0 if is_encoder_decoder(model) else len(encode_text(tokenizer, prompt).ids)
-            for prompt, _ in queries
+            for prompt in dict.fromkeys(query.prompt for query in queries)
         }
         room = {prompt: max(1, total - length) for prompt, length in lengths.items()}
         # One batch asks every row for the same number of new tokens; where that would push a longer prompt out of
@@ -91,7 +91,7 @@ class Fluency(Protocol):
                 ids = answer.ids[: room[prompt]]
                 text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 by_prompt[prompt] = replace(answer, ids=ids, text=str(text))
-        return [by_prompt[prompt] for prompt, _ in queries]
+        return [by_prompt[query.prompt] for query in queries]
 
     def accuracy(self, question: Question, outputs: Sequence[Continuation]) -> float | None:
         # The question's own prompt: what a method puts before it is not the model's text.

@@ -41,7 +41,7 @@ class Likelihood(PairProtocol):
         answer = _answer(question)
         if self._problem(question) or answer is None:
             return []
-        return [(question.prompt, answer), (question.prompt, question.contrast)]
+        return [question.asked(answer), question.asked(question.contrast)]
 
     def accuracy(self, question: Question, outputs: Sequence[PairScore]) -> float | None:
         return _scores(question, outputs)[0]

@@ -75,7 +75,7 @@ class Asked:
         """Change what is asked after the edit."""
         request = self.case.request
         for exchange in self.exchanges:
-            exchange.posed = [(transform(request, prompt), answer) for prompt, answer in exchange.queries]
+            exchange.posed = [q._replace(prompt=transform(request, q.prompt)) for q in exchange.queries]
 
     def answer(self, before: Answers, after: Answers) -> None:
         """Fill in the answers of one measurement."""

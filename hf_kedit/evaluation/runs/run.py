@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ...engine.devices import PeakMemory, synchronise
+import torch
+
 from ...engine.forward import device_of
 from ...errors import EditFailedError, EvaluationError, RequestError
 from ...logging import get_logger, progress_bar
@@ -268,8 +269,12 @@ class Run:
         if self.setting == SAVED:  # they are there already
             self.costs |= {case.number: Cost() for case in unit}
             return
-        synchronise(self.base)
-        memory = PeakMemory(self.base)
+        device = device_of(self.base)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device) if on_gpu else 0
         began = time.perf_counter()
         try:
             result = self.model.edit([case.request for case in unit], batch_size=len(unit), show_progress=False)
@@ -280,10 +285,11 @@ class Run:
             for case in unit:
                 self.leave_out(case, error)
             return
-        synchronise(self.base)
+        if on_gpu:
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-        peak = memory.read()
-        extra = None if peak is None else peak - memory.before
+        peak = int(torch.cuda.max_memory_allocated(device)) if on_gpu else None
+        extra = None if peak is None else peak - allocated
         share = seconds / len(unit)
         self.note(unit, result, Cost(share_of_call=share, peak_memory_bytes=peak, extra_memory_bytes=extra))
 

@@ -29,6 +29,7 @@ from hf_kedit.evaluation import (
 )
 from hf_kedit.evaluation.measures.judges import INSTRUCTION, parse_verdict
 from hf_kedit.evaluation.measures.metrics import text_agreement
+from hf_kedit.evaluation.protocols.base import Query
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 
@@ -127,9 +128,9 @@ def test_fluency(editable, tokenizer, rows, cache):
     assert set(record["post"]) == {"fluency", "metric_meta"}
     for text, value in zip(record["texts"], record["pre"]["fluency"]["ngram_entropy"], strict=True):
         assert value == functional.ngram_entropy(functional.clean_for_fluency(text["prompt"] + text["pre"]), "words")
-    query = ("Ada Bell was", None)
-    answer = protocol.run(editable.base_model, tokenizer, [query, ("Jan", None)], None)[0]
-    assert 0 < len(answer.ids) <= 40 - len(tokenizer(query[0])["input_ids"])
+    query = Query("Ada Bell was")
+    answer = protocol.run(editable.base_model, tokenizer, [query, Query("Jan")], None)[0]
+    assert 0 < len(answer.ids) <= 40 - len(tokenizer(query.prompt)["input_ids"])
     assert answer.text.startswith(record["texts"][0]["pre"][:5])
     summary = report.summary("fluency")
     assert summary["post"]["fluency"]["ngram_entropy"] > 0 and summary["scorer"] == "ngram_entropy (words)"

@@ -7,19 +7,16 @@ stay what they are in the file: the text ``"1998"`` is not turned into a number 
 
 from __future__ import annotations
 
-import csv
 import io
 import json
+import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-import fsspec  # type: ignore[import-untyped]
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
 from ..errors import DataError
+from .parsing import checked, parse_csv, parse_json, parse_json_lines
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 """What :func:`read_records` can read."""
@@ -40,28 +37,30 @@ def read_records(file: str) -> Generator[Any, None, None]:
     """
     name = PurePosixPath(file.replace("\\", "/")).name
     suffix = PurePosixPath(name).suffix.lower()
+    if "\x00" in file:
+        raise DataError(f"there is no file {file!r}")
+    if "://" not in file and os.path.isdir(file):
+        raise DataError(f"{file!r} is a folder; give the path of a {', '.join(SUFFIXES)} file")
     if suffix not in SUFFIXES:
         raise DataError(f"cannot read {name!r}: use {', '.join(SUFFIXES)}")
     try:
         with _open(file) as stream:
             if suffix == ".parquet":
-                yield from _parquet(stream)
+                yield from _parquet(stream, name)
                 return
             with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
                 if suffix == ".csv":
-                    yield from _csv(text)
+                    yield from map(CsvRow, parse_csv(text, name, DataError))
                 elif suffix == ".json":
                     yield from _json(text, name)
                 else:
-                    yield from _lines(text, name)
+                    yield from parse_json_lines(text, name, DataError)
     except FileNotFoundError as error:
         raise DataError(f"there is no file {file!r}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"cannot read {name!r}: it is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (OSError, csv.Error, pa.ArrowException) as error:
+    except OSError as error:
         raise DataError(f"cannot read {name!r}: {error}") from error
-    except RecursionError as error:
-        raise DataError(f"cannot read {name!r}: its values are nested too deeply") from error
 
 
 def read_object(file: str) -> Any:
@@ -81,29 +80,27 @@ def read_all(files: Iterable[str]) -> Generator[Any, None, None]:
             yield from records
 
 
+class CsvRow(dict[str, str]):
+    """A row of a CSV file: all its values are text, lists and objects too."""
+
+
 def _open(file: str) -> Any:
-    return fsspec.open(file, "rb") if "://" in file else open(file, "rb")
+    if "://" not in file:
+        return open(file, "rb")
+    import fsspec  # type: ignore[import-untyped]  # here, as below: heavy, and most files need neither
+
+    return fsspec.open(file, "rb")
 
 
-def _parquet(stream: IO[bytes]) -> Iterator[Any]:
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=1000):
-        yield from batch.to_pylist()
+def _parquet(stream: IO[bytes], name: str) -> Iterator[Any]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-
-def _csv(text: IO[str]) -> Iterator[dict[str, str]]:
-    for row in csv.DictReader(text):
-        if None in row:
-            raise csv.Error(f"a row has more cells than the header: {str(row)[:80]}…")
-        yield {key: value or "" for key, value in row.items()}
-
-
-def _lines(stream: Iterable[str], name: str) -> Iterator[Any]:
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{name}, line {number}: not JSON ({error})") from error
+    try:
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"cannot read {name!r}: {error}") from error
 
 
 def _json(text: IO[str], name: str) -> Iterator[Any]:
@@ -118,13 +115,13 @@ def _json(text: IO[str], name: str) -> Iterator[Any]:
         return
     whole = start + text.read()
     try:
-        yield json.loads(whole)
-    except json.JSONDecodeError as error:
-        if not error.msg.startswith("Extra data"):
-            raise DataError(f"{name}, line {error.lineno}: not JSON ({error.msg})") from error
-        yield from _lines(io.StringIO(whole, newline=""), name)
-    except ValueError as error:  # a number with thousands of digits
-        raise DataError(f"{name}: not JSON ({error})") from error
+        value = parse_json(whole, name, DataError)
+    except DataError as error:
+        if not (isinstance(error.__cause__, json.JSONDecodeError) and error.__cause__.msg.startswith("Extra data")):
+            raise
+        yield from parse_json_lines(whole, name, DataError)
+    else:
+        yield value
 
 
 def _array(start: str, text: IO[str], name: str) -> Iterator[Any]:
@@ -149,12 +146,14 @@ def _array(start: str, text: IO[str], name: str) -> Iterator[Any]:
                 continue
             try:
                 value, end = decoder.raw_decode(buffer, at)
+            except RecursionError as error:
+                raise DataError(f"{name}, record {count}: it is nested too deeply") from error
             except ValueError as error:
                 problem = error
             else:
                 # A number may go on in the next piece ("1." is read as 1): it ends only at something else.
                 if ended or (end < len(buffer) and buffer[end] in ", ]\t\r\n"):
-                    yield value
+                    yield checked(value, f"{name}, record {count}", DataError)
                     at, comma, count, chunk = end, True, count + 1, _CHUNK
                     continue
         if ended:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_kedit.data import files
-from hf_kedit.data.files import read_object, read_records
 from hf_kedit.errors import DataError
+from hf_kedit.storage import records
+from hf_kedit.storage.records import read_object, read_records
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -39,7 +39,7 @@ def test_any_list_is_read_back_in_pieces_of_any_size(
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     lines = "".join(json.dumps(r, ensure_ascii=ascii_only) + "\n" for r in rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK", chunk)
+        patch.setattr(records, "_CHUNK", chunk)
         assert list(read_records(write(folder / "a.json", text))) == rows
         assert list(read_records(write(folder / "a.jsonl", lines))) == rows
 

@@ -1,0 +1,135 @@
+"""Where the subject of a fact stands in its prompt.
+
+An edit is written at the subject's tokens, so the wrong place is a wrong edit that looks right: the new target comes
+out, and nothing else changes as it should. Names occur inside other words ("Rome" in "Romeo") and more than once.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+
+from ..logging import get_logger, warn_once
+from .scripts import is_unspaced, is_word
+
+logger = get_logger(__name__)
+Span = tuple[int, int]
+
+_HYPHENS = "-\u2010\u2011"
+# Where a user's turn begins: a marker of a chat template that names the role, or a line of a plain transcript.
+_USER = re.compile(
+    r"<[|｜]?(?:im_start|start_header_id|header_start|start_of_role|start_of_turn|start)[|｜]?>\s*(?:user|human)\b"
+    r"(?:<[|｜][^<>\n]*[|｜]>)?"  # <|start_header_id|>user<|end_header_id|>
+    r"|<[|｜]_?(?:user|human|prompter)(?:_token)?[|｜]>"  # <|user|>, <｜User｜>, <|USER_TOKEN|>
+    r"|\[INST\](?:\s*<<SYS>>.*?<</SYS>>)?"
+    r"|^(?:(?:user|human)\s*:|\#{2,}\s*(?:user|human|instruction|question)\b:?)"
+    r"|(?-i:\bUSER:)",
+    flags=re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+# Where it ends: any marker of a template, or the next speaker's line.
+_TURN_END = re.compile(
+    r"<[|｜][^<>\n]*[|｜]>|</?(?:s|start_of_turn|end_of_turn)>|\[/?INST\]"
+    r"|^(?:[A-Z]\w*\s*:|\#{2,}\s*\w)|\bASSISTANT:",
+    flags=re.MULTILINE,
+)
+
+
+def last_user_turn(prompt: str) -> Span | None:
+    """Span of what the user says last in a prompt that is formatted as a chat; ``None`` if it is not."""
+    begin = None
+    for begin in _USER.finditer(prompt):  # noqa: B007
+        pass
+    if begin is None:
+        return None
+    end = _TURN_END.search(prompt, begin.end())
+    return begin.end(), end.start() if end else len(prompt)
+
+
+def find_subject(prompt: str, subject: str) -> Span | None:
+    """Find a subject in a prompt.
+
+    The last user turn of a chat goes first. There, an occurrence as a word of its own goes before one that a hyphen
+    joins to another word, and that before one inside a word; each literally, then regardless of case, then regardless
+    of Unicode form and of how much white space stands between the words. Of several words of its own the last one
+    counts, because prompts end with what is asked; of several inside words, the first. Scripts without spaces have no
+    words to compare, and there the first one counts.
+
+    Returns:
+        The character span in ``prompt``, or ``None``.
+    """
+    turn = last_user_turn(prompt)
+    for first, end in ([turn] if turn else []) + [(0, len(prompt))]:
+        span = _find(prompt[first:end], subject)
+        if span is not None:
+            return first + span[0], first + span[1]
+    return None
+
+
+def _find(text: str, subject: str) -> Span | None:
+    stages: list[Callable[[str, str], Iterator[Span]]] = [_literal, _ignoring_case, _normalised]
+    spans = [list(stage(text, subject)) for stage in stages]
+    for apart in (_is_word, _is_joined):
+        for stage in spans:
+            own = [span for span in stage if apart(text, span)]
+            if len(own) > 1:
+                warn_once(logger, "a subject occurs more than once in its prompt: the last one counts; '{}' decides")
+            if own:
+                return own[-1]
+    return next((stage[0] for stage in spans if stage), None)
+
+
+def _is_word(text: str, span: Span) -> bool:
+    """Whether a span begins and ends where words do, and no hyphen joins it to another."""
+    return _is_joined(text, span) and not _hyphenated(text, span[0] - 1, -1) and not _hyphenated(text, span[1], 1)
+
+
+def _is_joined(text: str, span: Span) -> bool:
+    """Whether a span begins and ends where words do."""
+    start, end = span
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return _apart(before, text[start]) and _apart(text[end - 1], after)
+
+
+def _apart(left: str, right: str) -> bool:
+    """Whether a word may end between two neighbours."""
+    if not left or not right:
+        return True
+    if unicodedata.category(right).startswith("M"):  # a mark belongs to the letter before it
+        return False
+    if not (is_word(left) and is_word(right)):
+        return True
+    return is_unspaced(left) != is_unspaced(right)
+
+
+def _hyphenated(text: str, at: int, step: int) -> bool:
+    """Whether the character at a place is a hyphen behind which a word goes on."""
+    beyond = at + step
+    return 0 <= at < len(text) and text[at] in _HYPHENS and 0 <= beyond < len(text) and is_word(text[beyond])
+
+
+def _literal(text: str, subject: str) -> Iterator[Span]:
+    start = text.find(subject)
+    while start >= 0:
+        yield start, start + len(subject)
+        start = text.find(subject, start + 1)
+
+
+def _ignoring_case(text: str, subject: str) -> Iterator[Span]:
+    wanted = r"\s+".join(re.escape(word) for word in subject.split())
+    for hit in re.finditer(f"(?=({wanted}))", text, flags=re.IGNORECASE) if wanted else ():
+        yield hit.span(1)
+
+
+def _normalised(text: str, subject: str) -> Iterator[Span]:
+    """Unicode forms can change lengths: search the composed text, and map spans back character by character."""
+    composed: list[str] = []
+    origin: list[Span] = []
+    for cluster in re.finditer(r"\S[\u0300-\u036f]*|\s+", text):
+        whole = " " if cluster.group().isspace() else unicodedata.normalize("NFC", cluster.group())
+        for character in whole.casefold():  # which may be several: ß is ss
+            composed.append(character)
+            origin.append(cluster.span())
+    wanted = " ".join(unicodedata.normalize("NFC", word) for word in subject.split()).casefold()
+    for start, end in _literal("".join(composed), wanted) if wanted else ():
+        yield origin[start][0], origin[end - 1][1]
