@@ -32,7 +32,7 @@ from ..data import load_edit_dataset
 from ..data.demonstrations import language_of, packaged_demonstrations
 from ..engine.examples import encode_examples, target_probabilities
 from ..errors import ConfigError, DataError
-from ..logging import get_logger
+from ..logging import get_logger, warn_once
 from ..requests import SLOT, EditRequest, load_requests
 from ..tokens import separator_between
 from .base import Capabilities, Method, Outcome, register_method
@@ -136,15 +136,12 @@ class _Prompting(InContext):
         """One entry per request."""
         entries = [self.entry(request) for request in requests]
         before, after = self._probabilities(requests, entries)
-        doubted = sum(probability < BELIEVED for probability in after)
-        if doubted:
-            logger.warning(
-                "behind the new fact the model gives %d of %d new answers a probability under %.1f (mean %.2f): it"
-                " does not believe its context; a method that changes the model itself may reach more",
-                doubted,
-                len(after),
-                BELIEVED,
-                sum(after) / len(after),
+        if min(after) < BELIEVED:
+            warn_once(
+                logger,
+                f"behind its new fact the model gives an answer a probability under {BELIEVED}"
+                " (target_probability_after in the edit's diagnostics): it does not believe its context; a method that"
+                " changes the model itself may reach more",
             )
         diagnostics = [
             {

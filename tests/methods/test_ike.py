@@ -411,7 +411,10 @@ def test_packaged_demonstrations_are_of_the_edits_language() -> None:
     assert language_of("日本人は日本で") == "en" and language_of("서울 漢字") == "en"
 
 
-def test_ike_works_as_it_is_and_says_what_it_reached(caplog: pytest.LogCaptureFixture) -> None:
+def test_ike_works_as_it_is_and_says_what_it_reached(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_kedit.logging._said", set())
     model, tokenizer = load_model("gpt2")
     editable = EditableModel(model, IKEConfig(k=2), tokenizer)
     edit = EditRequest(prompt="The capital of Ireland is", target_new="Cork", subject="Ireland")
