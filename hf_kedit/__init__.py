@@ -16,7 +16,7 @@ _PUBLIC = {
     "editors.editor": "Editor",
     "engine.weights": "untie_head",
     "errors": "KeditError",
-    "evaluation": "Comparison collect_report evaluate_edits list_metrics load_metric",
+    "evaluation": "Comparison SideEffects collect_report evaluate_edits list_metrics load_metric",
     "journal": "Edit EditResult",
     "locate": "causal_trace suggest_layers",
     "methods.alphaedit": "AlphaEditConfig",
@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .engine.weights import untie_head as untie_head
     from .errors import KeditError as KeditError
     from .evaluation import Comparison as Comparison
+    from .evaluation import SideEffects as SideEffects
     from .evaluation import collect_report as collect_report
     from .evaluation import evaluate_edits as evaluate_edits
     from .evaluation import list_metrics as list_metrics

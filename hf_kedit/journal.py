@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
 from .errors import ArtifactError, KeditError, RequestError, RollbackError, UnknownEditError, nearest
 from .requests import EditRequest
 
@@ -76,11 +74,13 @@ class EditResult:
         edits: one per request that was applied, in order.
         failed: (request, error) of requests that were left out (only with ``on_error="skip"``).
         seconds: of the whole call.
+        side_effects: what the call's ``watch`` saw (`SideEffectReport`), or ``None``.
     """
 
     edits: list[Edit]
     failed: list[tuple[EditRequest, KeditError]] = field(default_factory=list)
     seconds: float = 0.0
+    side_effects: Any = None
 
     @property
     def ids(self) -> list[str]:
@@ -201,14 +201,3 @@ def new_id(prefix: str) -> str:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def peak_memory() -> int:
-    """Peak bytes: of the accelerator during this edit where there is one, else of the process so far."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

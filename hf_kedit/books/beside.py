@@ -2,7 +2,7 @@
 
 Where a weight cannot take an edit (it is quantised), the edit is a path of its own: a forward hook adds ``Δ k``,
 computed in fp32 from factors in fp32, to what the module gives. The weight is never touched, so that taking the path
-away gives the quantised model back bit for bit. The hook comes before all others: whoever observes the module or
+away gives the quantised model back bit for bit. The hook comes before all others: code that observes the module or
 wraps it sees its edited output, as if the edit were in the weight.
 """
 

@@ -1,4 +1,4 @@
-"""What `EditableModel` asks of whoever keeps edits: weights, modules wrapped in place, prompts.
+"""What `EditableModel` asks of a book, in which edits are kept: weights, modules wrapped in place, prompts.
 
 An `EditableModel` carries several books and treats them alike: a call of ``edit`` is one transaction over all of
 them, and so are rolling back, switching off, merging, saving and loading. The `Ledger` is the book of weight deltas,

@@ -1,4 +1,4 @@
-"""Putting a text in front of what a model reads, unseen by whoever calls the model.
+"""Putting a text in front of what a model reads, unseen by the caller.
 
 While it is attached, a model's ``forward`` and ``generate`` ask a router about every row. A row that it knows a prefix
 for is run with the prefix behind its leading special tokens (BOS), by the model itself or by another one; logits,

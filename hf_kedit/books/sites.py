@@ -54,7 +54,7 @@ class Frame:
             call; ``"decode"``: the prompt was in an earlier one, nothing is decided here.
         mask: ``[rows, width]`` bool, real tokens.
         key_columns: ``[rows]`` int64, column of the key token; meaningful in the phase ``"prompt"`` only.
-        held: decisions of this sequence. Whoever decides in the phase ``"prompt"`` leaves its decision here under
+        held: decisions of this sequence. A site that decides in the phase ``"prompt"`` leaves its decision here, under
             its own name; calls that continue from the same cache find it. Empty at the start of a sequence.
     """
 

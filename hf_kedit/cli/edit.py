@@ -27,6 +27,7 @@ from .models import (
 )
 from .output import (
     BELOW_MIN_SUCCESS,
+    HARM,
     DebugOption,
     Format,
     FormatOption,
@@ -35,9 +36,10 @@ from .output import (
     emit,
     error_console,
 )
+from .side_effects import show_side_effects, watcher
 
 if TYPE_CHECKING:
-    from ..evaluation import EvaluationReport
+    from ..evaluation import EvaluationReport, SideEffectReport
     from ..journal import Edit
 
 SUCCESS_NAMES = {
@@ -69,9 +71,22 @@ def edit(
     rephrase: Annotated[
         list[str] | None, typer.Option("--rephrase", help="The prompt in other words; may be repeated.")
     ] = None,
+    neighbour: Annotated[
+        list[str] | None,
+        typer.Option("--neighbour", "--locality", help="A prompt whose answer should not change; may be repeated."),
+    ] = None,
     requests: Annotated[
         Path | None,
         typer.Option("--requests", "-r", help="JSON, JSONL or CSV file with requests, instead of --prompt and so on."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Name of a dataset whose rows are edited (facts, world).")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Split of the dataset; default: the dataset's own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="Only the first so many rows of the dataset.")
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -91,6 +106,11 @@ def edit(
         str, typer.Option("--protocol", help="How success is measured: teacher_forced or generation.")
     ] = "teacher_forced",
     evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure before and after.")] = True,
+    side_effects: Annotated[
+        bool,
+        typer.Option("--side-effects/--no-side-effects", help="See, by generation, what else changed."),
+    ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 4 if something else was hurt.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
@@ -99,25 +119,38 @@ def edit(
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
-    """Apply one edit or many, measure what they did, and save them.
+    """Apply one edit or many, measure what they did and what else they changed, and save them.
 
-    The edits are saved even when --min-success is not reached; the exit code tells.
+    The edits are saved even when --min-success is not reached, or --strict finds harm; the exit code tells.
     """
-    if (requests is None) == (prompt is None and target is None):
-        raise typer.BadParameter("give either --requests FILE, or --prompt and --target", param_hint="--prompt")
-    if requests is None and (prompt is None or target is None):
+    given = [requests is not None, dataset is not None, prompt is not None or target is not None]
+    if sum(given) != 1:
+        raise typer.BadParameter(
+            "give one of --requests FILE, --dataset NAME, or --prompt and --target", param_hint="--prompt"
+        )
+    one = requests is None and dataset is None
+    if one and (prompt is None or target is None):
         missing = "--target" if target is None else "--prompt"
         raise typer.BadParameter("--prompt and --target belong together", param_hint=missing)
-    if requests is not None and (subject or ground_truth or rephrase):
+    if not one and (subject or ground_truth or rephrase or neighbour):
         raise typer.BadParameter(
-            "--subject, --ground-truth and --rephrase belong to --prompt", param_hint="--requests"
+            "--subject, --ground-truth, --rephrase and --neighbour belong to --prompt",
+            param_hint="--requests" if dataset is None else "--dataset",
         )
+    if dataset is None and (split or limit):
+        raise typer.BadParameter("--split and --limit belong to --dataset", param_hint="--dataset")
+    if strict and not side_effects:
+        raise typer.BadParameter("side effects are not measured with --no-side-effects", param_hint="--strict")
     if min_success is not None and not evaluation:
         raise typer.BadParameter("success is not measured with --no-eval", param_hint="--min-success")
-    from ..requests import EditRequest, load_requests
+    from ..requests import EditRequest, Probe, load_requests
 
     if requests is not None:
         todo = load_requests(requests)
+    elif dataset is not None:
+        from ..data import load_edit_dataset
+
+        todo = load_requests(load_edit_dataset(dataset, split=split, limit=limit))
     else:
         assert prompt is not None and target is not None
         todo = [
@@ -127,6 +160,7 @@ def edit(
                 target_new=target,
                 ground_truth=ground_truth or [],
                 rephrase_prompts=rephrase or [],
+                locality={"Neighborhood": [Probe(text) for text in neighbour]} if neighbour else {},
             )
         ]
     if output is not None:
@@ -150,18 +184,26 @@ def edit(
         from ..evaluation import BeforeAndAfter
 
         measured = BeforeAndAfter(editable, todo, protocol)
-    result = editable.edit(todo if measured is None else measured.requests, batch_size=batch_size)
+    result = editable.edit(
+        todo if measured is None else measured.requests,
+        batch_size=batch_size,
+        watch=watcher(editable.base_model_id) if side_effects else None,
+    )
+    effects: SideEffectReport | None = result.side_effects
     report = None if measured is None else measured.report(result)
     made = result.edits
     if output is not None:
         editable.save_pretrained(output)
-    data = _result(editable, made, report, output)
+    data = {**_result(editable, made, report, output), "side_effects": effects.to_dict() if effects else None}
     emit(
         format,
         data,
-        human=lambda console: _show(console, made, report, data, output),
+        human=lambda console: _show(console, made, report, effects, data, output),
         quiet=[e.id for e in made],
     )
+    if strict and effects is not None and effects.harm:
+        error_console().print("kedit: " + "; ".join(effects.harm), style="red")
+        raise typer.Exit(HARM)
     reached = (data["metrics"] or {}).get("edit_success")
     if min_success is not None and (reached is None or reached < min_success):
         error_console().print(
@@ -197,6 +239,7 @@ def _show(
     console: Console,
     made: list[Edit],
     report: EvaluationReport | None,
+    effects: SideEffectReport | None,
     data: dict[str, Any],
     output: Path | None,
 ) -> None:
@@ -215,6 +258,9 @@ def _show(
     console.print()
     if report is not None:
         report.print_table(console)
+        console.print()
+    if effects is not None:
+        show_side_effects(console, effects)
         console.print()
     console.print(f"{counted(data['n'], 'edit')} with {data['method']} in {data['seconds']:.2f} s")
     if output is None:

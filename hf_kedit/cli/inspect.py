@@ -28,6 +28,9 @@ def inspect(
     load: Annotated[
         bool, typer.Option("--load", help="Load the weights too, and check the anatomy on a forward pass.")
     ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the whole anatomy of a model and every hyperparameter.")
+    ] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
@@ -50,7 +53,7 @@ def inspect(
     emit(
         format,
         data,
-        human=lambda c: _show_model(c, data, anatomy),
+        human=lambda c: _show_model(c, data, anatomy, everything or load),
         quiet=[p.path for i in range(anatomy.num_layers) if (p := anatomy.layers[i].down) is not None],
     )
 
@@ -175,27 +178,81 @@ def _describe_model(source: str, model: Any, anatomy: Anatomy, method: str | Non
         "anatomy": anatomy.to_dict(),
         "method": None,
         "config": None,
+        "settings": None,
+        "hparams_file": None,
+        "does": None,
+        "needs": None,
         "edited_modules": None,
     }
     if method is not None:
         from ..anatomy import profile_of
         from ..config import AutoEditConfig
+        from ..config.hparams import find_hparams
         from ..methods import method_class
 
         config = AutoEditConfig.for_method(method).complete(profile_of(model, anatomy, source))
-        data["method"] = method_class(config).capabilities.name
-        data["config"] = config.to_dict()
+        capabilities = method_class(config).capabilities
+        full, defaults = config.to_dict(), type(config)().to_dict()
+        file = find_hparams(config.edit_type, source)
+        data["method"] = capabilities.name
+        data["config"] = full
+        data["settings"] = {key: value for key, value in full.items() if value != defaults[key]}
+        data["hparams_file"] = None if file is None else f"hparams/{file[0].parent.name}/{file[0].name}"
+        data["does"] = capabilities.summary
+        moments = "stats_tokens" in full and full.get("mom2_adjustment", True)
+        needs = {
+            "the subject of every fact": capabilities.needs_subject,
+            "a trained editor (kedit train)": capabilities.needs_training and full.get("editor") is None,
+            "second moments (collected at the first edit, or before by kedit stats)": moments,
+        }
+        data["needs"] = [need for need, holds in needs.items() if holds]
         data["edited_modules"] = [anatomy.down(layer).path for layer in config.layers or []]
     return data
 
 
-def _show_model(console: Console, data: dict[str, Any], anatomy: Anatomy) -> None:
-    console.print(f"{data['source']}: {data['parameters']:,} parameters, {data['dtype']}\n", style="bold")
-    console.print(anatomy.describe(), soft_wrap=True)
+def _show_model(console: Console, data: dict[str, Any], anatomy: Anatomy, everything: bool) -> None:
+    console.print(f"{data['source']}: {data['parameters']:,} parameters, {data['dtype']}", style="bold")
+    console.print(anatomy.describe() if everything else _in_short(anatomy), soft_wrap=True)
     if data["config"] is None:
-        console.print("\n--method NAME shows what a method would do with it")
+        console.print("\n--method NAME shows what a method would do with it, --all the whole anatomy")
         return
-    console.print(f"\n{data['method']} with its defaults for this model", style="bold")
-    for key, value in data["config"].items():
-        console.print(f"  {key}: {value}")
-    console.print("edits", ", ".join(data["edited_modules"]), soft_wrap=True)
+    console.print(f"\n{data['method']}", style="bold")
+    if everything:
+        for key, value in data["config"].items():
+            console.print(f"  {key}: {value}")
+        console.print("edits", ", ".join(data["edited_modules"]), soft_wrap=True)
+        return
+    rows = {
+        "does": data["does"],
+        "at": ", ".join(data["edited_modules"]),
+        "needs": "; ".join(data["needs"]),
+        "settings": ", ".join(f"{key}={value}" for key, value in data["settings"].items() if key != "edit_type"),
+        "from": data["hparams_file"] or "defaults and the model's depth; there is no file for this model",
+    }
+    for name, text in rows.items():
+        if text:
+            console.print(f"  {name:<9} {text}", soft_wrap=True)
+    console.print("\nkedit edit --set NAME=VALUE changes a setting; --all shows every one")
+
+
+def _in_short(anatomy: Anatomy) -> str:
+    """What of a model's structure one can name in a config, the same for all layers that have it."""
+    lines = [
+        f"{anatomy.model_class}, {anatomy.num_layers} layers of width {anatomy.hidden_size} in {anatomy.layers_path}"
+    ]
+    roles = {
+        "attention out": lambda layer: layer.attention_out,
+        "MLP in": lambda layer: layer.ups[0] if layer.ups else None,
+        "MLP out": lambda layer: layer.down,
+    }
+    for role, take in roles.items():
+        found = [(layer, place) for layer in anatomy.layers if (place := take(layer)) is not None]
+        if found:
+            layer, place = found[0]
+            some = "" if len(found) == anatomy.num_layers else f"  (in {len(found)} of the layers)"
+            name = place.path.removeprefix(f"{layer.path}.")
+            lines.append(f"  {role:<14} {name:<14} {place.in_features} -> {place.out_features}{some}")
+    experts = sum(1 for layer in anatomy.layers if layer.experts is not None)
+    if experts:
+        lines.append(f"  {'experts':<14} in {experts} of the layers")
+    return "\n".join(lines)

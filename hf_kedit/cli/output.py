@@ -1,7 +1,8 @@
 """What all commands share: the three output formats, where text goes, and what becomes of an error.
 
 Data goes to standard output; progress, logs and errors go to standard error, so that ``kedit … --format json | jq``
-always works. Exit codes: 0 done, 1 failure, 2 wrong usage, 3 an edit below ``--min-success``, 130 interrupted.
+always works. Exit codes: 0 done, 1 failure, 2 wrong usage, 3 an edit below ``--min-success``,
+4 harm under ``--strict``, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .. import logging as kedit_logging
 from ..errors import KeditError
 from ..storage.files import json_ready
 
-FAILURE, BELOW_MIN_SUCCESS, INTERRUPTED = 1, 3, 130
+FAILURE, BELOW_MIN_SUCCESS, HARM, INTERRUPTED = 1, 3, 4, 130
 
 
 class Format(StrEnum):

@@ -5,24 +5,35 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
+from ..engine.devices import PeakMemory, process_memory
 from ..engine.forward import frozen_eval
 from ..engine.weights import uninterrupted
 from ..errors import ConfigError, EditFailedError, RequestError, RollbackError
-from ..journal import Edit, EditResult, Journal, new_id, now, peak_memory
+from ..journal import Edit, EditResult, Journal, new_id, now
 from ..logging import get_logger, progress, warn_once
 from ..methods.base import check_composition
 from ..requests import EditRequest, RequestSource, load_requests
 from .state import EditedModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
+
+
+class Watcher(Protocol):
+    """Something that looks at a model before and after an edit; `hf_kedit.SideEffects` is one."""
+
+    def before(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> None:
+        """Called before anything is changed."""
+
+    def after(self, model: PreTrainedModel) -> Any:
+        """Called with the edited model; what it returns becomes `EditResult.side_effects`."""
 
 
 class Editing(EditedModel):
@@ -35,6 +46,7 @@ class Editing(EditedModel):
         batch_size: int | None = None,
         on_error: str = "raise",
         show_progress: bool = True,
+        watch: Watcher | None = None,
         **request: Any,
     ) -> EditResult:
         """Change what the model knows.
@@ -50,6 +62,7 @@ class Editing(EditedModel):
                 one another, each on the model that the one before left.
             on_error: ``"raise"``, or ``"skip"`` to leave out batches that fail and report them in the result.
             show_progress: show progress bars.
+            watch: looks at the model before and after, for example ``SideEffects()``; what it saw is in the result.
 
         Returns:
             The edits with their ids and diagnostics.
@@ -68,6 +81,8 @@ class Editing(EditedModel):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         if self.tokenizer is None:
             raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        if watch is not None:
+            watch.before(self.base_model, self.tokenizer, todo)
         method, bench = self._method, self._method.bench
         bench.trace, bench.show_progress = self.trace, show_progress
         if batch_size and batch_size > 1 and not method.capabilities.batch:
@@ -92,6 +107,8 @@ class Editing(EditedModel):
                         raise
                     result.failed.extend((r, error) for r in batch)
         result.seconds = time.perf_counter() - started
+        if watch is not None:
+            result.side_effects = watch.after(self.base_model)
         return result
 
     @contextlib.contextmanager
@@ -111,14 +128,13 @@ class Editing(EditedModel):
     def _edit_batch(self, batch: Sequence[EditRequest]) -> list[Edit]:
         """Compute one batch and put it on the weights and into the journal."""
         started = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        memory = PeakMemory(self.base_model)
         outcome = self._method.compute(batch)
         if not all(delta.finite() for delta in outcome.deltas):
             raise EditFailedError("the computed update holds NaN or infinity; nothing was changed")
         outcome = self._method.regularise(outcome)
         seconds = time.perf_counter() - started
-        batch_id, created = new_id("batch"), now()
+        batch_id, created, peak = new_id("batch"), now(), memory.read() or process_memory()
         edits = [
             Edit(
                 id=str(request.id),
@@ -129,7 +145,7 @@ class Editing(EditedModel):
                 diagnostics={
                     **numbers,
                     "seconds": seconds / len(batch),
-                    "peak_memory_bytes": peak_memory(),
+                    "peak_memory_bytes": peak,
                     "batch_size": len(batch),
                 },
             )

@@ -20,6 +20,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..config import CONFIG_NAME, WeightConfig
+from ..engine.devices import seeded
 from ..engine.examples import encode_examples
 from ..engine.forward import frozen_eval, recomputed_blocks
 from ..engine.gradients import LowRank, Reduction, Rows, Tokens, collect_rows, low_rank_paths
@@ -119,8 +120,7 @@ class Editor(nn.Module):
             raise ConfigError(f"{cls.__name__} needs a {cls.config_class.__name__}, not a {type(config).__name__}")
         modules = config.modules or mlp_modules(model, config.layers)
         kept = cls.fitted(dataclasses.replace(config, editor=None, modules=modules, layers=None), model)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             editor = cls(
                 kept,
                 {module: matrix_sizes(model, module) for module in modules},

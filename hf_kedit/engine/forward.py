@@ -201,7 +201,7 @@ def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without weight gradients; every flag is put back afterwards.
 
     If the block fails, so are the hooks: Ctrl-C may land between the moment a hook is added and the one in which
-    whoever removes it takes note.
+    the code that removes it takes note.
     """
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -19,6 +19,7 @@ from .measures.drift import weight_drift
 from .measures.harness import HarnessTask
 from .measures.judges import CallableJudge, ExactMatchJudge, HFModelJudge, Judge, OpenAICompatibleJudge
 from .measures.knowledge import known_facts
+from .measures.side_effects import SideEffectReport, SideEffects
 from .protocols.base import PROTOCOLS, Generation, Protocol, TeacherForced, register_protocol
 from .protocols.fluency import Fluency
 from .protocols.judged import Judged
@@ -54,6 +55,8 @@ __all__ = [
     "PreEditCache",
     "Protocol",
     "Sampling",
+    "SideEffectReport",
+    "SideEffects",
     "TeacherForced",
     "Unscored",
     "collect_bench",

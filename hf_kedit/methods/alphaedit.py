@@ -13,12 +13,13 @@ are saved with them, and rolling an edit back takes its keys away too.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat
 
-from ..engine.forward import device_of
+from ..engine.devices import where_there_is_room
 from ..logging import get_logger, info_once, warn_once
 from ..statistics.nullspace import KeySpace, null_space
 from .base import Capabilities, Workbench, register_method
@@ -95,12 +96,13 @@ class AlphaEdit(SpreadMethod):
                     " knowledge uses look free. Set stats_tokens.",
                 )
             relative = self.config.nullspace_threshold is None
-            space = null_space(
-                mean.to(device_of(self.bench.model)),
+            split = partial(
+                null_space,
                 threshold=self.config.nullspace_threshold,
                 fraction=self.config.nullspace_fraction if relative else None,
                 name=f"the second moment of {module}",
             )
+            space = where_there_is_room(self.bench.model, split, mean)
             ridge = self.config.L2
             if ridge is None:
                 ridge = RIDGE_PART * space.energy * float(mean.trace())

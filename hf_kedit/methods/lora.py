@@ -31,6 +31,7 @@ from ..anatomy import Anatomy
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
 from ..config import ModelProfile, WeightConfig
+from ..engine.devices import seeded
 from ..engine.examples import Example, ExampleBatch, encode_examples, target_probabilities
 from ..engine.forward import device_of
 from ..engine.weights import get_module, is_quantised, is_transposed, uninterrupted
@@ -149,7 +150,7 @@ class _LowRankTraining(Method):
         began = time.perf_counter()
         before = target_probabilities(bench.model, examples, bench.fill, size)
         adapter = self.peft_config(paths, len(chunks) * config.num_steps)
-        with seeded(bench.model, config.seed), injected(bench.model, adapter, paths) as tuner:
+        with seeded(config.seed, bench.model), injected(bench.model, adapter, paths) as tuner:
             losses = self._train(tuner, examples, chunks)
             tuner.eval()  # the fresh layers only (dropout): the model itself is in evaluation mode already
             after = target_probabilities(bench.model, examples, bench.fill, size)
@@ -404,12 +405,3 @@ def injected(model: nn.Module, config: PeftConfig, paths: Sequence[str]) -> Iter
                 owner, _, name = path.rpartition(".")
                 setattr(get_module(model, owner), name, module)
             model.__dict__.pop("peft_config", None)
-
-
-@contextlib.contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Draw the adapter's start and its dropout from ``seed``; the generators are as before behind the block."""
-    device = device_of(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -34,6 +34,7 @@ from ..books.prompt_book import PromptEntry
 from ..books.retrieval import LEXICAL, find_retriever, register_retriever_kind
 from ..editors.editor import Editor, EditorOutput, register_editor
 from ..editors.files import SavedEditor
+from ..engine.devices import seeded
 from ..engine.forward import frozen_eval
 from ..engine.gradients import LowRank
 from ..engine.supervised import Batch, score
@@ -170,8 +171,7 @@ class SERACEditor(Editor):
             else small_reader(model, config.model_size, config.model_layers),
         }
         kept = dataclasses.replace(config, editor=None, scope=None, counterfactual=None, networks=networks)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             editor = cls(kept, {}, encoder_decoder=bool(model.config.is_encoder_decoder))
         if config.encoder:
             loaded = AutoModel.from_pretrained(config.encoder, dtype=torch.float32)

@@ -209,7 +209,7 @@ class TPatcher(Method):
 
     @cached_property
     def memory(self) -> torch.Tensor:
-        """Inputs of the layer over texts that have nothing to do with edits, ``[memory_tokens, H]``."""
+        """Inputs of the layer over texts that have nothing to do with edits, ``[memory_tokens, H]`` on the CPU."""
         bench, wanted = self.bench, self.config.memory_tokens
         device, limit = device_of(bench.model), context_length(bench.model.config) or 512
         inputs: list[torch.Tensor] = []
@@ -218,7 +218,8 @@ class TPatcher(Method):
             while sum(map(len, inputs)) < wanted and (chosen := list(islice(texts, TEXTS))):
                 rows = [encode_text(bench.tokenizer, t).ids[:limit] for t in chosen]
                 batch = pad_rows(rows, bench.fill).to(device)
-                stream_states(bench.model, batch, [Tap(self.path, "input")], lambda _, s: inputs.append(s.float()))
+                tap = Tap(self.path, "input")
+                stream_states(bench.model, batch, [tap], lambda _, s: inputs.append(s.float().cpu()))
         info_once(logger, f"T-Patcher: {min(sum(map(len, inputs)), wanted):,} memorised inputs")
         return torch.cat(inputs)[:wanted]
 
@@ -277,9 +278,9 @@ class TPatcher(Method):
         generator = torch.Generator().manual_seed(config.seed + len(site.edit_ids))
         patches = _Trained(queries, config.amplify, generator)
         earlier = [g.queries for g in site.groups.get(self.path, ()) if g.queries is not None and g.count]
-        memory = torch.cat([self.memory, *(q.to(self.memory) for q in earlier)]).to(queries)
-        held_out = torch.arange(len(memory), device=memory.device) % HELD_OUT == HELD_OUT - 1
-        trained_on, validation = memory[~held_out], memory[held_out]
+        memory = torch.cat([self.memory, *(q.to(self.memory) for q in earlier)])
+        held_out = torch.arange(len(memory)) % HELD_OUT == HELD_OUT - 1
+        trained_on, validation = memory[~held_out].to(queries), memory[held_out].to(queries)
         optimiser = torch.optim.Adam(patches.parameters, lr=config.lr)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.5, patience=1)
         losses: list[float] = []

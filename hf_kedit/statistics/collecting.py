@@ -77,17 +77,10 @@ def collect_moments(
     limit = context_length(model.config) or 2048
     device = device_of(model)
     budget = token_budget or _BUDGETS.get(device.type, _BUDGET_ELSEWHERE)
-    taps = [Tap(m, "input") for m in modules]
     if checkpoint is not None and workers.count > 1:
         checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{workers.rank}-of-{workers.count}{checkpoint.suffix}")
     totals, place = _resume(checkpoint, modules, corpus.name)
-    saved_at = place.tokens
-
-    def receive(tap: Tap, states: torch.Tensor) -> None:
-        features = states.float()
-        if tap.module not in totals:
-            totals[tap.module] = _accumulator(features.shape[1], features.device)
-        add_upper(totals[tap.module], features)
+    saved_at, fill = place.tokens, pad_id(tokenizer)
 
     with (
         frozen_eval(model),
@@ -103,7 +96,7 @@ def collect_moments(
             for rows in _budgeted([row for row in encoded if row], budget):
                 seen = sum(len(row) for row in rows)
                 if place.batches % workers.count == workers.rank:
-                    stream_states(model, pad_rows(rows, pad_id(tokenizer)).to(device), taps, receive)
+                    _add_rows(model, rows, fill, modules, totals)
                     place.own += seen
                 place.batches += 1
                 place.tokens += seen
@@ -127,6 +120,47 @@ def collect_moments(
     if checkpoint is not None and checkpoint.exists():
         checkpoint.unlink()
     return {m: SecondMoment(total, int(count), corpus.name) for m, total in zip(modules, whole, strict=True)}
+
+
+def _add_rows(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    fill: int,
+    modules: Sequence[str],
+    totals: dict[str, torch.Tensor],
+) -> None:
+    """Run rows once and add what enters the modules to their sums, whatever the memory allows.
+
+    Where a forward runs out of memory, the sums make room for it by going to the CPU; if that is not enough, the rows
+    are run in halves. What a run that failed has added already is not added again.
+
+    Raises:
+        torch.OutOfMemoryError: if there is no room for a single row.
+    """
+    waiting = dict.fromkeys(modules)
+
+    def receive(tap: Tap, states: torch.Tensor) -> None:
+        features = states.float()
+        if tap.module not in totals:
+            totals[tap.module] = _accumulator(features.shape[1], features.device)
+        totals[tap.module] = add_upper(totals[tap.module], features)
+        del waiting[tap.module]
+
+    try:
+        stream_states(model, pad_rows(rows, fill).to(device_of(model)), [Tap(m, "input") for m in modules], receive)
+        return
+    except torch.OutOfMemoryError:
+        on_device = [module for module, total in totals.items() if total.device.type != "cpu"]
+        if not on_device and len(rows) == 1:
+            raise
+    # behind the handler, because the error holds on to the tensors of the run that failed
+    for module in on_device:
+        totals[module] = totals[module].cpu()
+    logger.info("out of memory while collecting statistics; going on with less")
+    half = len(rows) if on_device else len(rows) // 2
+    for part in (rows[:half], rows[half:]):
+        if part:
+            _add_rows(model, part, fill, list(waiting), totals)
 
 
 @dataclass
@@ -154,22 +188,30 @@ def _accumulator(width: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(width, width, dtype=torch.float64)
 
 
-def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int | None = None) -> None:
-    """Add ``features.T @ features`` to ``total`` in place, but only from the diagonal blocks on to the right.
+def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int | None = None) -> torch.Tensor:
+    """Add ``features.T @ features`` to ``total``, but only from the diagonal blocks on to the right.
 
     The matrix is symmetric: ``b (b + 1) / 2`` of ``b × b`` blocks are enough. Products are float32, the sum float64.
 
     Args:
-        total: ``[d, d]`` float64; below the diagonal it is not meaningful until the end.
+        total: ``[d, d]`` float64, changed in place; below the diagonal it is not meaningful until the end.
         features: ``[tokens, d]`` float32.
         blocks: into how many parts the width is cut; ``None``: so many that products stay large enough to be fast.
+
+    Returns:
+        ``total``; a copy on the CPU that holds the same sum, if its device ran out of memory on the way.
     """
     width = features.shape[1]
     step = -(-width // (blocks or max(width // BLOCK_WIDTH, 4)))
     for start in range(0, width, step):
         stop = min(start + step, width)
-        product = features[:, start:stop].T @ features[:, start:]
+        try:
+            product = features[:, start:stop].T @ features[:, start:]
+        except torch.OutOfMemoryError:  # nothing of this block is in the sum yet
+            total, features = total.cpu(), features.cpu()
+            product = features[:, start:stop].T @ features[:, start:]
         total[start:stop, start:] += product.to(total.device)
+    return total
 
 
 def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -6,13 +6,13 @@ triangular solves and an ``n × n`` system (Woodbury), not a ``d × d`` one.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from ..engine.forward import device_of
+from ..engine.devices import where_there_is_room
 from ..errors import StatisticsError
 from ..logging import get_logger, warn_once
 
@@ -57,11 +57,7 @@ IDENTITY = MomentFactor("identity")
 
 def factor_beside(model: torch.nn.Module, moment: torch.Tensor, *, ridge: float, name: str) -> MomentFactor:
     """`factor_moment` on the model's accelerator, if it has one that knows float64 and has room, else on the CPU."""
-    device = device_of(model)
-    if device.type in ("cuda", "xpu"):
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return factor_moment(moment.to(device), ridge=ridge, name=name)
-    return factor_moment(moment.cpu(), ridge=ridge, name=name)
+    return where_there_is_room(model, partial(factor_moment, ridge=ridge, name=name), moment)
 
 
 def factor_moment(moment: torch.Tensor, *, ridge: float = 0.0, name: str = "the second moment") -> MomentFactor:

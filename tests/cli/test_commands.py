@@ -74,6 +74,37 @@ def test_edit_one(kedit: Run, tmp_path: Path) -> None:
     assert model.edits[0].request.rephrase_prompts == ["For many years Tarosk Boayond has been a"]
 
 
+def test_edit_says_what_else_changed(kedit: Run) -> None:
+    neighbour = ["--neighbour", "By profession Fulex Tudias is a", "--no-eval"]
+    result = data(kedit("edit", *MODEL, "--method", "rome", *ONE, *neighbour, "-f", "json"))
+    effects = result["side_effects"]
+    assert effects["asked"] == {"fact": 1, "neighbour": 1, "general": 40, "name": 1}
+    assert effects["shares"]["fact"] == effects["shares"]["neighbour"] == 1.0
+    assert effects["harm"] == []
+
+
+def test_edit_that_breaks_the_model(kedit: Run, tmp_path: Path) -> None:
+    """Every target is reached, and the command says in red that the model is broken; --strict makes it a failure."""
+    words = ["edit", *MODEL, "-M", "ft-m", "--set", "lr=0.5", *ONE]
+    shown = kedit(*words)
+    assert shown.exit_code == 0
+    assert "harm: " in shown.stdout
+    assert "answers to general prompts changed" in shown.stdout
+    strict = kedit(*words, "--strict", "--output", tmp_path / "out")
+    assert strict.exit_code == 4
+    assert "answers to general" in strict.stderr
+    assert len(EditableModel.from_pretrained(tmp_path / "out").edits) == 1
+    assert kedit(*words, "--strict", "--no-side-effects").exit_code == 2
+
+
+def test_edit_rows_of_a_dataset(kedit: Run) -> None:
+    quick = ["--no-eval", "--no-side-effects", "-f", "json"]
+    result = data(kedit("edit", *MODEL, "-M", "ft-m", "--dataset", "world", "--split", "test", "--limit", "2", *quick))
+    assert result["n"] == 2
+    assert result["side_effects"] is None
+    assert kedit("edit", *MODEL, "-M", "ft-m", *ONE, "--limit", "2").exit_code == 2
+
+
 def test_edit_many_together(kedit: Run, requests_file: Path) -> None:
     result = data(kedit("edit", *MODEL, "-M", "ft-m", "--requests", requests_file, "-f", "json"))
     assert result["edit_id"] is None
@@ -335,7 +366,17 @@ def test_inspect_a_model(kedit: Run, load: bool) -> None:
 def test_inspect_a_model_for_people(kedit: Run) -> None:
     shown = kedit("inspect", "kedit/world-gpt2").stdout
     assert "GPT2LMHeadModel" in shown
-    assert "mlp.c_proj" in shown
+    assert "mlp.c_proj" in shown and "transformer.ln_f" not in shown
+    for method in ("rome", "memit", "ft-m", "grace", "prompt", "mend"):
+        words = ("inspect", "kedit/world-gpt2", "--method", method)
+        short, full = kedit(*words).stdout, kedit(*words, "--all").stdout
+        assert not re.search(r"None|\?|not checked", short), short
+        assert len(short.splitlines()) < 16 < len(full.splitlines()) and "--set NAME=VALUE" in short
+        config = data(kedit(*words, "-f", "json"))["config"]
+        assert all(f"  {key}: " in full for key in config)
+    shown = kedit("inspect", "kedit/world-gpt2", "--method", "rome").stdout
+    assert "at        transformer.h.2.mlp.c_proj" in shown and "the subject of every fact" in shown
+    assert "hparams/ROME/world-gpt2.yaml" in shown and "second moments" in shown
 
 
 # ---------------------------------------------------------------------- rollback

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from hf_kedit import EditableModel, EditRequest
+from hf_kedit import EditableModel, EditRequest, FTMConfig, SideEffects
 from hf_kedit.data.general_probes import GENERAL_PROBES
-from hf_kedit.errors import EvaluationError
+from hf_kedit.errors import RequestError
 from hf_kedit.evaluation.measures.side_effects import (
     Answered,
     EffectQuestion,
     SideEffectReport,
-    SideEffects,
     distinct_pairs,
     questions_about,
 )
@@ -92,29 +91,33 @@ def test_repetition_counts_within_a_text() -> None:
     assert distinct_pairs(["", "a"]) == 1.0
 
 
-def test_both_answers_are_needed() -> None:
-    model = EditableModel.from_pretrained("kedit/world-gpt2", "rome")
-    effects = SideEffects(model.tokenizer, [FACT], general=["Once"])  # type: ignore[arg-type]
-    effects.before(model.base_model)
-    with pytest.raises(EvaluationError, match="after"):
-        effects.report()
-
-
 def test_a_gentle_edit_and_one_that_breaks_the_model() -> None:
     """On the world model: ROME leaves general prompts alone; fine-tuning at a hundred times its rate does not."""
-    from hf_kedit.methods.ft import FTMConfig
-
     general = ["By profession Vessa Tyrmoor is a", "The capital of", "He lives in", "She was born in", "It is"]
-    kept = {}
+    seen = {}
     for name, config in (("rome", "rome"), ("broken", FTMConfig(lr=0.5, num_steps=10))):
         model = EditableModel.from_pretrained("kedit/world-gpt2", config)
-        effects = SideEffects(model.tokenizer, [FACT], general=general)  # type: ignore[arg-type]
-        effects.before(model.base_model)
-        model.edit(FACT, show_progress=False)
-        effects.after(model.base_model)
-        kept[name] = effects.report()
-    assert kept["rome"].share("fact") == 1.0
-    assert kept["rome"].share("general") == 1.0
-    assert kept["broken"].share("general") == 0.0
-    assert kept["broken"].harm
-    assert kept["broken"].to_dict()["asked"]["general"] == len(general)
+        seen[name] = model.edit(FACT, show_progress=False, watch=SideEffects(general=general)).side_effects
+    assert seen["rome"].share("fact") == 1.0
+    assert seen["rome"].share("general") == 1.0
+    assert seen["broken"].share("general") == 0.0
+    assert seen["broken"].harm
+    assert seen["broken"].to_dict()["asked"]["general"] == len(general)
+
+
+def test_a_refused_edit_was_watched_for_nothing() -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "rome")
+    with pytest.raises(RequestError):
+        model.edit(EditRequest("Nobody here is a", "Tarosk", "plumber"), watch=SideEffects(general=["It is"]))
+    assert not model.edits
+    assert model.edit(FACT, show_progress=False).side_effects is None
+
+
+def test_of_many_requests_some_are_asked_about() -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "rome")
+    many = [EditRequest("{} is a", f"Person {i}", "plumber") for i in range(100)]
+    effects = SideEffects(general=[], others=[], max_new_tokens=1)
+    assert model.tokenizer is not None
+    effects.before(model.base_model, model.tokenizer, many)
+    facts = [a.question.prompt for a in effects.after(model.base_model).of("fact")]
+    assert facts == [f"Person {i} is a" for i in range(0, 100, 5)]

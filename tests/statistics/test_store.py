@@ -54,6 +54,38 @@ def test_one_padded_pass_equals_the_definition_for_every_module(llama: Any) -> N
         assert found[path].total.dtype == torch.float64
 
 
+def test_collecting_goes_on_when_memory_runs_out(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a forward, behind modules that have been added, and in a product: nothing is lost and nothing added twice."""
+    model, tokenizer = llama
+    texts = corpus()[:40]
+    failures: list[str] = []
+
+    def crowded(_: Any, args: tuple[torch.Tensor, ...], __: Any) -> None:
+        if args[0].shape[0] > 2:
+            failures.append("forward")
+            raise torch.OutOfMemoryError
+
+    plain = torch.Tensor.__matmul__
+
+    def product(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if len(failures) < 3:
+            failures.append("product")
+            raise torch.OutOfMemoryError
+        return plain(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    handle = model.model.layers[2].register_forward_hook(crowded)
+    try:
+        found = collect_moments(model, tokenizer, PATHS, text_corpus(texts), token_budget=200)
+    finally:
+        handle.remove()
+    monkeypatch.undo()
+    assert {"forward", "product"} <= set(failures)
+    for path in PATHS:
+        total, count = direct(model, tokenizer, path, texts)
+        assert found[path].count == count and torch.allclose(found[path].total, total, rtol=1e-4, atol=1e-4)
+
+
 def test_collecting_stops_at_enough_tokens_and_merges(llama: Any) -> None:
     model, tokenizer = llama
     few = collect_moments(model, tokenizer, PATHS[:1], text_corpus(corpus()), tokens=300, token_budget=100)[PATHS[0]]

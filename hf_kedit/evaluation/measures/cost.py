@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...engine.devices import synchronise
 from ...engine.forward import device_of, frozen_eval
 from ...errors import EvaluationError
 from ...tokens import prompt_ids
@@ -91,7 +92,7 @@ def edit_cost(
     asked = torch.tensor([prompt_ids(tokenizer, prompt, encoder_decoder=both)], device=device_of(base))
 
     def continued() -> float:
-        _synchronise(base)
+        synchronise(base)
         began = time.perf_counter()
         base.generate(  # type: ignore[operator]
             asked,
@@ -102,7 +103,7 @@ def edit_cost(
             min_new_tokens=new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        _synchronise(base)
+        synchronise(base)
         return (time.perf_counter() - began) / new_tokens
 
     edited, unedited = [], []
@@ -119,9 +120,3 @@ def edit_cost(
         "seconds_per_token_unedited": before,
         "added_seconds_per_token": now - before,
     }
-
-
-def _synchronise(model: torch.nn.Module) -> None:
-    device = device_of(model)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -5,9 +5,8 @@ every target. So a model is asked about the fact in several forms, about its nei
 and to copy the name of the subject; the answers before and after the edit are compared as texts. It takes two
 generations of a few tokens per question.
 
-    effects = SideEffects(tokenizer, requests)
-    effects.before(model); model.edit(requests); effects.after(model)
-    effects.report().harm        # plain sentences, empty where nothing was hurt
+    result = model.edit(requests, watch=SideEffects())
+    result.side_effects.harm      # plain sentences, empty where nothing was hurt
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...data.general_probes import GENERAL_PROBES
-from ...errors import EvaluationError
 from ...requests import EditRequest
 from ..asking.generation import PromptFormat, generate_answers
 from .metrics import contains, mean
@@ -128,7 +126,8 @@ class SideEffectReport:
         sentences = []
         for kind, least in SMALLEST_KEPT.items():
             share, answers = self.share(kind), self.of(kind)  # type: ignore[arg-type]
-            if share is not None and share < least:
+            few = kind in ("neighbour", "same subject") and len(answers) < 2  # one changed answer is no share
+            if share is not None and share < least and not few:
                 what = {
                     "neighbour": "answers about other subjects changed",
                     "same subject": "answers about other facts of the subject changed",
@@ -160,77 +159,67 @@ class SideEffectReport:
 
 
 class SideEffects:
-    """Asks a model before and after an edit.
+    """Asks a model before and after an edit; give it to `EditableModel.edit` as ``watch``.
 
     Args:
-        tokenizer: of the model.
-        requests: what is edited; of many, `MOST_REQUESTS` are asked about.
         general: beginnings of sentences that have nothing to do with the edit.
+        others: subjects that stand in for the neighbours of requests that bring none.
         max_new_tokens: per answer.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        requests: Sequence[EditRequest],
         *,
         general: Sequence[str] = GENERAL_PROBES,
+        others: Sequence[str] = OTHER_SUBJECTS,
         max_new_tokens: int = EFFECT_TOKENS,
     ):
-        self.tokenizer = tokenizer
-        self.max_new_tokens = max_new_tokens
-        step = max(1, len(requests) / MOST_REQUESTS)
-        asked = [requests[int(i * step)] for i in range(min(len(requests), MOST_REQUESTS))]
-        self.targets = tuple(r.target_new for r in asked)
-        has_chat = bool(getattr(tokenizer, "chat_template", None))
-        questions = [q for r in asked for q in questions_about(r, chat=has_chat)]
-        questions += [EffectQuestion("general", text) for text in general]
-        self.questions = list(dict.fromkeys(questions))
-        self._before: list[str] | None = None
-        self._after: list[str] | None = None
+        self.general, self.others, self.max_new_tokens = tuple(general), tuple(others), max_new_tokens
+        self._questions: list[EffectQuestion] = []
+        self._targets: tuple[str, ...] = ()
+        self._tokenizer: Any = None
+        self._before: list[str] = []
 
-    def before(self, model: PreTrainedModel) -> None:
-        """Ask the model as it is before the edit."""
+    def before(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> None:
+        """Ask the model as it is before the edit; of many requests, about `MOST_REQUESTS`."""
+        step = max(1.0, len(requests) / MOST_REQUESTS)
+        asked = [requests[int(i * step)] for i in range(min(len(requests), MOST_REQUESTS))]
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        questions = [q for r in asked for q in questions_about(r, self.others, chat=chat)]
+        questions += [EffectQuestion("general", text) for text in self.general]
+        self._questions = list(dict.fromkeys(questions))
+        self._targets, self._tokenizer = tuple(r.target_new for r in asked), tokenizer
         self._before = self._ask(model)
 
-    def after(self, model: PreTrainedModel) -> None:
-        """Ask the edited model."""
-        self._after = self._ask(model)
-
-    def report(self) -> SideEffectReport:
-        """What came out.
-
-        Raises:
-            EvaluationError: if the model was not asked both times.
-        """
-        if self._before is None or self._after is None:
-            raise EvaluationError("side effects need the answers of both: call before(model) and after(model)")
-        answers = zip(self.questions, self._before, self._after, strict=True)
-        return SideEffectReport(tuple(Answered(*answer) for answer in answers), self.targets)
+    def after(self, model: PreTrainedModel) -> SideEffectReport:
+        """Ask the edited model, and compare."""
+        answers = zip(self._questions, self._before, self._ask(model), strict=True)
+        return SideEffectReport(tuple(Answered(*answer) for answer in answers), self._targets)
 
     def _ask(self, model: PreTrainedModel) -> list[str]:
         texts: dict[EffectQuestion, str] = {}
-        for prompt_format in ("raw", "chat"):
-            asked = [q for q in self.questions if q.prompt_format == prompt_format]
+        formats: tuple[PromptFormat, ...] = ("raw", "chat")
+        for form in formats:
+            asked = [q for q in self._questions if q.prompt_format == form]
             if asked:
-                given = generate_answers(
-                    model,
-                    self.tokenizer,
-                    [q.prompt for q in asked],
-                    self.max_new_tokens,
-                    prompt_format=prompt_format,
-                )
+                prompts = [q.prompt for q in asked]
+                given = generate_answers(model, self._tokenizer, prompts, self.max_new_tokens, prompt_format=form)
                 texts.update({q: answer.text for q, answer in zip(asked, given, strict=True)})
-        return [texts[q] for q in self.questions]
+        return [texts[q] for q in self._questions]
 
 
-def questions_about(request: EditRequest, *, chat: bool) -> list[EffectQuestion]:
+def questions_about(
+    request: EditRequest, others: Sequence[str] = OTHER_SUBJECTS, *, chat: bool
+) -> list[EffectQuestion]:
     """What is asked because of one request.
 
     Its own paraphrases and locality probes come first; without the latter, the prompt is asked of other subjects.
 
     Args:
         request: one fact.
+        others: these other subjects.
         chat: ask it as a user would, too.
     """
     prompt, target = request.filled_prompt, request.target_new
@@ -245,8 +234,8 @@ def questions_about(request: EditRequest, *, chat: bool) -> list[EffectQuestion]
         return questions
     if not request.locality:
         before, after = request.template.split("{}")
-        others = [name for name in OTHER_SUBJECTS if name.lower() not in prompt.lower()]
-        questions += [EffectQuestion("neighbour", before + name + after) for name in others]
+        absent = [name for name in others if name.lower() not in prompt.lower()]
+        questions += [EffectQuestion("neighbour", before + name + after) for name in absent]
         questions.append(EffectQuestion("same subject", f"{request.subject} is known for"))
     name = request.subject
     questions.append(EffectQuestion("name", f"Name: {name}\nName: {name}\nName:", wanted=name))

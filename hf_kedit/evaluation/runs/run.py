@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ...engine.devices import PeakMemory, synchronise
 from ...engine.forward import device_of
 from ...errors import EditFailedError, EvaluationError, RequestError
 from ...logging import get_logger, progress_bar
@@ -269,12 +268,8 @@ class Run:
         if self.setting == SAVED:  # they are there already
             self.costs |= {case.number: Cost() for case in unit}
             return
-        device = device_of(self.base)
-        on_gpu = device.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        allocated = torch.cuda.memory_allocated(device) if on_gpu else 0
+        synchronise(self.base)
+        memory = PeakMemory(self.base)
         began = time.perf_counter()
         try:
             result = self.model.edit([case.request for case in unit], batch_size=len(unit), show_progress=False)
@@ -285,11 +280,10 @@ class Run:
             for case in unit:
                 self.leave_out(case, error)
             return
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronise(self.base)
         seconds = time.perf_counter() - began
-        peak = int(torch.cuda.max_memory_allocated(device)) if on_gpu else None
-        extra = None if peak is None else peak - allocated
+        peak = memory.read()
+        extra = None if peak is None else peak - memory.before
         share = seconds / len(unit)
         self.note(unit, result, Cost(share_of_call=share, peak_memory_bytes=peak, extra_memory_bytes=extra))
 

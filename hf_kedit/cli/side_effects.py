@@ -1,0 +1,62 @@
+"""What an edit broke, as people see it: one row per kind of question, red where it hurts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..evaluation import SideEffectReport, SideEffects
+
+GENERAL_IN_WORLD, OTHERS_IN_WORLD = 40, 6
+_ROWS = {
+    "fact": "says the new target",
+    "paraphrase": "in other words",
+    "chat": "asked in chat",
+    "neighbour": "same question, other subjects",
+    "same subject": "other facts of the subject",
+    "name": "copies the subject's name",
+    "general": "nothing to do with it",
+}
+
+
+def watcher(model: str) -> SideEffects:
+    """What `kedit edit` asks a model: of an embedded model, prompts of its own world; of others, general ones.
+
+    Args:
+        model: its name as the user gave it.
+    """
+    from .. import embedded
+    from ..evaluation import SideEffects
+
+    if not embedded.is_embedded(model):
+        return SideEffects()
+    from ..data import load_edit_dataset
+    from ..requests import load_requests
+
+    facts = load_requests(load_edit_dataset("world", split="validation", limit=GENERAL_IN_WORLD + OTHERS_IN_WORLD))
+    general = [fact.filled_prompt for fact in facts[OTHERS_IN_WORLD:]]
+    return SideEffects(general=general, others=[str(fact.subject) for fact in facts[:OTHERS_IN_WORLD]])
+
+
+def show_side_effects(console: Console, report: SideEffectReport) -> None:
+    """Print a compact table, and the harm in red."""
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    table.add_column("by generation", no_wrap=True)
+    table.add_column("good", no_wrap=True)
+    table.add_column("for example", no_wrap=True, overflow="ellipsis", ratio=1)
+    for kind, meaning in _ROWS.items():
+        answers = report.of(kind)  # type: ignore[arg-type]
+        if not answers:
+            continue
+        good = sum(a.good for a in answers)
+        bad = next((a for a in answers if not a.good), None)
+        example = "" if bad is None else f"{bad.before[:24]!r} → {bad.after[:24]!r} ({bad.question.prompt!r})"
+        style = "" if bad is None else "yellow"
+        table.add_row(meaning, f"{good} of {len(answers)}", escape(example), style=style)
+    console.print(table)
+    for sentence in report.harm:
+        console.print(f"harm: {sentence}", style="bold red")
