@@ -423,6 +423,19 @@ def test_batches_say_what_stays(world_gpt2: EditableModel, caplog: pytest.LogCap
     assert nothing is None and len(edited.edits) == 3
 
 
+def test_hyperparameters_that_scripts_look_into(world_gpt2: EditableModel, caplog: pytest.LogCaptureFixture) -> None:
+    simie = easyedit.SimIEHyperParams(alg_name="SimIE", base_method="FT", model_name="gpt2", lamHyper=10.0)
+    assert simie.base_hparams.model_name == "gpt2" and simie.base_hparams.alg_name == "FT"
+    assert BaseEditor(simie, world_gpt2).config.base["edit_type"] == "ft-l"  # type: ignore[attr-defined]
+    assert not hasattr(simie, "nothing")
+    wise = HyperParams(alg_name="WISE", n_iter=1, layers=[4], context_templates=["{}"])
+    editor = BaseEditor(wise, world_gpt2)
+    texts = ["who plays the flute Berta"]
+    editor.edit(prompts="Otto is a", target_new="cook", loc_prompts=texts, verbose=False)
+    assert editor.config.irrelevant_texts == texts and "loc_prompts" not in caplog.text  # type: ignore[attr-defined]
+    world_gpt2.rollback("all")
+
+
 @pytest.mark.parametrize("missing", [None, [None], [""]])
 def test_a_probe_without_an_answer_is_told(
     missing: Any, world_gpt2: EditableModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from ...data.easyedit import from_easyedit, from_easyedit_requests
 from ...errors import ConfigError, NoCounterpartError
 from ...evaluation import evaluate_edits
 from ...logging import get_logger, warn_once
+from ...methods.wise import WISEConfig
 from ...model import EditableModel
 from ...requests import EditRequest
 from .facts import Facts
@@ -230,10 +231,12 @@ class BaseEditor:
 
     def _use_hparams(self, train_ds: Facts | Sequence[Any] | None, other: Mapping[str, Any]) -> None:
         """Take over what a script has changed, and say which arguments count for nothing."""
-        for name, value in other.items():
-            if name != "keep_original_weight" and value is not None:  # the original weights are always kept
-                logger.warning("the argument %r has no meaning here and is ignored", name)
         values = values_of(self.hparams)
+        for name, value in other.items():
+            if name == "loc_prompts" and value and isinstance(self.config, WISEConfig):
+                values.setdefault("irrelevant_texts", list(value))
+            elif name != "keep_original_weight" and value is not None:  # the original weights are always kept
+                logger.warning("the argument %r has no meaning here and is ignored", name)
         if train_ds is not None:
             values.setdefault("demonstrations", demonstrations_of(train_ds))
         if values != self._seen:

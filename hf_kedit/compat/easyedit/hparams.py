@@ -31,10 +31,11 @@ class HyperParams(SimpleNamespace):
 
     from_json = from_hparams
 
-    @property
-    def base_hparams(self) -> HyperParams:
-        """SimIE's base method, which edits the same model."""
-        return HyperParams(**{**vars(self), "alg_name": vars(self).get("base_method")})
+    def __getattr__(self, name: str) -> Any:
+        """``base_hparams`` of SimIE, which EasyEdit reads from another file: its base method edits the same model."""
+        if name == "base_hparams":
+            return HyperParams(**{**vars(self), "alg_name": vars(self).get("base_method")})
+        raise AttributeError(f"these hyperparameters have no {name!r}")
 
 
 def values_of(hparams: HyperParams | Mapping[str, Any]) -> dict[str, Any]:
