@@ -5,7 +5,6 @@ The run is here, what it looks like in `demo_view`. Every figure is of this one 
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import typer
 
 from .. import logging as kedit_logging
 from ..errors import DataError, EvaluationError
+from ..storage.parsing import as_mapping, parse_json
 from .demo_view import Answers, DemoView, opening
 from .models import DeviceOption, Dtype, DtypeOption, SetOption, hush_transformers, open_model
 from .output import DebugOption, Format, FormatOption, command, console, emit
@@ -341,5 +341,5 @@ def finish_reload(process: subprocess.Popen[str] | None) -> dict[str, Any] | Non
     if process.returncode != 0:
         lines = err.strip().splitlines() or ["no message"]
         raise EvaluationError(f"loading the saved edit in a fresh process failed: {lines[-1]}")
-    said: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-    return said
+    what = "what the fresh process says"
+    return as_mapping(parse_json(out.strip().rpartition("\n")[2], what, EvaluationError), what, EvaluationError)

@@ -16,6 +16,7 @@ import typer
 from .. import logging as kedit_logging
 from ..config import EditConfig, config_class, read_mapping
 from ..errors import ArtifactError, ConfigError, KeditError
+from ..storage.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from ..artifact.layout import Artifact
@@ -116,17 +117,15 @@ def parse_settings(settings: Sequence[str] | None, option: str = "--set") -> dic
     Raises:
         typer.BadParameter: for a text without ``=`` or a value that is not YAML.
     """
-    import yaml
-
     values: dict[str, Any] = {}
     for text in settings or ():
         key, sign, value = text.partition("=")
         if not sign or not key.strip():
             raise typer.BadParameter(f"{text!r} is not of the form KEY=VALUE", param_hint=option)
         try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise typer.BadParameter(f"{text!r}: the value is not valid YAML", param_hint=option) from error
+            values[key.strip()] = parse_yaml(value, f"the value of {key.strip()!r}", ConfigError)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error), param_hint=option) from error
     return values
 
 

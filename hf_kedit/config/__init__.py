@@ -9,6 +9,7 @@ from .base import (
     EditConfig,
     ModelProfile,
     WeightConfig,
+    coerce_fields,
     config_class,
     register_config,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "EditConfig",
     "ModelProfile",
     "WeightConfig",
+    "coerce_fields",
     "config_class",
     "normalise",
     "read_mapping",

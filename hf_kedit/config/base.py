@@ -21,6 +21,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from ..errors import ConfigError, LayerError, nearest
 from ..logging import get_logger, info_once, warn_once
 from ..registry import CONFIGS, normalise
+from ..text.scripts import HALF, is_writable
 from .easyedit import convert_hparams
 from .hparams import find_hparams, read_mapping
 
@@ -126,13 +127,15 @@ class EditConfig(metaclass=_OldNames):
         return made
 
     def __post_init__(self) -> None:
-        kind: Any = type(self)
-        for name, adapter in _adapters(kind).items():
-            try:
-                setattr(self, name, adapter.validate_python(getattr(self, name)))
-            except ValidationError as error:
-                raise ConfigError(_what_is_wrong(f"{type(self).__name__}.{name}", error)) from error
+        coerce_fields(self)
         self.validate()
+        for name, value in self.to_dict().items():  # what could be edited with but never be saved
+            try:
+                writable = is_writable(json.dumps(value, ensure_ascii=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(f"{type(self).__name__}.{name} cannot be saved as JSON: {error}") from error
+            if not writable:
+                raise ConfigError(f"{type(self).__name__}.{name} {HALF}")
 
     def validate(self) -> None:
         """Check what the types of the fields do not say; subclasses extend it.
@@ -368,6 +371,20 @@ def config_class(method: str) -> type[EditConfig]:
 
 
 # ---------------------------------------------------------------------- helpers
+
+
+def coerce_fields(values: Any) -> None:
+    """Check the fields of a dataclass against their types, and turn what can be turned (``"5e-4"`` into a number).
+
+    Raises:
+        ConfigError: naming class, field, value and what is wrong with it.
+    """
+    kind: Any = type(values)
+    for name, adapter in _adapters(kind).items():
+        try:
+            setattr(values, name, adapter.validate_python(getattr(values, name)))
+        except ValidationError as error:
+            raise ConfigError(_what_is_wrong(f"{kind.__name__}.{name}", error)) from error
 
 
 @cache

@@ -8,14 +8,12 @@ folder ``TRAINING`` holds plans for training editors instead.
 from __future__ import annotations
 
 import fnmatch
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError
+from ..storage.parsing import as_mapping, parse_json, parse_yaml, read_text
 
 TRAINING = "TRAINING"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -38,7 +36,7 @@ def _files(method: str) -> tuple[tuple[Path, tuple[str, ...], dict[str, Any]], .
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and folder.name.lower() == method.lower():
             for path in sorted(folder.glob("*.yaml")):
-                data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+                data = read_mapping(path)
                 patterns = tuple(str(p).lower() for p in data.pop("match", [path.stem]))
                 files.append((path, patterns, data))
     return tuple(files)
@@ -70,16 +68,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is missing, unreadable or something else.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
-    try:
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{str(path)!r} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"
-        ) from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{str(path)!r} must hold a mapping of names to values")
-    return data
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    return as_mapping(parse(read_text(path, ConfigError), repr(str(path)), ConfigError), repr(str(path)), ConfigError)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..errors import DataError
 from ..requests import SLOT, EditRequest, load_requests
+from ..storage.parsing import parse_yaml
 from .features import blank, probe
 from .loading import register_dataset
 
@@ -37,7 +37,7 @@ def packaged_demonstrations(language: str) -> tuple[EditRequest, ...]:
 
 @functools.cache
 def _read() -> dict[str, list[list[str]]]:
-    content: dict[str, list[list[str]]] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    content: dict[str, list[list[str]]] = parse_yaml(_FILE.read_bytes(), _FILE.name, DataError)
     return content
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import DataError, nearest
 from ..requests import SLOT
+from ..storage.parsing import parse_yaml
 from .features import blank, probe
 from .loading import register_dataset
 
@@ -99,7 +98,7 @@ class Facts:
 @functools.cache
 def get_facts() -> Facts:
     """Read the packaged facts (once)."""
-    content = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    content = parse_yaml(_FILE.read_bytes(), _FILE.name, DataError)
     relations = {
         key: FactRelation(
             entry["subject"], entry["object"], tuple(entry["statements"]), tuple(entry["questions"]), entry["facts"]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import DataError
+from ..storage.parsing import as_mapping, parse_json
 
 _MARK = "hf_kedit load report: "
 
@@ -76,7 +77,8 @@ def load_report(table: Any) -> LoadReport:
     text = getattr(getattr(table, "info", None), "description", None) or ""
     for line in str(text).split("\n"):
         if line.startswith(_MARK):
-            values = json.loads(line[len(_MARK) :])
+            what = "the load report of this table"
+            values = as_mapping(parse_json(line[len(_MARK) :], what, DataError), what, DataError)
             names = {f.name for f in fields(LoadReport)}
             return LoadReport(**{k: v for k, v in values.items() if k in names})
     raise DataError("This table has no load report: it was not made by load_edit_dataset.")

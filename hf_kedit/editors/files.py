@@ -25,6 +25,7 @@ from .. import embedded
 from ..config import CONFIG_NAME
 from ..errors import ArtifactError
 from ..storage.files import FileSource
+from ..storage.parsing import parse_json
 from ..version import __version__
 
 _FORMAT_VERSION = 1
@@ -117,13 +118,11 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
     for name, data in raw.items():
         if data is None:
             raise ArtifactError(f"{source!r} is no trained editor: there is no {name}")
-    try:
-        config = json.loads(raw[CONFIG_NAME] or b"")
-    except ValueError as error:
-        raise ArtifactError(f"{source}: {CONFIG_NAME} is not JSON: {error}") from error
+    config = parse_json(raw[CONFIG_NAME] or b"", f"{source}: {CONFIG_NAME}", ArtifactError)
     if not isinstance(config, dict) or config.get("artifact") != "hypernetwork":
         raise ArtifactError(f"{source}: {CONFIG_NAME} does not describe a trained editor")
-    if int(config.get("format_version", 0)) > _FORMAT_VERSION:
+    version = config.get("format_version", 0)
+    if not isinstance(version, int) or version > _FORMAT_VERSION:
         raise ArtifactError(f"{source}: written by a later version of hf_kedit ({config.get('kedit_version')})")
     weights = raw[_WEIGHTS] or b""
     try:
@@ -139,7 +138,9 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
             files,
             config["files"][_WEIGHTS],
         )
-    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as error:
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"{source}: damaged editor: {error!r}") from error
 
 

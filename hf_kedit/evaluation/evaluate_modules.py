@@ -7,15 +7,15 @@ decides the columns. `evaluate.combine` hands every metric the columns of all of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import datasets
 import evaluate
 
-from ..errors import EvaluationError, check_choice
+from ..errors import DataError, EvaluationError, check_choice
 from ..requests import load_requests
+from ..storage.parsing import parse_json
 from .asking.batching import TOKEN_BUDGET
 from .measures import likelihoods, metrics, texts
 from .protocols.base import Protocol, resolve_protocols
@@ -250,7 +250,7 @@ class Kedit(KeditMetric):
         if model is None or tokenizer is None:
             raise EvaluationError("the metric 'kedit' asks a model: compute(requests=…, model=…, tokenizer=…)")
         (chosen,) = resolve_protocols(protocol)
-        given = load_requests([json.loads(text) for text in requests])
+        given = load_requests([parse_json(text, f"request {i}", DataError) for i, text in enumerate(requests)])
         cases = [Asked(Case(number, request), chosen) for number, request in enumerate(given)]
         queries = queries_of(cases)
         answers = dict(zip(queries, chosen.run(model, tokenizer, queries, None, TOKEN_BUDGET), strict=True))

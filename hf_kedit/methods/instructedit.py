@@ -16,7 +16,6 @@ stored with the editor, and an edit uses them too.
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from ..editors.editor import register_editor
 from ..engine.supervised import Batch
 from ..errors import ConfigError, RequestError, nearest
 from ..requests import EditRequest
+from ..storage.parsing import parse_json
 from .base import Capabilities, Workbench, register_method
 from .mend import MENDConfig, MENDEditor
 from .trained_editor import HyperMethod
@@ -79,7 +79,7 @@ class InstructEditConfig(MENDConfig):
 @cache
 def packaged_tasks() -> Mapping[str, list[str]]:
     """The descriptions that come with the library, by task."""
-    tasks: dict[str, list[str]] = json.loads(embedded.instructions().read_text(encoding="utf-8"))
+    tasks: dict[str, list[str]] = parse_json(embedded.instructions().read_bytes(), "instructions.json", ConfigError)
     return tasks
 
 

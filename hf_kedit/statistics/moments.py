@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from ..errors import ArtifactError, HubError, HubUnreachableError, StatisticsError
 from ..storage.files import FileSource
+from ..storage.parsing import parse_json
 from ..storage.repository import push_files
 from ..version import __version__
 
@@ -78,11 +79,11 @@ class SharedMoments:
 
     def __init__(self, source: FileSource, index: bytes):
         self.source = source
+        content = parse_json(index, f"{source.name}: {INDEX}", ArtifactError)
         try:
-            content = json.loads(index)
             version, self.fingerprint = int(content["format_version"]), str(content["fingerprint"])
             self.model, self.modules = str(content["model"]), dict(content["modules"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ArtifactError(f"{source.name}: {INDEX} is damaged: {error!r}") from error
         if version > _FORMAT_VERSION:
             raise ArtifactError(f"{source.name}: {INDEX} is of the newer format {version}; upgrade hf_kedit")

@@ -110,7 +110,7 @@ def parse_csv(lines: Iterable[str], what: str, error: type[KeditError]) -> Itera
                 raise error(f"{what}, line {reader.line_num}: the row has more cells than the header")
             yield {name: cell or "" for name, cell in row.items()}
     except csv.Error as reason:
-        raise error(f"{what}, line {reader.line_num}: not CSV ({reason})") from reason
+        raise error(f"{what}, line {reader.line_num + 1}: not CSV ({reason})") from reason
 
 
 def as_mapping(value: Any, what: str, error: type[KeditError]) -> dict[str, Any]:

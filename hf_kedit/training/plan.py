@@ -16,20 +16,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import torch
 from datasets import interleave_datasets
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from ..config import config_class, read_mapping
+from ..config import coerce_fields, config_class, read_mapping
 from ..data import load_edit_dataset
 from ..editors.editor import editor_class
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, KeditError, nearest
 from ..loading import load_base, load_tokenizer
 from ..requests import EditRequest, load_requests
+from ..storage.parsing import parse_yaml
 from .arguments import EditTrainingArguments
 from .trainer import EditTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_DATA: dict[str, Any] = {
+    "dataset": str | list[str],
+    "path": str,
+    "train": str,
+    "eval": str,
+    "eval_size": NonNegativeInt,
+    "train_seeds": PositiveInt,
+    "weights": list[PositiveFloat],
+}
+"""What the entries of ``data`` must be."""
 
 
 @dataclass
@@ -58,7 +72,19 @@ class TrainingPlan:
     training: dict[str, Any]
     editor: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
-    device_map: str | None = None
+    device_map: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ConfigError(f"TrainingPlan.dtype = {self.dtype!r}: torch has no such number format; 'float32', say")
+        for name, kind in _DATA.items():
+            if name in self.data:
+                try:
+                    TypeAdapter(kind).validate_python(self.data[name], strict=True)
+                except ValidationError as error:
+                    reason = error.errors()[0]["msg"]
+                    raise ConfigError(f"TrainingPlan.data: {name} = {self.data[name]!r}: {reason}") from error
 
     @classmethod
     def from_file(cls, path: str | Path, **changes: Any) -> TrainingPlan:
@@ -69,7 +95,8 @@ class TrainingPlan:
         """
         values = read_mapping(Path(path))
         for name, value in changes.items():
-            values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+            known = values.get(name)
+            values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -96,7 +123,11 @@ class TrainingPlan:
         if len(names) != len(values) or not all(name.startswith("--") for name in names):
             raise ConfigError("options are pairs: --name value, with the name of a training argument")
         return cls.from_file(
-            path, training={n.removeprefix("--"): yaml.safe_load(v) for n, v in zip(names, values, strict=True)}
+            path,
+            training={
+                n.removeprefix("--"): parse_yaml(v, f"the value of {n}", ConfigError)
+                for n, v in zip(names, values, strict=True)
+            },
         )
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -115,7 +146,12 @@ class TrainingPlan:
         for name in self.training:
             if name not in known:
                 raise ConfigError(f"EditTrainingArguments has no field {name!r}.{nearest(name, known)}")
-        return EditTrainingArguments(**self.training)
+        try:
+            return EditTrainingArguments(**self.training)
+        except (TypeError, ValueError, ImportError) as error:
+            if isinstance(error, KeditError):
+                raise
+            raise ConfigError(f"TrainingPlan.training: {error}") from error
 
     def trainer(
         self, train: Sequence[EditRequest] | None = None, held_out: Sequence[EditRequest] | None = None
@@ -143,7 +179,7 @@ class TrainingPlan:
 
     def eval_facts(self) -> list[EditRequest] | None:
         """The facts to measure on; ``None`` if nothing is to be measured."""
-        size = int(self.data.get("eval_size", 100))
+        size = self.data.get("eval_size", 100)
         return self._facts(self.data.get("eval", "validation"))[:size] if size else None
 
     def _facts(self, split: str, **options: Any) -> list[EditRequest]:

@@ -497,6 +497,12 @@ def test_convert_hparams(kedit: Run, tmp_path: Path) -> None:
     assert "edit_type: ft-l" in shown.stdout and "not carried over: device" in shown.stderr
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5_000, "a: [", "!!bool maybe", "2024-01-01"])
+def test_a_value_that_cannot_be_read(kedit: Run, value: str) -> None:
+    result = kedit("edit", *MODEL, "--method", "ft-m", *ONE, "--set", f"lr={value}")
+    assert result.exit_code == 2 and "the value of 'lr'" in " ".join(result.stderr.split())
+
+
 def test_set_takes_the_old_name_of_a_field(kedit: Run, tmp_path: Path) -> None:
     """For a fresh config, and on top of the one that saved edits bring."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -99,6 +99,23 @@ def test_an_empty_list_is_no_way_to_say_default(method: str, field: str) -> None
         AutoEditConfig.for_method(method, **{field: []})
 
 
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("rome", "separator", "\ud83d"),
+        ("memit", "context_templates", ["{}", "\ud83d {}"]),
+        ("rome", "stats_dataset", "\ud83d.txt"),
+        ("ike", "demonstrations", [{"prompt": "\ud83d", "target_new": "x"}]),
+        ("ike", "demonstrations", [{"prompt": Path("x"), "target_new": "x"}]),
+        ("simie", "base", {"edit_type": "rome", "separator": "\ud83d"}),
+    ],
+)
+def test_what_could_never_be_saved_is_refused_when_the_config_is_made(method: str, field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=r"surrogate|JSON") as caught:
+        AutoEditConfig.for_method(method, **{field: value})
+    str(caught.value).encode("utf-8")
+
+
 # ---------------------------------------------------------------------- old names
 
 

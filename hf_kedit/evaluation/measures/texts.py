@@ -6,7 +6,6 @@ Word splitting is always named, because it moves the numbers. What is undefined 
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
 import unicodedata
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import DataError, EvaluationError, check_choice, require_extra
+from ...storage.parsing import parse_json, read_text
 from ...text.scripts import is_cjk
 
 Words = Callable[[str], list[str]]
@@ -252,11 +252,12 @@ def read_vectorizer(folder: str | Path) -> tuple[dict[str, int], list[float]]:
         DataError: if a file is missing or they do not belong together.
     """
     try:
-        vocabulary = json.loads((Path(folder) / "tfidf_vocab.json").read_text(encoding="utf-8"))
+        vocabulary = parse_json(read_text(Path(folder) / "tfidf_vocab.json", DataError), "tfidf_vocab.json", DataError)
         idf = np.load(Path(folder) / "idf.npy").astype(float).tolist()
     except (OSError, ValueError) as error:
         raise DataError(f"{str(folder)!r} must hold tfidf_vocab.json and idf.npy of CounterFact: {error}") from error
-    if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(idf))):
+    places = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    if not all(type(place) is int for place in places) or sorted(places) != list(range(len(idf))):
         raise DataError(f"{str(folder)!r}: tfidf_vocab.json and idf.npy do not belong together")
     return vocabulary, idf
 
