@@ -444,7 +444,7 @@ def test_a_probe_without_an_answer_is_told(
     editor = BaseEditor(HyperParams(**FT), world_gpt2)
     probes = {"near": {"prompt": ["Berta is a"], "ground_truth": missing}}
     metrics, _, _ = editor.edit(prompts=["Otto is a"], target_new=["cook"], locality_inputs=probes, verbose=False)
-    assert "locality_inputs['near']" in caplog.text and "near_acc" not in metrics[0]["post"].get("locality", {})
+    assert "locality 'near'" in caplog.text and "near_acc" not in metrics[0]["post"].get("locality", {})
 
 
 def test_request_dicts(world_gpt2: EditableModel) -> None:

@@ -16,7 +16,7 @@ from ...config.easyedit import convert_hparams
 from ...data.easyedit import from_easyedit, from_easyedit_requests
 from ...errors import ConfigError, NoCounterpartError
 from ...evaluation import evaluate_edits
-from ...logging import get_logger, warn_once
+from ...logging import get_logger
 from ...methods.wise import WISEConfig
 from ...model import EditableModel
 from ...requests import EditRequest
@@ -202,7 +202,6 @@ class BaseEditor:
     ) -> Edited:
         """Make the edits in batches of ``size``, measure them, and leave those of the last batch at least."""
         self._use_hparams(train_ds, other)
-        _tell_unanswered(requests)
         together = sequential or len(requests) <= size
         last = requests[(len(requests) - 1) // size * size :]
         if not together:
@@ -302,19 +301,3 @@ def apply_to_model(
     editor = BaseEditor(hparams, model)
     editor.model.edit(from_easyedit_requests(requests))
     return editor.model, editor._originals()
-
-
-def _tell_unanswered(requests: Sequence[EditRequest]) -> None:
-    """Warn of probes that no number can be given for."""
-    for section in ("locality", "portability"):
-        axes = {
-            axis
-            for request in requests
-            for axis, probes in getattr(request, section).items()
-            if any(not probe.answers for probe in probes)
-        }
-        for axis in sorted(axes):
-            warn_once(
-                logger,
-                f"{section}_inputs[{axis!r}]: prompts without an answer are not measured; give their ground_truth",
-            )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import EvaluationError
+from ...logging import get_logger, warn_once
 from ...requests import EditRequest
 from ..asking.generation import Continuation
 from ..asking.scoring import Unscored
@@ -18,6 +19,7 @@ from ..protocols.base import Output, Protocol, Query, Question
 from ..report.case_result import CaseResult, Cost, Half, easyedit_request
 from .plan import Case
 
+logger = get_logger(__name__)
 STANDARD = ("rewrite", "rephrase", "locality", "portability")
 """Sections whose scores stand under their own name; other protocols name theirs in `Protocol.details`."""
 Answers = Mapping[Query, Output]
@@ -70,6 +72,8 @@ class Asked:
         for question in protocol.questions(case.request):
             queries = protocol.queries(question)
             self.exchanges.append(Exchange(question, queries, queries))
+            if not question.groups and (question.section == "portability" or not queries):
+                _tell_unanswered(question, protocol)
 
     def pose(self, transform: PromptTransform) -> None:
         """Change what is asked after the edit."""
@@ -154,6 +158,16 @@ class Asked:
                 for (section, key), value in protocol.details(question, outputs, score).items():
                     half.add_number(section, key, value)
         return ""
+
+
+def _tell_unanswered(question: Question, protocol: Protocol) -> None:
+    """Say once per axis that probes without an answer give no number."""
+    other = "; protocol 'generation' compares what is said before and after" if question.section == "locality" else ""
+    warn_once(
+        logger,
+        f"{question.section} {question.axis!r}: probes without an answer (ground_truth) are not measured under"
+        f" protocol {protocol.name!r}{other}",
+    )
 
 
 def queries_of(group: Iterable[Asked], *, posed: bool = False) -> list[Query]:

@@ -307,3 +307,17 @@ def test_what_a_method_learns_is_taken_back_too(world_gpt2, cache):
     assert again.summary()["post"] == reports[0].summary()["post"]
     evaluate_edits(world_gpt2, facts, setting="sequential", keep_edits=True, cache=cache, progress=False)
     assert world_gpt2.method_state() and len(world_gpt2.edits) == 2
+
+
+@pytest.mark.parametrize("answer", ["missing", None, [None], [""], []])
+def test_probes_without_an_answer_do_not_vanish_in_silence(editable, rows, cache, caplog, monkeypatch, answer):
+    monkeypatch.setattr("hf_kedit.logging._said", set())
+    probe = {"prompt": "Ada Bell was"} | ({} if answer == "missing" else {"ground_truth": answer})
+    row = {"prompt": "Jan Mol works for", "target_new": "Rome"}
+    row |= {"locality": {"near": [probe]}, "portability": {"hop": probe}}
+    report = evaluate_edits(editable, [row, row | {"target_new": "Oslo"}], protocol=BOTH, cache=cache)
+    said = sorted(r.getMessage() for r in caplog.records if "without an answer" in r.getMessage())
+    assert [text.split(":")[0] for text in said] == ["locality 'near'", "portability 'hop'", "portability 'hop'"]
+    assert "'generation' compares" in said[0]
+    per_axis = report.summary("teacher_forced")["post"]["per_axis"], report.summary("generation")["post"]["per_axis"]
+    assert [axes.get("locality", {}).keys() for axes in per_axis] == [set(), {"near"}]
