@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..requests import SLOT
 from ..storage.records import read_records
+from ..text.subjects import find_subject
 from .counterfact import flat_columns, rome_columns
 from .loading import register_records
 from .normalise import RawRow, Record, fill_slots, make_probe, make_row
@@ -95,7 +97,9 @@ def plus_row(
         portability += make_probe(hop, "One_Hop", hop.text("New Question"), answer)
         if "Recalled Relation" in hop:
             extra["recalled_relation"] = hop.text("Recalled Relation")
-    template = extra.get("template") or (columns["prompt"].replace(subject, "{}") if subject else columns["prompt"])
+    span = find_subject(columns["prompt"], subject) if subject else None
+    slotted = columns["prompt"] if span is None else columns["prompt"][: span[0]] + SLOT + columns["prompt"][span[1] :]
+    template = extra.get("template") or slotted
     for other in record.texts("alternative_subject"):
         portability += make_probe(record, "Subject_Replace", fill_slots(template, other), [[new]])
     for question in record.texts("alter_subject_question"):
