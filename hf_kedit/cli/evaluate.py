@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
 
 
-class Setting(StrEnum):
-    """How edits follow one another."""
+class SettingChoice(StrEnum):
+    """How edits follow one another: `Setting` of the evaluation without saved edits, for which there is --no-edit."""
 
     single = "single"
     batch = "batch"
@@ -83,12 +83,12 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the first so many rows.")] = None,
     setting: Annotated[
-        Setting,
+        SettingChoice,
         typer.Option(
             "--setting",
             help="Undo each edit before the next one; or batch by batch; or keep all.",
         ),
-    ] = Setting.single,
+    ] = SettingChoice.single,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", min=1, help="Edits made together (batch, sequential).")
     ] = None,
@@ -152,7 +152,7 @@ def evaluate(
         raise typer.BadParameter("name the dataset whose file or options these are", param_hint="--dataset")
     if no_edit and (method or config or set_ or layers or seed is not None):
         raise typer.BadParameter("with --no-edit no method is used; leave its options out", param_hint="--no-edit")
-    if no_edit and (batch_size or setting is not Setting.single or when or at or shard):
+    if no_edit and (batch_size or setting is not SettingChoice.single or when or at or shard):
         raise typer.BadParameter("with --no-edit the edits are measured as they are", param_hint="--no-edit")
     for option, file in (("--output", output), ("--html", html)):
         if file is not None and file.is_dir():

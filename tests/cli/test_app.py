@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from hf_kedit import __version__
+from hf_kedit.cli.evaluate import SettingChoice, When
 from hf_kedit.cli.models import parse_layers, parse_settings
+from hf_kedit.evaluation.runs.plan import SAVED, SETTINGS, TIMES
 
 from .conftest import Run
 
@@ -29,6 +31,11 @@ def test_every_command_has_help_and_formats(kedit: Run, name: str) -> None:
     result = kedit(name, "--help")
     assert result.exit_code == 0
     assert "--format" in result.stdout
+
+
+def test_options_offer_what_the_evaluation_knows() -> None:
+    assert [s.value for s in SettingChoice] == [s for s in SETTINGS if s != SAVED]
+    assert [w.value for w in When] == list(TIMES)
 
 
 def test_version(kedit: Run) -> None:

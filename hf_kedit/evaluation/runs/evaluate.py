@@ -27,6 +27,7 @@ from .plan import (
     SEQUENTIAL,
     SETTINGS,
     Case,
+    Setting,
     check_requests,
     make_plan,
     make_units,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from ...journal import EditResult
     from ...model import EditableModel
     from ...requests import EditRequest
-
-Setting = Literal["single", "batch", "sequential", "saved"]
 
 
 def evaluate_edits(

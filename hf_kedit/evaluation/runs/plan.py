@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...errors import EvaluationError, check_choice
 from ...requests import EditRequest, load_requests, read_rows
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ...model import EditableModel
 
 SEQUENTIAL, SAVED = "sequential", "saved"
-SETTINGS = ("single", "batch", SEQUENTIAL, SAVED)
+Setting = Literal["single", "batch", "sequential", "saved"]
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
 TIMES = ("immediate", "final")
 """When a sequence may be measured, besides at checkpoints."""
 
