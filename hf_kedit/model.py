@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import embedded
+from .anatomy.switching import uninterrupted
 from .artifact.layout import Artifact
 from .artifact.lora_exchange import LoraExchange
 from .artifact.packs import Packs
@@ -21,7 +22,6 @@ from .artifact.sharing import Sharing
 from .artifact.writing import save_artifact
 from .config import EditConfig
 from .editing import Editing
-from .engine.weights import uninterrupted
 from .loading import hub_options, load_base, load_tokenizer
 from .statistics.corpora import Corpus
 from .storage.repository import cached_commit

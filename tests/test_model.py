@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 import warnings
 from typing import Any
 
@@ -211,44 +209,6 @@ def test_a_failure_in_the_middle_of_a_list_undoes_the_whole_call(
     result = world_gpt2.edit(facts(4, start=1), on_error="skip")
     assert len(result.edits) == 3 and len(result.failed) == 1
     assert result.failed[0][0].filled_prompt == facts(4, start=1)[2].filled_prompt
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_ctrl_c_at_any_moment_leaves_the_model_as_it_was(method: str) -> None:
-    model = EditableModel.from_pretrained("kedit/world-gpt2", method)
-    model.edit(facts(1))  # also warms the caches
-    digest, journal = model_digest(model.base_model), [e.id for e in model.edits]
-    flags = [p.requires_grad for p in model.base_model.parameters()]
-    started = time.perf_counter()
-    model.rollback(model.edit(facts(2, start=1), batch_size=1).ids)
-    duration = time.perf_counter() - started
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    previous_int = signal.signal(signal.SIGINT, interrupt)
-    interrupted = 0
-    try:
-        for part in range(10):
-            signal.setitimer(signal.ITIMER_REAL, max(duration * (part + 0.5) / 10, 1e-3))
-            try:
-                done = model.edit(facts(2, start=1), batch_size=1)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                model.rollback(done.ids)
-            except KeyboardInterrupt:
-                interrupted += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            assert model_digest(model.base_model) == digest
-            assert [e.id for e in model.edits] == journal
-            assert [p.requires_grad for p in model.base_model.parameters()] == flags
-            assert not any("forward" in m.__dict__ for m in model.base_model.modules())
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        signal.signal(signal.SIGINT, previous_int)
-    assert interrupted >= 3
 
 
 def test_editing_leaves_no_trace_beside_the_weights(world_llama: EditableModel) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..errors import AnatomyError, UnsupportedModelError
 from ..logging import get_logger, warn_once
 from .experts import is_linear_memory, routing_of
 from .outputs import block_output, hooks, module_input, replace_block_output
-from .probing import dense_weight, forward, sample_ids, tolerance_of, undisturbed, wide_copy
+from .probing import dense_weight, evaluating, forward, sample_ids, tolerance_of, wide_copy
 from .structure import norm_candidates
 from .types import Anatomy, GateHalf, LayerAnatomy, Projection
 
@@ -79,7 +80,8 @@ def check_anatomy(model: nn.Module, anatomy: Anatomy, input_ids: torch.Tensor | 
             ``k Wᵀ + b``, projections are called in an impossible order, or the blocks' outputs are not the hidden
             states the model reports.
     """
-    with undisturbed(model):
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad():
         ids = sample_ids(model, anatomy, input_ids)
         checker = _Checker(model, anatomy, ids)
         return checker.check()
@@ -116,7 +118,7 @@ class _Checker:
     def _observe(self) -> tuple[_Seen, Any]:
         seen = _Seen()
 
-        def watch(path: str, *, keep: bool = True, raw: bool = False) -> RemovableHandle:
+        def watch(path: str, *, keep: bool = True, raw: bool = False) -> Callable[[], RemovableHandle]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 given = module_input(args, kwargs)
                 tensor = block_output(output)
@@ -132,31 +134,31 @@ class _Checker:
                     seen.outputs[path] = wide_copy(tensor)
                     seen.inputs.update({path: seen.last_inputs[path]} if path in seen.last_inputs else {})
 
-            return self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+            return partial(self.model.get_submodule(path).register_forward_hook, hook, with_kwargs=True)
 
-        with hooks() as add:
-            for layer in self.anatomy.layers:
-                add(watch(layer.path, raw=layer.index == self.anatomy.num_layers - 1))
-                for path in dict.fromkeys(p.path for p in (*layer.ups, *((layer.down,) if layer.down else ()))):
-                    add(watch(path))
-                if layer.attention is not None:
-                    add(watch(layer.attention))
-                    for projection in self._inside(layer, layer.attention):
-                        add(watch(projection.path, keep=projection.out_features == self.anatomy.hidden_size))
-                if layer.experts is not None:
-                    add(self._watch_experts(layer.experts.path, seen))
-            for path in self._norms():
-                add(watch(path))
+        watched: list[Callable[[], RemovableHandle]] = []
+        for layer in self.anatomy.layers:
+            watched.append(watch(layer.path, raw=layer.index == self.anatomy.num_layers - 1))
+            for path in dict.fromkeys(p.path for p in (*layer.ups, *((layer.down,) if layer.down else ()))):
+                watched.append(watch(path))
+            if layer.attention is not None:
+                watched.append(watch(layer.attention))
+                for projection in self._inside(layer, layer.attention):
+                    watched.append(watch(projection.path, keep=projection.out_features == self.anatomy.hidden_size))
+            if layer.experts is not None:
+                watched.append(self._watch_experts(layer.experts.path, seen))
+        watched += [watch(path) for path in self._norms()]
+        with hooks(*watched):
             output = forward(self.model, self.anatomy, self.ids, hidden_states=True)
         return seen, output
 
-    def _watch_experts(self, path: str, seen: _Seen) -> RemovableHandle:
+    def _watch_experts(self, path: str, seen: _Seen) -> Callable[[], RemovableHandle]:
         def hook(bank: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tensor, routing = block_output(output), routing_of(args, kwargs)
             if routing is not None and is_linear_memory(bank, routing, tensor, self.tolerance):
                 seen.memories.add(path)
 
-        return self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+        return partial(self.model.get_submodule(path).register_forward_hook, hook, with_kwargs=True)
 
     def _inside(self, layer: LayerAnatomy, path: str) -> list[Projection]:
         return [p for p in layer.projections if p.path.startswith(path + ".")]
@@ -325,38 +327,39 @@ class _Checker:
         rows, width = len(layers) + 1, self.ids.shape[1]
         added: dict[str, torch.Tensor] = {}
         moved: dict[str, torch.Tensor] = {}
-        with hooks() as add:
-            for row, layer in enumerate(layers, start=1):
-                # As large as the stream itself: well above rounding, and enough to show a normalisation.
-                size = max(float(seen.outputs[layer.path].square().mean().sqrt()), 1e-6)
+        disturbing: list[Callable[[], RemovableHandle]] = []
+        for row, layer in enumerate(layers, start=1):
+            # As large as the stream itself: well above rounding, and enough to show a normalisation.
+            size = max(float(seen.outputs[layer.path].square().mean().sqrt()), 1e-6)
 
-                def at_site(
-                    _: Any,
-                    __: Any,
-                    output: Any,
-                    *,
-                    path: str = layer.path,
-                    row: int = row,
-                    size: float = size,
-                ) -> Any:
-                    if path in added:
-                        return None  # a block that runs several times is disturbed once
-                    tensor = block_output(output)
-                    new = tensor.clone(memory_format=torch.contiguous_format)
-                    view = new if new.dim() == 3 else new.view(rows, -1, new.shape[-1])
-                    before = wide_copy(view[row])
-                    view[row] += size * _signs(before.shape).to(new)
-                    # What was really added, after rounding to the dtype of the activations.
-                    added[path] = wide_copy(view[row]) - before
-                    return replace_block_output(output, new)
+            def at_site(
+                _: Any,
+                __: Any,
+                output: Any,
+                *,
+                path: str = layer.path,
+                row: int = row,
+                size: float = size,
+            ) -> Any:
+                if path in added:
+                    return None  # a block that runs several times is disturbed once
+                tensor = block_output(output)
+                new = tensor.clone(memory_format=torch.contiguous_format)
+                view = new if new.dim() == 3 else new.view(rows, -1, new.shape[-1])
+                before = wide_copy(view[row])
+                view[row] += size * _signs(before.shape).to(new)
+                # What was really added, after rounding to the dtype of the activations.
+                added[path] = wide_copy(view[row]) - before
+                return replace_block_output(output, new)
 
-                def after(_: Any, __: Any, output: Any, *, path: str = layer.path, row: int = row) -> None:
-                    tensor = block_output(output)
-                    if path not in moved and tensor.dim() == 3:  # not several streams on a leading axis
-                        moved[path] = wide_copy(tensor[row]) - wide_copy(tensor[0])
+            def after(_: Any, __: Any, output: Any, *, path: str = layer.path, row: int = row) -> None:
+                tensor = block_output(output)
+                if path not in moved and tensor.dim() == 3:  # not several streams on a leading axis
+                    moved[path] = wide_copy(tensor[row]) - wide_copy(tensor[0])
 
-                add(self.model.get_submodule(sites[layer.index]).register_forward_hook(at_site))
-                add(self.model.get_submodule(layer.path).register_forward_hook(after))
+            disturbing.append(partial(self.model.get_submodule(sites[layer.index]).register_forward_hook, at_site))
+            disturbing.append(partial(self.model.get_submodule(layer.path).register_forward_hook, after))
+        with hooks(*disturbing):
             if layers:
                 forward(self.model, self.anatomy, self.ids[:1].expand(rows, width).contiguous())
         tolerance = _ADDITIVE_TOLERANCE.get(seen.raw_dtype(), 3e-2)

@@ -6,12 +6,13 @@ bare tensor silently takes row 0 of the batch. Likewise some pass them in by pos
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
+
+from .switching import Switch, switched
 
 
 def block_output(output: Any) -> torch.Tensor:
@@ -45,12 +46,20 @@ def _input_name(kwargs: dict[str, Any]) -> str:
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
 
 
-@contextlib.contextmanager
-def hooks() -> Iterator[Callable[[RemovableHandle], None]]:
-    """Yield a function that takes the handle of a hook; at the end of the block all of them are removed."""
-    with contextlib.ExitStack() as stack:
+def hooks(*registrations: Callable[[], RemovableHandle]) -> Switch[None]:
+    """Hooks that are there inside a block and gone behind it.
 
-        def add(handle: RemovableHandle) -> None:
-            stack.callback(handle.remove)
+    Args:
+        registrations: each adds one hook: ``partial(module.register_forward_hook, function)``.
+    """
+    handles: list[RemovableHandle] = []
 
-        yield add
+    def add() -> None:
+        for register in registrations:
+            handles.append(register())
+
+    def remove() -> None:
+        while handles:
+            handles.pop().remove()
+
+    return switched(add, remove)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 
 from ..errors import AnatomyError
 from .structure import unwrap
+from .switching import Switch, switched
 from .types import Anatomy
 
 _TOKENS = 8
@@ -135,16 +134,12 @@ def _special_ids(config: Any) -> set[int]:
     return special_ids
 
 
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random states are put back afterwards."""
+def evaluating(model: nn.Module) -> Switch[None]:
+    """Evaluation mode inside a block; every module's flag is put back behind it."""
     training = [module for module in model.modules() if module.training]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
+
+    def flag(value: bool) -> None:
         for module in training:
-            module.training = False
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+            module.training = value
+
+    return switched(lambda: flag(False), lambda: flag(True))

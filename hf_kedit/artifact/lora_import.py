@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
+from ..anatomy.switching import uninterrupted
 from ..books.deltas import WeightDelta
 from ..books.ledger import Ledger
 from ..editing.state import EditedModel
 from ..engine.experts import ExpertSlice
-from ..engine.weights import get_module, is_transposed, uninterrupted
+from ..engine.weights import get_module, is_transposed
 from ..errors import ArtifactError, BaseModelMismatchError, LayerError, RequestError
 from ..journal import Edit, EditResult, Journal, new_id, now
 from ..requests import EditRequest, RequestSource, load_requests

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..anatomy.switching import uninterrupted
 from ..books.book import all_disabled
 from ..books.deltas import Account, Piece
 from ..data.conflicts import normalised
-from ..engine.weights import uninterrupted
 from ..errors import PackError, nearest
 from ..journal import Edit, Journal
 from ..logging import get_logger

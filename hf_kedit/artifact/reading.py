@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
+from ..anatomy.switching import uninterrupted
 from ..books.book import Saved
 from ..config import AutoEditConfig, EditConfig
 from ..editing.state import EditedModel
-from ..engine.weights import uninterrupted
 from ..errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
 from ..journal import Journal
 from ..loading import hub_options, load_base, load_tokenizer

@@ -8,16 +8,17 @@ wraps it sees its edited output, as if the edit were in the weight.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..anatomy.outputs import module_input
+from ..anatomy.outputs import hooks, module_input
+from ..anatomy.switching import Switch, uninterrupted
 from ..engine.capture import first, with_first
 from .deltas import WeightDelta
 
@@ -80,10 +81,11 @@ class Beside:
         """Let a change run beside a matrix, instead of the one before; ``None``: nothing."""
         if change is self.shown(key):
             return
-        if key in self._shown:
-            self._shown.pop(key)[1].remove()
-        if change is not None:
-            self._shown[key] = (change, attach(module, change))
+        with uninterrupted():
+            if key in self._shown:
+                self._shown.pop(key)[1].remove()
+            if change is not None:
+                self._shown[key] = (change, attach(module, change))
         forget_graphs()
 
 
@@ -92,13 +94,9 @@ def attach(module: nn.Module, change: Change) -> RemovableHandle:
     return module.register_forward_hook(change, with_kwargs=True, prepend=True)
 
 
-@contextlib.contextmanager
-def running(changes: Sequence[tuple[nn.Module, Change]]) -> Iterator[None]:
+def running(changes: Sequence[tuple[nn.Module, Change]]) -> Switch[None]:
     """Let changes run beside the matrices of some modules inside the block, on top of what runs there already."""
-    with contextlib.ExitStack() as stack:
-        for module, change in changes:
-            stack.callback(attach(module, change).remove)
-        yield
+    return hooks(*(partial(attach, module, change) for module, change in changes))
 
 
 def forget_graphs() -> None:

@@ -7,15 +7,13 @@ them, and so are rolling back, switching off, merging, saving and loading. The `
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ..engine.weights import uninterrupted
+from ..anatomy.switching import Switch, together, uninterrupted
 from ..errors import ArtifactError, UnknownEditError
 
 
@@ -80,7 +78,7 @@ class Book(Protocol):
     def restore(self, snapshot: Any) -> None:
         """Return to a state that `snapshot` or `read` gave, bit for bit. Does not fail."""
 
-    def disabled(self) -> AbstractContextManager[None]:
+    def disabled(self) -> Switch[None]:
         """The model without this book's edits, bit for bit, inside the block; may be nested."""
 
     def check_mergeable(self) -> None:
@@ -116,13 +114,9 @@ def restore_all(snapshots: Iterable[tuple[Book, Any]]) -> None:
             book.restore(snapshot)
 
 
-@contextlib.contextmanager
-def all_disabled(books: Iterable[Book]) -> Iterator[None]:
+def all_disabled(books: Iterable[Book]) -> Switch[None]:
     """The model without any edits inside the block."""
-    with contextlib.ExitStack() as stack:
-        for book in books:
-            stack.enter_context(book.disabled())
-        yield
+    return together(*(book.disabled() for book in books))
 
 
 def remove_from(books: Iterable[Book], edit_ids: Collection[str]) -> None:

@@ -9,17 +9,17 @@ A quantised weight stays as it is, and ``Σ`` runs beside it (`engine.beside`); 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..anatomy.switching import Switch, switched, uninterrupted
 from ..engine.experts import parameter_name
-from ..engine.weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names, uninterrupted
+from ..engine.weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names
 from ..errors import MergeError, NonFiniteError, TiedWeightError, WeightError
 from ..logging import get_logger
 from .beside import Beside, Change
@@ -246,45 +246,41 @@ class Ledger:
     def restore(self, snapshot: dict[str, Account]) -> None:
         """Return to an earlier state: weights and records."""
         keys = [k for k in {**snapshot, **self.accounts} if snapshot.get(k) is not self.accounts.get(k)]
+        if keys and self._disabled:
+            raise WeightError("edits are switched off (disable_edits); leave that block before changing them")
         accounts = {k: snapshot.get(k) or replace(self.accounts[k], pieces=[], total=None) for k in keys}
         self._commit({**snapshot, **accounts}, keys)
 
     # ------------------------------------------------------------------ temporary states
 
-    @contextlib.contextmanager
-    def provisional(self) -> Iterator[Provisional]:
+    def provisional(self) -> Provisional:
         """Lay deltas on the weights for measuring, and take them off again whatever happens.
 
-        Yields:
-            An object with ``add(delta)``; later deltas are measured with the earlier ones in place.
+        Returns:
+            For ``with``: an object with ``add(delta)``; later deltas are measured with the earlier ones in place.
         """
-        scope = Provisional(self)
-        try:
-            yield scope
-        finally:
-            scope.restore()
+        return Provisional(self)
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Switch[None]:
         """The original weights, bit for bit, inside the block; the edited ones again, bit for bit, behind it."""
-        self._disabled += 1
-        try:
-            if self._disabled == 1:
-                seen = {key: self._seen(a) for key, a in self.accounts.items()}
-                self._parked = {k: s.to("cpu") if isinstance(s, torch.Tensor) else s for k, s in seen.items()}
-                bare = {key: replace(a, pieces=[], total=None) for key, a in self.accounts.items()}
-                self._write({key: self._state_of(a) for key, a in bare.items()})
-            yield
-        finally:
-            self._disabled -= 1
-            if self._disabled == 0:
-                self._write(self._parked)
-                self._parked = {}
+        return switched(self._switch_off, self._switch_on)
 
-    def _write(self, states: dict[str, State]) -> None:
-        with uninterrupted():
-            for key, state in states.items():
-                self._show(self.accounts[key], state)
+    def _switch_off(self) -> None:
+        self._disabled += 1
+        if self._disabled > 1:
+            return
+        seen = {key: self._seen(a) for key, a in self.accounts.items()}
+        self._parked = {k: s.to("cpu") if isinstance(s, torch.Tensor) else s for k, s in seen.items()}
+        for account in self.accounts.values():
+            self._show(account, self._state_of(replace(account, pieces=[], total=None)))
+
+    def _switch_on(self) -> None:
+        self._disabled -= 1
+        if self._disabled:
+            return
+        for key, state in self._parked.items():
+            self._show(self.accounts[key], state)
+        self._parked = {}
 
     # ------------------------------------------------------------------ being a book
 
@@ -294,6 +290,8 @@ class Ledger:
         Raises:
             MergeError: naming the ways out.
         """
+        if self._disabled:
+            raise MergeError("edits are switched off (disable_edits); leave that block before merging them")
         if self._beside:
             raise MergeError(
                 "the base model is quantised, so that its edits run beside the weights and cannot be merged into them"
@@ -347,7 +345,7 @@ class Ledger:
         return accounts, frozenset(m for a in accounts.values() for p in a.pieces for m in p.members)
 
 
-class Provisional:
+class Provisional(Switch["Provisional"]):
     """Deltas that lie on the weights for the duration of a ``with`` block."""
 
     def __init__(self, ledger: Ledger):
@@ -363,11 +361,16 @@ class Provisional:
             self._saved[key] = (account, ledger._seen(account))
         account = self._saved[key][0]
         self._deltas.setdefault(key, []).append(delta)
-        ledger._show(account, ledger._state_of(account, self._deltas[key]))
-
-    def restore(self) -> None:
-        """Put back the weights as they were when the block began."""
+        state = ledger._state_of(account, self._deltas[key])
         with uninterrupted():
-            for account, state in self._saved.values():
-                self._ledger._show(account, state)
+            ledger._show(account, state)
+
+    def change(self) -> Provisional:
+        """Nothing lies on the weights yet."""
+        return self
+
+    def put_back(self, failed: bool) -> None:
+        """Show the weights as they were when the block began."""
+        for account, state in self._saved.values():
+            self._ledger._show(account, state)
         self._saved, self._deltas = {}, {}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..anatomy.switching import Switch
 from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RollbackError
 from ..statistics.store import model_fingerprint
 from .book import Saved, check_known
@@ -160,7 +160,7 @@ class PromptBook:
         else:
             self.prompter.detach()
 
-    def disabled(self) -> AbstractContextManager[None]:
+    def disabled(self) -> Switch[None]:
         """The model without these edits inside the block."""
         return self.prompter.passing()
 

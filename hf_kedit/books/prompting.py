@@ -9,7 +9,6 @@ restores the model. An encoder-decoder reads the prefix in its encoder. This mod
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
+from ..anatomy.switching import Switch, switched, uninterrupted
 from ..engine.forward import Positions, device_of, logits_at, model_inputs
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
 from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows, prompt_ids
@@ -78,27 +78,28 @@ class Prompter:
         if self._before is not None:
             return
         own = self.model.__dict__
-        self._before = {name: own.get(name) for name in ("forward", "generate")}
-        for name, mine in (("forward", self._forward), ("generate", self._generate)):
-            plain: Any = getattr(self.model, name)
-            own[name] = functools.wraps(plain)(functools.partial(mine, plain))  # with the signature of the model's
+        with uninterrupted():
+            self._before = {name: own.get(name) for name in ("forward", "generate")}
+            for name, mine in (("forward", self._forward), ("generate", self._generate)):
+                plain: Any = getattr(self.model, name)
+                own[name] = functools.wraps(plain)(functools.partial(mine, plain))  # with the model's signature
 
     def detach(self) -> None:
         """Give the model its own methods back."""
-        for name, value in (self._before or {}).items():
-            del self.model.__dict__[name]
-            if value is not None:  # another wrapper of the instance (accelerate's hooks)
-                self.model.__dict__[name] = value
-        self._before = None
+        with uninterrupted():
+            for name, value in (self._before or {}).items():
+                del self.model.__dict__[name]
+                if value is not None:  # another wrapper of the instance (accelerate's hooks)
+                    self.model.__dict__[name] = value
+            self._before = None
 
-    @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
+    def passing(self) -> Switch[None]:
         """Every call inside the block goes to the model as it is."""
-        self._passing += 1
-        try:
-            yield
-        finally:
-            self._passing -= 1
+
+        def count(step: int) -> None:
+            self._passing += step
+
+        return switched(lambda: count(1), lambda: count(-1))
 
     @property
     def is_passing(self) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
 
-from ..engine.weights import get_module, get_weight, tensor_digest, uninterrupted
+from ..anatomy.switching import Switch, uninterrupted
+from ..engine.weights import get_module, get_weight, tensor_digest
 from ..errors import (
     ArtifactError,
     BaseModelMismatchError,
@@ -257,13 +257,11 @@ class SiteBook:
 
     # ------------------------------------------------------------------ temporary states
 
-    def disabled(self) -> AbstractContextManager[None]:
+    def disabled(self) -> Switch[None]:
         """The model without these edits inside the block."""
         return self.sites.disabled()
 
-    def trying(
-        self, functions: Mapping[str, SiteFunction], instead_of: SiteMemory | None = None
-    ) -> AbstractContextManager[None]:
+    def trying(self, functions: Mapping[str, SiteFunction], instead_of: SiteMemory | None = None) -> Switch[None]:
         """Site functions for the duration of a block, for training and measuring; ``instead_of`` is silent then."""
         return self.sites.trying(functions, instead_of.key if instead_of is not None else None)
 

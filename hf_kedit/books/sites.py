@@ -18,10 +18,9 @@ calls that continue from the same cache. This module knows no method.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +31,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..anatomy.outputs import module_input
+from ..anatomy.switching import Switch, switched, uninterrupted
 from ..engine.capture import as_rows, first, with_first
 from ..engine.weights import get_module
 from ..errors import ConfigError
@@ -133,17 +133,17 @@ _PROMPTS: ContextVar[tuple[_Prompts, ...]] = ContextVar("kedit_prompts", default
 _FRAMES: ContextVar[tuple[tuple[nn.Module, Frame], ...]] = ContextVar("kedit_frames", default=())
 
 
-@contextlib.contextmanager
-def _prompts(prompts: _Prompts) -> Iterator[None]:
-    token = _PROMPTS.set((*_PROMPTS.get(), prompts))
-    try:
-        yield
-    finally:
-        _PROMPTS.reset(token)
+def _prompts(prompts: _Prompts) -> Switch[None]:
+    def said() -> None:
+        _PROMPTS.set((*_PROMPTS.get(), prompts))
+
+    def unsaid() -> None:
+        _PROMPTS.set(tuple(known for known in _PROMPTS.get() if known is not prompts))
+
+    return switched(said, unsaid)
 
 
-@contextlib.contextmanager
-def prompt_lengths(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+def prompt_lengths(model: nn.Module, lengths: Sequence[int]) -> Switch[None]:
     """Say how many tokens of each row of the calls inside the block are its prompt; the rest is a continuation.
 
     Methods that route by prompts need it wherever a target stands behind the prompt (scoring, training). Without
@@ -153,8 +153,7 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
         model: the stock model that is called.
         lengths: per row, number of real tokens of its prompt, BOS included, padding not.
     """
-    with _prompts(_Prompts(model, lengths=tuple(int(n) for n in lengths))):
-        yield
+    return _prompts(_Prompts(model, lengths=tuple(int(n) for n in lengths)))
 
 
 def prompt_ends(model: nn.Module, mask: torch.Tensor, labels: Any = None) -> torch.Tensor:
@@ -233,41 +232,43 @@ class Sites:
                 raise ConfigError(
                     f"{path} is wrapped already, for {self.paths[path]}; roll those edits back or choose another layer"
                 )
-        self.detach(owner)
-        self._functions[owner] = dict(functions)
-        self._sync()
+        with uninterrupted():
+            self._functions[owner] = dict(functions)
+            self._sync()
 
     def detach(self, owner: str) -> None:
         """Unwrap an owner's modules; nothing of it is left in the model."""
-        if self._functions.pop(owner, None) is not None:
+        with uninterrupted():
+            self._functions.pop(owner, None)
             self._sync()
 
-    @contextlib.contextmanager
-    def trying(self, functions: Mapping[str, SiteFunction], instead_of: str | None = None) -> Iterator[None]:
+    def trying(self, functions: Mapping[str, SiteFunction], instead_of: str | None = None) -> Switch[None]:
         """Wrap modules for the duration of a block (training, measuring).
 
         Args:
             functions: module name → site function.
             instead_of: an owner whose functions do nothing meanwhile.
         """
-        before = self._trial, self._muted
-        try:
-            self._trial = {**self._trial, **functions}
-            self._muted = {*self._muted, instead_of}
-            self._sync()
-            yield
-        finally:
-            self._trial, self._muted = before
+        before: list[tuple[dict[str, SiteFunction], set[str | None]]] = []
+
+        def begin() -> None:
+            before.append((self._trial, self._muted))
+            self._trial, self._muted = {**self._trial, **functions}, {*self._muted, instead_of}
             self._sync()
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+        def end() -> None:
+            self._trial, self._muted = before.pop()
+            self._sync()
+
+        return switched(begin, end)
+
+    def disabled(self) -> Switch[None]:
         """The model as if nothing was wrapped, inside the block."""
-        self._disabled += 1
-        try:
-            yield
-        finally:
-            self._disabled -= 1
+
+        def count(step: int) -> None:
+            self._disabled += step
+
+        return switched(lambda: count(1), lambda: count(-1))
 
     def drop_held(self) -> None:
         """Forget the decisions of running sequences: their caches were computed with other edits."""
@@ -328,7 +329,9 @@ class Sites:
     @torch.compiler.disable
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         frame = self._frame(self._arguments(args, kwargs))
-        _FRAMES.set((*_FRAMES.get(), (self.model, frame)))
+        # A call that Ctrl-C has cut short never came to `_after`; a model does not call itself.
+        others = (entry for entry in _FRAMES.get() if entry[0] is not self.model)
+        _FRAMES.set((*others, (self.model, frame)))
 
     @torch.compiler.disable
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from ..anatomy.switching import Switch, interrupted, switched, uninterrupted
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
 from ..engine.devices import PeakMemory, process_memory
 from ..engine.forward import frozen_eval
-from ..engine.weights import uninterrupted
 from ..errors import ConfigError, EditFailedError, RequestError, RollbackError
 from ..journal import Edit, EditResult, Journal, new_id, now
 from ..logging import get_logger, progress, warn_once
@@ -93,37 +92,24 @@ class Editing(EditedModel):
         # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
         on_weights = method.capabilities.kind == "weights"
         beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
-        with self._all_or_nothing(), frozen_eval(self.base_model), all_disabled(beside):
-            check_composition(method.capabilities.kind, self.books)
-            method.check(todo)
-            if on_weights:
-                self.sites.check_weight_edit(method.edited_modules())
-            method.prepare()
-            for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
-                try:
-                    result.edits.extend(self._edit_batch(batch))
-                except EditFailedError as error:
-                    if on_error == "raise":
-                        raise
-                    result.failed.extend((r, error) for r in batch)
-        result.seconds = time.perf_counter() - started
-        if watch is not None:
-            result.side_effects = watch.after(self.base_model)
-        return result
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Put books, journal and the method's state back if the block fails or is interrupted."""
-        method = self._method
-        books, journal, state = snapshot_all(self.books.values()), self.journal.as_list(), method.state_dict()
-        try:
-            yield
-        except BaseException:
-            with uninterrupted():
-                restore_all(books)
-                method.load_state_dict(state)
-                self.journal = Journal(journal)
-            raise
+        with _AllOrNothing(self):
+            with frozen_eval(self.base_model), all_disabled(beside):
+                check_composition(method.capabilities.kind, self.books)
+                method.check(todo)
+                if on_weights:
+                    self.sites.check_weight_edit(method.edited_modules())
+                method.prepare()
+                for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
+                    try:
+                        result.edits.extend(self._edit_batch(batch))
+                    except EditFailedError as error:
+                        if on_error == "raise":
+                            raise
+                        result.failed.extend((r, error) for r in batch)
+            result.seconds = time.perf_counter() - started
+            if watch is not None:
+                result.side_effects = watch.after(self.base_model)
+            return result
 
     def _edit_batch(self, batch: Sequence[EditRequest]) -> list[Edit]:
         """Compute one batch and put it on the weights and into the journal."""
@@ -203,21 +189,45 @@ class Editing(EditedModel):
             )
         batches = self.journal.batches_of(method)
         again: list[Edit] = []
-        with self._all_or_nothing():
+        with _AllOrNothing(self):
             self.rollback([e.id for batch in batches for e in batch])
             for batch in batches:
                 requests = [e.request.with_id(e.id) for e in batch if e.id != edit_id]
                 again += self.edit(requests, show_progress=show_progress).edits if requests else []
         return again
 
-    @contextlib.contextmanager
-    def disable_edits(self) -> Iterator[Self]:
+    def disable_edits(self) -> Switch[Self]:
         """The original model inside the block, bit for bit; same object, no second copy of the model."""
-        with all_disabled(self.books.values()):
-            yield self
+        off = all_disabled(self.books.values())
+
+        def begin() -> Any:
+            off.__enter__()
+            return self
+
+        return switched(begin, lambda: off.__exit__(None, None, None))
 
     def unload(self) -> PreTrainedModel:
         """Undo all edits and return the plain transformers model."""
         if len(self.journal):
             self.rollback("all")
         return self.base_model
+
+
+class _AllOrNothing(Switch[None]):
+    """Books, journal and the method's state are put back if the block fails or is interrupted."""
+
+    def __init__(self, model: Editing):
+        self._model, self._method = model, model._method
+
+    def change(self) -> None:
+        """Note how everything is."""
+        model = self._model
+        self._books, self._journal = snapshot_all(model.books.values()), model.journal.as_list()
+        self._state = self._method.state_dict()
+
+    def put_back(self, failed: bool) -> None:
+        """Return to what was noted, if need be."""
+        if failed or interrupted():
+            restore_all(self._books)
+            self._method.load_state_dict(self._state)
+            self._model.journal = Journal(self._journal)

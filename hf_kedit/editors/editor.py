@@ -19,6 +19,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
+from ..anatomy.switching import Switch, together
 from ..config import CONFIG_NAME, WeightConfig
 from ..engine.devices import seeded
 from ..engine.examples import encode_examples
@@ -288,11 +289,10 @@ class Editor(nn.Module):
                     total = total + (factor.grad * value).sum()
         return self.handing_on(whole, total)
 
-    @contextlib.contextmanager
-    def base_ready(self) -> Iterator[None]:
+    def base_ready(self) -> Switch[None]:
         """The base model, frozen and in evaluation mode; if asked for, backward passes run its blocks again."""
-        with frozen_eval(self.base), recomputed_blocks(self.base) if self.recompute else contextlib.nullcontext():
-            yield
+        recomputed = [recomputed_blocks(self.base)] if self.recompute else []
+        return together(frozen_eval(self.base), *recomputed)
 
     def learn(
         self, changes: Mapping[str, LowRank], edit: Batch, rephrase: Batch, locality: Batch, groups: torch.Tensor
@@ -366,9 +366,7 @@ class Editor(nn.Module):
             metrics = torch.stack([inner.all_right(), outer.all_right(), same, drawdown], dim=1)
         return EditorOutput(loss.detach(), edit_loss.detach(), locality_loss.detach(), len(rows), metrics)
 
-    def laid(
-        self, changes: Mapping[str, LowRank], groups: torch.Tensor, rows: torch.Tensor
-    ) -> contextlib.AbstractContextManager[None]:
+    def laid(self, changes: Mapping[str, LowRank], groups: torch.Tensor, rows: torch.Tensor) -> Switch[None]:
         """The model with changes beside its weights, see `low_rank_paths`."""
         return low_rank_paths(self.base, changes, groups, rows)
 

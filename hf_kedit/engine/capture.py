@@ -7,16 +7,19 @@ change module outputs in place afterwards.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..anatomy.experts import routing_of
 from ..anatomy.outputs import block_output as first
 from ..anatomy.outputs import hooks, module_input, replace_module_input
 from ..anatomy.outputs import replace_block_output as with_first
+from ..anatomy.switching import Switch
 from ..errors import UnsupportedModelError
 from ..tokens import pad_rows
 from .experts import ExpertSlice
@@ -77,37 +80,32 @@ def as_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return tensor
 
 
-@contextlib.contextmanager
-def listen(
-    model: torch.nn.Module, taps: Sequence[Tap], receive: Callable[[Tap, torch.Tensor], None]
-) -> Iterator[None]:
+def listen(model: torch.nn.Module, taps: Sequence[Tap], receive: Callable[[Tap, torch.Tensor], None]) -> Switch[None]:
     """Call ``receive(tap, tensor)`` for every tap during forwards inside the block."""
 
     def watching(tap: Tap) -> Callable[[torch.Tensor], None]:
         return lambda state: receive(tap, state)
 
-    with rewritten(model, {tap: watching(tap) for tap in taps}):
-        yield
+    return rewritten(model, {tap: watching(tap) for tap in taps})
 
 
-@contextlib.contextmanager
 def rewritten(
     model: torch.nn.Module, changes: Mapping[Tap, Callable[[torch.Tensor], torch.Tensor | None]]
-) -> Iterator[None]:
+) -> Switch[None]:
     """Let functions replace what goes into or comes out of modules during forwards inside the block.
 
     Args:
         model: whose modules are hooked; the hooks are always removed.
         changes: tap → function of the state, which returns the state to go on with, or ``None`` for the same one.
     """
-    with hooks() as add:
-        for tap, change in changes.items():
-            module = get_module(model, tap.module)
-            if tap.kind == "input":
-                add(module.register_forward_pre_hook(_before(change), with_kwargs=True))
-            else:
-                add(module.register_forward_hook(_after(change)))
-        yield
+    registrations: list[Callable[[], RemovableHandle]] = []
+    for tap, change in changes.items():
+        module = get_module(model, tap.module)
+        if tap.kind == "input":
+            registrations.append(partial(module.register_forward_pre_hook, _before(change), with_kwargs=True))
+        else:
+            registrations.append(partial(module.register_forward_hook, _after(change)))
+    return hooks(*registrations)
 
 
 def _before(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[..., Any]:
@@ -192,9 +190,10 @@ def capture_routing(
 
         return hook
 
-    with torch.no_grad(), hooks() as add:
-        for path in banks:
-            add(get_module(model, path).register_forward_pre_hook(watching(path), with_kwargs=True))
+    watched = (
+        partial(get_module(model, path).register_forward_pre_hook, watching(path), with_kwargs=True) for path in banks
+    )
+    with torch.no_grad(), hooks(*watched):
         model(**model_inputs(model, batch))
     return weights_of
 

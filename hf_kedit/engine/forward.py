@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -14,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..anatomy.outputs import hooks, replace_block_output
+from ..anatomy.probing import evaluating
+from ..anatomy.switching import Switch, switched
 from ..errors import ConfigError
 from ..tokens import TokenBatch
-from .weights import compute_device, uninterrupted
+from .weights import compute_device
 
 
 @lru_cache(maxsize=256)
@@ -132,8 +133,7 @@ def logits_at(
     return cast(torch.Tensor, logits[rows.to(logits.device), columns.to(logits.device)])
 
 
-@contextlib.contextmanager
-def _last_states_brought_back(model: Any) -> Iterator[None]:
+def _last_states_brought_back(model: Any) -> Switch[None]:
     """Inside the block, the stacks of a model that is spread over devices return their states where they were asked.
 
     A model's forward picks the wanted positions from what its last block returns, before the head. accelerate has
@@ -142,8 +142,7 @@ def _last_states_brought_back(model: Any) -> Iterator[None]:
     """
     inner = _inner(model)
     if len(set((getattr(inner, "hf_device_map", None) or {}).values())) < 2:
-        yield
-        return
+        return hooks()
 
     def back(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
@@ -155,15 +154,11 @@ def _last_states_brought_back(model: Any) -> Iterator[None]:
             output.last_hidden_state = output.last_hidden_state.to(given.device)
         return output
 
-    with hooks() as add:
-        for module in inner.modules():
-            if isinstance(module, PreTrainedModel) and module is not inner:
-                add(module.register_forward_hook(back, with_kwargs=True))
-        yield
+    stacks = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m is not inner]
+    return hooks(*(partial(stack.register_forward_hook, back, with_kwargs=True) for stack in stacks))
 
 
-@contextlib.contextmanager
-def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
+def recomputed_blocks(model: PreTrainedModel) -> Switch[None]:
     """Blocks of a model in evaluation mode keep no activations inside; backward passes run them again.
 
     transformers checkpoints a block only while it is in training mode. The block alone is put into it, and its own
@@ -178,7 +173,8 @@ def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     rates = [(b, n, v) for b in blocks for n, v in vars(b).items() if "dropout" in n and isinstance(v, float)]
     was_on = model.is_activation_checkpointing
-    try:
+
+    def change() -> None:
         if not was_on:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.disable_input_require_grads()  # nothing below the first edited module is to be differentiated
@@ -186,8 +182,8 @@ def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
             block.training = True
         for block, name, _ in rates:
             setattr(block, name, 0.0)
-        yield
-    finally:
+
+    def put_back() -> None:
         for block, name, rate in rates:
             setattr(block, name, rate)
         for block in blocks:
@@ -195,41 +191,39 @@ def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
         if not was_on:
             model.activation_checkpointing_disable()
 
+    return switched(change, put_back)
 
-@contextlib.contextmanager
-def frozen_eval(model: torch.nn.Module) -> Iterator[None]:
+
+class frozen_eval(Switch[None]):
     """Evaluation mode without weight gradients; every flag is put back afterwards.
 
-    If the block fails, so are the hooks: Ctrl-C may land between the moment a hook is added and the one in which
-    the code that removes it takes note.
+    If the block fails, so are the hooks and torch's gradient mode: whoever sets one of them without a `Switch`
+    (``torch.no_grad`` too) may have been interrupted before it took note of it.
     """
-    training = [module for module in model.modules() if module.training]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    hooks = {id(held): set(held) for held in _hooks(model)}
 
-    def put_back(*, failed: bool) -> None:
-        with uninterrupted():
-            for held in _hooks(model) if failed else ():
-                for key in set(held) - hooks.get(id(held), set()):
-                    del held[key]
-            for module in training:
-                module.training = True
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+    def __init__(self, model: torch.nn.Module):
+        self._model, self._eval = model, evaluating(model)
+        self._trainable: list[torch.nn.Parameter] = []
 
-    try:
-        for module in training:
-            module.training = False
-        for parameter in trainable:
+    def change(self) -> None:
+        """Set the flags, and note the hooks."""
+        self._grad = torch.is_grad_enabled()
+        self._hooks = {id(held): set(held) for held in _hooks(self._model)}
+        self._eval.__enter__()
+        self._trainable = [p for p in self._model.parameters() if p.requires_grad]
+        for parameter in self._trainable:
             parameter.requires_grad_(False)
-        yield
-        put_back(failed=False)
-    except BaseException:
-        try:
-            put_back(failed=True)
-        except KeyboardInterrupt:  # a second one, in the moment before it is held back
-            put_back(failed=True)
-        raise
+
+    def put_back(self, failed: bool) -> None:
+        """Set the flags as they were; take off what hooks are left of a block that failed."""
+        if failed:
+            torch.set_grad_enabled(self._grad)
+        for held in _hooks(self._model) if failed else ():
+            for key in set(held) - self._hooks.get(id(held), set()):
+                del held[key]
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
+        self._eval.__exit__(None, None, None)
 
 
 def _hooks(model: torch.nn.Module) -> Iterator[dict[int, Any]]:

@@ -7,14 +7,14 @@ it is differentiable in its factors, and rows of one batch can follow different 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ..anatomy.switching import Switch, together
 from ..errors import EditFailedError
 from .capture import Tap, as_rows, listen, rewritten
 from .supervised import IGNORE, Batch, score
@@ -207,13 +207,12 @@ class LowRank:
         return torch.stack(norms)
 
 
-@contextlib.contextmanager
 def low_rank_paths(
     model: torch.nn.Module,
     changes: Mapping[str, LowRank],
     groups: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
-) -> Iterator[None]:
+) -> Switch[None]:
     """Add changes beside the modules' weights inside the block.
 
     Args:
@@ -238,5 +237,4 @@ def low_rank_paths(
         return output + (parts @ change.left.to(output.device).T).to(output.dtype)
 
     adding = {Tap(m): partial(add, m) for m in changes}
-    with listen(model, [Tap(m, "input") for m in changes], keep), rewritten(model, adding):
-        yield
+    return together(listen(model, [Tap(m, "input") for m in changes], keep), rewritten(model, adding))

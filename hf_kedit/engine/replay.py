@@ -13,9 +13,9 @@ model is prepared for replaying reaches the user, as long as its plain forward w
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 )
 
 from ..anatomy.outputs import hooks
+from ..anatomy.switching import Switch, switched
 from ..logging import get_logger, warn_once
 from ..tokens import TokenBatch, pad_rows
 from .capture import Tap, as_rows, listen, rewritten, with_first
@@ -172,21 +173,19 @@ class Replay:
                 return gather_logits(self.model, self.batch, self.positions()).float()
         start = self.start if self.route == "prefix" else 0
         kwargs = self._suffix_inputs(start)
-        shape = (self.batch.input_ids.shape[0], self.batch.input_ids.shape[1] - start)
-        with contextlib.ExitStack() as stack:
-            if self.behind:
-                assert self._hidden is not None
-                index = torch.arange(shape[0], device=self._hidden.device)
-                change = offsets[self.sites[0]].to(self._hidden)
-                entering = self._hidden[:, start:].index_put(
-                    (index, self.facts.to(index.device) - start), change, accumulate=True
-                )
-                stack.enter_context(self._passed_through(self.layer, entering))
-            else:
-                if self.layer > 0:
-                    assert self._hidden is not None
-                    stack.enter_context(self._passed_through(self.layer - 1, self._hidden[:, start:]))
-                stack.enter_context(added_at(self.model, self.sites, offsets, self.facts - start, shape[0]))
+        rows = self.facts.shape[0]
+        entering = None if self._hidden is None else self._hidden[:, start:]
+        if self.behind:
+            assert entering is not None
+            index = torch.arange(rows, device=entering.device)
+            change = offsets[self.sites[0]].to(entering)
+            entering = entering.index_put((index, self.facts.to(index.device) - start), change, accumulate=True)
+            with passed_through(self.model, self.anatomy, self.layer, entering, self._tuples):
+                return logits_at(self.model, kwargs, self.positions(start)).float()
+        with (
+            passed_through(self.model, self.anatomy, self.layer - 1, entering, self._tuples),
+            added_at(self.model, self.sites, offsets, self.facts - start, rows),
+        ):
             return logits_at(self.model, kwargs, self.positions(start)).float()
 
     def select(self, keep: torch.Tensor) -> torch.Tensor:
@@ -269,7 +268,7 @@ class Replay:
             return None
         return entry.keys[:, :, : self.start].clone(), entry.values[:, :, : self.start].clone()
 
-    def _structures(self, cut: Tap | None) -> contextlib.AbstractContextManager[None]:
+    def _structures(self, cut: Tap | None) -> Switch[None]:
         """Remember how each block below the cut returns its output (tensor or tuple)."""
         count = 0 if cut is None else self.layer + self.behind
         return recorded_structures(self.model, self.anatomy, count, self._tuples)
@@ -290,9 +289,6 @@ class Replay:
         elif accepts(self.model, "use_cache"):
             kwargs["use_cache"] = False
         return kwargs
-
-    def _passed_through(self, last: int, entering: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        return passed_through(self.model, self.anatomy, last, entering, self._tuples)
 
     # ------------------------------------------------------------------ checking
 
@@ -425,10 +421,8 @@ class LastColumn:
         }
         if accepts(self.model, "position_ids"):
             kwargs["position_ids"] = batch.position_ids[picked, -1:]
-        with contextlib.ExitStack() as stack:
-            if layer > 0:
-                entering = self._entering[layer][picked.to(self._entering[layer].device)]
-                stack.enter_context(passed_through(self.model, self.anatomy, layer - 1, entering, self._structures))
+        entering = self._entering[layer][picked.to(self._entering[layer].device)]
+        with passed_through(self.model, self.anatomy, layer - 1, entering, self._structures):
             return logits_at(self.model, kwargs, self._last(len(picked), 1))
 
     def _restartable(self, layer: int) -> bool:
@@ -460,14 +454,13 @@ def _restartable(model: PreTrainedModel, anatomy: Anatomy) -> bool:
     return one and accepts(model, "past_key_values")
 
 
-@contextlib.contextmanager
 def added_at(
     model: torch.nn.Module,
     sites: Sequence[str],
     offsets: Mapping[str, torch.Tensor],
     columns: torch.Tensor,
     rows: int,
-) -> Iterator[None]:
+) -> Switch[None]:
     """Add ``offsets[site]`` to the output of each site at ``(row, columns[row])``, out of place."""
 
     def adding(site: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -480,49 +473,52 @@ def added_at(
 
         return add
 
-    with rewritten(model, {Tap(site): adding(site) for site in sites}):
-        yield
+    return rewritten(model, {Tap(site): adding(site) for site in sites})
 
 
-@contextlib.contextmanager
 def recorded_structures(
     model: torch.nn.Module, anatomy: Anatomy, count: int, structures: dict[int, Any]
-) -> Iterator[None]:
+) -> Switch[None]:
     """Note how each of the first ``count`` blocks returns its output: a tuple's other parts, ``None`` for a tensor."""
-    with hooks() as add:
-        for i in range(count):
 
-            def after(_: Any, __: Any, output: Any, i: int = i) -> None:
-                structures[i] = with_first(output, torch.empty(0)) if not torch.is_tensor(output) else None
+    def noting(i: int) -> Callable[..., None]:
+        def after(_: Any, __: Any, output: Any) -> None:
+            structures[i] = with_first(output, torch.empty(0)) if not torch.is_tensor(output) else None
 
-            add(get_module(model, anatomy.layers[i].path).register_forward_hook(after))
-        yield
+        return after
+
+    blocks = [get_module(model, anatomy.layers[i].path) for i in range(count)]
+    return hooks(*(partial(block.register_forward_hook, noting(i)) for i, block in enumerate(blocks)))
 
 
-@contextlib.contextmanager
 def passed_through(
-    model: torch.nn.Module, anatomy: Anatomy, last: int, entering: torch.Tensor, structures: Mapping[int, Any]
-) -> Iterator[None]:
-    """Let blocks ``0 … last`` return at once, in the recorded form of output; the last one returns ``entering``."""
+    model: torch.nn.Module, anatomy: Anatomy, last: int, entering: torch.Tensor | None, structures: Mapping[int, Any]
+) -> Switch[None]:
+    """Let blocks ``0 … last`` return at once, in the recorded form of output; the last one returns ``entering``.
+
+    ``entering`` may be ``None`` where ``last`` is -1: nothing is passed through.
+    """
     blocks = [get_module(model, anatomy.layers[i].path) for i in range(last + 1)]
-    saved = [block.__dict__.get("forward") for block in blocks]
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate puts one there
 
     def passing(i: int) -> Callable[..., Any]:
         shape = structures.get(i)
 
         def forward(hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
-            state = entering if i == last else hidden_states
+            state: Any = entering if i == last else hidden_states
             return state if shape is None else with_first(shape, state)
 
         return forward
 
-    try:
+    def change() -> None:
         for i, block in enumerate(blocks):
             block.__dict__["forward"] = passing(i)
-        yield
-    finally:
-        for block, previous in zip(blocks, saved, strict=True):
+
+    def put_back() -> None:
+        for block, previous in zip(blocks, own, strict=True):
             if previous is None:
                 block.__dict__.pop("forward", None)
             else:
                 block.__dict__["forward"] = previous
+
+    return switched(change, put_back)

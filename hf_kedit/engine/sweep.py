@@ -10,7 +10,6 @@ As in `replay`, that a model can be restarted this way is checked once per model
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..anatomy.switching import Switch
 from ..logging import get_logger
 from ..tokens import TokenBatch, pad_rows
 from .capture import Tap, capture_at, listen
@@ -119,26 +119,23 @@ class Sweep:
             def keep(_: Tap, tensor: torch.Tensor) -> None:
                 kept.append(tensor.detach().clone())
 
-            with contextlib.ExitStack() as stack:
-                self._resume(stack, chunk)
-                stack.enter_context(recorded_structures(self.model, self.anatomy, layer, chunk.structures))
-                stack.enter_context(listen(self.model, [entry], keep))
+            with (
+                self._resumed(chunk),
+                recorded_structures(self.model, self.anatomy, layer, chunk.structures),
+                listen(self.model, [entry], keep),
+            ):
                 states = capture_at(self.model, chunk.batch, chunk.columns, taps)
             chunk.layer, chunk.entering = layer, kept[0]
             if not self._exact(chunk, taps, states):
                 self.restart = False
                 return capture_at(self.model, chunk.batch, chunk.columns, taps)
             return states
-        with contextlib.ExitStack() as stack:
-            self._resume(stack, chunk)
+        with self._resumed(chunk):
             return capture_at(self.model, chunk.batch, chunk.columns, taps)
 
-    def _resume(self, stack: contextlib.ExitStack, chunk: _Chunk) -> None:
-        """Let the model begin at the layer whose entering states are kept."""
-        if chunk.entering is not None and chunk.layer > 0:
-            stack.enter_context(
-                passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering, chunk.structures)
-            )
+    def _resumed(self, chunk: _Chunk) -> Switch[None]:
+        """The model begins at the layer whose entering states are kept."""
+        return passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering, chunk.structures)
 
     def _exact(self, chunk: _Chunk, taps: Sequence[Tap], found: dict[Tap, torch.Tensor]) -> bool:
         """Whether a restart at the chunk's layer gives what the tokens give; tried once per model and layer."""
@@ -155,8 +152,14 @@ class Sweep:
         one = chunk.batch.select(place)
         assert chunk.entering is not None
         expected = capture_at(self.model, one, chunk.columns[place], taps)
-        with passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering[place], chunk.structures):
-            restarted = capture_at(self.model, one, chunk.columns[place], taps)
+        try:
+            with passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering[place], chunk.structures):
+                restarted = capture_at(self.model, one, chunk.columns[place], taps)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            logger.debug("%s does not run from layer %d on: %r", type(self.model).__name__, chunk.layer, error)
+            return False
         tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 3e-2)
         return all(
             float((restarted[tap] - expected[tap]).abs().max())

@@ -8,9 +8,8 @@ not depend on its company.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -327,7 +326,8 @@ class Optimisation:
         """Every request's loss with its ``delta`` ``[running, places, d]`` added at its fact tokens (ROME eq. 4)."""
         settings, terms = self.settings, self.terms
         per_row = delta[terms.row_slot]  # all rows of a request get its δ, the drift row too; [rows, places, d]
-        with _watching(self.replay, self.watched) as states:
+        states: dict[Tap, torch.Tensor] = {}
+        with listen(self.replay.model, self.watched, _into(states, self.replay)):
             logits = self.replay.logits({module: per_row[:, k] for k, module in enumerate(self.modules)})
         log_probs = logits.log_softmax(-1)
         if self.unedited is None:
@@ -453,10 +453,8 @@ def _norms_of_all_rows(
     return norm, norm / rows.to(norm).sqrt().unsqueeze(1)
 
 
-@contextlib.contextmanager
-def _watching(replay: Replay, taps: Sequence[Tap]) -> Iterator[dict[Tap, torch.Tensor]]:
-    """Collect what taps see at the fact token of each row, ``[rows, d]`` fp32 with gradients, in this forward."""
-    states: dict[Tap, torch.Tensor] = {}
+def _into(states: dict[Tap, torch.Tensor], replay: Replay) -> Callable[[Tap, torch.Tensor], None]:
+    """Collect in ``states`` what taps see at the fact token of each row, ``[rows, d]`` fp32 with gradients."""
     rows, width = replay.batch.input_ids.shape
 
     def receive(tap: Tap, tensor: torch.Tensor) -> None:
@@ -465,11 +463,7 @@ def _watching(replay: Replay, taps: Sequence[Tap]) -> Iterator[dict[Tap, torch.T
         index = torch.arange(rows, device=seen.device)
         states[tap] = seen[index, columns.to(seen.device)].float()
 
-    if not taps:
-        yield states
-        return
-    with listen(replay.model, taps, receive):
-        yield states
+    return receive
 
 
 def _suffix(rows: Sequence[Row]) -> int:

@@ -8,12 +8,8 @@ never written.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import signal
-import threading
 from collections.abc import Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -265,26 +261,3 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over every parameter of a model."""
     return tensor_digest(parameters_of(model))
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C while a group of weights is written, and deliver it afterwards.
-
-    Without it, an interrupt could land between two writes, or inside the restoration that follows a failure.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    try:
-        previous = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    except ValueError:  # not the main interpreter
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held and callable(previous):
-            previous(*held[-1])

@@ -11,13 +11,13 @@ nothing of editing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ..anatomy.switching import Switch
 from ..engine.capture import Tap, as_rows, capture_at, rewritten
 from ..engine.forward import device_of
 from ..engine.replay import LastColumn
@@ -144,8 +144,7 @@ def attribute_neurons(
     return Attribution(scores, activations)
 
 
-@contextlib.contextmanager
-def replaced_at(model: torch.nn.Module, tap: Tap, columns: torch.Tensor, vectors: torch.Tensor) -> Iterator[None]:
+def replaced_at(model: torch.nn.Module, tap: Tap, columns: torch.Tensor, vectors: torch.Tensor) -> Switch[None]:
     """Inside the block, a tap's state at one column per row is replaced, differentiably.
 
     Args:
@@ -162,5 +161,4 @@ def replaced_at(model: torch.nn.Module, tap: Tap, columns: torch.Tensor, vectors
         new = vectors.to(device=states.device, dtype=states.dtype).unsqueeze(1)
         return torch.where(place.unsqueeze(-1), new, states).view_as(state)
 
-    with rewritten(model, {tap: write}):
-        yield
+    return rewritten(model, {tap: write})

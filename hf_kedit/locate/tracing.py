@@ -17,9 +17,8 @@ All cells of a table use the same noise. Nothing here depends on a family of mod
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ import torch
 
 from ..anatomy import check_anatomy, resolve_anatomy
 from ..anatomy.structure import unwrap
+from ..anatomy.switching import Switch
 from ..engine.batches import in_batches
 from ..engine.capture import Tap, as_rows, listen, rewritten
 from ..engine.forward import Positions, device_of, frozen_eval, logits_at, model_inputs
@@ -326,8 +326,11 @@ class _Tracer:
         samples = noise.shape[0]
 
         def run(part: Sequence[int]) -> torch.Tensor:
-            with self._disturbed(text, noise, [cells[i] for i in part], corrupted):
+            noised: list[str] = []
+            with self._disturbed(text, noise, [cells[i] for i in part], corrupted, noised):
                 logits = self._logits(text, text.answer_ids, rows=len(part) * samples)
+            if not noised:
+                raise AnatomyError(f"{self.anatomy.embeddings} took no part in the forward pass")
             return self._probability(logits, text).view(len(part), samples).mean(dim=1).cpu()
 
         chunks, largest = [], 1
@@ -338,19 +341,25 @@ class _Tracer:
             self.rows = largest * samples  # what fits is remembered for the next text
         return torch.cat(chunks)
 
-    @contextlib.contextmanager
     def _disturbed(
-        self, text: _Text, noise: torch.Tensor, cells: Sequence[_Cell], corrupted: Mapping[str, torch.Tensor]
-    ) -> Iterator[None]:
-        """Noise on the subject's embeddings of all rows, and each cell's states put back on its own rows."""
+        self,
+        text: _Text,
+        noise: torch.Tensor,
+        cells: Sequence[_Cell],
+        corrupted: Mapping[str, torch.Tensor],
+        noised: list[str],
+    ) -> Switch[None]:
+        """Noise on the subject's embeddings of all rows, and each cell's states put back on its own rows.
+
+        What the noise was put on is noted in ``noised``.
+        """
         samples, rows = noise.shape[0], noise.shape[0] * len(cells)
         start, end = text.subject
-        seen: list[str] = []
 
         def corrupt(embedded: torch.Tensor) -> torch.Tensor | None:
-            if seen:  # what is embedded later are the decoder's tokens
+            if noised:  # what is embedded later are the decoder's tokens
                 return None
-            seen.append("subject")
+            noised.append("subject")
             state = as_rows(embedded, rows).clone()
             state[:, start:end] += noise.to(state).repeat(len(cells), 1, 1)
             return state.view_as(embedded)
@@ -379,10 +388,7 @@ class _Tracer:
         changes: dict[Tap, Callable[[torch.Tensor], torch.Tensor | None]] = {
             Tap(path): restoring(path) for path in {**clean, **held}
         }
-        with rewritten(self.model, {**changes, **{Tap(path): corrupt for path in self.embeddings}}):
-            yield
-            if not seen:
-                raise AnatomyError(f"{self.anatomy.embeddings} took no part in the forward pass")
+        return rewritten(self.model, {**changes, **{Tap(path): corrupt for path in self.embeddings}})
 
     def _logits(self, text: _Text, answer: Sequence[int], rows: int = 1) -> torch.Tensor:
         """Logits at the positions that predict the answer (one position for no answer), ``[rows, tokens, vocab]``."""

@@ -15,11 +15,10 @@ the edits that the model carries already.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -28,13 +27,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..anatomy import Anatomy
+from ..anatomy.switching import Switch, switched
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
 from ..config import ModelProfile, WeightConfig
 from ..engine.devices import seeded
 from ..engine.examples import Example, ExampleBatch, encode_examples, target_probabilities
 from ..engine.forward import device_of
-from ..engine.weights import get_module, is_quantised, is_transposed, uninterrupted
+from ..engine.weights import get_module, is_quantised, is_transposed
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
 from ..logging import progress_bar
 from ..requests import EditRequest
@@ -387,21 +387,23 @@ def _attention_inputs(where: LayerAnatomy) -> list[str]:
     return [p.path for p in (own or into)]
 
 
-@contextlib.contextmanager
-def injected(model: nn.Module, config: PeftConfig, paths: Sequence[str]) -> Iterator[BaseTuner]:
+def injected(model: nn.Module, config: PeftConfig, paths: Sequence[str]) -> Switch[BaseTuner]:
     """PEFT's layers around some modules inside the block; the very same modules are back behind it."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     types: dict[Any, Any] = dict(PEFT_TYPE_TO_TUNER_MAPPING)
     modules = {path: get_module(model, path) for path in paths}
-    try:
+
+    def inject() -> BaseTuner:
         tuner: BaseTuner = types[config.peft_type](model, config, ADAPTER)
         cast_adapter_dtype(model, ADAPTER)  # trained in fp32, whatever the model's dtype
-        yield tuner
-    finally:
-        with uninterrupted():
-            for path, module in modules.items():
-                owner, _, name = path.rpartition(".")
-                setattr(get_module(model, owner), name, module)
-            model.__dict__.pop("peft_config", None)
+        return tuner
+
+    def take_out() -> None:
+        for path, module in modules.items():
+            owner, _, name = path.rpartition(".")
+            setattr(get_module(model, owner), name, module)
+        model.__dict__.pop("peft_config", None)
+
+    return switched(inject, take_out)

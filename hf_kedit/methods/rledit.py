@@ -16,13 +16,14 @@ network edits one batch after another on the edited model, like any other method
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from ..anatomy.switching import Switch, together
 from ..editors.editor import register_editor
 from ..editors.output import EditorOutput, merged
 from ..engine.gradients import LowRank, Rows, low_rank_paths
@@ -148,11 +149,9 @@ class RLEditEditor(MALMENEditor):
         with low_rank_paths(model, self.sequence.carried):
             return super().observe(model, edit)
 
-    @contextlib.contextmanager
-    def laid(self, changes: Mapping[str, LowRank], groups: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    def laid(self, changes: Mapping[str, LowRank], groups: torch.Tensor, rows: torch.Tensor) -> Switch[None]:
         """The model with the turns before and this one's changes."""
-        with low_rank_paths(self.base, self.sequence.carried), super().laid(changes, groups, rows):
-            yield
+        return together(low_rank_paths(self.base, self.sequence.carried), super().laid(changes, groups, rows))
 
     def compared_with(self) -> contextlib.AbstractContextManager[None]:
         """The model before the turn, or without edits."""

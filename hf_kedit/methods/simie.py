@@ -14,15 +14,15 @@ edits and taken back with them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat
 
+from ..anatomy.switching import Switch, switched
 from ..books.deltas import WeightDelta
 from ..config import EditConfig, ModelProfile, WeightConfig
 from ..engine.capture import Tap, stream_states
@@ -187,16 +187,11 @@ class SimIE(Method):
         stream_states(bench.model, pad_rows(rows, bench.fill).to(device_of(bench.model)), taps, receive)
         return keys
 
-    @contextlib.contextmanager
-    def _original_weights(self) -> Iterator[None]:
+    def _original_weights(self) -> Switch[None]:
         """The weights without edits, and a ledger that knows of none, so that the base method can work as ever."""
         ledger = self.bench.ledger
         before = ledger.snapshot()
-        ledger.restore({})
-        try:
-            yield
-        finally:
-            ledger.restore(before)
+        return switched(lambda: ledger.restore({}), lambda: ledger.restore(before))
 
 
 def _times(delta: WeightDelta, keys: torch.Tensor) -> torch.Tensor:

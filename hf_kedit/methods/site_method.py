@@ -5,15 +5,15 @@ Imported by the method files; registers nothing.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..anatomy.switching import Switch
 from ..books.sites import prompt_lengths
 from ..config import EditConfig
 from ..engine.batches import in_batches, rows_at_once
@@ -91,12 +91,10 @@ class SiteMethod(Method):
 
     # ------------------------------------------------------------------ measuring
 
-    @contextlib.contextmanager
-    def prompts_of(self, examples: Sequence[Example], whole: bool = False) -> Iterator[None]:
+    def prompts_of(self, examples: Sequence[Example], whole: bool = False) -> Switch[None]:
         """Calls inside the block have the examples as rows: the key token is the one before the target, or with
         ``whole`` the last one."""
-        with prompt_lengths(self.bench.model, [len(e.ids) if whole else prompt_length(e) for e in examples]):
-            yield
+        return prompt_lengths(self.bench.model, [len(e.ids) if whole else prompt_length(e) for e in examples])
 
     def at_key(self, examples: Sequence[Example], taps: Sequence[Tap]) -> dict[Tap, torch.Tensor]:
         """What goes into or comes out of modules at the key tokens, ``[rows, d]`` fp32 each."""

@@ -6,7 +6,6 @@ The generation config is made here, so that nothing a checkpoint ships with (sam
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ...anatomy.switching import Switch, switched
 from ...engine.forward import device_of, frozen_eval
 from ...errors import EvaluationError
 from ...tokens import context_length, pad_id, pad_rows, prompt_ids
@@ -259,8 +259,7 @@ def _greedy_config(
     )
 
 
-@contextlib.contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+def _generation_config(model: Any, config: GenerationConfig) -> Switch[None]:
     """Give the model this generation config and put its own back.
 
     ``generate`` fills whatever is unset in the config it is given from ``model.generation_config``, so that passing
@@ -270,10 +269,13 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     if hasattr(model, "get_base_model"):
         holders.append(model.get_base_model())
     before = [(holder, holder.generation_config) for holder in holders if hasattr(holder, "generation_config")]
-    try:
+
+    def give() -> None:
         for holder, _ in before:
             holder.generation_config = config
-        yield
-    finally:
+
+    def put_back() -> None:
         for holder, own in before:
             holder.generation_config = own
+
+    return switched(give, put_back)

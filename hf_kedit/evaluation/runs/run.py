@@ -11,10 +11,11 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ...anatomy.switching import Switch
 from ...engine.devices import PeakMemory, synchronise
 from ...engine.forward import device_of
 from ...errors import EditFailedError, EvaluationError, RequestError
@@ -39,22 +40,25 @@ logger = get_logger(__name__)
 Outputs = dict[Query, Output]
 
 
-@contextlib.contextmanager
-def restored(model: EditableModel, keep: bool = False) -> Iterator[None]:
+class restored(Switch[None]):
     """Roll back the edits that are made inside, whatever happens; with ``keep`` only if something fails.
 
     What the method has learnt from them (UltraEdit's running statistics) is taken back too.
     """
-    before, state = {edit.id for edit in model.edits}, model.method_state()
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        new = [edit.id for edit in model.edits if edit.id not in before]
-        if new and not (keep and done):
-            model.rollback(new)
-            model.restore_method_state(state)
+
+    def __init__(self, model: EditableModel, keep: bool = False):
+        self._model, self._keep = model, keep
+
+    def change(self) -> None:
+        """Note what is there."""
+        self._before, self._state = {edit.id for edit in self._model.edits}, self._model.method_state()
+
+    def put_back(self, failed: bool) -> None:
+        """Roll back what came to it."""
+        new = [edit.id for edit in self._model.edits if edit.id not in self._before]
+        if new and (failed or not self._keep):
+            self._model.rollback(new)
+            self._model.restore_method_state(self._state)
 
 
 @dataclass
