@@ -277,3 +277,39 @@ def test_a_damaged_row_gives_a_table_or_a_typed_error(name: str, data: st.DataOb
     for row in table:
         assert row["prompt"].strip() and row["target_new"].strip()
         assert all(p["prompt"].strip() for p in row["locality"] + row["portability"])
+
+
+# ---------------------------------------------------------------------- what a row must not lose
+
+
+@pytest.mark.parametrize("prompt", ["{} knows Ada, who is a", "Ada knows {}, who is a"])
+def test_a_slot_still_decides_where_the_subject_stands(prompt: str) -> None:
+    request = EditRequest(prompt=prompt, subject="Ada", target_new="cook")
+    (row,) = load_edit_dataset([request.to_dict()])
+    again = EditRequest.from_dict(row)
+    assert again.filled_prompt == request.filled_prompt
+    assert again.subject_span() == request.subject_span()
+
+
+def test_a_separator_comes_through_a_table(tmp_path: Path) -> None:
+    rows = [{"prompt": "A", "target_new": "x", "separator": "\n"}, {"prompt": "B", "target_new": "y"}]
+    requests = load_requests(load_edit_dataset(rows))
+    assert [r.separator for r in requests] == ["\n", None]
+    (tmp_path / "own.csv").write_text('q,a,sep\nA,x," - "\nB,y,\n', encoding="utf-8")
+    columns = {"prompt": "q", "target_new": "a", "separator": "sep"}
+    requests = load_requests(load_edit_dataset(tmp_path / "own.csv", columns=columns))
+    assert [r.separator for r in requests] == [" - ", None]
+
+
+def test_lists_in_cells_of_mapped_columns(tmp_path: Path) -> None:
+    file = tmp_path / "own.csv"
+    columns = {"prompt": "q", "target_new": "a", "rephrase_prompts": ["r"], "ground_truth": "old"}
+    file.write_text('q,a,r,old\n[1] is,x,"[""a b"", ""c d""]","[""e"", ""f""]"\n', encoding="utf-8")
+    (row,) = load_edit_dataset(file, columns=columns | {"locality": {"near": ("r", "old")}})
+    assert (row["prompt"], row["rephrase_prompts"], row["ground_truth"]) == ("[1] is", ["a b", "c d"], ["e", "f"])
+    assert row["locality"][0]["ground_truth"] == [["e"], ["f"]]
+    for wrong, column in (('"[\'a\', \'b\']",x', "r"), ("x,[a b]", "old")):
+        file.write_text(f"q,a,r,old\nA,x,{wrong}\n", encoding="utf-8")
+        with pytest.raises(RequestError, match="JSON") as caught:
+            load_edit_dataset(file, columns=columns)
+        assert (caught.value.row, caught.value.field) == (0, column)
