@@ -102,8 +102,8 @@ class EditConfig(metaclass=_OldNames):
 
     Args:
         layers: decoder layers to edit (0-based, negative counts from the end); ``None``: from the model.
-        separator: text between prompt and target, for facts that bring none of their own; ``None``: a space or nothing,
-            by what stands on both sides (`separator_between`).
+        separator: text between prompt and target, for facts that bring none of their own; ``None``: a space or
+            nothing, by what stands on both sides (`separator_between`).
         seed: seed of everything random in the method (generated context templates).
         rows_per_step: how many requests (with their wordings) pass the model together in one step; ``None``: as many
             as the method's own default or the memory allows. How many are solved for together is another number, the

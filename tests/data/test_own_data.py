@@ -308,7 +308,7 @@ def test_lists_in_cells_of_mapped_columns(tmp_path: Path) -> None:
     (row,) = load_edit_dataset(file, columns=columns | {"locality": {"near": ("r", "old")}})
     assert (row["prompt"], row["rephrase_prompts"], row["ground_truth"]) == ("[1] is", ["a b", "c d"], ["e", "f"])
     assert row["locality"][0]["ground_truth"] == [["e"], ["f"]]
-    for wrong, column in (('"[\'a\', \'b\']",x', "r"), ("x,[a b]", "old")):
+    for wrong, column in (("\"['a', 'b']\",x", "r"), ("x,[a b]", "old")):
         file.write_text(f"q,a,r,old\nA,x,{wrong}\n", encoding="utf-8")
         with pytest.raises(RequestError, match="JSON") as caught:
             load_edit_dataset(file, columns=columns)
