@@ -7,6 +7,7 @@ A message names what was wrong, where (row, field), and what to do about it.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -146,6 +147,13 @@ class NoCounterpartError(KeditError, ImportError):
 
 class EvaluationError(KeditError, ValueError):
     """An evaluation was asked for something impossible."""
+
+
+def shown(value: Any) -> str:
+    """A value as a message names it: short, however long or deep it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

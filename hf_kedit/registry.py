@@ -11,7 +11,7 @@ import importlib
 from functools import cache
 from typing import Any, Generic, TypeVar
 
-from .errors import UnknownMethodError, nearest
+from .errors import UnknownMethodError, nearest, shown
 
 T = TypeVar("T")
 PLUGINS = "hf_kedit.methods"  # entry-point group in which an installed package names its module of methods
@@ -62,7 +62,8 @@ class Table(Generic[T]):
         entries = self.all()
         if not isinstance(name, str) or normalise(name) not in entries:
             known = ", ".join(entries)
-            raise UnknownMethodError(f"unknown method {name!r}.{nearest(str(name), entries)} Known: {known}.")
+            hint = nearest(name, entries) if isinstance(name, str) else ""
+            raise UnknownMethodError(f"unknown method {shown(name)}.{hint} Known: {known}.")
         return entries[normalise(name)]
 
     def all(self) -> dict[str, T]:

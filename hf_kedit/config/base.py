@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_type_hints
 
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 
-from ..errors import ConfigError, LayerError, nearest
+from ..errors import ConfigError, LayerError, nearest, shown
 from ..logging import get_logger, info_once, warn_once
 from ..registry import CONFIGS, normalise
 from ..text.scripts import HALF, is_writable
@@ -397,7 +397,7 @@ def _what_is_wrong(field: str, error: ValidationError) -> str:
     """The first complaint about a field, with the value and, inside a list, its place."""
     first = error.errors()[0]
     place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
-    return f"{field}{place} = {first['input']!r}: {first['msg']}"
+    return f"{field}{place} = {shown(first['input'])}: {first['msg']}"
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -255,3 +255,13 @@ def test_derived_layers_exist_at_any_depth(depth: int, norm: str) -> None:
     for config in (ROMEConfig(), MEMITConfig(), FTLConfig()):
         layers = config.complete(profile).layers
         assert layers and all(0 <= layer < depth for layer in layers)
+
+
+def test_a_message_is_short_however_deep_or_long_the_value_is() -> None:
+    deep: list[object] = []
+    for _ in range(3000):
+        deep = [deep]
+    for changes in ({"edit_type": deep}, {"layers": deep}, {"layers": "x" * 10**6}):
+        with pytest.raises(ConfigError) as raised:
+            EditConfig.from_dict({"edit_type": "memit", **changes})
+        assert len(str(raised.value)) < 2000

@@ -45,7 +45,8 @@ CONFIGS: dict[str, EditConfig] = {
     "lora": LoRAConfig(layers=[1], num_steps=2, rank=2),
     "kn": KNConfig(steps=2, layers=[0, 1]),
     "ultraedit": UltraEditConfig(layers=[0, 1]),
-    "grace": GRACEConfig(layers=[1], num_steps=2),
+    # Entries apart and begun alike: what several edits share stays where one of them goes, as its page says.
+    "grace": GRACEConfig(layers=[1], num_steps=2, eps=0.01, value_init="warm"),
     "defer": DEFERConfig(layers=[1], num_steps=2),
     "melo": MELOConfig(layers=[0], num_steps=2),
     "t-patcher": TPatcherConfig(max_epochs=3, first_validation=1, validate_every=1, max_patches=1, memory_tokens=1100),
