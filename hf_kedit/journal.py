@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import ArtifactError, KeditError, RequestError, RollbackError, UnknownEditError, nearest
 from .requests import EditRequest
+from .storage.parsing import parse_json_lines
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Edit:
             data = dict(value)
             head = {name: data.pop(name) for name in ("edit_id", "method", "batch_id", "created")}
             diagnostics = data.pop("diagnostics", {})
-            if not all(isinstance(v, str) for v in head.values()):
-                raise TypeError("edit_id, method, batch_id and created must be strings")
+            if not all(isinstance(v, str) for v in head.values()) or not isinstance(diagnostics, dict):
+                raise TypeError("edit_id, method, batch_id and created must be strings, diagnostics an object")
             request = EditRequest.from_dict({**data, "id": head["edit_id"]})
             return cls(head["edit_id"], request, head["method"], head["batch_id"], head["created"], diagnostics)
         except (KeyError, TypeError, ValueError) as error:
@@ -170,8 +171,12 @@ class Journal:
         return [self.get(edit_id).id for edit_id in dict.fromkeys(which)]
 
     def to_jsonl(self) -> str:
-        """One JSON object per line."""
-        return "".join(json.dumps(e.to_dict(), ensure_ascii=False) + "\n" for e in self._edits)
+        """One JSON object per line.
+
+        Raises:
+            ArtifactError: if a field holds something that is no JSON or no text, naming edit and field.
+        """
+        return "".join(_line(edit.to_dict()) for edit in self._edits)
 
     @classmethod
     def from_jsonl(cls, text: str) -> Journal:
@@ -180,17 +185,27 @@ class Journal:
         Raises:
             ArtifactError: for a damaged line.
         """
-        edits = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    edits.append(Edit.from_dict(json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ArtifactError(f"edits.jsonl, line {number}: not JSON ({error.msg})") from error
+        edits = [Edit.from_dict(line) for line in parse_json_lines(text, "edits.jsonl", ArtifactError)]
         ids = [e.id for e in edits]
         if len(set(ids)) != len(ids):
             raise ArtifactError("edits.jsonl names an edit twice")
         return cls(edits)
+
+
+def _line(edit: dict[str, Any]) -> str:
+    if _json_problem(edit) is None:
+        return json.dumps(edit, ensure_ascii=False) + "\n"
+    name, problem = next((n, problem) for n, value in edit.items() if (problem := _json_problem(value)) is not None)
+    raise ArtifactError(f"the edit {edit['edit_id']!r} cannot be saved: its {name!r} is no JSON ({problem})")
+
+
+def _json_problem(value: Any) -> Exception | None:
+    """Why a value cannot be written as JSON in UTF-8; ``None`` if it can."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        return error
+    return None
 
 
 def new_id(prefix: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,22 @@ from .statistics.corpora import Corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def model_name(name: str | Path) -> str:
+    """A model's name as it is recorded: folders absolute, so that they are found from everywhere; ids as they are."""
+    text = str(name)
+    if text.startswith(embedded.PREFIX):
+        return text.rstrip("/")
+    folder = Path(text).expanduser()
+    if text and folder.is_dir():
+        return os.path.abspath(folder)
+    return text if text.startswith(("/", ".", "~")) else text.rstrip("/")
+
+
+def is_local(name: str) -> bool:
+    """Whether the name of a model means a folder of one machine, whether it is there or not."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_absolute()
 
 
 def load_base(
@@ -36,7 +53,7 @@ def load_base(
     )
 
     local = embedded.resolve(name)
-    source = str(local) if local is not None else name
+    source = str(local) if local is not None else model_name(name)
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(source, **shared, **hub_options(kwargs))
     if getattr(config, "is_encoder_decoder", False):
@@ -64,7 +81,7 @@ def load_tokenizer(
 
     local = embedded.resolve(name)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        str(local) if local is not None else name,
+        str(local) if local is not None else model_name(name),
         revision=revision,
         trust_remote_code=trust_remote_code,
         **hub,

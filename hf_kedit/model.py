@@ -22,7 +22,9 @@ from .artifact.sharing import Sharing
 from .artifact.writing import save_artifact
 from .config import EditConfig
 from .editing import Editing
-from .loading import hub_options, load_base, load_tokenizer
+from .engine.weights import head_kept
+from .errors import ConfigError
+from .loading import hub_options, load_base, load_tokenizer, model_name
 from .statistics.corpora import Corpus
 from .storage.repository import cached_commit
 
@@ -89,7 +91,7 @@ class EditableModel(Editing, Sharing, LoraExchange):
         model_or_edits: str | Path | Artifact,
         config: EditConfig | str | None = None,
         *,
-        base_model: PreTrainedModel | None = None,
+        base_model: PreTrainedModel | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         anatomy: Mapping[str, str] | None = None,
         revision: str | None = None,
@@ -105,7 +107,7 @@ class EditableModel(Editing, Sharing, LoraExchange):
             model_or_edits: Hub id, local folder, or embedded name (``"kedit/world-gpt2"``) of a model; or folder or
                 Hub id of saved edits (recognised by its ``edit_config.json``), or what `find_artifact` read there.
             config: method config or name; for saved edits ``None`` continues with the saved one.
-            base_model: a base model in memory, instead of the one that the saved edit names.
+            base_model: instead of the one that the saved edit names: a model in memory, a folder, or a Hub id.
             tokenizer: instead of the model's own.
             anatomy: overrides of the structural resolver.
             revision: of the repository that is named.
@@ -121,7 +123,8 @@ class EditableModel(Editing, Sharing, LoraExchange):
             ArtifactError: if saved edits are damaged or of an unknown format.
             BaseModelMismatchError: if the base model has other weights than the edits were made on.
         """
-        artifact, name = (model_or_edits, "") if isinstance(model_or_edits, Artifact) else (None, str(model_or_edits))
+        artifact = model_or_edits if isinstance(model_or_edits, Artifact) else None
+        name = "" if isinstance(model_or_edits, Artifact) else model_name(model_or_edits)
         if artifact is None and embedded.resolve(name) is None:
             artifact = find_artifact(name, revision=revision, **hub_options(model_kwargs))
         if artifact is not None:
@@ -136,7 +139,10 @@ class EditableModel(Editing, Sharing, LoraExchange):
                 untie=untie,
                 model_kwargs=model_kwargs,
             )
-            return restore(artifact, cls(**arguments), ignore_fingerprint=ignore_fingerprint)
+            with head_kept(arguments["base_model"]):
+                return restore(artifact, cls(**arguments), ignore_fingerprint=ignore_fingerprint)
+        if isinstance(base_model, (str, Path)):
+            raise ConfigError("base_model= as a name belongs to saved edits; a model to edit is named first")
         loaded = base_model or load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
         tokenizer = tokenizer or load_tokenizer(
             name, revision=revision, trust_remote_code=trust_remote_code, **hub_options(model_kwargs)

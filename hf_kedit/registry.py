@@ -15,6 +15,7 @@ from .errors import UnknownMethodError, nearest, shown
 
 T = TypeVar("T")
 PLUGINS = "hf_kedit.methods"  # entry-point group in which an installed package names its module of methods
+_WISHES = {"any", "auto", "best", "default", "fast", "fastest", "good", "recommended", "standard", "which"}
 SOURCES: list[str] = []  # modules that register methods when they are imported
 
 
@@ -62,6 +63,13 @@ class Table(Generic[T]):
         entries = self.all()
         if not isinstance(name, str) or normalise(name) not in entries:
             known = ", ".join(entries)
+            if isinstance(name, str) and normalise(name) in _WISHES:
+                best = "--method auto chooses one for a model; " if "auto" in entries else ""
+                raise UnknownMethodError(
+                    f"{name!r} names no method, and none is the best for every model and fact: {best}the page 'Which"
+                    " method?' (docs/methods/index.md) says what each one reaches and costs, and `kedit list-methods`"
+                    f" shows them. Known: {known}."
+                )
             hint = nearest(name, entries) if isinstance(name, str) else ""
             raise UnknownMethodError(f"unknown method {shown(name)}.{hint} Known: {known}.")
         return entries[normalise(name)]

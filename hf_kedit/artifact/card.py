@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +12,10 @@ from typing import Any, Protocol
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from .. import embedded
 from ..errors import HubError
 from ..journal import Edit
+from ..loading import is_local
 from ..logging import get_logger
 from ..storage.display import markdown_code, markdown_text, printable
 from ..storage.files import read_file
@@ -99,7 +102,7 @@ def model_card(
     ) or "\n".join(f"- none; edits act at run time at {markdown_code(path)}" for path in _sites(config))
     undo_first = f"model.rollback({_quoted(edits[0].id if edits else 'edit-id')})"
     here = repo_id or PLACEHOLDER
-    load_base = "" if base else ", base_model=model"
+    load_base = ", base_model=model" if not base or is_local(base) else ""
     if at_sites:
         elsewhere = _with_peft(here)
     elif is_adapter:
@@ -110,7 +113,7 @@ def model_card(
 {data.to_yaml()}
 ---
 
-# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {markdown_text(base or IN_MEMORY)}
+# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {markdown_text(_shown(base))}
 
 This folder holds changes to single facts, not a whole model. They are laid on the base model when it is loaded,
 and every one of them can be taken back.
@@ -136,7 +139,7 @@ An earlier version of a repository is loaded with `from_pretrained(…, revision
 
 ## What it was made on
 
-- base model: {markdown_code(base or IN_MEMORY)}, {_revision(config["base_model_revision"])}, {config["base_dtype"]}
+- base model: {markdown_code(_shown(base))}, {_revision(config["base_model_revision"])}, {config["base_dtype"]}
 - method: {markdown_text(config["method"])} (hyperparameters in `edit_config.json`)
 - changed weights (checked by their SHA-256 when the edits are loaded):
 {touched}
@@ -184,7 +187,7 @@ def merged_card(config: dict[str, Any], edits: Sequence[Edit]) -> str:
 {data.to_yaml()}
 ---
 
-# {markdown_text(base or "A model")} with {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"}
+# {markdown_text(_shown(base) if base else "A model")} with {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"}
 
 A whole model: it loads with transformers alone, and the edits are part of its weights.
 
@@ -201,14 +204,19 @@ tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")
 
 ## Undo
 
-These edits cannot be taken back: use the base model {markdown_code(base) if base else "that it was made from"},
+These edits cannot be taken back: use the base model {markdown_code(_shown(base)) if base else "of before"},
 {_revision(config["base_model_revision"])}, or the saved edits that this model was merged from.
 Editing a fact can change others. Measure it on your own questions before you rely on it.
 """
 
 
 def _is_hub_id(base: str) -> bool:
-    return bool(base) and not base.startswith(("/", ".", "kedit/"))
+    return bool(base) and not is_local(base) and not base.startswith(embedded.PREFIX)
+
+
+def _shown(base: str) -> str:
+    """The base model's name; of a folder the last part, because the way to it is nobody else's business."""
+    return re.split(r"[\\/]", base.rstrip("/\\"))[-1] if is_local(base) else base or IN_MEMORY
 
 
 def _origin(base: str, revision: str | None, relation: str) -> dict[str, Any]:
@@ -268,7 +276,7 @@ def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingP
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({_quoted(base or "the base model")})
+base = AutoModelForCausalLM.from_pretrained({_quoted(_shown(base) if base else "the base model")})
 model = PeftModel.from_pretrained(base, {_quoted(here)})
 ```
 {alone if singles else ""}"""
@@ -326,7 +334,7 @@ def adapter_card(base: str, revision: str | None, edits: Sequence[Edit], losses:
 {data.to_yaml()}
 ---
 
-# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {markdown_text(base or IN_MEMORY)}, as a LoRA adapter
+# {len(edits)} knowledge edit{"" if len(edits) == 1 else "s"} of {markdown_text(_shown(base))}, as a LoRA adapter
 
 {_edit_table(edits)}
 {note}

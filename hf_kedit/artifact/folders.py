@@ -6,16 +6,17 @@ saved edits only the files that belong to them are pushed; of the others everyth
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
 from ..storage.files import FileSource, write_folder
+from ..storage.parsing import parse_json
 from ..storage.repository import list_files, matches, push_files
 from .card import PLACEHOLDER
 from .layout import ADAPTER_CONFIG, CARD, CONFIG, EDIT_KINDS, MERGED, OWN_FILES, WHOLE_MODEL, is_merged
 from .reading import read_artifact
+from .writing import without_local_base
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -71,6 +72,10 @@ def push_folder(
         if unsafe:
             raise ArtifactError(f"{str(folder)!r} has files that must be unpickled to be read: {', '.join(unsafe)}")
         files = {**paths}
+    if kind in EDIT_KINDS or kind == MERGED:
+        texts = {name: files[name] for name in files if name.endswith((".json", ".md"))}
+        read = {name: text if isinstance(text, bytes) else text.read_bytes() for name, text in texts.items()}
+        files |= without_local_base(read)
     if CARD in files:
         card = files[CARD]
         card = card.read_bytes() if isinstance(card, Path) else card
@@ -154,7 +159,7 @@ def _version(repo_id: str, revision: str | None, token: Any) -> tuple[dict[str, 
 def _kind_of(folder: Path, config_file: bytes) -> str:
     """The ``artifact`` of a folder's ``edit_config.json``."""
     try:
-        return str(json.loads(config_file)["artifact"])
+        return str(parse_json(config_file, CONFIG, ArtifactError)["artifact"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{str(folder)!r}: {CONFIG} does not say what the folder is: {error!r}") from error
 

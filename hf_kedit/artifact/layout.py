@@ -16,8 +16,9 @@ a path.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ import torch
 from ..config import CONFIG_NAME
 from ..errors import ArtifactError
 from ..journal import Journal
+from ..loading import is_local
+from ..storage.parsing import parse_json
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, JOURNAL, CARD = CONFIG_NAME, "edit_model.safetensors", "edits.jsonl", "README.md"
@@ -47,7 +50,9 @@ OWN_FILES = {
 }
 """Files that saved edits may consist of; ``*`` stands for the folder of an edit."""
 WHOLE_MODEL = "edits beside a whole model would be applied twice when it is loaded; choose another repository"
+_TEXTS = (".txt", ".json", ".jsonl")
 _HOLDS = {"config.json": "a complete model", CONFIG: "saved edits", ADAPTER_CONFIG: "an adapter"}
+_LOCATION = ("base_model_name_or_path", "base_model_revision", "base_model_relative_path", "base_model_folder")
 _FIELDS: dict[str, type] = {
     "format_version": int,
     "artifact": str,
@@ -56,6 +61,23 @@ _FIELDS: dict[str, type] = {
     "base_model_name_or_path": str,
     "modules": dict,
     "files": dict,
+}
+
+
+_MODULE: dict[str, type] = {"shape": list, "rank": int, "pieces": list}
+_OPTIONAL: dict[str, type] = {
+    "config_sha256": str,
+    "base_model_revision": str,
+    "base_model_relative_path": str,
+    "base_model_folder": str,
+    "base_model_class": str,
+    "base_dtype": str,
+    "quantization_config": dict,
+    "head_tied": bool,
+    "anatomy": dict,
+    "context_templates": dict,
+    "books": dict,
+    "machine_settings": list,
 }
 
 
@@ -107,10 +129,28 @@ def check_destination(folder: Path) -> None:
     refuse_folder(folder, ["config.json", *([] if has_edits else [ADAPTER_CONFIG])], "edits")
 
 
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what an ``edit_config.json`` says, but for where the base model is: that may be changed by hand."""
+    own = {name: value for name, value in config.items() if name not in (*_LOCATION, "config_sha256")}
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(own)), sort_keys=True).encode()).hexdigest()
+
+
+def portable(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters without paths of one machine: where statistics are kept, and a corpus in a file or folder."""
+    corpus = hparams.get("stats_dataset")
+    local = isinstance(corpus, str) and (is_local(corpus) or Path(corpus).suffix in _TEXTS or Path(corpus).exists())
+    gone = ("stats_dir", *(("stats_dataset",) if local else ()))
+    return {name: value for name, value in hparams.items() if value is None or name not in gone}
+
+
 def is_merged(config_file: bytes) -> bool:
     """Whether an ``edit_config.json`` only tells which edits a whole model was merged with."""
     try:
-        return bool(json.loads(config_file)["artifact"] == MERGED)
+        return bool(parse_json(config_file, CONFIG, ArtifactError)["artifact"] == MERGED)
     except (ValueError, KeyError, TypeError):
         return False  # what is wrong with it is said when it is read
 
@@ -125,9 +165,20 @@ def check_config(source: str, config: Any) -> None:
         raise ArtifactError(f"{source}: {CONFIG} must hold an object")
     if "format_version" not in config and "edit_type" in config:
         raise ArtifactError(f"{source}: {CONFIG} is a method's config, not a saved edit")
-    for name, kind in _FIELDS.items():
-        if not isinstance(config.get(name), kind):
+    for name, kind in {**_FIELDS, **_OPTIONAL}.items():
+        value = config.get(name)
+        if not (isinstance(value, kind) or (value is None and name in _OPTIONAL)) or (kind is int and value is True):
             raise ArtifactError(f"{source}: {CONFIG} has no valid {name!r}")
+    for name in ("anatomy", "files"):
+        if not all(isinstance(text, str) for text in (config.get(name) or {}).values()):
+            raise ArtifactError(f"{source}: {CONFIG} has no valid {name!r}")
+    for key, entry in config["modules"].items():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(n), t) for n, t in _MODULE.items()):
+            raise ArtifactError(f"{source}: {CONFIG}, module {key!r}: no valid description")
+    for groups in (config.get("context_templates") or {}).values():
+        texts = [text for group in groups for text in group] if _is_list_of(list, groups) else [None]
+        if not all(isinstance(text, str) and "{}" in text for text in texts):
+            raise ArtifactError(f"{source}: {CONFIG} has no valid 'context_templates'")
     if config["format_version"] > FORMAT_VERSION:
         raise ArtifactError(
             f"{source}: written in format {config['format_version']}, this version of hf_kedit reads up to"

@@ -6,7 +6,6 @@ Read are ``adapter_config.json`` and ``adapter_model.safetensors``, by their con
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from ..errors import ArtifactError, BaseModelMismatchError, LayerError, RequestE
 from ..journal import Edit, EditResult, Journal, new_id, now
 from ..requests import EditRequest, RequestSource, load_requests
 from ..storage.files import read_file
+from ..storage.parsing import parse_json
 from .layout import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS, JOURNAL
 
 IMPORTED = "lora-import"
@@ -128,10 +128,7 @@ def _read_config(source: str, fetch: Callable[[str], bytes | None]) -> dict[str,
     data = fetch(ADAPTER_CONFIG)
     if data is None:
         raise ArtifactError(f"{source}: {ADAPTER_CONFIG} is missing; this is no PEFT adapter")
-    try:
-        config = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{source}: {ADAPTER_CONFIG} is not JSON: {error}") from error
+    config = parse_json(data, f"{source}: {ADAPTER_CONFIG}", ArtifactError)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ArtifactError(f"{source}: only LoRA adapters can become edits of weights, this is {kind or 'none'}")

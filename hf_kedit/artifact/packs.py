@@ -13,7 +13,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..anatomy.switching import uninterrupted
-from ..books.book import all_disabled
 from ..books.deltas import Account, Piece
 from ..data.conflicts import normalised
 from ..errors import PackError, nearest
@@ -227,17 +226,16 @@ class Packs:
 
     def _read(self, artifact: Artifact, name: str, ignore_fingerprint: bool) -> Pack:
         """Check a saved edit against the unedited model and give its edits names of their own."""
-        with all_disabled(self._model.books.values()):
-            states = read_books(artifact, self._model, ignore_fingerprint)
-        beside = [kind for kind in states if kind != "weights"]
+        beside = [kind for kind in artifact.config.get("books") or () if kind != "weights"]
         if beside:
             raise PackError(
                 f"{artifact.source} holds edits of the kind {', '.join(beside)}, which do not add up with others: load"
                 " it alone, with EditableModel.from_pretrained"
             )
+        contents = read_books(artifact, self._model, ignore_fingerprint)
         accounts = {
             key: replace(account, pieces=[_renamed(piece, name) for piece in account.pieces])
-            for key, account in states["weights"].items()
+            for key, account in contents["weights"].items()
         }
         edits = [
             replace(edit, id=f"{name}/{edit.id}", request=replace(edit.request, id=f"{name}/{edit.id}"))

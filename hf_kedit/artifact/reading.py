@@ -7,7 +7,6 @@ Read in this order: `find_artifact` (a folder or a repository → the files, che
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,11 +21,23 @@ from ..config import AutoEditConfig, EditConfig
 from ..editing.state import EditedModel
 from ..errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
 from ..journal import Journal
-from ..loading import hub_options, load_base, load_tokenizer
+from ..loading import hub_options, is_local, load_base, load_tokenizer, model_name
 from ..logging import get_logger
 from ..storage.files import FileSource
+from ..storage.parsing import parse_json
 from ..storage.repository import cached_commit
-from .layout import ADAPTER_WEIGHTS, CONFIG, JOURNAL, STATE, WEIGHTS, Artifact, check_config, is_merged
+from .layout import (
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    JOURNAL,
+    STATE,
+    WEIGHTS,
+    Artifact,
+    check_config,
+    config_digest,
+    is_merged,
+    portable,
+)
 from .site_adapter import from_adapter_tensors
 
 if TYPE_CHECKING:
@@ -105,10 +116,7 @@ def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes 
             raise ArtifactError(f"{source}: {name} is missing; the saved edit is incomplete")
         return data
 
-    try:
-        config = json.loads(config_file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{source}: {CONFIG} is not JSON: {error}") from error
+    config = parse_json(config_file, f"{source}: {CONFIG}", ArtifactError)
     check_config(source, config)
     beside = (ADAPTER_WEIGHTS,) if config.get("tensors_in_adapter") is True else ()
     raw = {name: get(name) for name in (WEIGHTS, JOURNAL, *beside)}
@@ -134,7 +142,7 @@ def arguments_of(
     artifact: Artifact,
     config: EditConfig | str | None,
     *,
-    base_model: PreTrainedModel | None,
+    base_model: PreTrainedModel | str | Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
     anatomy: Mapping[str, str] | None,
     base_model_revision: str | None,
@@ -147,44 +155,110 @@ def arguments_of(
     The arguments are those of `EditableModel.from_pretrained`.
 
     Raises:
-        ArtifactError: if the edits were made on a model in memory and none is given.
+        ArtifactError: if the base model cannot be found or loaded, naming it.
     """
     described = artifact.config
-    name = described["base_model_name_or_path"]
-    revision = base_model_revision or described.get("base_model_revision")
-    if base_model is None:
-        if not name:
-            raise ArtifactError(f"{artifact.source}: the edits were made on a model in memory; give it as base_model=")
-        model_kwargs.setdefault("dtype", getattr(torch, str(described.get("base_dtype", "")), None) or "auto")
-        if described.get("quantization_config"):  # None, if given, asks for the unquantised model
-            model_kwargs.setdefault("quantization_config", _quantisation_from(described["quantization_config"]))
-        base_model = load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
-    if tokenizer is None and name:
-        try:
-            tokenizer = load_tokenizer(
-                name, revision=revision, trust_remote_code=trust_remote_code, **hub_options(model_kwargs)
-            )
-        except (OSError, ValueError, KeditError) as error:
-            logger.warning("no tokenizer could be loaded from %r (%s); pass tokenizer= to edit further", name, error)
+    recorded = described["base_model_name_or_path"]
+    name, revision = _base_of(artifact), base_model_revision or described.get("base_model_revision")
+    if isinstance(base_model, (str, Path)):
+        name, revision = model_name(base_model), base_model_revision
+    if base_model is None or isinstance(base_model, (str, Path)):
+        quantised = described.get("quantization_config")
+        if not quantised:
+            model_kwargs.setdefault("dtype", _dtype(described.get("base_dtype")))
+        elif base_model is None:  # None, if given, asks for the unquantised model
+            model_kwargs.setdefault("quantization_config", _quantisation_from(artifact.source, quantised))
+        base_model = _load(artifact, name, revision, trust_remote_code, model_kwargs)
+    if tokenizer is None:
+        tokenizer = _tokenizer(name, base_model, revision, trust_remote_code, hub_options(model_kwargs))
     chosen = config if config is not None else AutoEditConfig.for_method(described["method"])
     if config is None:
-        saved = {k: v for k, v in described["hparams"].items() if k != "edit_type"}
+        saved = {k: v for k, v in portable(described["hparams"]).items() if k != "edit_type"}
+        if "stats_dataset" in (described.get("machine_settings") or ()):
+            logger.warning(
+                "%s: the edits were made with statistics of a corpus on one machine, which is not saved with them; for"
+                " further edits like these give the method's config with stats_dataset=",
+                artifact.source,
+            )
         chosen = type(chosen).from_dict(saved, saved=True) if isinstance(chosen, EditConfig) else chosen
     return {
         "base_model": base_model,
         "config": chosen,
         "tokenizer": tokenizer,
         "anatomy": anatomy if anatomy is not None else described.get("anatomy") or None,
-        "base_model_id": name,
+        "base_model_id": name or recorded,
         "base_model_revision": revision,
         "untie": untie or described.get("head_tied") is False,
     }
 
 
-def _quantisation_from(saved: dict[str, Any]) -> Any:
+def _base_of(artifact: Artifact) -> str:
+    """Name of the base model of saved edits: a folder of this machine where it is one; empty if none is recorded."""
+    recorded = artifact.config["base_model_name_or_path"]
+    folder = Path(artifact.source).expanduser()
+    beside = artifact.config.get("base_model_relative_path") or (recorded if recorded.startswith(".") else None)
+    if not Path(recorded).expanduser().is_dir() and isinstance(beside, str) and (folder / beside).is_dir():
+        return model_name(folder / beside)  # both folders were moved together
+    return model_name(recorded)
+
+
+def _load(
+    artifact: Artifact, name: str, revision: str | None, trust_remote_code: bool, model_kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Load the base model of saved edits.
+
+    Raises:
+        ArtifactError: saying how another one is given.
+    """
+    give = "give it with base_model= (a model, a folder or a Hub id), or on the command line with --base"
+    if not name:
+        where = artifact.config.get("base_model_folder")
+        made_on = f"in the folder {where!r} of another machine" if where else "in memory"
+        raise ArtifactError(f"{artifact.source}: the edits were made on a model {made_on}; {give}")
+    if is_local(name) and not Path(name).expanduser().is_dir():
+        raise ArtifactError(f"{artifact.source}: the edits were made on {name!r}, which is not there; {give}")
+    try:
+        return load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
+    except KeditError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ArtifactError(
+            f"{artifact.source}: the base model of the edits, {name!r}, cannot be loaded ({reason}); {give}"
+        ) from error
+
+
+def _tokenizer(
+    name: str, base_model: PreTrainedModel, revision: str | None, trust_remote_code: bool, hub: dict[str, Any]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the base model; ``None``, and a warning, if there is none under its names."""
+    own = str(getattr(base_model.config, "name_or_path", "") or "")
+    reasons = []
+    for source in dict.fromkeys(n for n in (name, own) if n):
+        try:
+            return load_tokenizer(
+                source, revision=revision if source == name else None, trust_remote_code=trust_remote_code, **hub
+            )
+        except (OSError, ValueError, KeditError) as error:
+            reasons.append(f"{source!r} ({error})")
+    if reasons:
+        logger.warning("no tokenizer could be loaded from %s; pass tokenizer= to edit further", ", ".join(reasons))
+    return None
+
+
+def _dtype(name: Any) -> Any:
+    """The number format of this name, or ``"auto"``."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else "auto"
+
+
+def _quantisation_from(source: str, saved: dict[str, Any]) -> Any:
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    return AutoQuantizationConfig.from_dict(dict(saved))
+    try:
+        return AutoQuantizationConfig.from_dict(dict(saved))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ArtifactError(f"{source}: {CONFIG} has no valid 'quantization_config': {error}") from error
 
 
 def restore(artifact: Artifact, model: M, *, ignore_fingerprint: bool = False) -> M:
@@ -225,7 +299,7 @@ def read_books(artifact: Artifact, model: EditedModel, ignore_fingerprint: bool)
         ArtifactError: if something is missing or damaged.
         BaseModelMismatchError: if the base model has other weights than the edits were made on.
     """
-    described = {"weights": artifact.config["modules"], **artifact.config.get("books", {})}
+    described = {"weights": artifact.config["modules"], **(artifact.config.get("books") or {})}
     unknown = described.keys() - model.books.keys()
     if unknown:
         raise ArtifactError(f"{artifact.source}: {CONFIG} has edits of an unknown kind: {', '.join(sorted(unknown))}")
@@ -233,6 +307,7 @@ def read_books(artifact: Artifact, model: EditedModel, ignore_fingerprint: bool)
     base = artifact.config
     contents: dict[str, Any] = {}
     owned: set[str] = set()
+    used: set[str] = set()
     for kind, part in described.items():
         if not isinstance(part, dict):
             raise ArtifactError(f"{artifact.source}: {CONFIG} has no valid description of the {kind!r} edits")
@@ -243,9 +318,18 @@ def read_books(artifact: Artifact, model: EditedModel, ignore_fingerprint: bool)
             known,
             made_on=f"a {base.get('base_model_class')} ({base['base_model_name_or_path'] or 'in memory'})",
             ignore_fingerprint=ignore_fingerprint,
+            used=used,
         )
         contents[kind], edit_ids = model.books[kind].read(saved)
         owned |= edit_ids
     if owned != known:
         raise ArtifactError(f"{artifact.source}: {JOURNAL} and {CONFIG} name different edits")
+    unnamed = [name for name in artifact.tensors if name not in used and not name.startswith(STATE)]
+    if unnamed:
+        raise ArtifactError(f"{artifact.source}: {CONFIG} does not say what the tensor {unnamed[0]!r} is")
+    if base.get("config_sha256", config_digest(base)) != config_digest(base):  # 0.1.0 has not written it
+        raise ArtifactError(
+            f"{artifact.source}: {CONFIG} was changed after it was written. If that was on purpose, take"
+            " 'config_sha256' out of it"
+        )
     return contents

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..storage.repository import push_files
 from .layout import OWN_FILES, WHOLE_MODEL
 from .packs import OnConflict, Pack, Packs
-from .writing import artifact_files
+from .writing import artifact_files, without_local_base
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -61,7 +61,7 @@ class Sharing(EditedModel):
         count = len(self.edits)
         return push_files(
             repo_id,
-            artifact_files(self, repo_id=repo_id, report=report, per_edit=per_edit),
+            without_local_base(artifact_files(self, repo_id=repo_id, report=report, per_edit=per_edit)),
             message=commit_message or f"{count} edit{'' if count == 1 else 's'} with {self.method_name}",
             owned=OWN_FILES,
             refuse={"config.json": WHOLE_MODEL},

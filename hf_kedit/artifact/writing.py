@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save as dump_tensors
 
-from ..books.book import all_disabled
 from ..editing.state import EditedModel
-from ..errors import ExportError
+from ..errors import ArtifactError, ExportError
 from ..journal import Edit
+from ..loading import is_local
+from ..logging import get_logger
 from ..storage.files import write_folder
+from ..storage.parsing import parse_json
 from ..version import __version__
 from .card import HasModelIndex, card_files, merged_card
-from .layout import CARD, CONFIG, FORMAT_VERSION, JOURNAL, MERGED, OWN_FILES, SINGLE, STATE, WEIGHTS, check_destination
+from .layout import (
+    ADAPTER_CONFIG,
+    CARD,
+    CONFIG,
+    FORMAT_VERSION,
+    JOURNAL,
+    MERGED,
+    OWN_FILES,
+    SINGLE,
+    STATE,
+    WEIGHTS,
+    check_destination,
+    config_digest,
+    portable,
+)
 from .lora_tensors import adapter_files, beside_weights, edit_adapter, is_low_rank, whole_adapter
 from .site_adapter import site_adapter_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = get_logger(__name__)
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -46,8 +66,7 @@ class _Contents:
     @classmethod
     def of(cls, model: EditedModel) -> _Contents:
         """Look at all books."""
-        with all_disabled(model.books.values()):  # fingerprints are those of the unedited weights
-            described = {kind: book.describe() for kind, book in model.books.items()}
+        described = {kind: book.describe() for kind, book in model.books.items()}
         beside = beside_weights(model)
         return cls(described, beside, not beside and is_low_rank(model))
 
@@ -61,18 +80,24 @@ def save_artifact(
         ArtifactError: if the folder is a file, or holds a model or another adapter.
     """
     check_destination(folder)
-    files = artifact_files(model, report=report, per_edit=per_edit)
+    files = artifact_files(model, folder=folder, report=report, per_edit=per_edit)
     write_folder(folder, files, last=CONFIG, owned=OWN_FILES)
 
 
 def artifact_files(
-    model: EditedModel, *, repo_id: str | None = None, report: HasModelIndex | None = None, per_edit: bool = False
+    model: EditedModel,
+    *,
+    folder: Path | None = None,
+    repo_id: str | None = None,
+    report: HasModelIndex | None = None,
+    per_edit: bool = False,
 ) -> dict[str, bytes]:
     """Everything that is saved of a model's edits: file name → content.
 
     Args:
         model: with the edits.
-        repo_id: where they will be, for the card.
+        folder: where they will be, so that a base model in a folder is found if both are moved.
+        repo_id: the repository in which they will be, for the card.
         report: an evaluation of them, for the card.
         per_edit: add every edit alone as a LoRA adapter, in a folder of its own.
 
@@ -81,6 +106,7 @@ def artifact_files(
         WeightError: if an edited weight was trained since.
     """
     model.ledger.check_unchanged()
+    journal = model.journal.to_jsonl().encode("utf-8")
     contents = _Contents.of(model)
     if per_edit and not contents.low_rank:
         raise ExportError(
@@ -94,16 +120,22 @@ def artifact_files(
     files = {
         # One entry of metadata only: safetensors writes several in an order that changes from run to run.
         WEIGHTS: dump_tensors(tensors, metadata={"format": "pt"}),
-        JOURNAL: model.journal.to_jsonl().encode("utf-8"),
+        JOURNAL: journal,
     }
     files |= adapter_files(model, whole_adapter(model)) if contents.low_rank else at_sites
     config = _describe(model, contents) | {"tensors_in_adapter": bool(at_sites)}
+    if folder is not None and is_local(model.base_model_id):
+        with contextlib.suppress(ValueError):  # on another drive
+            config["base_model_relative_path"] = Path(
+                os.path.relpath(model.base_model_id, os.path.realpath(folder))
+            ).as_posix()
     if per_edit:
         config["edit_folders"] = _edit_folders(model.edits)
         for edit_id, place in config["edit_folders"].items():
             alone = adapter_files(model, edit_adapter(model, edit_id))
             files |= {f"{place}/{name}": data for name, data in alone.items()}
     config["files"] = _digests(files)
+    config["config_sha256"] = config_digest(config)
     files |= card_files(config, model.edits, repo_id=repo_id, report=report)
     files[CONFIG] = _config_file(config)
     return files
@@ -121,15 +153,52 @@ def merged_files(model: EditedModel) -> dict[str, bytes]:
     return files
 
 
+def without_local_base(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files for others: the base model's folder on this machine means nothing there, and is nobody's business.
+
+    Args:
+        files: name → content, an ``edit_config.json`` among them.
+
+    Returns:
+        The same files; where the base model is a folder, its name stays and the way to it goes.
+    """
+    config = parse_json(files[CONFIG], CONFIG, ArtifactError)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not is_local(base):
+        return dict(files)
+    folder = re.split(r"[\\/]", base.rstrip("/\\"))[-1]
+    logger.warning(
+        "the base model is a folder of this machine (%s): whoever loads the edits has to give it, with base_model= or"
+        " --base. Push the model too, and make the edits on the pushed one, to spare them that",
+        base,
+    )
+    changed = dict(files)
+    config |= {"base_model_name_or_path": "", "base_model_folder": folder}
+    config.pop("base_model_relative_path", None)
+    for name in (name for name in files if Path(name).name == ADAPTER_CONFIG):
+        adapter = {**parse_json(files[name], name, ArtifactError), "base_model_name_or_path": None}
+        changed[name] = (json.dumps(adapter, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+        if name in config.get("files", {}):
+            config["files"][name] = hashlib.sha256(changed[name]).hexdigest()
+    if "config_sha256" in config:
+        config["config_sha256"] = config_digest(config)
+    if CARD in files:  # those of 0.1.0 name the whole way
+        changed[CARD] = files[CARD].replace(base.encode("utf-8", "replace"), folder.encode("utf-8", "replace"))
+    return changed | {CONFIG: _config_file(config)}
+
+
 def _describe(model: EditedModel, contents: _Contents) -> dict[str, Any]:
     """Content of ``edit_config.json`` without the file hashes."""
     base, books = model.base_model, contents.described
+    whole = model.edit_config.to_dict()
+    hparams = portable(whole)
     return {
         "format_version": FORMAT_VERSION,
         "kedit_version": __version__,
         "artifact": "stateful" if contents.beside else "lora" if contents.low_rank else "dense",
         "method": model.method_name,
-        "hparams": model.edit_config.to_dict(),
+        "hparams": hparams,
+        "machine_settings": sorted(name for name in whole if name not in hparams and whole[name] is not None),
         "base_model_name_or_path": model.base_model_id,
         "base_model_revision": model.base_model_revision,
         "base_model_class": type(base).__name__,
@@ -173,4 +242,7 @@ def _digests(files: dict[str, bytes]) -> dict[str, str]:
 
 
 def _config_file(config: dict[str, Any]) -> bytes:
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    try:
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    except UnicodeEncodeError:  # the name of a folder that is no UTF-8
+        return (json.dumps(config, indent=2) + "\n").encode("ascii")

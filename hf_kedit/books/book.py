@@ -8,7 +8,7 @@ them, and so are rolling back, switching off, merging, saving and loading. The `
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ class Saved:
         edit_ids: ids of all edits in the saved journal.
         made_on: class and name of the base model that the edits were made on, for messages.
         ignore_fingerprint: accept other base weights than the edits were made on.
+        used: names of the tensors that were asked for; what is left over belongs to nothing.
     """
 
     source: str
@@ -36,26 +37,35 @@ class Saved:
     edit_ids: frozenset[str]
     made_on: str = "another model"
     ignore_fingerprint: bool = False
+    used: set[str] = field(default_factory=set)
 
-    def tensor(self, name: Any, shape: Sequence[int | None]) -> torch.Tensor:
-        """A copy of one tensor in fp32, or in its own dtype if it holds integers or booleans.
+    def tensor(self, name: Any, shape: Sequence[int | None], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy of one tensor.
 
         Args:
             name: in the file.
             shape: what it must have; ``None`` for any size.
+            dtype: what it must have if it holds whole numbers or booleans; ``None``: any of floating point, and the
+                copy is fp32.
 
         Raises:
-            ArtifactError: if it is missing, of another shape, or not finite.
+            ArtifactError: if it is missing, of another shape or dtype, or not finite.
         """
         value = self.tensors.get(name) if isinstance(name, str) else None
         if value is None:
             raise ArtifactError(f"{self.source}: the tensor {name!r} is missing")
+        self.used.add(name)
         if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
             expected = ", ".join("any" if n is None else str(n) for n in shape)
             raise ArtifactError(f"{self.source}: {name!r} has shape {tuple(value.shape)}, expected ({expected})")
-        value = value.float().clone() if value.is_floating_point() else value.clone()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ArtifactError(f"{self.source}: {name!r} holds NaN or infinity")
+        if value.dtype != dtype if dtype is not None else not value.is_floating_point():
+            raise ArtifactError(f"{self.source}: {name!r} is {value.dtype}, expected {dtype or 'floating point'}")
+        if dtype is not None:
+            return value.clone()
+        value = value.float().clone()
+        # Numbers whose squares overflow make any layer norm behind them NaN.
+        if not bool(torch.isfinite(value.square().sum())):
+            raise ArtifactError(f"{self.source}: {name!r} holds NaN, infinity, or numbers close to it")
         return value
 
 
@@ -91,7 +101,7 @@ class Book(Protocol):
         """Everything to be saved as tensors, on the CPU; names start with a module's name or are unique otherwise."""
 
     def describe(self) -> dict[str, Any]:
-        """Everything else to be saved, JSON-ready; empty if there is nothing. Called with the unedited weights."""
+        """Everything else to be saved, JSON-ready; empty if there is nothing."""
 
     def read(self, saved: Saved) -> tuple[Any, frozenset[str]]:
         """Check a saved edit and return a state for `restore`, and the ids of its edits; the model is not touched.

@@ -18,8 +18,17 @@ import torch
 from torch import nn
 
 from ..anatomy.switching import Switch, switched, uninterrupted
-from ..engine.experts import parameter_name
-from ..engine.weights import get_module, get_weight, is_quantised, set_weight, stored_weight, tied_names
+from ..engine.experts import ExpertSlice, parameter_name
+from ..engine.weights import (
+    get_module,
+    get_weight,
+    is_quantised,
+    is_transposed,
+    model_fingerprint,
+    set_weight,
+    stored_weight,
+    tied_names,
+)
 from ..errors import MergeError, NonFiniteError, TiedWeightError, WeightError
 from ..logging import get_logger
 from .beside import Beside, Change
@@ -66,6 +75,23 @@ class Ledger:
         """The unedited parameter in functional orientation (a copy), whether it was edited or not."""
         account = self.accounts.get(f"{module}.{name}")
         return account.original.clone() if account else get_weight(get_module(self.model, module), name)
+
+    def base_fingerprint(self) -> str:
+        """`model_fingerprint` of the model without edits, from the originals; the model is not touched."""
+        stored: dict[str, torch.Tensor] = {}
+        for account in self.accounts.values():
+            owner, name = get_module(self.model, account.module), parameter_name(account.module, account.name)
+            value = account.original
+            if self._is_quantised(account):
+                continue  # such a weight is never written
+            if value.dim() == 2 and is_transposed(owner):
+                value = value.t()
+            if isinstance(owner, ExpertSlice):
+                bank = stored.setdefault(name, stored_weight(owner.bank, owner.param).clone())
+                bank[owner.index] = value.to(bank.device)
+            else:
+                stored[name] = value
+        return model_fingerprint(self.model, stored)
 
     @property
     def runs_beside(self) -> bool:
@@ -341,7 +367,7 @@ class Ledger:
             ArtifactError: if something is missing or does not fit.
             BaseModelMismatchError: if the base model is another one.
         """
-        accounts = read_accounts(self.model, saved)
+        accounts = read_accounts(self.model, saved, self.original)
         return accounts, frozenset(m for a in accounts.values() for p in a.pieces for m in p.members)
 
 

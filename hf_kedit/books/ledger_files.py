@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..engine.experts import ExpertSlice, parameter_name
-from ..engine.weights import get_module, get_weight, is_transposed, quantisation, tensor_digest
+from ..engine.weights import get_module, is_transposed, quantisation, tensor_digest
 from ..errors import ArtifactError, BaseModelMismatchError, KeditError
 from .deltas import Account, Piece, WeightDelta, fold
 
@@ -100,8 +100,15 @@ def _keys_name(key: str, number: int) -> str:
 # ---------------------------------------------------------------------- reading
 
 
-def read_accounts(model: nn.Module, saved: Saved) -> dict[str, Account]:
+def read_accounts(
+    model: nn.Module, saved: Saved, original_of: Callable[[str, str], torch.Tensor]
+) -> dict[str, Account]:
     """Rebuild the accounts, checking every name, shape and fingerprint; the model is not touched.
+
+    Args:
+        model: that the edits are for.
+        saved: the ledger's part of the saved edit.
+        original_of: module, parameter → its unedited value.
 
     Raises:
         ArtifactError: if something is missing or does not fit.
@@ -118,7 +125,7 @@ def read_accounts(model: nn.Module, saved: Saved) -> dict[str, Account]:
             raise BaseModelMismatchError(
                 f"{where}: {type(model).__name__} has no such parameter; the edits were made on {saved.made_on}"
             )
-        original = get_weight(get_module(model, module), name).cpu()
+        original = original_of(module, name).cpu()
         if list(original.shape) != entry.get("shape"):
             raise BaseModelMismatchError(
                 f"{where}: the base model's weight is {tuple(original.shape)}, the edits were made on"
@@ -131,8 +138,19 @@ def read_accounts(model: nn.Module, saved: Saved) -> dict[str, Account]:
                 f"{_other_form(entry.get('quantised'), quantisation(get_module(model, module), name))}"
                 " ignore_fingerprint=True applies them anyway."
             )
-        pieces = [_piece(saved, where, key, module, name, p, tuple(original.shape)) for p in entry["pieces"]]
-        accounts[key] = Account(module, name, original, pieces, fold(pieces))
+        shape = tuple(original.shape)
+        try:
+            factors = _factors(saved, key, entry["pieces"], shape)
+            pieces = [_piece(saved, where, module, name, piece, shape, factors) for piece in entry["pieces"]]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, KeditError):
+                raise
+            raise ArtifactError(f"{where}: damaged description of a piece ({error!r})") from error
+        account = Account(module, name, original, pieces, fold(pieces))
+        # Finite factors may have a product, or a sum with the weight, that is not finite or that no norm survives.
+        if not pieces or not bool(torch.isfinite(account.value(account.total).float().square().sum())):
+            raise ArtifactError(f"{where}: the changed weight holds NaN, infinity, or numbers close to it")
+        accounts[key] = account
     return accounts
 
 
@@ -146,38 +164,45 @@ def _other_form(then: Any, now: str | None) -> str:
     )
 
 
-def _piece(saved: Saved, where: str, key: str, module: str, name: str, entry: Any, shape: tuple[int, ...]) -> Piece:
-    try:
-        members = tuple(entry["edits"])
-        if not members or not set(members) <= saved.edit_ids:
-            raise ArtifactError(f"{where}: a piece belongs to an edit that is not in edits.jsonl")
-        if entry["storage"] == "factors":
-            start, stop = int(entry["start"]), int(entry["stop"])
-            u, v = saved.tensors[f"{key}.delta_U"], saved.tensors[f"{key}.delta_V"]
-            left, right = u[:, start:stop].clone(), v[:, start:stop].clone()
-            columns = None if entry["columns"] is None else tuple(entry["columns"])
-            if (left.shape[0], right.shape[0]) != shape or left.shape[1] != stop - start or start < 0:
-                raise ArtifactError(f"{where}: factors of shape {tuple(u.shape)} and {tuple(v.shape)} do not fit")
-            if columns is not None and (len(columns) != stop - start or set(columns) != set(members)):
-                raise ArtifactError(f"{where}: the columns are not those of its edits")
-            delta = WeightDelta(module, name, left=left, right=right)
-        elif entry["storage"] == "dense":
-            delta, columns = WeightDelta(module, name, dense=saved.tensors[str(entry["tensor"])].clone()), None
-            if delta.shape != shape:
-                raise ArtifactError(f"{where}: a delta of shape {delta.shape} does not fit")
-        else:
-            raise ArtifactError(f"{where}: unknown storage {entry['storage']!r}")
-        delta.builds_on = entry.get("builds_on") is True
-        if entry.get("keys") is not None:
-            delta.keys = saved.tensors[str(entry["keys"])].clone()
-            if delta.keys.dim() != 2 or delta.keys.shape[0] != shape[-1]:
-                raise ArtifactError(f"{where}: keys of shape {tuple(delta.keys.shape)} do not fit")
-            if columns is not None and delta.keys.shape[1] != len(columns):
-                raise ArtifactError(f"{where}: {delta.keys.shape[1]} keys for {len(columns)} columns")
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, KeditError):
-            raise
-        raise ArtifactError(f"{where}: damaged description of a piece ({error!r})") from error
-    if not delta.finite():
-        raise ArtifactError(f"{where}: the saved delta holds NaN or infinity")
-    return Piece(str(entry["batch_id"]), delta, members, columns)
+def _factors(saved: Saved, key: str, pieces: Sequence[Any], shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """The factor columns of all pieces of a parameter, side by side; none if no piece has any."""
+    unknown = {str(p["storage"]) for p in pieces} - {"factors", "dense"}
+    if unknown:
+        raise ArtifactError(f"{saved.source}: {key}: unknown storage {min(unknown)!r}")
+    spans = [(p["start"], p["stop"]) for p in pieces if p["storage"] == "factors"]
+    if not spans:
+        return ()
+    left = saved.tensor(f"{key}.delta_U", (shape[0], None))
+    right = saved.tensor(f"{key}.delta_V", (shape[-1], left.shape[1]))
+    ends = [0, *(stop for _, stop in spans)]
+    if len(shape) != 2 or ends != [*(start for start, _ in spans), left.shape[1]] or ends != sorted(ends):
+        raise ArtifactError(f"{saved.source}: {key}: {left.shape[1]} columns do not fit the pieces {spans}")
+    return left, right
+
+
+def _piece(
+    saved: Saved,
+    where: str,
+    module: str,
+    name: str,
+    entry: Any,
+    shape: tuple[int, ...],
+    factors: Sequence[torch.Tensor],
+) -> Piece:
+    batch_id, members, columns = entry["batch_id"], tuple(entry["edits"]), None
+    if not isinstance(batch_id, str):
+        raise TypeError("batch_id must be a string")
+    if not members or not set(members) <= saved.edit_ids:
+        raise ArtifactError(f"{where}: a piece belongs to an edit that is not in edits.jsonl")
+    if entry["storage"] == "factors":
+        left, right = (side[:, entry["start"] : entry["stop"]].clone() for side in factors)
+        columns = None if entry["columns"] is None else tuple(entry["columns"])
+        if columns is not None and (len(columns) != left.shape[1] or set(columns) != set(members)):
+            raise ArtifactError(f"{where}: the columns are not those of its edits")
+        delta = WeightDelta(module, name, left=left, right=right)
+    else:
+        delta = WeightDelta(module, name, dense=saved.tensor(entry["tensor"], shape))
+    delta.builds_on = entry.get("builds_on") is True
+    if entry.get("keys") is not None:
+        delta.keys = saved.tensor(entry["keys"], (shape[-1], None if columns is None else len(columns)))
+    return Piece(batch_id, delta, members, columns)

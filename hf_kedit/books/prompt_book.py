@@ -16,9 +16,9 @@ import torch
 
 from ..anatomy.switching import Switch
 from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RollbackError
-from ..statistics.store import model_fingerprint
 from .book import Saved, check_known
 from .counterfactuals import BASE, find_counterfactual
+from .ledger import Ledger
 from .prompting import Prefix, Prompter
 from .retrieval import Passage, Retriever, find_retriever
 
@@ -66,6 +66,7 @@ class PromptBook:
         model: the transformers model.
         tokenizer: finds its tokenizer.
         own_retriever: makes the retriever ``"model"``, which compares its states.
+        ledger: of the model, which knows its unedited weights; ``None``: they are not edited.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class PromptBook:
         model: PreTrainedModel,
         tokenizer: Callable[[], PreTrainedTokenizerBase | None],
         own_retriever: Callable[[str], Retriever] | None = None,
+        ledger: Ledger | None = None,
     ):
         self.model, self.own_retriever = model, own_retriever
+        self.ledger = ledger or Ledger(model)
         self.entries: tuple[PromptEntry, ...] = ()
         self.prompter = Prompter(model, tokenizer, self.route)
 
@@ -196,7 +199,7 @@ class PromptBook:
             fields["demonstrations"] = list(entry.demonstrations)
             fields["embedding"] = None if entry.embedding is None else f"{EMBEDDINGS}.{i}"
             texts.append(fields)
-        return {"base_fingerprint": model_fingerprint(self.model), "entries": texts}
+        return {"base_fingerprint": self.ledger.base_fingerprint(), "entries": texts}
 
     def read(self, saved: Saved) -> tuple[tuple[PromptEntry, ...], frozenset[str]]:
         """Check a saved edit and return a state for `restore`, and the ids of its edits.
@@ -209,7 +212,8 @@ class PromptBook:
         parts = saved.description.get("entries")
         if not isinstance(parts, list):
             raise ArtifactError(f"{saved.source}: edit_config.json has no valid description of prompts")
-        if not saved.ignore_fingerprint and saved.description.get("base_fingerprint") != model_fingerprint(self.model):
+        made_for = saved.description.get("base_fingerprint")
+        if not saved.ignore_fingerprint and made_for != self.ledger.base_fingerprint():
             raise BaseModelMismatchError(
                 f"{saved.source}: the base model's weights are not those that the edits were made for. They were made"
                 f" on {saved.made_on}. ignore_fingerprint=True uses them anyway."
@@ -220,6 +224,9 @@ class PromptBook:
             raise ArtifactError(f"{saved.source}: the prompts belong to other edits than edits.jsonl names")
         for name in dict.fromkeys(entry.retriever for entry in entries):
             find_retriever(name, self.own_retriever)
+            widths = {None if e.embedding is None else len(e.embedding) for e in entries if e.retriever == name}
+            if len(widths) > 1:
+                raise ArtifactError(f"{saved.source}: the embeddings of the retriever {name!r} have unlike widths")
         for name in dict.fromkeys(entry.reader for entry in entries if entry.reader != BASE):
             find_counterfactual(name, self.model)
         return entries, found

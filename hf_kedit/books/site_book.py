@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..anatomy.switching import Switch, uninterrupted
-from ..engine.weights import get_module, get_weight, tensor_digest
+from ..engine.weights import get_module, tensor_digest
 from ..errors import (
     ArtifactError,
     BaseModelMismatchError,
@@ -27,8 +27,8 @@ from ..errors import (
     WeightError,
 )
 from ..logging import get_logger
-from ..statistics.store import model_fingerprint
 from .book import Saved, check_known
+from .ledger import Ledger
 from .sites import SiteFunction, Sites
 
 logger = get_logger(__name__)
@@ -100,6 +100,8 @@ class SiteMemory(ABC):
     def read(cls, model: nn.Module, paths: Sequence[str], part: Mapping[str, Any], saved: Saved) -> Self:
         """Rebuild a memory from `describe` (``part``) and the tensors of a saved edit, checking everything.
 
+        Tensors are asked for with `Saved.tensor`: one that nobody asks for makes the whole edit refused.
+
         Raises:
             ArtifactError: if something is missing or does not fit.
         """
@@ -134,10 +136,12 @@ class SiteBook:
 
     Args:
         model: the transformers model whose modules are wrapped in place.
+        ledger: of the model, which knows its unedited weights; ``None``: they are not edited.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, ledger: Ledger | None = None):
         self.model = model
+        self.ledger = ledger or Ledger(model)
         self.sites = Sites.of(model)
         self.memories: dict[str, SiteMemory] = {}
         self._attached: dict[str, SiteMemory] = {}
@@ -295,7 +299,7 @@ class SiteBook:
         if not self.memories:
             return {}
         return {
-            "base_fingerprint": model_fingerprint(self.model),
+            "base_fingerprint": self.ledger.base_fingerprint(),
             "memories": [
                 {
                     "kind": memory.kind,
@@ -326,7 +330,7 @@ class SiteBook:
                     f"{saved.source}: {type(self.model).__name__} has no module {missing[0]!r}; the edits were made on"
                     f" {saved.made_on}"
                 )
-        same = saved.description.get("base_fingerprint") == model_fingerprint(self.model) and all(
+        same = saved.description.get("base_fingerprint") == self.ledger.base_fingerprint() and all(
             digest == self._digest(path) for part in parts for path, digest in part["modules"].items()
         )
         if not same and not saved.ignore_fingerprint:
@@ -350,10 +354,9 @@ class SiteBook:
         return state, found
 
     def _digest(self, path: str) -> str:
-        """SHA-256 over the parameters of a module."""
-        module = get_module(self.model, path)
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        return tensor_digest((name, get_weight(module, name)) for name in names)
+        """SHA-256 over the unedited parameters of a module."""
+        names = [name for name, _ in get_module(self.model, path).named_parameters(recurse=False)]
+        return tensor_digest((name, self.ledger.original(path, name)) for name in names)
 
 
 def _is_memory(part: Any) -> bool:

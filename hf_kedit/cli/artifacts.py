@@ -11,7 +11,7 @@ import typer
 from ..errors import ArtifactError
 from ..storage.display import percent
 from .hub import back_to
-from .models import DeviceOption, Dtype, DtypeOption, TrustOption, edits_at, open_model
+from .models import BaseOption, DeviceOption, Dtype, DtypeOption, TrustOption, edits_at, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def rollback(
         Path | None,
         typer.Option("--output", "-o", help="Folder for what is left; default: DIR itself, or for --to a new commit."),
     ] = None,
+    base: BaseOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
@@ -45,7 +46,7 @@ def rollback(
         return
     if output is None and not Path(source).is_dir():
         raise typer.BadParameter(f"{source} is no folder: say where what is left goes", param_hint="--output")
-    model = _open_edits(source, device, trust_remote_code)
+    model = _open_edits(source, device, trust_remote_code, base)
     which: Any = "all" if all_ else last if last is not None else edit_ids
     gone = model.rollback(which)
     target = output or Path(source)
@@ -68,10 +69,7 @@ def rollback(
 def merge(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plain transformers model.")],
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Model to merge into instead: the unquantised one of edits of a quantised model."),
-    ] = None,
+    base: BaseOption = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Add the edits as a LoRA adapter of the base model, in adapter/.")
     ] = False,
@@ -151,13 +149,14 @@ def export_lora(
         list[str] | None,
         typer.Option("--module", help="A further module to cover, with zeros; adapters over the same swap in place."),
     ] = None,
+    base: BaseOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
     """Write saved edits as a plain LoRA adapter for PEFT, transformers or vLLM."""
-    model = _open_edits(folder, device, trust_remote_code)
+    model = _open_edits(folder, device, trust_remote_code, base)
     report = model.export_lora(output, target=target.value, rank=rank, modules=modules or ())
     data = {
         "output": str(output),
@@ -194,7 +193,7 @@ def _exact_values(model: EditableModel, dtype: Dtype | None) -> dict[tuple[str, 
     }
 
 
-def _open_edits(name: str, device: str | None, trust_remote_code: bool, base: str | None = None) -> EditableModel:
+def _open_edits(name: str, device: str | None, trust_remote_code: bool, base: str | None) -> EditableModel:
     artifact = edits_at(name)
     if artifact is None:
         raise ArtifactError(f"{name!r} holds no saved edits (no edit_config.json)")

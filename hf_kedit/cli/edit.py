@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..storage.display import percent
 from .models import (
+    BaseOption,
     ConfigOption,
     DeviceOption,
     DtypeOption,
@@ -114,6 +115,7 @@ def edit(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
+    base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     untie: UntieOption = False,
     format: FormatOption = Format.human,
@@ -176,6 +178,7 @@ def edit(
         dtype=dtype,
         device=device,
         revision=revision,
+        base=base,
         trust_remote_code=trust_remote_code,
         untie=untie,
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..errors import EvaluationError
 from .models import (
+    BaseOption,
     ConfigOption,
     DeviceOption,
     DtypeOption,
@@ -131,6 +132,7 @@ def evaluate(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
+    base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
@@ -178,6 +180,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             revision=revision,
+            base=base,
             trust_remote_code=trust_remote_code,
             needs_method=not no_edit,
         )

@@ -71,6 +71,15 @@ UntieOption = Annotated[
     bool, typer.Option("--untie", help="Give a head that is tied to the input embeddings a weight of its own.")
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model.")]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Base model (folder or Hub id) of saved edits, instead of the one that they name; for edits of a"
+        " quantised model also the unquantised one.",
+        show_default=False,
+    ),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")
 ]
@@ -193,7 +202,7 @@ def open_model(
     """
     given = {k: v for k, v in (flags or {}).items() if v is not None}
     config = build_config(method, file, settings, **given)
-    if artifact is None and config is None and (needs_method or base is not None):
+    if artifact is None and (base is not None or (config is None and needs_method)):
         artifact = edits_at(name, revision)
     if artifact is None and config is None and needs_method:
         raise typer.BadParameter("name a method, or give a config file that does", param_hint="--method")
@@ -207,23 +216,16 @@ def open_model(
     if place != "cpu":
         kwargs["device_map"] = place
     if base is not None:
-        kwargs |= _other_base(artifact, base, kwargs)
+        if artifact is None:
+            raise typer.BadParameter("--base belongs to saved edits", param_hint="--base")
+        modules = artifact.config["modules"].values()
+        # Its fingerprint counts, unless the edits were made on a quantised form of it.
+        kwargs |= {"base_model": base, "ignore_fingerprint": any(m.get("quantised") for m in modules)}
     with loading(name):
         model = EditableModel.from_pretrained(artifact or name, config, **kwargs)
     if config is None and (settings or given):
         model.set_method(model.edit_config.changed({**parse_settings(settings), **given}))
     return model
-
-
-def _other_base(artifact: Artifact | None, base: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that put saved edits on another base model; its fingerprint counts unless theirs was quantised."""
-    from ..loading import load_base
-
-    options = {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "dtype", "device_map")}
-    with loading(base):
-        model = load_base(base, **options)
-    modules = artifact.config["modules"].values() if artifact is not None else ()
-    return {"base_model": model, "ignore_fingerprint": any(entry.get("quantised") for entry in modules)}
 
 
 def edits_at(name: str, revision: str | None = None) -> Artifact | None:

@@ -16,9 +16,11 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from .. import logging as kedit_logging
 from ..errors import KeditError
+from ..storage.display import printable, printable_json
 from ..storage.files import json_ready
 
 FAILURE, BELOW_MIN_SUCCESS, HARM, INTERRUPTED = 1, 3, 4, 130
@@ -98,14 +100,22 @@ def fail(error: BaseException, debug: bool) -> None:
     raise typer.Exit(FAILURE) from None
 
 
+class SafeConsole(Console):
+    """A console on which no text moves the cursor, sets a title or turns the direction of writing."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See `Console.render_str`: every string that is printed passes here, in tables too."""
+        return super().render_str(printable(text), **options)
+
+
 def console() -> Console:
     """Standard output. Made on each call, because tests and pipes change ``sys.stdout``."""
-    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    return SafeConsole(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
 
 def error_console() -> Console:
     """Standard error."""
-    return Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+    return SafeConsole(file=sys.stderr, highlight=False, markup=False, emoji=False)
 
 
 def emit(
@@ -125,10 +135,10 @@ def emit(
     """
     if output_format is Format.json:
         text = json.dumps(json_ready(data), ensure_ascii=not _is_utf8(sys.stdout), indent=2, allow_nan=False)
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(printable_json(text) + "\n")
     elif output_format is Format.quiet:
         for line in quiet:
-            sys.stdout.write(f"{line}\n")
+            sys.stdout.write(printable(line, keep="") + "\n")
     else:
         human(console())
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from .models import (
+    BaseOption,
     DeviceOption,
     DtypeOption,
     LayersOption,
@@ -53,6 +54,7 @@ def stats(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
+    base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
@@ -81,6 +83,7 @@ def stats(
         dtype=dtype,
         device=device or local_device(),
         revision=revision,
+        base=base,
         trust_remote_code=trust_remote_code,
     )
     from ..engine.forward import frozen_eval

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .models import DeviceOption, DtypeOption, ModelOption, RevisionOption, TrustOption, open_model
+from .models import BaseOption, DeviceOption, DtypeOption, ModelOption, RevisionOption, TrustOption, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def trace(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
+    base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
@@ -94,6 +95,7 @@ def trace(
         dtype=dtype,
         device=device,
         revision=revision,
+        base=base,
         trust_remote_code=trust_remote_code,
         needs_method=False,
     )

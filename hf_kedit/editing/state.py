@@ -21,13 +21,13 @@ from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import AutoEditConfig, EditConfig, ModelProfile
 from ..engine.quantised import keep_layout
-from ..engine.weights import tensor_digest, untie_head
+from ..engine.weights import head_kept, model_fingerprint, tensor_digest, untie_head
 from ..errors import ConfigError
 from ..journal import Edit, Journal
-from ..loading import embedded_corpus
+from ..loading import embedded_corpus, model_name
 from ..methods.base import Capabilities, Method, Workbench, method_class
 from ..statistics.corpora import Corpus, resolve_corpus
-from ..statistics.store import StatisticsStore, model_fingerprint
+from ..statistics.store import StatisticsStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,24 +68,25 @@ class EditedModel(nn.Module):
             raise ConfigError("this model is an EditableModel already; call its edit(), or use set_method()")
         self.base_model = base_model
         self.tokenizer = tokenizer
-        self.base_model_id = base_model_id or str(getattr(base_model.config, "name_or_path", "") or "")
+        self.base_model_id = model_name(base_model_id or getattr(base_model.config, "name_or_path", "") or "")
         self.base_model_revision = base_model_revision or getattr(base_model.config, "_commit_hash", None)
         self.anatomy_overrides = dict(anatomy or {})
-        if untie:
-            untie_head(base_model)
-        keep_layout(base_model)
-        self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
-        self.ledger = Ledger(base_model)
-        self.sites = SiteBook(base_model)
-        reader = StateReader(
-            base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
-        )
-        self.prompts = PromptBook(base_model, lambda: self.tokenizer, reader.retriever)
-        self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
-        self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
-        self.trace: dict[str, torch.Tensor] | None = None
-        self._start_afresh()
-        self.set_method(config)
+        with head_kept(base_model):
+            if untie:
+                untie_head(base_model)
+            keep_layout(base_model)
+            self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
+            self.ledger = Ledger(base_model)
+            self.sites = SiteBook(base_model, self.ledger)
+            reader = StateReader(
+                base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
+            )
+            self.prompts = PromptBook(base_model, lambda: self.tokenizer, reader.retriever, self.ledger)
+            self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
+            self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
+            self.trace: dict[str, torch.Tensor] | None = None
+            self._start_afresh()
+            self.set_method(config)
 
     def _start_afresh(self) -> None:
         """Forget what belongs to the edits that were made: the model as it is now counts as unedited."""
@@ -182,8 +183,7 @@ class EditedModel(nn.Module):
     def base_fingerprint(self) -> str:
         """The hash of the unedited weights."""
         if self._base_fingerprint is None:
-            with all_disabled(self.books.values()):
-                self._base_fingerprint = model_fingerprint(self.base_model)
+            self._base_fingerprint = self.ledger.base_fingerprint()
         return self._base_fingerprint
 
     # ------------------------------------------------------------------ inside

@@ -9,13 +9,15 @@ never written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..anatomy.switching import Switch
 from ..errors import LayerError, WeightError, nearest
 from .experts import ExpertSlice, expert_slice
 from .quantised import dequantise, scheme
@@ -234,6 +236,29 @@ def untie_head(model: Any) -> bool:
     return True
 
 
+class head_kept(Switch[None]):
+    """A block after whose failure the head is what it was before, whatever `untie_head` did inside."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def change(self) -> None:
+        """Remember the head and what the configs say of it."""
+        model = self._model
+        self._head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self._weight, self._keys = getattr(self._head, "weight", None), getattr(model, "all_tied_weights_keys", None)
+        configs = {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values()
+        self._tied = [(config, getattr(config, "tie_word_embeddings", None)) for config in configs]
+
+    def put_back(self, failed: bool) -> None:
+        """After a failure, give all of it back."""
+        if failed and self._head is not None and getattr(self._head, "weight", None) is not self._weight:
+            self._head.weight = self._weight
+            self._model.all_tied_weights_keys = self._keys
+            for config, value in self._tied:
+                config.tie_word_embeddings = value
+
+
 def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors; equal on every machine."""
     digest = hashlib.sha256()
@@ -261,3 +286,22 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over every parameter of a model."""
     return tensor_digest(parameters_of(model))
+
+
+def model_fingerprint(model: nn.Module, instead: Mapping[str, torch.Tensor] = MappingProxyType({})) -> str:
+    """A short hash that changes when a weight matrix is trained or replaced.
+
+    Every parameter contributes its name, shape, dtype and 1,024 evenly spaced elements, so that a model of
+    billions of parameters takes a moment. Full hashes of the edited tensors are stored with saved edits.
+
+    Args:
+        model: any model.
+        instead: values to take for some parameters, by name, laid out as they are stored.
+    """
+    digest = hashlib.sha256()
+    for (name, value), parameter in zip(parameters_of(model), model.parameters(), strict=True):
+        flat = instead.get(name, value).reshape(-1)
+        step = max(flat.numel() // 1024, 1)
+        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|".encode())
+        digest.update(flat[::step][:1024].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:24]

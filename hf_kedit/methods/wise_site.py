@@ -181,9 +181,9 @@ class WiseSite(SiteMemory):
 
         def memory(name: str, members: Sequence[Mapping[str, Any]]) -> Memory:
             name = f"{path}.kedit_wise_{name}"
-            bits = saved.tensor(f"{name}_bits", (-(-weight.numel() // 8),))
+            bits = saved.tensor(f"{name}_bits", (-(-weight.numel() // 8),), torch.uint8)
             values = saved.tensor(f"{name}_values", (None,))
-            matrix = SparseMatrix(shape, bits.to("cpu", torch.uint8), values.cpu())
+            matrix = SparseMatrix(shape, bits.cpu(), values.cpu())
             if not members or matrix.count != len(values):
                 raise ArtifactError(f"{saved.source}: {name} does not hold what its description says")
             return Memory(matrix, tuple(Member(**m) for m in members))
@@ -191,7 +191,7 @@ class WiseSite(SiteMemory):
         memories = tuple(memory(f"memory_{i}", m) for i, m in enumerate(part["memories"]))
         shards = tuple(memory(f"shard_{i}", m) for i, m in enumerate(part["shards"]))
         open_shard = memory("side", part["open"]) if part["open"] else None
-        mask = saved.tensor(f"{path}.kedit_wise_mask", shape).to("cpu", torch.bool) if open_shard else None
+        mask = saved.tensor(f"{path}.kedit_wise_mask", shape, torch.bool).cpu() if open_shard else None
         state = WiseMemories(policy, memories, shards, open_shard, mask, int(part["masks_drawn"]))
         if not state.parts:
             raise ArtifactError(f"{saved.source}: {path} holds no WISE edit")

@@ -7,7 +7,6 @@ a corpus, the model's own generated text is used, and the user is told.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..engine.experts import ExpertSlice
-from ..engine.weights import get_module, parameters_of, weight_shape
+from ..engine.weights import get_module, model_fingerprint, weight_shape
 from ..errors import StatisticsError
 from ..logging import get_logger, info_once, warn_once
 from ..storage.files import cache_home
@@ -35,21 +34,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 TOKENS_PER_WIDTH = 100
 QUICK_TOKENS_PER_WIDTH = 20
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """A short hash that changes when any weight matrix changes.
-
-    Every parameter contributes its name, shape, dtype and 1,024 evenly spaced elements, so that a model of
-    billions of parameters takes a moment. Full hashes of the edited tensors are stored with saved edits.
-    """
-    digest = hashlib.sha256()
-    for (name, value), parameter in zip(parameters_of(model), model.parameters(), strict=True):
-        flat = value.reshape(-1)
-        step = max(flat.numel() // 1024, 1)
-        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|".encode())
-        digest.update(flat[::step][:1024].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]
 
 
 def default_cache_dir() -> Path:

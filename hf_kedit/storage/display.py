@@ -6,6 +6,7 @@ begins a link, a heading or a table cell, moves the cursor, or turns the directi
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 
@@ -33,6 +34,11 @@ def printable(text: str, keep: str = "\n\t") -> str:
         keep: control characters that may stay.
     """
     return "".join(c if c in keep or not _is_control(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_json(text: str) -> str:
+    """JSON with the same content, in which such characters are escapes."""
+    return "".join(c if c == "\n" or not _is_control(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def markdown_text(text: str) -> str:

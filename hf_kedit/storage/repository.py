@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError, HubUnreachableError
+from ..logging import get_logger
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
+logger = get_logger(__name__)
 MAIN = "main"
 
 
@@ -212,6 +214,8 @@ def push_files(
             create_pr=create_pr,
             parent_commit=None if create_pr else head.sha,
         )
+        if not create_pr and commit.oid == head.sha:
+            logger.warning("nothing has changed: %s stays at commit %s", repo, commit.oid)
         if tag is not None:
             api.create_tag(repo, tag=tag, revision=commit.oid, repo_type=repo_type)
     return commit

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig, load_edit_dataset
 from hf_kedit.anatomy import resolve_anatomy
-from hf_kedit.artifact.lora_tensors import ADAPTER_CONFIG, ADAPTER_WEIGHTS, VLLM_RANKS
+from hf_kedit.artifact.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_kedit.artifact.lora_tensors import VLLM_RANKS
 from hf_kedit.books.ledger import WeightDelta
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ArtifactError, ExportError
@@ -272,3 +273,15 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nothing to export"):
         model.export_lora(tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(("family", "stored_transposed"), [("gpt2", True), ("llama", False)])
+def test_how_the_base_stores_its_matrices_is_said(family: str, stored_transposed: bool, tmp_path: Path) -> None:
+    """PEFT transposes for a Conv1D only if the config says so; it merges into the wrong places otherwise."""
+    module = "transformer.h.1.attn.c_attn" if family == "gpt2" else "model.layers.1.mlp.up_proj"
+    model, base = edited(family, lambda m: [random_factors(m, module, 2)])
+    model.export_lora(tmp_path)
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["fan_in_fan_out"] is stored_transposed
+    expected = get_weight(get_module(model.base_model, module))
+    merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    torch.testing.assert_close(get_weight(get_module(merged, module)), expected)

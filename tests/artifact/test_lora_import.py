@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_kedit import EditableModel, EditRequest, FTMConfig
-from hf_kedit.artifact.lora_tensors import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_kedit.artifact.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ArtifactError, BaseModelMismatchError, RequestError
 from tests.artifact.test_lora_export import facts, logits

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 
-from hf_kedit import __version__
+from hf_kedit import EditableModel, FTMConfig, __version__
 from hf_kedit.cli.evaluate import SettingChoice, When
 from hf_kedit.cli.models import parse_layers, parse_settings
 from hf_kedit.evaluation.runs.plan import SAVED, SETTINGS, TIMES
@@ -164,3 +165,29 @@ def test_settings_are_yaml() -> None:
     # YAML 1.1 takes 5e-1 for a text; the config's own coercion makes it a number.
     assert parse_settings(given) == {"a": 1, "b": "5e-1", "c": [1, 2], "d": None, "e": "x=y", "f": True}
     assert parse_settings(None) == {}
+
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07 \u202eevil\u202c \x9b31m \x7f\u2066 [bold]x[/bold] \U000e0041"
+
+
+@pytest.mark.parametrize("output_format", ["human", "json", "quiet"])
+def test_texts_of_others_do_not_move_the_cursor(kedit: Run, output_format: str, tmp_path: Path) -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", FTMConfig(layers=[1], num_steps=1))
+    model.base_model_id = f"org/{HOSTILE}"
+    asked = {"id": f"a{HOSTILE}", "prompt": f"The sky {HOSTILE} is", "target_new": f"x{HOSTILE}"}
+    model.edit([asked | {"ground_truth": [HOSTILE]}, {"prompt": "b", "target_new": "c"}], show_progress=False)
+    model.save_pretrained(tmp_path / "edits")
+    for words in (
+        ["inspect", tmp_path / "edits"],
+        ["rollback", tmp_path / "edits", "--last", "1", "-o", tmp_path / "out", "--base", "kedit/world-gpt2"],
+        ["rollback", tmp_path / "edits", asked["id"], "-o", tmp_path / "out", "--base", "kedit/world-gpt2"],
+        ["inspect", tmp_path / HOSTILE.replace("/", "")],
+    ):
+        result = kedit(*words, "--format", output_format)
+        shown = result.stdout + result.stderr
+        assert not {c for c in shown if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - {"\n"}, words
+        if output_format == "json" and result.exit_code == 0 and words[0] == "inspect":
+            (first, _) = json.loads(result.stdout)["edits"]
+            assert first["prompt"] == asked["prompt"] and first["edit_id"] == asked["id"]
+        if output_format == "human" and words[:2] == ["inspect", tmp_path / "edits"]:
+            assert "\\x1b[2J" in shown and "\\u202eevil" in shown.replace("\n", "")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kedit import EditableModel
+from hf_kedit import EditableModel, embedded
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.methods import registered_methods
 from hf_kedit.training.plan import TrainingPlan
+from tests.artifact.test_files_of_0_1_0 import DATA
 
 from .conftest import FACT, Run, data
 
@@ -449,6 +451,21 @@ def test_merge_in_bfloat16_tells_what_is_lost(kedit: Run, saved: Path, tmp_path:
     assert merged.dtype == torch.bfloat16
     assert torch.equal(merged, edited.to(torch.bfloat16))
     assert "lost by rounding" in kedit("merge", saved, "-o", tmp_path / "again", "--dtype", "bfloat16").stdout
+
+
+def test_merge_of_half_precision_keeps_the_exact_sum(kedit: Run, tmp_path: Path) -> None:
+    folder = DATA / "lora_gpt2_bf16"
+    result = kedit("merge", folder, "-o", tmp_path / "out", "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(embedded.path("world-gpt2"), dtype=torch.bfloat16)
+    tensors = load_file(folder / "edit_model.safetensors")
+    (name,) = {key.rpartition(".delta_")[0] for key in tensors}
+    change = tensors[f"{name}.delta_U"].double() @ tensors[f"{name}.delta_V"].double().T  # of W, a Conv1D holds Wᵀ
+    for key, value in base.named_parameters():
+        right = value.double() + (change.T if key == name else 0)
+        torch.testing.assert_close(merged.get_parameter(key).double(), right, atol=1e-7, rtol=1e-7)
+    assert float(change.abs().max()) > 1e-3 and merged.dtype == torch.float32
 
 
 def test_merge_never_beside_edits(kedit: Run, saved: Path) -> None:

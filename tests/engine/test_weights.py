@@ -9,10 +9,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from hf_kedit import EditableModel
-from hf_kedit.engine.weights import get_module, get_weight, model_digest, set_weight, tied_names
+from hf_kedit.engine.weights import get_module, get_weight, model_digest, model_fingerprint, set_weight, tied_names
 from hf_kedit.errors import LayerError, WeightError
 from hf_kedit.methods.ft import FTMConfig
-from hf_kedit.statistics.store import model_fingerprint
 from tests.models import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -79,6 +78,16 @@ def test_ties_and_digests() -> None:
     module = get_module(model, "transformer.h.0.mlp.c_proj")
     set_weight(module, get_weight(module) * 1.0001)
     assert before != model_fingerprint(model) and full != model_digest(model)
+
+
+@pytest.mark.parametrize("part", [0.25, 0.5, 0.75, 0.97])
+def test_a_fingerprint_looks_at_the_whole_of_a_matrix(part: float) -> None:
+    model = tiny_model("gpt2")
+    before = model_fingerprint(model)
+    matrix = model.transformer.wte.weight  # 420 · 32 elements, far more than the 1,024 that are read
+    with torch.no_grad():
+        matrix[int(part * len(matrix))] += 1
+    assert model_fingerprint(model) != before
 
 
 def test_a_tied_head_is_not_edited_by_accident() -> None:
