@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,13 @@ from hf_kedit.logging import disable_progress_bars
 
 torch.set_num_threads(1)
 disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """What a test draws from the global generators does not depend on the tests before it."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

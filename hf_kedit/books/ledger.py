@@ -58,6 +58,7 @@ class Ledger:
         self._tied = tied_names(model)
         self._disabled = 0
         self._parked: dict[str, State] = {}
+        self._measured: dict[str, Account] = {}  # unedited parameters that carry provisional deltas
         self._beside = Beside()
 
     # ------------------------------------------------------------------ questions
@@ -73,7 +74,7 @@ class Ledger:
 
     def original(self, module: str, name: str = "weight") -> torch.Tensor:
         """The unedited parameter in functional orientation (a copy), whether it was edited or not."""
-        account = self.accounts.get(f"{module}.{name}")
+        account = self._touched.get(f"{module}.{name}")
         return account.original.clone() if account else get_weight(get_module(self.model, module), name)
 
     def base_fingerprint(self) -> str:
@@ -92,6 +93,11 @@ class Ledger:
             else:
                 stored[name] = value
         return model_fingerprint(self.model, stored)
+
+    @property
+    def _touched(self) -> dict[str, Account]:
+        """The accounts of all parameters that do not show their original, provisional deltas included."""
+        return {**self._measured, **self.accounts}
 
     @property
     def runs_beside(self) -> bool:
@@ -143,7 +149,8 @@ class Ledger:
 
     def new_account(self, module: str, name: str) -> Account:
         """An account without pieces for a parameter that carries no edit."""
-        return Account(module, name, get_weight(get_module(self.model, module), name).to("cpu"))
+        known = self._measured.get(f"{module}.{name}")
+        return known or Account(module, name, get_weight(get_module(self.model, module), name).to("cpu"))
 
     def check_unchanged(self) -> None:
         """Raise if an edited weight was written by somebody else since, which writing it again would undo.
@@ -295,9 +302,10 @@ class Ledger:
         self._disabled += 1
         if self._disabled > 1:
             return
-        seen = {key: self._seen(a) for key, a in self.accounts.items()}
+        touched = self._touched
+        seen = {key: self._seen(a) for key, a in touched.items()}
         self._parked = {k: s.to("cpu") if isinstance(s, torch.Tensor) else s for k, s in seen.items()}
-        for account in self.accounts.values():
+        for account in touched.values():
             self._show(account, self._state_of(replace(account, pieces=[], total=None)))
 
     def _switch_on(self) -> None:
@@ -305,7 +313,7 @@ class Ledger:
         if self._disabled:
             return
         for key, state in self._parked.items():
-            self._show(self.accounts[key], state)
+            self._show(self._touched[key], state)
         self._parked = {}
 
     # ------------------------------------------------------------------ being a book
@@ -378,6 +386,7 @@ class Provisional(Switch["Provisional"]):
         self._ledger = ledger
         self._saved: dict[str, tuple[Account, State]] = {}
         self._deltas: dict[str, list[WeightDelta]] = {}
+        self._first: list[str] = []  # keys of the ledger's notes that are ours
 
     def add(self, delta: WeightDelta) -> None:
         """Lay one more delta on its weight, exactly as `Ledger.apply` would."""
@@ -385,6 +394,9 @@ class Provisional(Switch["Provisional"]):
         if key not in self._saved:
             account = ledger.accounts.get(key) or ledger.new_account(delta.module, delta.name)
             self._saved[key] = (account, ledger._seen(account))
+            if key not in ledger._touched:
+                ledger._measured[key] = account
+                self._first.append(key)
         account = self._saved[key][0]
         self._deltas.setdefault(key, []).append(delta)
         state = ledger._state_of(account, self._deltas[key])
@@ -399,4 +411,6 @@ class Provisional(Switch["Provisional"]):
         """Show the weights as they were when the block began."""
         for account, state in self._saved.values():
             self._ledger._show(account, state)
-        self._saved, self._deltas = {}, {}
+        for key in self._first:
+            self._ledger._measured.pop(key, None)
+        self._saved, self._deltas, self._first = {}, {}, []

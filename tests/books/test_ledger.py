@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_kedit.books import ledger as ledger_module
 from hf_kedit.books.ledger import Ledger, WeightDelta
 from hf_kedit.engine.weights import get_weight, set_weight
-from hf_kedit.errors import NonFiniteError, RollbackError, TiedWeightError, UnknownEditError, WeightError
+from hf_kedit.errors import MergeError, NonFiniteError, RollbackError, TiedWeightError, UnknownEditError, WeightError
 
 
 class Small(nn.Module):
@@ -221,3 +221,87 @@ def test_quantised_weights_are_refused() -> None:
         Ledger(model).apply("b", [low_rank(1, (0,))], ["e"])
     with pytest.raises(WeightError, match="quantised"):
         set_weight(model.linear, torch.ones(4, 5))
+
+
+def test_the_sum_of_a_weight_and_its_change_is_made_in_fp32() -> None:
+    """In bf16 the change alone would be rounded first: 0.003914 to 0.00390625, which 1.0 then swallows."""
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    model.weight.data.fill_(1.0)
+    whole = nn.ModuleDict({"linear": model})
+    ledger = Ledger(whole)
+    ledger.apply("b", [WeightDelta("linear", dense=torch.tensor([[0.003914]]))], ["e"])
+    # neighbours of 1.0 in bf16: 1 and 1 + 2⁻⁷; 1.003914 lies beyond their middle, 1.00390625
+    assert model.weight.item() == 1.0078125 == torch.tensor(1.003914, dtype=torch.float32).to(torch.bfloat16).item()
+    ledger.apply("c", [WeightDelta("linear", dense=torch.tensor([[-0.0001]]))], ["f"])
+    assert model.weight.item() == 1.0, "both changes are summed before anything is rounded"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_value_is_the_cast_of_the_sum(dtype: torch.dtype) -> None:
+    """Computed here in float64 and NumPy's order of nothing: one matrix product, one sum, one cast."""
+    model = Small(dtype)
+    original = model.conv.weight.detach().clone()
+    ledger = Ledger(model)
+    a, b = low_rank(1, (0, 0), "conv"), dense(2)
+    ledger.apply("b", [a], ["e"])
+    ledger.apply("c", [b], ["f"])
+    assert a.left is not None and a.right is not None and b.dense is not None
+    exact = original.double().t() + a.left.double() @ a.right.double().t() + b.dense.double()
+    step = torch.finfo(dtype).eps * exact.abs().clamp_min(1e-2)
+    assert ((model.conv.weight.detach().double().t() - exact).abs() <= 0.51 * step + 1e-6).all()
+
+
+def test_edits_stay_off_until_the_outermost_block_ends() -> None:
+    model = Small(torch.bfloat16)
+    pristine = bits(model)
+    ledger = Ledger(model)
+    ledger.apply("b", [low_rank(1, (0,)), dense(2)], ["e"])
+    edited = bits(model)
+    outer, inner = ledger.disabled(), ledger.disabled()
+    outer.__enter__()
+    inner.__enter__()
+    inner.__exit__(None, None, None)
+    assert same(bits(model), pristine), "between the two exits"
+    outer.__exit__(None, None, None)
+    assert same(bits(model), edited)
+
+
+def test_originals_are_those_of_the_model_while_deltas_are_measured() -> None:
+    """A norm that is taken now and kept must not be that of the measured weight."""
+    model = Small(torch.float32)
+    pristine = bits(model)
+    original = model.linear.weight.detach().clone()
+    ledger = Ledger(model)
+    ledger.apply("b", [dense(5)], ["e"])
+    edited = bits(model)
+    with ledger.provisional() as scope:
+        scope.add(low_rank(1, (0,)))
+        measured = bits(model)
+        assert torch.equal(ledger.original("linear"), original)
+        assert torch.equal(ledger.new_account("linear", "weight").original, original)
+        with ledger.provisional() as deeper:
+            deeper.add(low_rank(2, (0,)))
+            assert torch.equal(ledger.original("linear"), original)
+        assert same(bits(model), measured)
+        with ledger.disabled():
+            assert same(bits(model), pristine), "the original model, not that of the measurement"
+        assert same(bits(model), measured)
+    assert same(bits(model), edited)
+    assert torch.equal(ledger.original("linear"), model.linear.weight) and not ledger._measured
+
+
+def test_nothing_is_changed_or_made_permanent_while_edits_are_off() -> None:
+    model = Small(torch.float32)
+    ledger = Ledger(model)
+    empty = ledger.snapshot()
+    ledger.apply("b", [low_rank(1, (0,))], ["e"])
+    edited = bits(model)
+    with ledger.disabled():
+        with pytest.raises(MergeError, match="switched off"):
+            ledger.check_mergeable()
+        with pytest.raises(WeightError, match="switched off"):
+            ledger.restore(empty)
+        with pytest.raises(WeightError, match="switched off"):
+            ledger.remove(["e"])
+        ledger.restore(ledger.snapshot())  # the state that is there
+    assert same(bits(model), edited) and ledger.edit_ids == ["e"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
@@ -189,6 +190,23 @@ def test_half_precision_models_are_replayed_within_their_precision() -> None:
     with frozen_eval(model):
         fast, full = (Replay(model, anatomy, ROWS, 1, [site], route=r) for r in (None, "full"))
         assert (loss_and_gradient(fast, site)[0] - loss_and_gradient(full, site)[0]).abs().max() < 0.1
+
+
+def test_a_blocks_own_forward_is_put_back() -> None:
+    """accelerate's hooks are a ``forward`` on the instance."""
+    model = tiny_model("llama")
+    anatomy = check_anatomy(model, resolve_anatomy(model))
+    for layer in model.model.layers[:2]:
+        add_hook_to_module(layer, ModelHook())
+    own = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    assert sum(forward is not None for forward in own.values()) == 2
+    site = anatomy.layers[2].path
+    with frozen_eval(model):
+        replay = Replay(model, anatomy, ROWS, 2, [site])
+        assert replay.route != "full"
+        replay.logits({site: torch.zeros(len(ROWS), anatomy.hidden_size)})
+    after = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    assert all(after[name] is forward for name, forward in own.items())
 
 
 def test_an_exception_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -457,3 +457,23 @@ def test_a_foreign_state_is_refused() -> None:
     model = EditableModel.from_pretrained("kedit/world-gpt2", "memit")
     with pytest.raises(ConfigError, match="no state"):
         model.restore_method_state({"x": torch.zeros(1)})
+
+
+def test_emmet_weighs_the_second_moment_against_the_size_of_the_update() -> None:
+    """ΔW = R (Kᵀ Ĉ⁻¹ K)⁻¹ Kᵀ Ĉ⁻¹ with Ĉ = λ C + ν I, λ = 7 and ν = 0.5, solved densely here."""
+    config = EMMETConfig(mom2_update_weight=7.0, update_norm_lambda=0.5, emmet_lambda=0.0)
+    model = EditableModel.from_pretrained("kedit/world-llama", config)
+    model.trace = {}
+    model.edit(facts(3))
+    (layer,) = model.edit_config.layers  # type: ignore[misc]
+    module = model.anatomy.down(layer).path
+    moment = model.statistics.moments([module])[module]
+    c = moment.total.double() / moment.count
+    k, r = (model.trace[f"{name}.{layer}"].double() for name in ("k_star", "right"))
+    k = k if k.shape[0] == c.shape[0] else k.T  # [d_in, n]
+    solved = torch.linalg.solve(7.0 * c + 0.5 * torch.eye(len(c), dtype=torch.float64), k)
+    columns = solved @ torch.linalg.inv(k.T @ solved)
+    (total,) = deltas(model).values()
+    r = r if r.shape[0] == total.shape[0] else r.T  # [d_out, n]
+    expected = r @ columns.T
+    assert (total.double() - expected).norm() <= 1e-4 * expected.norm()

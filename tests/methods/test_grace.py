@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -406,3 +407,52 @@ def test_weight_edits_beneath_a_codebook_that_are_taken_back(model: EditableMode
     with caplog.at_level("WARNING", logger="hf_kedit"):
         model.rollback("all")
     assert not caplog.records
+
+
+def test_radii_are_those_of_the_state_that_is_returned_to() -> None:
+    book = codebook()
+    put(book, "a", 0.0, (1,))
+    between = torch.tensor([[11.2, 0.0]])
+    small = book.snapshot()
+    assert book.look_up(between)[0].tolist() == [False]
+    assert put(book, "b", 1.5, (1,)) == "expand"
+    large = book.snapshot()
+    assert book.look_up(between)[0].tolist() == [True]
+    book.restore(small)
+    assert book.look_up(between)[0].tolist() == [False]
+    book.restore(large)
+    assert book.look_up(between)[0].tolist() == [True]
+    assert book.draft().look_up(between)[0].tolist() == [True]
+
+
+def test_a_running_sequence_forgets_the_decisions_of_edits_that_are_undone(caplog: pytest.LogCaptureFixture) -> None:
+    """Prefill with a cache, roll back, decode one token: what the unedited model says on this cache."""
+    model = EditableModel.from_pretrained(WORLD[0], GRACEConfig(num_steps=12, replacement="replace_all"))
+    wanted = facts(2)
+    model.edit(wanted)
+    ids = model.tokenizer(wanted[0].filled_prompt, return_tensors="pt")["input_ids"]  # type: ignore[misc]
+    with torch.no_grad():
+        first = model(input_ids=ids, use_cache=True)
+        token = first.logits[:, -1:].argmax(-1)
+        caches = [copy.deepcopy(first.past_key_values) for _ in range(2)]
+        with model.disable_edits():
+            unedited = model(input_ids=token, past_key_values=caches[0], use_cache=True).logits
+        model.rollback(model.edits[0].id)
+        after = model(input_ids=token, past_key_values=first.past_key_values, use_cache=True).logits
+    assert torch.equal(after, unedited)
+
+
+def test_a_running_sequence_goes_on_with_its_decision() -> None:
+    """What the test above would not see: the decision of the prompt is applied at every decoded token."""
+    model = EditableModel.from_pretrained(WORLD[0], GRACEConfig(num_steps=12, replacement="replace_all"))
+    wanted = facts(2)
+    model.edit(wanted)
+    ids = model.tokenizer(wanted[0].filled_prompt, return_tensors="pt")["input_ids"]  # type: ignore[misc]
+    with torch.no_grad():
+        first = model(input_ids=ids, use_cache=True)
+        token = first.logits[:, -1:].argmax(-1)
+        cache = copy.deepcopy(first.past_key_values)
+        edited = model(input_ids=token, past_key_values=first.past_key_values, use_cache=True).logits
+        with model.disable_edits():
+            unedited = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+    assert (edited - unedited).abs().max() > 1e-3

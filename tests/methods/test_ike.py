@@ -14,6 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig, load_edit_dataset
 from hf_kedit.books import retrieval
+from hf_kedit.books.prompting import Prefix, _fronts
 from hf_kedit.books.retrieval import EmbeddingRetriever, LexicalRetriever, Passage
 from hf_kedit.data.demonstrations import language_of, packaged_demonstrations
 from hf_kedit.engine.weights import model_digest
@@ -248,7 +249,11 @@ def test_the_loss_is_that_of_the_labels(edited: EditableModel) -> None:
     expected = -torch.stack([log_probs[i - 1, pair.ids[i]] for i in range(pair.prompt_length, len(pair.ids))]).mean()
     assert torch.allclose(output.loss, expected, atol=1e-5)
     with edited.disable_edits(), torch.no_grad():
-        assert edited(input_ids=ids, labels=labels).loss > output.loss or output.loss != 0
+        plain = edited(input_ids=ids, labels=labels)
+    shifted = plain.logits[0].log_softmax(-1)
+    target = [-shifted[i - 1, pair.ids[i]] for i in range(pair.prompt_length, len(pair.ids))]
+    assert torch.allclose(plain.loss, torch.stack(target).mean(), atol=1e-5)
+    assert (plain.loss - output.loss).abs() > 1e-2, "the fact in front of the prompt changes what is said"
 
 
 def test_in_a_pipeline(edited: EditableModel) -> None:
@@ -449,3 +454,26 @@ def test_what_does_not_fit_is_refused_when_it_is_edited() -> None:
     with pytest.raises(TargetTooLongError):
         editable.edit(EditRequest(prompt="word " * (limit // 2 - 2) + "is", target_new="Cork"))
     assert editable.edits == [] and editable.prompts.entries == ()
+
+
+def test_where_space_is_short_the_least_similar_demonstration_goes_first() -> None:
+    """``order="records"`` puts the most similar one last, ``order="sentences"`` first."""
+    shown = ("a ", "b ", "c ")
+    last = list(_fronts(Prefix("fact ", shown, nearest_last=True)))
+    first = list(_fronts(Prefix("fact ", shown, nearest_last=False)))
+    assert last == ["a b c fact ", "b c fact ", "c fact ", "fact "]
+    assert first == ["a b c fact ", "a b fact ", "a fact ", "fact "]
+    request = facts(1)[0]
+    for order in ("sentences", "records"):
+        model = EditableModel.from_pretrained("kedit/world-gpt2", IKEConfig(demonstrations="world", k=8, order=order))
+        model.edit(request)
+        (entry,) = model.prompts.entries
+        (prefix,) = model.prompts.route([request.filled_prompt])
+        assert prefix is not None and prefix.nearest_last == (order == "records")
+        ids = model.tokenizer(request.filled_prompt)["input_ids"]  # type: ignore[misc]
+        row, _ = model.prompts.prompter.with_prefix(ids, prefix, model.base_model, 10)
+        kept = [d.strip() in model.tokenizer.decode(row) for d in entry.demonstrations]  # type: ignore[union-attr]
+        assert not all(kept), "the context is too short for all of them"
+        dropped = kept.index(False) if order == "sentences" else len(kept) - kept[::-1].index(False)
+        assert all(kept[:dropped]) if order == "sentences" else all(kept[dropped:])
+        assert kept[0 if order == "sentences" else -1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hf_kedit.config import EditConfig
 from hf_kedit.data import load_edit_dataset
 from hf_kedit.engine.neurons import NeuronGroup, joined, neuron_output, pack_groups, unpack_groups, without
 from hf_kedit.errors import ConfigError, RollbackError
+from hf_kedit.methods import t_patcher
 from hf_kedit.methods.calinet import CaliNetConfig
 from hf_kedit.methods.t_patcher import TPatcherConfig
 from hf_kedit.requests import load_requests
@@ -131,3 +133,27 @@ def test_bad_settings_are_refused() -> None:
     for values in ({"slots": 0}, {"lr": 0.0}, {"num_steps": 0}):
         with pytest.raises(ConfigError):
             CaliNetConfig(**values)  # type: ignore[arg-type]
+
+
+def test_earlier_mistakes_are_among_the_memories_of_t_patcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new neuron is trained to stay silent where an earlier one speaks."""
+    model = EditableModel.from_pretrained("kedit/world-gpt2", TPatcherConfig(memory_tokens=40, max_epochs=2))
+    seen: list[torch.Tensor] = []
+    real = t_patcher._Trained.activations
+
+    def noting(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.detach().cpu())
+        return real(self, inputs)
+
+    monkeypatch.setattr(t_patcher._Trained, "activations", noting)
+    model.edit(REQUESTS[0], show_progress=False)
+    assert {len(inputs) for inputs in seen} <= {36, 4}, "the corpus alone: nine parts to train on, one to validate"
+    (site,) = model.sites.memories.values()
+    ((group,),) = site.groups.values()  # type: ignore[attr-defined]
+    queries = group.queries.cpu()
+    assert len(queries) >= 1
+    seen.clear()
+    model.edit(REQUESTS[1], show_progress=False)
+    memories = torch.cat(seen)
+    for query in queries:
+        assert (memories == query).all(dim=1).any()

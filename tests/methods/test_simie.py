@@ -10,7 +10,7 @@ import torch
 
 from hf_kedit import EditableModel, FTMConfig, ROMEConfig, SimIEConfig
 from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import ConfigError, RollbackError, UnsupportedModelError
+from hf_kedit.errors import ConfigError, EditFailedError, RollbackError, UnsupportedModelError
 from tests.golden_cases import Case
 from tests.methods.test_family import facts, neighbours, says
 
@@ -107,3 +107,28 @@ def test_configs() -> None:
     with pytest.raises(UnsupportedModelError, match="train_bias=False"):
         model.edit(facts(1))
     assert model_digest(model.base_model) == digest
+
+
+def test_a_base_method_that_fails_leaves_the_earlier_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "simie")
+    first, second, third = facts(3)
+    kept = model.edit(first).ids
+    state, totals = model_digest(model.base_model), {k: a.total for k, a in model.ledger.accounts.items()}
+    base = type(model._method.base)  # type: ignore[attr-defined]
+    real, calls = base.compute, []
+
+    def failing(self: Any, requests: Any) -> Any:
+        calls.append(model_digest(model.base_model))
+        if len(calls) == 1:
+            raise EditFailedError("no luck")
+        return real(self, requests)
+
+    monkeypatch.setattr(base, "compute", failing)
+    result = model.edit([second], on_error="skip")
+    assert not result.edits and len(result.failed) == 1
+    assert calls[0] != state, "the base method works on the original weights"
+    assert model_digest(model.base_model) == state and [e.id for e in model.edits] == kept
+    assert all(torch.equal(model.ledger.accounts[k].total, v) for k, v in totals.items())  # type: ignore[arg-type]
+    assert says(model, first.filled_prompt, first.target_new)
+    model.edit(third)
+    assert says(model, third.filled_prompt, third.target_new) and says(model, first.filled_prompt, first.target_new)

@@ -261,3 +261,33 @@ def test_an_edit_is_the_same_beside_the_weights_in_them_and_as_an_adapter(
     assert float((beside - untouched).abs().max()) > 0.05 * scale
     for found in (functional, logits(editable), logits(adapter)):
         assert torch.allclose(found, beside, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("method", ["mend", "malmen", "ke", "rledit"])
+def test_a_step_does_not_depend_on_how_many_facts_run_at_once(method: str) -> None:
+    """Losses and gradients of four facts, one at a time and all at once: averaged, not summed.
+
+    Facts that are edited together are averaged over their tokens, whatever fact these belong to: there it holds for
+    facts of one length.
+    """
+    together = method in ("malmen", "rledit")
+    config = {"mend": MENDConfig(layers=[5], rank=4)}.get(method) or SMALL[method]
+    found = []
+    for size in (1, 4):
+        base, tokenizer = load_base("kedit/world-gpt2"), load_tokenizer("kedit/world-gpt2")
+        torch.manual_seed(0)
+        editor = editor_class(method).for_model(base, dataclasses.replace(config, micro_batch=size)).train()
+        facts = EditFacts(FACTS)
+        chosen = [facts[0 if together else i] for i in range(4)]
+        output = editor(**EditCollator(editor, tokenizer, 4 if together else 1)(chosen))
+        output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in editor.named_parameters() if p.grad is not None}
+        losses = [float(x.detach()) for x in (output.loss, output.edit_loss, output.locality_loss)]
+        found.append((losses, gradients))
+    (losses, gradients), (expected, expected_gradients) = found
+    assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert gradients.keys() == expected_gradients.keys() and gradients
+    scale = max(float(g.norm()) for g in expected_gradients.values())
+    assert scale > 0
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5 * scale, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from safetensors.torch import load_file
 
 from hf_kedit import EditableModel, EditRequest
 from hf_kedit.data import load_edit_dataset
+from hf_kedit.engine.weights import get_module, get_weight
 from hf_kedit.errors import ConfigError, RequestError, RollbackError
 from hf_kedit.methods.wise import WISEConfig
 from hf_kedit.methods.wise_site import WiseSite
 from hf_kedit.requests import load_requests
+from hf_kedit.tokens import encode_pair
 
 REQUESTS = load_requests(load_edit_dataset("world", split="test").select(range(3)))
 TEXTS = [f"The favourite sport of {name} is chess." for name in ("Anna", "Peter", "Maria", "Otto")]
@@ -221,3 +224,49 @@ def test_other_settings_than_the_memories_are_refused(edited: EditableModel) -> 
     with pytest.raises(ConfigError, match="retrieve"):
         edited.edit(REQUESTS[0].with_id("another"))
     edited.set_method(config())
+
+
+def test_irrelevant_texts_do_not_name_the_subject() -> None:
+    request = REQUESTS[0]
+    about = [f"{request.subject} is a person.", f"Nobody knows where {request.subject} lives."]
+    model = fresh(irrelevant_texts=[*about, *TEXTS[:2]], irrelevant_per_edit=3)
+    drawn = {text for n in range(8) for text in model._method.irrelevant(request, n)}  # type: ignore[attr-defined]
+    assert drawn == set(TEXTS[:2])
+    other = {text for n in range(8) for text in model._method.irrelevant(REQUESTS[1], n)}  # type: ignore[attr-defined]
+    assert set(about) & other, "for another subject they are as good as any"
+    nothing_else = fresh(irrelevant_texts=about, irrelevant_per_edit=2)
+    assert set(nothing_else._method.irrelevant(request, 0)) == set(about)  # type: ignore[attr-defined]
+
+
+def test_the_rehearsal_of_earlier_edits() -> None:
+    """``[d − α]₊`` for an edit of a finished memory, ``[β − d]₊`` for one of the memory that is written."""
+    model = fresh(replay=True, act_ratio=0.5, n_iter=4, merge_freq=2)
+    model.edit(REQUESTS, show_progress=False)
+    found, method = site(model), model._method
+    (past,), (current,) = found.state.memories, [m for part in found.state.unmerged for m in part.members]
+    alpha, beta, _ = model.edit_config.act_margin  # type: ignore[attr-defined]
+    weight = get_weight(get_module(model.base_model, found.path))
+    nothing = torch.zeros(weight.shape)
+    extra = method._replay(found, 3)  # type: ignore[attr-defined]
+    assert float(extra(0, nothing)) == pytest.approx(beta), "at no distance the open memory is not heard at all"
+
+    large = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 3
+
+    def distance(member: Any) -> torch.Tensor:
+        """Mean over the tokens of how far ``Δ`` moves the layer's output under its activation."""
+        ids = torch.tensor([encode_pair(model.tokenizer, member.prompt, member.target).ids])
+        seen: dict[str, torch.Tensor] = {}
+        layer = get_module(model.base_model, found.path)
+        handle = layer.register_forward_hook(lambda m, a, o: seen.update(k=a[0][0], v=o[0]), prepend=True)
+        with model.disable_edits(), torch.no_grad():
+            model(input_ids=ids)
+        handle.remove()
+        sigma = torch.nn.functional.gelu
+        moved = sigma(seen["v"] + seen["k"] @ large.T, approximate="tanh") - sigma(seen["v"], approximate="tanh")
+        return moved.norm(dim=-1).mean()
+
+    heard = distance(current)
+    assert heard > beta and distance(past.members[0]) > alpha
+    expected = [float(distance(member) - alpha) for member in past.members]
+    steps = [float(extra(step, large)) for step in range(2)]
+    assert sorted(steps) == pytest.approx(sorted(expected), rel=1e-3), "and nothing for the open one, which is heard"
