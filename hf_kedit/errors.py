@@ -172,6 +172,12 @@ def check_choice(what: str, value: Any, known: Iterable[str]) -> None:
         raise EvaluationError(f"unknown {what} {value!r}.{nearest(str(value), names)} Known: {', '.join(names)}.")
 
 
+def check_count(what: str, value: Any, least: int = 1) -> None:
+    """Raise an `EvaluationError` if ``value`` is not a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise EvaluationError(f"{what} must be a whole number of at least {least}, not {value!r:.80}")
+
+
 def require_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """Build the error for a missing optional package (raise the result)."""
     return MissingExtraError(f"{purpose} needs the package '{package}': pip install \"hf_kedit[{extra}]\"")

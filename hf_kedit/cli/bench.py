@@ -47,7 +47,7 @@ def bench(
     """
     if collect and shard:
         raise typer.BadParameter("--collect puts all shards together; leave --shard out", param_hint="--collect")
-    from ..evaluation.runs.bench import BenchPlan, collect_bench, run_bench
+    from ..evaluation import BenchPlan, collect_bench, run_bench
 
     todo = BenchPlan.from_file(plan)
     folder = output or todo.output_dir

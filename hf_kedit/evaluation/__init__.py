@@ -26,10 +26,11 @@ from .protocols.judged import Judged
 from .protocols.likelihood import Likelihood
 from .report.comparison import Comparison
 from .report.report import EvaluationReport
-from .runs.bench import BenchPlan, collect_bench, run_bench
+from .runs.bench import collect_bench, run_bench
 from .runs.cache import PreEditCache
 from .runs.evaluate import BeforeAndAfter, evaluate_edits
 from .runs.folder import collect_report
+from .runs.sweep import BenchPlan
 
 __all__ = [
     "ABILITIES",

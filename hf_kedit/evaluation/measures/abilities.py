@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...data.normalise import RawRow
-from ...errors import DataError, EvaluationError, check_choice
+from ...errors import DataError, check_choice, check_count
 from ...requests import read_rows
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import generate_answers
@@ -145,8 +145,9 @@ def load_ability(
         DataError: if there is no data set, it cannot be read, or its rows lack what the task needs.
     """
     check_choice("ability", task, ABILITIES)
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"limit must be at least 1, not {limit}")
+    for what, number in (("limit", limit), ("max_new_tokens", max_new_tokens)):
+        if number is not None:
+            check_count(what, number)
     chosen = ABILITIES[task]
     examples: list[AbilityExample] = []
     for number, row in enumerate(_rows(task, source, split, config)):

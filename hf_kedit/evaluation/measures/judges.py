@@ -11,19 +11,18 @@ import json
 import os
 import re
 import threading
-import time
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, check_count
 from ...logging import get_logger, warn_once
+from ...storage.parsing import parse_json
 from ..asking.generation import generate_answers
 from . import metrics
+from .endpoint import ChatEndpoint
 
 logger = get_logger(__name__)
 Verdict = float | None
@@ -67,19 +66,13 @@ class Judge(ABC):
     name: str = "judge"
 
     def __init__(self, cache_path: str | Path | None = None, max_workers: int = 1):
-        if max_workers < 1:
-            raise EvaluationError(f"max_workers must be at least 1, not {max_workers}")
+        check_count("max_workers", max_workers)
         self.cache_path = None if cache_path is None else Path(cache_path)
         self.max_workers = max_workers
         self._verdicts: dict[str, Verdict] = {}
         self._lock = threading.Lock()
         if self.cache_path is not None and self.cache_path.exists():
-            for line in self.cache_path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._verdicts[entry["key"]] = entry["verdict"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # a line cut off when the process was killed; the verdict is asked for again
+            self._verdicts |= _read_verdicts(self.cache_path)
 
     @abstractmethod
     def ask(self, question: str, references: Sequence[str], prediction: str) -> Verdict:
@@ -100,9 +93,12 @@ class Judge(ABC):
             self._verdicts[key] = verdict
             # An unreadable reply is not kept in the file: the next process may have more luck.
             if self.cache_path is not None and verdict is not None:
-                self.cache_path.parent.mkdir(parents=True, exist_ok=True)
-                with self.cache_path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
+                try:
+                    self.cache_path.parent.mkdir(parents=True, exist_ok=True)
+                    with self.cache_path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
+                except OSError as error:
+                    warn_once(logger, f"verdicts cannot be kept in {str(self.cache_path)!r}: {error}")
         return verdict
 
     def judge_all(self, items: Sequence[tuple[str, Sequence[str], str]]) -> None:
@@ -117,6 +113,37 @@ class Judge(ABC):
     def _key(self, question: str, references: Sequence[str], prediction: str) -> str:
         text = json.dumps([self.settings(), question, list(references), prediction], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_verdicts(path: Path) -> dict[str, Verdict]:
+    """What a file of verdicts holds; lines that are none are passed over, and these verdicts are asked for again.
+
+    Raises:
+        EvaluationError: if the file cannot be read.
+    """
+    verdicts: dict[str, Verdict] = {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise EvaluationError(f"the verdicts in {str(path)!r} cannot be read: {error}") from error
+    unread = 0
+    for line in filter(str.strip, lines):
+        try:
+            entry = parse_json(line, str(path), EvaluationError)
+            verdict = entry["verdict"]
+            if not isinstance(entry["key"], str) or not is_verdict(verdict):
+                raise TypeError(f"{verdict!r} is no verdict")
+            verdicts[entry["key"]] = float(verdict)
+        except (EvaluationError, KeyError, TypeError):  # cut off when the process was killed, or damaged
+            unread += 1
+    if unread:
+        logger.warning("%s: %d lines are no verdicts and are passed over", path, unread)
+    return verdicts
+
+
+def is_verdict(value: Any) -> bool:
+    """Whether a value is a verdict that was given: a bool, or a number in [0, 1]."""
+    return isinstance(value, (bool, int, float)) and 0 <= value <= 1
 
 
 class ExactMatchJudge(Judge):
@@ -153,7 +180,7 @@ class CallableJudge(Judge):
         value = self.function(question, references, prediction)
         if value is None:
             return None
-        if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        if not is_verdict(value):
             raise EvaluationError(f"the judge {self.name!r} returned {value!r}; return a bool or a number in [0, 1]")
         return float(value)
 
@@ -177,6 +204,8 @@ class ModelJudge(Judge):
         cache_path: str | Path | None = None,
         max_workers: int = 1,
     ):
+        if not isinstance(name, str) or not isinstance(instruction, str):
+            raise EvaluationError(f"the judge's name and instruction must be texts, not {name!r:.80}")
         for place in ("{question}", "{references}", "{prediction}"):
             if place not in instruction:
                 raise EvaluationError(f"the judge's instruction lacks {place}")
@@ -211,9 +240,9 @@ class OpenAICompatibleJudge(ModelJudge):
         base_url: up to and including ``/v1``.
         model: name of the judging model.
         api_key_env: environment variable that holds the key; ``None`` for a server without keys.
-        fallback: ``"exact"`` compares texts where the endpoint cannot be had; otherwise that is an error.
-        timeout: of one request, in seconds.
-        retries: further requests after a refusal that may pass (429, 5xx, no connection).
+        fallback: ``"exact"`` compares texts where no answer can be had; otherwise that is an error.
+        timeout: seconds within which one request must be answered, from the connection to the last byte.
+        retries: further requests after a failure that may pass (429, 5xx, no connection, a broken answer).
         wait: seconds before the first further request; doubles each time.
         max_tokens: of a reply.
         instruction: see `ModelJudge`.
@@ -221,7 +250,8 @@ class OpenAICompatibleJudge(ModelJudge):
         max_workers: see `Judge`.
 
     Raises:
-        EvaluationError: if the environment variable is not set and there is no fallback.
+        EvaluationError: if the address cannot be used, or the environment variable is not set and there is no
+            fallback.
     """
 
     def __init__(
@@ -240,13 +270,11 @@ class OpenAICompatibleJudge(ModelJudge):
         max_workers: int = 8,
     ):
         super().__init__(model, instruction, cache_path=cache_path, max_workers=max_workers)
-        if not base_url.startswith(("http://", "https://")):
-            raise EvaluationError(f"base_url must begin with http:// or https://, not {base_url!r}")
         if fallback not in (None, "exact"):
             raise EvaluationError(f"fallback must be 'exact' or None, not {fallback!r}")
-        self.url = base_url.rstrip("/") + "/chat/completions"
-        self.api_key_env, self.fallback = api_key_env, fallback
-        self.timeout, self.retries, self.wait, self.max_tokens = timeout, retries, wait, max_tokens
+        check_count("max_tokens", max_tokens)
+        self.endpoint = ChatEndpoint(base_url, api_key_env, timeout, retries, wait)
+        self.fallback, self.max_tokens = fallback, max_tokens
         self.fallbacks = 0
         if api_key_env is not None and not os.environ.get(api_key_env) and fallback is None:
             raise EvaluationError(
@@ -265,43 +293,14 @@ class OpenAICompatibleJudge(ModelJudge):
             return max((metrics.exact(prediction, r) for r in references), default=None)
 
     def reply(self, prompt: str) -> str:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env)
-            if not key:
-                raise EvaluationError(f"the environment variable {self.api_key_env} is not set")
-            headers["Authorization"] = f"Bearer {key}"
-        body = {
-            "model": self.name,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        opener = urllib.request.build_opener(_NoRedirect)
-        for attempt in range(self.retries + 1):
-            try:
-                with opener.open(request, timeout=self.timeout) as response:
-                    content = json.loads(response.read())
-                return str(content["choices"][0]["message"]["content"] or "")
-            except urllib.error.HTTPError as error:
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise EvaluationError(f"the judge at {self.url} answered {error.code} {error.reason}") from error
-                problem = f"{error.code} {error.reason}"
-            except (OSError, TimeoutError) as error:
-                problem = str(error)
-            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-                raise EvaluationError(f"the judge at {self.url} answered in an unknown form: {error!r}") from error
-            if attempt < self.retries:
-                time.sleep(self.wait * 2**attempt)
-        raise EvaluationError(f"the judge at {self.url} cannot be had after {self.retries + 1} requests: {problem}")
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses to follow a redirection, which would hand the key to another server."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
+        return self.endpoint.reply(
+            {
+                "model": self.name,
+                "messages": [{"role": "user", "content": prompt}],
+                "temperature": 0,
+                "max_tokens": self.max_tokens,
+            }
+        )
 
 
 class HFModelJudge(ModelJudge):

@@ -39,7 +39,12 @@ def counterfact_pair(nll_new: float, nll_true: float, kind: PairKind = "rewrite"
     if kind not in COUNTERFACT_NAMES:
         raise EvaluationError(f"unknown kind {kind!r}; use one of {', '.join(COUNTERFACT_NAMES)}")
     wanted, other = (nll_true, nll_new) if kind == "neighborhood" else (nll_new, nll_true)
-    return float(wanted < other), math.exp(-wanted) - math.exp(-other)
+    return float(wanted < other), _probability(wanted) - _probability(other)
+
+
+def _probability(nll: float) -> float:
+    """``e^{−nll}``; 0.0 where a model whose logits are not finite gives no probability at all."""
+    return 0.0 if math.isnan(nll) else math.exp(-nll)
 
 
 def harmonic_score(values: Iterable[float]) -> float:

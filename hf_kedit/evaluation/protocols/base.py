@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from ...errors import EvaluationError, RequestError, check_choice
+from ...errors import EvaluationError, RequestError, check_choice, check_count
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import Continuation, PromptFormat, generate_answers
 from ..asking.scoring import PairScore, Unscored, encode_row, try_score_pairs
@@ -270,10 +270,11 @@ class Generation(Protocol):
             raise EvaluationError(f"scorer {PREFIX_TOKENS!r} needs prompt_format='raw', not {self.prompt_format!r}")
         if self.prompt_format not in ("raw", "qa", "chat"):
             raise EvaluationError(f"unknown prompt_format {self.prompt_format!r}: use 'raw', 'qa' or 'chat'")
-        if self.max_new_tokens < 1:
-            raise EvaluationError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.agreement_tokens is not None and self.agreement_tokens < 1:
-            raise EvaluationError(f"agreement_tokens must be at least 1, not {self.agreement_tokens}")
+        check_count("max_new_tokens", self.max_new_tokens)
+        if self.agreement_tokens is not None:
+            check_count("agreement_tokens", self.agreement_tokens)
+        if isinstance(self.stop_strings, str) or not all(isinstance(text, str) for text in self.stop_strings):
+            raise EvaluationError(f"stop_strings must be a list of texts, not {self.stop_strings!r}")
 
     def queries(self, question: Question) -> list[Query]:
         if self.scorer == PREFIX_TOKENS and question.groups:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...errors import EvaluationError
+from ...errors import check_count
 from ...tokens import context_length, encode_text
 from ..asking.batching import TOKEN_BUDGET, is_encoder_decoder, stock_model
 from ..asking.generation import Continuation, Sampling, generate_answers
@@ -42,8 +42,9 @@ class Fluency(Protocol):
 
     def __post_init__(self) -> None:
         word_tokenizer(self.tokenizer)("a word")  # a missing package is named now, not after the first edits
-        if self.max_total_tokens < 2 or self.top_k < 1:
-            raise EvaluationError("Fluency needs max_total_tokens of at least 2 and top_k of at least 1")
+        check_count("max_total_tokens", self.max_total_tokens, 2)
+        check_count("top_k", self.top_k)
+        check_count("seed", self.seed, 0)
 
     @property
     def scorer(self) -> str:

@@ -7,12 +7,15 @@ Inside the library a score is found by section (``rewrite``, ``locality`` …) a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import DataError
 from ...requests import EditRequest, Probe
+from ...storage.shapes import of_type
+from .layout import AboutLayout, RecordLayout
 
 AXES = ("locality", "locality_accuracy", "portability")
 """Sections whose scores are kept by axis."""
@@ -71,13 +74,14 @@ class Half:
         """Read what `to_dict` wrote.
 
         Raises:
-            TypeError, ValueError, AttributeError: if it is something else.
+            DataError, TypeError, ValueError, AttributeError: if it is something else.
         """
         half = cls()
         for key, entry in value.items():
             if key == "metric_meta":
+                of_type(dict[str, AboutLayout], entry, key, DataError)
                 half.about = {
-                    str(name): {k: v for k, v in meta.items() if k != "result_key"} for name, meta in entry.items()
+                    name: {k: v for k, v in about.items() if k != "result_key"} for name, about in entry.items()
                 }
             elif not isinstance(entry, Mapping):
                 half.scores[key.removesuffix(_SCORE)] = {None: _numbers(key, entry)}
@@ -190,31 +194,33 @@ class CaseResult:
         Raises:
             DataError: if it is no such case.
         """
+        what = "a result"
+        of_type(RecordLayout, value, what, DataError)
         try:
-            cost = Cost(
-                value.get("seconds_edit"),
-                value.get("time"),
-                value.get("peak_memory_bytes"),
-                value.get("extra_memory_bytes"),
-                value.get("edit"),
-            )
-            return cls(
-                number=value["case_id"],
-                id=value.get("id"),
-                request=dict(value["requested_rewrite"]),
-                protocol=value["protocol"],
-                pre=Half.from_dict(value["pre"]),
-                post=Half.from_dict(value["post"]),
-                when=value["when"],
-                setting=value.get("setting"),
-                n_probes=dict(value.get("n_probes") or {}),
-                skipped=list(value.get("skipped") or ()),
-                texts=list(value.get("texts") or ()),
-                seconds_eval=value.get("seconds_eval"),
-                cost=cost,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"this is not the result of a case: {type(error).__name__}: {error}") from error
+            halves = {name: Half.from_dict(value[name]) for name in ("pre", "post")}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{what}: {error}") from error
+        cost = Cost(
+            value.get("seconds_edit"),
+            value.get("time"),
+            value.get("peak_memory_bytes"),
+            value.get("extra_memory_bytes"),
+            value.get("edit"),
+        )
+        return cls(
+            number=value["case_id"],
+            id=value.get("id"),
+            request=dict(value["requested_rewrite"]),
+            protocol=value["protocol"],
+            when=value["when"],
+            setting=value.get("setting"),
+            n_probes=dict(value.get("n_probes") or {}),
+            skipped=list(value.get("skipped") or ()),
+            texts=list(value.get("texts") or ()),
+            seconds_eval=value.get("seconds_eval"),
+            cost=cost,
+            **halves,
+        )
 
 
 def easyedit_request(request: EditRequest) -> dict[str, Any]:
@@ -246,7 +252,7 @@ def _result_key(section: str) -> str:
 
 
 def _numbers(key: str, values: Any) -> list[float]:
-    numbers = list(values)
-    if not all(isinstance(number, (int, float)) for number in numbers):
-        raise ValueError(f"{key!r} must hold numbers, not {numbers!r:.80}")
-    return numbers
+    """A list of numbers; ``None`` stands for one that is not finite, which JSON lacks."""
+    if not isinstance(values, list) or not all(isinstance(number, float | int | None) for number in values):
+        raise ValueError(f"{key!r} must hold a list of numbers, not {values!r:.80}")
+    return [math.nan if number is None else number for number in values]

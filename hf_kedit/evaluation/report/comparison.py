@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...storage.files import json_ready
 from . import html, markdown
 from .groups import Runs
 from .report import EvaluationReport, written
@@ -38,7 +39,7 @@ class Comparison(Runs[EvaluationReport]):
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The `rows` as JSON text; also written to ``path`` if one is given."""
-        return written(json.dumps(self.rows(), ensure_ascii=False, indent=1, allow_nan=False) + "\n", path)
+        return written(json.dumps(json_ready(self.rows()), ensure_ascii=False, indent=1, allow_nan=False) + "\n", path)
 
     def to_markdown(self, path: str | Path | None = None, *, max_cases: int = 20) -> str:
         """A table per protocol and time, and the first cases; also written to ``path`` if one is given."""

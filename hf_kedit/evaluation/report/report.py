@@ -7,11 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from ...errors import DataError
 from ...storage.display import percent
+from ...storage.files import json_ready
+from ...storage.shapes import of_type
 from . import html, markdown
 from .case_result import CaseResult
 from .groups import Runs
+from .layout import MetaLayout, read_json
 from .model_index import model_index
 from .results import Results
 from .summaries import LABELS, NAMES, data_frame, exists, extra_sections, flat_row, formatted, is_extra
@@ -22,6 +27,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _FORMAT_VERSION = 1
+
+
+class _ReportFile(TypedDict):
+    """What `EvaluationReport.to_json` writes."""
+
+    meta: MetaLayout
+    records: list[dict[str, Any]]
 
 
 class EvaluationReport(Results):
@@ -133,7 +145,7 @@ class EvaluationReport(Results):
     def to_json(self, path: str | Path | None = None) -> str:
         """The whole report as JSON text; also written to ``path`` if one is given (overwriting it)."""
         content = {"format_version": _FORMAT_VERSION, "meta": self.meta, "records": self.records}
-        text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(json_ready(content), ensure_ascii=False, indent=1, allow_nan=False)
         written(text + "\n", path)
         return text
 
@@ -144,13 +156,9 @@ class EvaluationReport(Results):
         Raises:
             DataError: if the file is missing or not such a report.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["format_version"] > _FORMAT_VERSION:
-                raise DataError(f"{str(path)!r} was written by a newer version of the library; upgrade to read it")
-            return cls(content["records"], content["meta"])
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{str(path)!r} is not an evaluation report: {error}") from error
+        content = read_json(Path(path), "an evaluation report", _FORMAT_VERSION)
+        of_type(_ReportFile, content, repr(str(path)), DataError)
+        return cls(content["records"], content["meta"])
 
     # ------------------------------------------------------------------ pages
 
@@ -259,7 +267,8 @@ def written(text: str, path: str | Path | None) -> str:
     """
     if path is not None:
         try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
+            # Half a character, which UTF-8 lacks, stands as \ud83d: JSON reads it again, and people see it.
+            Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise DataError(f"cannot write {str(path)!r}: {error}") from error
     return text

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import EvaluationError, check_choice
+from ...errors import EvaluationError, check_choice, check_count
 from ..asking.batching import TOKEN_BUDGET
 from ..measures.abilities import Ability
 from ..protocols.base import Protocol, resolve_protocols
@@ -118,11 +118,16 @@ def evaluate_edits(
     protocols = resolve_protocols(protocol)
     part = parse_shard(shard, setting)
     _check_arguments(setting, batch_size, limit, keep_edits, collapse_text is not None or bool(abilities))
+    check_count("token_budget", token_budget)
+    if not isinstance(separator, str | None):
+        raise EvaluationError(f"separator must be text or None, not {separator!r:.80}")
+    texts = [collapse_text] if isinstance(collapse_text, str) else collapse_text
+    if texts is not None and not (texts and all(isinstance(text, str) for text in texts)):
+        raise EvaluationError("collapse_text must be a text or a list of texts, not an empty list or something else")
     cases = _cases(model, dataset, setting, limit)
     checkpoints = parse_at(at, setting, len(cases))
     if setting != SAVED:
         check_requests(model, cases, strict=on_error == "raise")
-    texts = [collapse_text] if isinstance(collapse_text, str) else collapse_text
     run = Run(
         model,
         protocols,
@@ -227,16 +232,15 @@ class BeforeAndAfter:
 def _check_arguments(
     setting: str, batch_size: int | None, limit: int | None, keep_edits: bool, measures_wear: bool
 ) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise EvaluationError(f"batch_size must be at least 1, not {batch_size}")
+    for what, number in (("batch_size", batch_size), ("limit", limit)):
+        if number is not None:
+            check_count(what, number)
     if setting == "single" and batch_size not in (None, 1):
         raise EvaluationError(
             f"setting='single' makes one edit at a time and batch_size is {batch_size}; use setting='batch'"
         )
     if keep_edits and setting != SEQUENTIAL:
         raise EvaluationError(f"keep_edits=True needs setting='sequential'; '{setting}' restores after each step")
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"limit must be at least 1, not {limit}")
     if measures_wear and setting == "single":
         raise EvaluationError(
             "collapse_text and abilities would be measured after every single edit; use setting='batch' (with"

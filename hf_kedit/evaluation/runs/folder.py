@@ -12,13 +12,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError, EvaluationError
+from typing_extensions import TypedDict
+
+from ...config import EditConfig
+from ...errors import DataError, EvaluationError, KeditError
+from ...logging import get_logger
+from ...storage.files import json_ready
+from ...storage.parsing import as_mapping, parse_json
+from ...storage.shapes import of_type
 from ..report.case_result import CaseResult
+from ..report.layout import CheckpointLayout, FailedLayout, MetaLayout, read_json
 from ..report.report import EvaluationReport
 from .plan import Step, StepResult
 
+logger = get_logger(__name__)
 RUN_FILE = "run.json"
 _FORMAT_VERSION = 1
+PlanEntry = tuple[str, list[int], int, int]
+"""When, numbers of the cases, unit, and number of edits."""
+
+
+class _RunFile(TypedDict):
+    """What `RUN_FILE` holds."""
+
+    shards: int
+    settings: dict[str, Any]
+    plan: list[list[Any]]
 
 
 class RunFolder:
@@ -42,7 +61,10 @@ class RunFolder:
         self.done: dict[int, StepResult] = {}
         if self.path.exists() and not self.path.is_dir():
             raise EvaluationError(f"output_dir {str(self.path)!r} is a file; name a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
+            raise EvaluationError(f"the folder {str(self.path)!r} cannot be made: {error}") from error
         content = {
             "format_version": _FORMAT_VERSION,
             "shards": shard[1],
@@ -51,7 +73,7 @@ class RunFolder:
         }
         existing = self.path / RUN_FILE
         if existing.exists():
-            self._check(_read_json(existing), content)
+            self._check(_read_run(self.path), content)
         else:
             _write_atomically(existing, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         if self.file.exists():
@@ -60,11 +82,11 @@ class RunFolder:
             _write_atomically(self.file, "".join(line for step in self.done.items() for line in _lines(*step)))
 
     def _check(self, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
-        if existing == wanted:
-            return
-        old, new = existing.get("settings", {}), wanted["settings"]
+        old, new = _comparable(existing["settings"]), _comparable(wanted["settings"])
         names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         names += [k for k in ("format_version", "shards", "plan") if existing.get(k) != wanted[k]]
+        if not names:
+            return
         raise EvaluationError(
             f"{str(self.path)!r} holds another run (it differs in {', '.join(names)}); choose another output_dir,"
             " or repeat the same call to continue that run"
@@ -72,10 +94,13 @@ class RunFolder:
 
     def write(self, step: int, result: StepResult) -> None:
         """Add the results of a complete step."""
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write("".join(_lines(step, result)))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write("".join(_lines(step, result)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EvaluationError(f"cannot write {str(self.file)!r}: {error}") from error
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Note what the shard as a whole was like; the last run counts."""
@@ -83,11 +108,21 @@ class RunFolder:
 
     def read_meta(self) -> dict[str, Any]:
         """What `finish` noted; empty if the run never came to its end."""
-        return _read_json(self._meta_file) if self._meta_file.exists() else {}
+        return _read_meta(self._meta_file) if self._meta_file.exists() else {}
 
     @property
     def _meta_file(self) -> Path:
         return self.path / self.file.name.replace("results", "meta", 1).replace(".jsonl", ".json")
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in the words of this version: fields of configs have had other names."""
+    settings = {key: value for key, value in settings.items() if key != "version"}
+    try:
+        settings["config"] = json_ready(EditConfig.from_dict(settings["config"], saved=True).to_dict())
+    except (KeditError, KeyError, TypeError):  # saved edits have none; one that is damaged differs
+        pass
+    return settings
 
 
 def _lines(step: int, result: StepResult) -> Iterator[str]:
@@ -97,35 +132,36 @@ def _lines(step: int, result: StepResult) -> Iterator[str]:
     if result.checkpoint is not None:
         entries.append({"checkpoint": result.checkpoint})
     for entry in (*entries, {"done": True}):
-        yield json.dumps({"step": step, **entry}, ensure_ascii=False, allow_nan=False) + "\n"
+        yield json.dumps(json_ready({"step": step, **entry}), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_steps(file: Path) -> dict[int, StepResult]:
-    """Step → its results, of the steps that are complete.
-
-    Raises:
-        DataError: if a complete line is not what `RunFolder.write` writes.
-    """
+    """Step → its results, of the steps that are complete; a step with a damaged line is not."""
     begun: dict[int, StepResult] = {}
     complete: dict[int, StepResult] = {}
+    damaged: set[int] = set()
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the end of a killed process
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            entry = as_mapping(parse_json(line, "a line", DataError), "a line", DataError)
+        except DataError:
+            continue  # the end of a killed process; or a damaged line, and its step lacks a result
+        step = entry.get("step")
+        if isinstance(step, bool) or not isinstance(step, int):
             continue
-        step = entry["step"]
         result = begun.setdefault(step, StepResult())
-        if "record" in entry:
-            result.results.append(CaseResult.from_dict(entry["record"]))
-        elif "failed" in entry:
-            result.failed.append(entry["failed"])
-        elif "checkpoint" in entry:
-            result.checkpoint = entry["checkpoint"]
-        elif entry.get("done"):
-            complete[step] = result
-    return complete
+        try:
+            if "record" in entry:
+                result.results.append(CaseResult.from_dict(entry["record"]))
+            elif "failed" in entry:
+                result.failed.append(of_type(FailedLayout, entry["failed"], "'failed'", DataError))
+            elif "checkpoint" in entry:
+                result.checkpoint = of_type(CheckpointLayout, entry["checkpoint"], "'checkpoint'", DataError)
+            elif entry.get("done"):
+                complete[step] = result
+        except DataError as error:
+            logger.warning("%s: step %d is measured again: %s", file, step, error)
+            damaged.add(step)
+    return {step: result for step, result in complete.items() if step not in damaged}
 
 
 def collect_report(path: str | Path) -> EvaluationReport:
@@ -136,9 +172,7 @@ def collect_report(path: str | Path) -> EvaluationReport:
         EvaluationError: if parts of the run are missing or were measured twice.
     """
     folder = Path(path)
-    run = _read_json(folder / RUN_FILE)
-    if run.get("format_version", 0) > _FORMAT_VERSION:
-        raise DataError(f"{str(folder)!r} was written by a newer version of the library; upgrade to read it")
+    run = _read_run(folder)
     steps: dict[int, StepResult] = {}
     for file in sorted(folder.glob("results*.jsonl")):
         for number, result in read_steps(file).items():
@@ -151,7 +185,7 @@ def collect_report(path: str | Path) -> EvaluationReport:
             f"{str(folder)!r}: the run is not complete, {len(missing)} of {len(run['plan'])} measurements are missing;"
             f" repeat the call that began it{' (all its shards)' if run['shards'] > 1 else ''}"
         )
-    metas = [_read_json(file) for file in sorted(folder.glob("meta*.json"))]
+    metas = [_read_meta(file) for file in sorted(folder.glob("meta*.json"))]
     return assemble(steps, metas, [entry[0] for entry in run["plan"]])
 
 
@@ -168,8 +202,9 @@ def assemble(steps: dict[int, StepResult], metas: Sequence[dict[str, Any]], when
     failed = {entry["case_id"]: entry for step in in_order for entry in step.failed}
     meta = dict(metas[0]) if metas else {}
     for name in ("seconds", "seconds_pre", "seconds_setup"):
-        if all(name in m for m in metas) and metas:
-            meta[name] = sum(m[name] for m in metas)
+        shares = [m.get(name) for m in metas]
+        if metas and None not in shares:
+            meta[name] = sum(shares)
     if metas:
         meta["n"] = sum(m.get("n", 0) for m in metas)
     meta["when"] = list(dict.fromkeys(whens))
@@ -178,18 +213,29 @@ def assemble(steps: dict[int, StepResult], metas: Sequence[dict[str, Any]], when
     return EvaluationReport.of(results, meta)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_run(folder: Path) -> dict[str, Any]:
+    """What the folder says about its run."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"there is no readable run in {str(file.parent)!r}: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{str(file)!r} does not hold a run")
-    return content
+        run = read_json(folder / RUN_FILE, "a run", _FORMAT_VERSION)
+    except DataError as error:
+        raise DataError(f"there is no readable run in {str(folder)!r}: {error}") from error
+    of_type(_RunFile, run, repr(str(folder / RUN_FILE)), DataError)
+    for entry in run["plan"]:
+        of_type(PlanEntry, tuple(entry), f"{str(folder / RUN_FILE)!r}, plan", DataError)
+    return run
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    """What a shard noted about itself."""
+    meta = read_json(file, "the description of a run", _FORMAT_VERSION)
+    return of_type(MetaLayout, meta, repr(str(file)), DataError)
 
 
 def _write_atomically(file: Path, text: str) -> None:
     """Write a file so that it is never seen half written, also by other processes."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise EvaluationError(f"cannot write {str(file)!r}: {error}") from error

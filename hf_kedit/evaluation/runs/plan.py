@@ -178,6 +178,8 @@ def parse_when(when: str | Sequence[str], setting: str) -> tuple[str, ...]:
     Raises:
         EvaluationError: for an unknown time, or none.
     """
+    if not isinstance(when, Iterable):
+        raise EvaluationError(f"'when' must be a name or several of {', '.join(TIMES)}, not {when!r:.80}")
     chosen = [when] if isinstance(when, str) else list(when)
     if not chosen:
         raise EvaluationError(f"'when' is empty; choose from {', '.join(TIMES)}")
@@ -193,7 +195,7 @@ def parse_at(at: Sequence[int] | int | None, setting: str, total: int) -> list[i
     Raises:
         EvaluationError: for a setting without a sequence, or a number that is never reached.
     """
-    chosen = [] if at is None else [at] if isinstance(at, int) else list(at)
+    chosen = [] if at is None else list(at) if isinstance(at, Iterable) else [at]
     if chosen and setting != SEQUENTIAL:
         raise EvaluationError(f"at=… needs setting='sequential'; in '{setting}' edits do not pile up")
     for number in chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_kedit import EditableModel
 from hf_kedit.errors import DataError, EditFailedError, EvaluationError
-from hf_kedit.evaluation import Generation, TeacherForced, collect_report, evaluate_edits, functional, generate_answers
+from hf_kedit.evaluation import (
+    EvaluationReport,
+    Generation,
+    TeacherForced,
+    collect_report,
+    evaluate_edits,
+    functional,
+    generate_answers,
+)
 from hf_kedit.evaluation.runs.plan import make_plan, make_units, parse_shard
 from hf_kedit.requests import load_requests
 
@@ -371,3 +381,36 @@ def test_a_model_may_bring_its_own_way_to_change_prompts(tokenizer, rows, cache)
     editable.prompt_transform = lambda request, prompt: f"X. {prompt}"
     by_model = evaluate_edits(editable, rows, cache=cache)
     assert [c["post"] for c in by_model.cases] == [c["post"] for c in by_argument.cases]
+
+
+# ---------------------------------------------------------------------- files of version 0.1.0
+
+OLD = Path(__file__).parent / "data_0_1_0"
+
+
+def test_a_report_of_0_1_0_is_read_and_written_as_it_was(tmp_path):
+    report = EvaluationReport.from_json(OLD / "report.json")
+    report.to_json(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads((OLD / "report.json").read_text())
+    scores = [r["post"]["rewrite_acc"][0] for r in report.cases]
+    assert report.summary()["post"]["rewrite_acc"] == sum(scores) / 2 and report.times == ["immediate", "final"]
+    assert "Tarosk Boayond" in report.to_html() and "Tarosk Boayond" in report.to_markdown()
+
+
+def test_a_run_that_0_1_0_began_is_continued(tmp_path, cache, monkeypatch):
+    from .data_0_1_0 import make
+
+    whole = EvaluationReport.from_json(OLD / "report.json")
+    shutil.copytree(OLD, tmp_path / "run")
+    inner, measured = TeacherForced.run, []
+    monkeypatch.setattr(TeacherForced, "run", lambda *args: measured.append(1) or inner(*args))
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
+    resumed = evaluate_edits(model, make.ROWS, output_dir=tmp_path / "run", cache=cache, **make.ARGUMENTS)
+    assert len(measured) == 2  # the unedited model, and the measurement that was cut off
+    for old, new in zip(whole.results, resumed.results, strict=True):
+        assert (old.number, old.protocol, old.when) == (new.number, new.protocol, new.when)
+        assert (old.pre.scores, old.post.scores) == (new.pre.scores, new.post.scores)
+        assert (old.request, old.texts) == (new.request, new.texts)
+        assert (old.n_probes, old.skipped) == (new.n_probes, new.skipped)
+    assert len(resumed.checkpoints) == len(whole.checkpoints) == 1
+    assert collect_report(tmp_path / "run").summary() == resumed.summary()
