@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..books.ledger import Ledger
 from ..editing.state import EditedModel
 from ..engine.experts import ExpertSlice
 from ..engine.weights import get_module, is_transposed
-from ..errors import ArtifactError, BaseModelMismatchError, LayerError, RequestError
+from ..errors import ArtifactError, BaseModelMismatchError, KeditError, LayerError, RequestError
 from ..journal import Edit, EditResult, Journal, new_id, now
 from ..requests import EditRequest, RequestSource, load_requests
 from ..storage.files import read_file
@@ -68,7 +69,8 @@ def import_lora(
         raise RequestError(f"{adapter} does not say what it changes; give requests=[EditRequest(...)]")
     todo = model.journal.with_ids(load_requests(known))
     batch_id, created = new_id("batch"), now()
-    edits = [Edit(str(r.id), r, IMPORTED, batch_id, created, {"adapter": adapter}) for r in todo]
+    name = Path(adapter).name if Path(adapter).exists() else adapter  # the journal travels: no path of this machine
+    edits = [Edit(str(r.id), r, IMPORTED, batch_id, created, {"adapter": name}) for r in todo]
     with uninterrupted():
         model.ledger.apply(batch_id, deltas, [e.id for e in edits])
         model.journal.add(edits)
@@ -88,6 +90,26 @@ def read_lora(source: str, fetch: Callable[[str], bytes | None], ledger: Ledger)
         BaseModelMismatchError: if the model has no such module or parameter.
     """
     config = _read_config(source, fetch)
+    try:
+        return _read_deltas(source, config, fetch, ledger)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        RuntimeError,
+        re.error,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
+        if isinstance(error, KeditError):
+            raise
+        raise ArtifactError(f"{source}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are damaged ({error!r})") from error
+
+
+def _read_deltas(
+    source: str, config: dict[str, Any], fetch: Callable[[str], bytes | None], ledger: Ledger
+) -> list[WeightDelta]:
     data = fetch(ADAPTER_WEIGHTS)
     if data is None:
         raise ArtifactError(f"{source}: {ADAPTER_WEIGHTS} is missing (adapters in pickle files are not read)")
@@ -152,6 +174,8 @@ def _factors(
         raise ArtifactError(f"{source}: {module} has only one of its two factors")
     _module(source, module, ledger)
     a, b = parts["Aweight"], parts["Bweight"]
+    if a.dim() != 2 or b.dim() != 2:
+        raise ArtifactError(f"{source}: {ADAPTER_WEIGHTS} is damaged: the factors of {module} are no matrices")
     scaling = _scaling(config, module)
     name = _bank_parameter(config, module)
     if name is not None:

@@ -229,8 +229,17 @@ class Ledger:
         self._commit(accounts, touched)
 
     def _commit(self, accounts: dict[str, Account], touched: Sequence[str]) -> None:
-        """Write the touched weights and take over the new state; on any failure everything is put back."""
+        """Write the touched weights and take over the new state; on any failure everything is put back.
+
+        Raises:
+            NonFiniteError: if a weight would hold NaN or infinity: finite factors may have a product that is not, and
+                a finite sum may be beyond the weight's own number format.
+        """
         values = {key: self._state_of(accounts[key]) for key in touched}
+        for key, value in values.items():
+            numbers = value if isinstance(value, torch.Tensor) else accounts[key].total
+            if numbers is not None and not bool(torch.isfinite(numbers).all()):
+                raise NonFiniteError(f"{key} would hold NaN or infinity ({numbers.dtype}); nothing was changed")
         before = {key: self._seen(accounts[key]) for key in touched}
         with uninterrupted():
             try:

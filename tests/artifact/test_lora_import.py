@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from hf_kedit import EditableModel, EditRequest, FTMConfig
 from hf_kedit.artifact.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import ArtifactError, BaseModelMismatchError, RequestError
+from hf_kedit.errors import ArtifactError, BaseModelMismatchError, NonFiniteError, RequestError
 from tests.artifact.test_lora_export import facts, logits
 from tests.models import tiny_model
 
@@ -92,6 +92,11 @@ def _drop_tensors(folder: Path, word: str) -> None:
     save_file({k: v for k, v in tensors.items() if word not in k}, folder / ADAPTER_WEIGHTS)
 
 
+def _change_tensors(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    save_file({k: change(v).contiguous() for k, v in tensors.items()}, folder / ADAPTER_WEIGHTS)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -104,6 +109,14 @@ def _drop_tensors(folder: Path, word: str) -> None:
         (lambda f: (f / ADAPTER_WEIGHTS).write_bytes(b"\0" * 64), "damaged"),
         (lambda f: _drop_tensors(f, "lora_B"), "only one of its two factors"),
         (lambda f: _drop_tensors(f, "lora"), "no change"),
+        (lambda f: _change_config(f, r="eight"), "damaged"),
+        (lambda f: _change_config(f, r=0), "damaged"),
+        (lambda f: _change_config(f, rank_pattern=[3]), "damaged"),
+        (lambda f: _change_config(f, alpha_pattern={"(": 3}), "damaged"),
+        (lambda f: _change_config(f, target_parameters=5), "damaged"),
+        (lambda f: (f / ADAPTER_CONFIG).write_text("[" * 100_000), "nested"),
+        (lambda f: _change_tensors(f, lambda t: t.reshape(-1)[0]), "damaged"),
+        (lambda f: _change_tensors(f, lambda t: t[:-1]), "damaged|is .* the weight"),
     ],
 )
 def test_adapters_that_are_refused(damage: Any, message: str, tmp_path: Path) -> None:
@@ -112,6 +125,16 @@ def test_adapters_that_are_refused(damage: Any, message: str, tmp_path: Path) ->
     model = EditableModel(tiny_model("llama"), FTMConfig(layers=[0]))
     digest = model_digest(model.base_model)
     with pytest.raises(ArtifactError, match=message):
+        model.import_lora(tmp_path, FACT)
+    assert model_digest(model.base_model) == digest and not model.edits
+
+
+def test_factors_whose_product_is_too_large(tmp_path: Path) -> None:
+    foreign_adapter("llama", tmp_path, target_modules=["q_proj"])
+    _change_tensors(tmp_path, lambda t: torch.full_like(t, 1e25))
+    model = EditableModel(tiny_model("llama"), FTMConfig(layers=[0]))
+    digest = model_digest(model.base_model)
+    with pytest.raises(NonFiniteError, match="infinity"):
         model.import_lora(tmp_path, FACT)
     assert model_digest(model.base_model) == digest and not model.edits
 

@@ -20,6 +20,8 @@ from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ArtifactError, BaseModelMismatchError, KeditError
 from tests.models import tiny_model
 
+from .test_files_of_0_1_0 import DATA
+
 PROBE = torch.tensor([[5, 6, 7, 8, 9]])
 
 
@@ -279,3 +281,21 @@ def test_a_card_shows_texts_as_texts(tmp_path: Path) -> None:
     shown = ["".join(p.content for p in t.children or ()) for t in rows[1] if t.type == "inline"]
     assert shown[0] == "a`| # Heading <img src=x>" and shown[3] == "plumber | **x**\\u202e # Heading"
     assert shown[1].startswith("[here](javascript:alert(1)) <script>") and shown[1].endswith("\\|")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda e: e.request.metadata.update(when=torch.ones(2)), "metadata"),
+        (lambda e: e.request.metadata.update(text="\ud83d"), "metadata"),
+        (lambda e: e.diagnostics.update(loss=torch.ones(1)), "diagnostics"),
+        (lambda e: setattr(e, "created", "\ud83d"), "created"),
+    ],
+)
+def test_what_became_unsaveable_is_named(change: Any, field: str, tmp_path: Path) -> None:
+    model = EditableModel.from_pretrained(DATA / "rome_gpt2")
+    model.edits[1].request.metadata = {}
+    change(model.edits[1])
+    with pytest.raises(ArtifactError, match=rf"'fact-1' cannot be saved: its '{field}'"):
+        model.save_pretrained(tmp_path / "edits")
+    assert not (tmp_path / "edits").exists()

@@ -200,6 +200,9 @@ def test_what_must_not_be_written() -> None:
     state = bits(model)
     with pytest.raises(NonFiniteError, match="linear"):
         ledger.apply("b", [WeightDelta("linear", dense=torch.full((4, 5), float("nan")))], ["e"])
+    huge = WeightDelta("linear", left=torch.full((4, 1), 1e25), right=torch.full((5, 1), 1e25))
+    with pytest.raises(NonFiniteError, match="linear"):  # finite factors, 1e50 as their product
+        ledger.apply("b", [huge], ["e"])
     with pytest.raises(TiedWeightError, match=r"embed\.weight"):
         ledger.apply("b", [WeightDelta("head", dense=torch.ones(7, 4))], ["e"])
     with pytest.raises(WeightError, match="shape"):
@@ -212,6 +215,14 @@ def test_what_must_not_be_written() -> None:
     model.linear.weight.data[1, 1] = float("inf")
     with pytest.raises(NonFiniteError, match="base model"):
         ledger.apply("b", [low_rank(1, (0,))], ["e"])
+
+
+def test_a_sum_beyond_the_weights_own_format_is_refused() -> None:
+    model = Small(torch.float16)
+    ledger, state = Ledger(model), bits(model)
+    with pytest.raises(NonFiniteError, match="float16"):  # fp16 ends at 65,504
+        ledger.apply("b", [WeightDelta("linear", dense=torch.full((4, 5), 70_000.0))], ["e"])
+    assert same(bits(model), state) and not ledger.accounts
 
 
 def test_quantised_weights_are_refused() -> None:
