@@ -37,6 +37,18 @@ def test_an_unknown_name_is_a_typed_error_that_lists_the_known(name: object) -> 
         table.get(name)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("wish", ["best", "Default", "recommended"])
+def test_a_wish_is_no_method_and_is_told_where_to_look(wish: str) -> None:
+    table: Table[int] = Table()
+    table.add("pmet", 1)
+    with pytest.raises(UnknownMethodError, match=r"docs/methods/index\.md.*kedit list-methods") as error:
+        table.get(wish)
+    assert "Did you mean" not in str(error.value) and "auto" not in str(error.value)
+    table.add("auto", 1)
+    with pytest.raises(UnknownMethodError, match="--method auto"):
+        table.get(wish)
+
+
 def test_a_module_is_announced_once() -> None:
     before = list(SOURCES)
     announce(before[0])

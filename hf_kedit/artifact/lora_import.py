@@ -92,18 +92,9 @@ def read_lora(source: str, fetch: Callable[[str], bytes | None], ledger: Ledger)
     config = _read_config(source, fetch)
     try:
         return _read_deltas(source, config, fetch, ledger)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        IndexError,
-        RuntimeError,
-        re.error,
-        ArithmeticError,
-        AttributeError,
-    ) as error:
-        if isinstance(error, KeditError):
-            raise
+    except KeditError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, re.error, ArithmeticError, AttributeError) as error:
         raise ArtifactError(f"{source}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are damaged ({error!r})") from error
 
 
