@@ -50,6 +50,19 @@ SHAPES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         },
         {"rome": 4, "memit": [3, 4, 5]},
     ),
+    "smollm2-135m": (
+        LlamaConfig,
+        {
+            "num_hidden_layers": 30,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+        {"rome": 5, "memit": [4, 5, 6, 7, 8]},
+    ),
     "gpt-j-6b": (GPTJConfig, {}, {"rome": 5, "memit": [3, 4, 5, 6, 7, 8]}),
     "llama-2-7b": (LlamaConfig, {}, {"rome": 5, "memit": [4, 5, 6, 7, 8]}),
     "llama-3-8b": (

@@ -48,6 +48,11 @@ class Edit:
             "diagnostics": self.diagnostics,
         }
 
+    @property
+    def joint(self) -> dict[str, Any] | None:
+        """How the edit was solved for together with others (`EditableModel.resolve_all`); ``None``: it was not."""
+        return self.diagnostics.get("joint")
+
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Edit:
         """Read a line of ``edits.jsonl``.
@@ -67,6 +72,25 @@ class Edit:
             raise ArtifactError(f"edits.jsonl holds a line that is not an edit: {error}") from error
 
 
+@dataclass(frozen=True)
+class EditConflict:
+    """Two edits of a set that say something about the same.
+
+    Args:
+        kind: ``"contradiction"``: the same prompt with different targets, of which the later edit counts;
+            ``"repetition"``: with the same target, which is solved for once; else the name of the portability axis
+            by which the one edit expects another answer than the other one gives (aliases, inverse relations …).
+        edit_ids: of the one that counts, or expects, and of the other.
+        prompt: what both are about.
+        targets: what each of them wants to be said there.
+    """
+
+    kind: str
+    edit_ids: tuple[str, str]
+    prompt: str
+    targets: tuple[str, str]
+
+
 @dataclass
 class EditResult:
     """What `EditableModel.edit` returns.
@@ -76,12 +100,14 @@ class EditResult:
         failed: (request, error) of requests that were left out (only with ``on_error="skip"``).
         seconds: of the whole call.
         side_effects: what the call's ``watch`` saw (`SideEffectReport`), or ``None``.
+        conflicts: edits of the model that do not go together (only where they are solved for together).
     """
 
     edits: list[Edit]
     failed: list[tuple[EditRequest, KeditError]] = field(default_factory=list)
     seconds: float = 0.0
     side_effects: Any = None
+    conflicts: list[EditConflict] = field(default_factory=list)
 
     @property
     def ids(self) -> list[str]:
@@ -108,6 +134,11 @@ class Journal:
     def add(self, edits: Sequence[Edit]) -> None:
         """Append edits."""
         self._edits.extend(edits)
+
+    def put(self, edits: Sequence[Edit]) -> None:
+        """Let edits take the place of those with their ids; the others are appended."""
+        new = {e.id: e for e in edits}
+        self._edits = [new.pop(e.id, e) for e in self._edits] + list(new.values())
 
     def drop(self, edit_ids: Sequence[str]) -> None:
         """Remove edits."""

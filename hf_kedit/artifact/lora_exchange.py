@@ -9,6 +9,7 @@ from typing import Any
 from ..editing.state import EditedModel
 from ..journal import EditResult
 from ..requests import RequestSource
+from .lora_compile import CompiledEdits, compile_edits
 from .lora_export import LoraExport, export_lora
 from .lora_import import import_lora
 from .lora_tensors import LoraTarget
@@ -40,6 +41,28 @@ class LoraExchange(EditedModel):
             ArtifactError: if the folder holds a model or saved edits.
         """
         return export_lora(self, Path(folder), target=target, rank=rank, modules=modules)
+
+    def compile_edits(
+        self, folder: str | Path | None = None, *, rank: int, target: LoraTarget = "peft"
+    ) -> CompiledEdits:
+        """All edits as one LoRA of a chosen rank, for servers that run adapters and nothing else.
+
+        Every weight's change is cut to its ``rank`` largest singular directions. Then each fact is asked for, with the
+        edits and with what is left of them, so that what is lost has a name before it is served.
+
+        Args:
+            folder: for the adapter, written as by `export_lora`; ``None``: only measure.
+            rank: of every module.
+            target: as for `export_lora`.
+
+        Returns:
+            The energy that was kept per weight, the targets' probabilities, and the edits that would be lost.
+
+        Raises:
+            ExportError: if the edits are no changes of weights, or there is no tokenizer.
+            ArtifactError: if the folder holds a model or saved edits.
+        """
+        return compile_edits(self, None if folder is None else Path(folder), rank=rank, target=target)
 
     def import_lora(
         self,

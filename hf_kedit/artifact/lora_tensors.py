@@ -134,7 +134,7 @@ def _add(adapter: Adapter, model: EditedModel, account: Account, rank: int | Non
     elif not _is_matrix(model, account) or (not _in_factors(account) and rank is None and _can_stand_whole(module)):
         _add_whole(adapter, model, account.module)
     else:
-        factors = _stack(account, rank) if _in_factors(account) else factorise(total, rank)
+        factors = factors_of(account, rank)
         if isinstance(module, ExpertSlice):
             bank = adapter.experts.setdefault(parameter_name(account.module, "weight"), _no_change(module))
             bank[module.index] = factors
@@ -163,8 +163,11 @@ def _in_factors(account: Account) -> bool:
     return all(piece.delta.left is not None for piece in account.pieces)
 
 
-def _stack(account: Account, rank: int | None) -> Factors:
-    """All pieces of a change side by side; shorter where columns can be spared, or a rank is asked for."""
+def factors_of(account: Account, rank: int | None) -> Factors:
+    """A weight's change as factors: its pieces side by side, shorter where columns can be spared, or of a rank."""
+    if not _in_factors(account):
+        assert account.total is not None
+        return factorise(account.total, rank)
     left, right = (_side_by_side(getattr(p.delta, name) for p in account.pieces) for name in ("left", "right"))
     short = shorten(left, right, rank)
     # The columns themselves where none can be spared: then merging gives the edited bits.

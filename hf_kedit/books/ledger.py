@@ -185,6 +185,39 @@ class Ledger:
             WeightError: if a parameter is missing, cannot be read, tied or of another shape, or `check_unchanged`
                 fails.
         """
+        pieces = self._pieces(batch_id, deltas, edit_ids)
+        accounts = {**self.accounts, **{key: self._account(key, new).adding(new) for key, new in pieces.items()}}
+        self._commit(accounts, list(pieces))
+
+    def exchange(
+        self, gone: Sequence[str], batch_id: str, deltas: Sequence[WeightDelta], edit_ids: Sequence[str]
+    ) -> None:
+        """Put deltas in the place of edits, in one transaction.
+
+        They come before everything else that lies on a weight, so that the bits depend on what is there and not on
+        how often a set was solved again.
+
+        Args:
+            gone: ids of the edits that go; none of them has to be known.
+            batch_id: as for `apply`, like the others.
+            deltas: what takes their place.
+            edit_ids: ids of the edits of this batch.
+
+        Raises:
+            RollbackError: if an edit cannot be separated from others that were computed with it or on it.
+            NonFiniteError: if a delta is not finite.
+            WeightError: as for `apply`.
+        """
+        pieces = self._pieces(batch_id, deltas, edit_ids)
+        accounts = {key: account.without(set(gone)) for key, account in self.accounts.items()}
+        touched = {key for key, account in self.accounts.items() if accounts[key] is not account} | set(pieces)
+        for key, new in pieces.items():
+            everything = [*new, *(accounts[key].pieces if key in accounts else ())]
+            accounts[key] = replace(self._account(key, new), pieces=everything, total=fold(everything))
+        self._commit(accounts, sorted(touched))
+
+    def _pieces(self, batch_id: str, deltas: Sequence[WeightDelta], edit_ids: Sequence[str]) -> dict[str, list[Piece]]:
+        """What deltas become in the accounts, once everything that can be wrong with them was checked."""
         if self._disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")
         self.check_unchanged()
@@ -195,21 +228,21 @@ class Ledger:
             columns = None if delta.owners is None else tuple(edit_ids[i] for i in delta.owners)
             members = tuple(edit_ids) if columns is None else tuple(dict.fromkeys(columns))
             pieces.setdefault(delta.key, []).append(Piece(batch_id, delta, members, columns))
-        accounts = dict(self.accounts)
-        for key, new in pieces.items():
-            account = accounts.get(key)
-            if account is None:
-                module, name = new[0].delta.module, new[0].delta.name
-                self.check_editable(module, name)
-                account = self.new_account(module, name)
-            for piece in new:
-                if piece.delta.shape != tuple(account.original.shape):
-                    raise WeightError(
-                        f"the update of {key} has shape {piece.delta.shape},"
-                        f" the weight {tuple(account.original.shape)}"
-                    )
-            accounts[key] = account.adding(new)
-        self._commit(accounts, list(pieces))
+        return pieces
+
+    def _account(self, key: str, pieces: Sequence[Piece]) -> Account:
+        """The account that pieces go to, a new one if there is none, after a look at their shapes."""
+        account = self.accounts.get(key)
+        if account is None:
+            module, name = pieces[0].delta.module, pieces[0].delta.name
+            self.check_editable(module, name)
+            account = self.new_account(module, name)
+        for piece in pieces:
+            if piece.delta.shape != tuple(account.original.shape):
+                raise WeightError(
+                    f"the update of {key} has shape {piece.delta.shape}, the weight {tuple(account.original.shape)}"
+                )
+        return account
 
     def remove(self, edit_ids: Sequence[str]) -> None:
         """Take edits back. Weights that no edit is left on get their original bits.
@@ -302,6 +335,12 @@ class Ledger:
             For ``with``: an object with ``add(delta)``; later deltas are measured with the earlier ones in place.
         """
         return Provisional(self)
+
+    def emptied(self) -> Switch[None]:
+        """The original weights inside the block, and a ledger that knows of no edit: what is measured, and what a
+        method takes for the model's edits, is then a matter of the block alone. Everything is back behind it."""
+        before = self.snapshot()
+        return switched(lambda: self.restore({}), lambda: self.restore(before))
 
     def disabled(self) -> Switch[None]:
         """The original weights, bit for bit, inside the block; the edited ones again, bit for bit, behind it."""
@@ -411,6 +450,11 @@ class Provisional(Switch["Provisional"]):
         state = ledger._state_of(account, self._deltas[key])
         with uninterrupted():
             ledger._show(account, state)
+
+    def put(self, delta: WeightDelta) -> None:
+        """Lay a delta on its weight in the place of those that the block has laid there before."""
+        self._deltas.pop(delta.key, None)
+        self.add(delta)
 
     def change(self) -> Provisional:
         """Nothing lies on the weights yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..anatomy.switching import Switch, interrupted, switched, uninterrupted
@@ -13,8 +13,10 @@ from ..engine.forward import frozen_eval
 from ..errors import ConfigError, EditFailedError, RequestError, RollbackError
 from ..journal import Edit, EditResult, Journal, new_id, now
 from ..logging import get_logger, progress, warn_once
-from ..methods.base import check_composition
+from ..methods.base import check_composition, method_class
+from ..methods.spread import SpreadMethod
 from ..requests import EditRequest, RequestSource, load_requests
+from .edit_set import FactSet, solve_set, spread_method
 from .state import EditedModel
 
 if TYPE_CHECKING:
@@ -87,29 +89,151 @@ class Editing(EditedModel):
         if batch_size and batch_size > 1 and not method.capabilities.batch:
             warn_once(logger, f"{method.capabilities.name} solves for one fact at a time; batch_size is ignored")
         size = (batch_size or len(todo)) if method.capabilities.batch else 1
-        batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-        result = EditResult([])
-        # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
-        on_weights = method.capabilities.kind == "weights"
-        beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
         with _AllOrNothing(self):
-            with frozen_eval(self.base_model), all_disabled(beside):
-                check_composition(method.capabilities.kind, self.books)
-                method.check(todo)
-                if on_weights:
-                    self.sites.check_weight_edit(method.edited_modules())
-                method.prepare()
-                for batch in progress(batches, f"editing ({method.capabilities.name})", show=show_progress):
-                    try:
-                        result.edits.extend(self._edit_batch(batch))
-                    except EditFailedError as error:
-                        if on_error == "raise":
-                            raise
-                        result.failed.extend((r, error) for r in batch)
+            if getattr(self.edit_config, "sequence", None) == "joint":
+                result = self._solve_together(self._family(), todo, may_fail=on_error == "skip")
+            else:
+                result = self._edit_in_batches(todo, size, may_fail=on_error == "skip")
             result.seconds = time.perf_counter() - started
             if watch is not None:
                 result.side_effects = watch.after(self.base_model)
             return result
+
+    def resolve_all(
+        self,
+        iterations: int | None = None,
+        until: float | None = None,
+        *,
+        show_progress: bool = True,
+        after_pass: Callable[[int], None] | None = None,
+    ) -> EditResult:
+        """Solve for all edits of MEMIT's family that the model carries, together, from its original weights.
+
+        The result depends on the facts alone, not on the order or the batches that they came in; taking one back
+        later solves for the others again and gives the weights of never having made it. Of two edits about the same
+        fact the later one counts. Edits of other methods stay, and are not looked at. All or nothing, as `edit`.
+
+        Args:
+            iterations: passes over the set, at most; ``None``: the config's ``joint_passes``.
+            until: probability from which on a fact holds; ``None``: the config's ``joint_until``.
+            show_progress: show progress bars.
+            after_pass: called with the number of each pass while the model shows its result (for measurements).
+
+        Returns:
+            The edits, with how often each one was written and whether it holds (``diagnostics["joint"]``), and what
+            contradicts what.
+
+        Raises:
+            ConfigError: if the present method does not solve for many facts, or there is no tokenizer.
+            EditFailedError: if no usable update was found.
+        """
+        started = time.perf_counter()
+        self._method.bench.trace, self._method.bench.show_progress = self.trace, show_progress
+        result = self._solve_together(self._family(), [], iterations, until, after_pass=after_pass)
+        result.seconds = time.perf_counter() - started
+        return result
+
+    def _family(self) -> list[Edit]:
+        """The edits that a joint solve is for: those of methods that spread facts over layers."""
+        return [e for e in self.journal if issubclass(method_class(e.method), SpreadMethod)]
+
+    def _solve_together(
+        self,
+        edits: Sequence[Edit],
+        new: Sequence[EditRequest],
+        passes: int | None = None,
+        until: float | None = None,
+        *,
+        gone: Sequence[str] = (),
+        may_fail: bool = False,
+        after_pass: Callable[[int], None] | None = None,
+    ) -> EditResult:
+        """Put one solve of a set into the place of the edits that it is made of.
+
+        Args:
+            edits: of the model, in its order.
+            new: further requests, with ids.
+            passes: at most; ``None``: the config's.
+            until: as for `resolve_all`.
+            gone: ids among ``edits`` that leave the set.
+            may_fail: leave out new requests for which no value is found.
+            after_pass: as for `resolve_all`.
+        """
+        method = spread_method(self._method)
+        if self.tokenizer is None:
+            raise ConfigError("solving again needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        passes = method.config.joint_passes if passes is None else passes
+        until = method.config.joint_until if until is None else until
+        if isinstance(passes, bool) or passes < 1 or not 0 < until <= 1:
+            raise ConfigError(f"iterations must be at least 1 and until above 0 and at most 1, not {passes}, {until}")
+        staying = [e for e in edits if e.id not in set(gone)]
+        chosen = FactSet.of([*(e.request.with_id(e.id) for e in staying), *new])
+        if not chosen.facts:
+            return EditResult([])
+        created = {e.id: e.created for e in staying}
+        with _AllOrNothing(self), frozen_eval(self.base_model), all_disabled([self.prompts, self.sites]):
+            check_composition("weights", self.books)
+            memory = PeakMemory(self.base_model)
+            solved = solve_set(
+                method,
+                self.ledger,
+                chosen,
+                passes,
+                until,
+                check=lambda: self.sites.check_weight_edit(method.edited_modules()),
+                optional=[str(r.id) for r in new] if may_fail else (),
+                after_pass=after_pass,
+            )
+            shared = {
+                "seconds": solved.seconds / len(solved.requests),
+                "peak_memory_bytes": memory.read() or process_memory(),
+                "batch_size": len(solved.requests),
+            }
+            made = {
+                str(request.id): Edit(
+                    id=str(request.id),
+                    request=request,
+                    method=self.method_name,
+                    batch_id=solved.batch_id,
+                    created=created.get(str(request.id)) or now(),
+                    diagnostics=numbers | shared,
+                )
+                for request, numbers in zip(solved.requests, solved.outcome.diagnostics, strict=True)
+            }
+            in_order = [made[i] for i in [*(e.id for e in staying), *(str(r.id) for r in new)] if i in made]
+            with uninterrupted():
+                self.ledger.exchange([e.id for e in edits], solved.batch_id, solved.outcome.deltas, list(made))
+                self.journal.put(in_order)
+                self.journal.drop(gone)
+        for conflict in chosen.conflicts:
+            logger.warning("edits %s and %s: %s about %r", *conflict.edit_ids, conflict.kind, conflict.prompt)
+        asked = {str(r.id) for r in new}
+        return EditResult(
+            [e for e in in_order if not asked or e.id in asked], solved.failed, conflicts=chosen.conflicts
+        )
+
+    def _edit_in_batches(self, todo: Sequence[EditRequest], size: int, *, may_fail: bool) -> EditResult:
+        """One batch after the other, each on what the one before left; those that fail are left out if they may."""
+        method, result = self._method, EditResult([])
+        batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+        # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
+        on_weights = method.capabilities.kind == "weights"
+        beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
+        with frozen_eval(self.base_model), all_disabled(beside):
+            check_composition(method.capabilities.kind, self.books)
+            method.check(todo)
+            if on_weights:
+                self.sites.check_weight_edit(method.edited_modules())
+            method.prepare()
+            name, show = method.capabilities.name, method.bench.show_progress
+            for batch in progress(batches, f"editing ({name})", show=show):
+                try:
+                    result.edits.extend(self._edit_batch(batch))
+                except EditFailedError as error:
+                    if not may_fail:
+                        raise
+                    result.failed.extend((r, error) for r in batch)
+        return result
 
     def _edit_batch(self, batch: Sequence[EditRequest]) -> list[Edit]:
         """Compute one batch and put it on the weights and into the journal."""
@@ -158,11 +282,34 @@ class Editing(EditedModel):
         ids = self.journal.select(which)
         gone = [e for e in self.journal if e.id in set(ids)]
         weights = self.ledger.modules_of(ids)
-        with uninterrupted():
-            remove_from(self.books.values(), ids)
-            self.journal.drop(ids)
+        joint = [e for e in self.journal if e.joint]
+        staying = [e for e in joint if e.id not in set(ids)]
+        with _AllOrNothing(self):
+            if staying and len(staying) < len(joint):
+                self._solve_without(joint, staying, ids)
+                ids = [i for i in ids if i not in {e.id for e in joint}]
+            with uninterrupted():
+                remove_from(self.books.values(), ids)
+                self.journal.drop(ids)
+                if joint and not staying and isinstance(self._method, SpreadMethod):
+                    self._method.first_values.keep([])
         self.sites.warn_of_weight_rollback(weights)
         return gone
+
+    def _solve_without(self, joint: Sequence[Edit], staying: Sequence[Edit], ids: Sequence[str]) -> None:
+        """Solve again for those of a set that stay, as the set was solved.
+
+        Raises:
+            RollbackError: if the present method is not the one that solved for it.
+        """
+        made_with, how = staying[0].method, staying[0].joint or {}
+        if made_with != self.method_name:
+            raise RollbackError(
+                f"these edits were solved for together, with {made_with!r}; without one of them the others have to be"
+                f" solved for again, and the present method is {self.method_name!r}: set_method(...) first"
+            )
+        gone = [e.id for e in joint if e.id in set(ids)]
+        self._solve_together(joint, [], how["iterations"], how["until"], gone=gone)
 
     def rebuild_without(self, edit_id: str, *, show_progress: bool = True) -> list[Edit]:
         """Get rid of an edit that cannot be undone alone: undo all edits of its method and make the others again.
@@ -187,6 +334,9 @@ class Editing(EditedModel):
                 f"the edit {edit_id!r} was made with {method!r}, the present method is {self.method_name!r}; choose"
                 " the settings with which the others are to be made again, with set_method(...)"
             )
+        if self.journal.get(edit_id).joint:
+            self.rollback(edit_id)
+            return [e for e in self.journal if e.joint]
         batches = self.journal.batches_of(method)
         again: list[Edit] = []
         with _AllOrNothing(self):

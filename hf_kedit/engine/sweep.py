@@ -58,6 +58,7 @@ class Sweep:
         fill: padding id.
         chunk: rows per forward.
         restart: go on from the states that entered the last layer; otherwise always from the tokens.
+        kept: bytes that these states may take; where they would take more, every reading begins at the tokens.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Sweep:
         fill: int = 0,
         chunk: int = 64,
         restart: bool = True,
+        kept: int = KEPT_BYTES,
     ):
         self.model, self.anatomy, self.count = model, anatomy, len(rows)
         device = device_of(model)
@@ -81,7 +83,7 @@ class Sweep:
         width = next(model.parameters()).element_size() * anatomy.hidden_size
         needed = width * sum(chunk.batch.input_ids.numel() for chunk in self._chunks)
         restartable = not anatomy.is_encoder_decoder and anatomy.one_stream is not False
-        self.restart = restart and restartable and needed <= KEPT_BYTES
+        self.restart = restart and restartable and needed <= kept
 
     def read(
         self, taps: Sequence[Tap], layer: int, *, offsets: Mapping[str, torch.Tensor] | None = None

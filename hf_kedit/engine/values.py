@@ -48,6 +48,8 @@ class ValueSettings:
             (NAMET).
         kl_factor: factor of the drift term ``KL(p_δ ‖ p_0)`` on the row "<subject> is a".
         stop_loss: a request stops when its loss falls below.
+        holds_from: a request whose target already has this probability, before anything is added, gets a value of
+            zero; ``exp`` of minus the mean negative log-likelihood per token. Above 1: only ``stop_loss`` decides.
         nll_factor: factor of the negative log-likelihood.
         settled_factor: once every supervised token of a request is the model's first choice, ``nll_factor`` is
             multiplied by this in the next step, and the request stops if its drift term is at most ``settled_kl``
@@ -65,6 +67,7 @@ class ValueSettings:
     kl_factor: float
     against_all_rows: bool = False
     stop_loss: float = STOP_LOSS
+    holds_from: float = 2.0
     nll_factor: float = 1.0
     settled_factor: float | None = None
     settled_kl: float = 0.01
@@ -311,7 +314,7 @@ class Optimisation:
             with torch.set_grad_enabled(not last):
                 delta = self.delta.detach().requires_grad_(not last)
                 losses = self.losses(delta)
-            self.record(losses)
+            self.record(losses, first=step == 1)
             if last or not bool(self.active.any()):
                 break
             # A sum, not a mean: a mean would scale every gradient by the size of the company, and Adam's ε with it.
@@ -347,8 +350,8 @@ class Optimisation:
         settled = None if settings.settled_factor is None else terms.settled(seen)
         return _Losses(torch.stack(parts).sum(dim=0), parts, terms.bare_probability(seen), settled)
 
-    def record(self, losses: _Losses) -> None:
-        """Write down what a step measured, and find out which requests have ended.
+    def record(self, losses: _Losses, *, first: bool) -> None:
+        """Write down what a step measured, the ``first`` one or a later one, and find out which requests have ended.
 
         Raises:
             EditFailedError: if a loss is not finite.
@@ -368,13 +371,15 @@ class Optimisation:
         steps = zip(self.running, table.tolist(), self.active.tolist(), strict=True)
         for k, (request, numbers, active) in enumerate(steps):
             if active:
-                if not self.loss[request] and self.guide is None:
+                if first and self.guide is None:
                     self.before[request] = numbers[terms]
                 self.loss[request].append(tuple(numbers[:terms]))
                 self.after[request] = numbers[terms]
                 if settings.keep_path:
                     self.path[request].append(self.delta[k].clone())
         self.active = self.active & (table[:, 0] >= settings.stop_loss)
+        if first:
+            self.active = self.active & ((-table[:, 1] / settings.nll_factor).exp() < settings.holds_from)
         if losses.settled is not None:
             self.active = self.active & (table[:, -1] == 0)
 

@@ -116,4 +116,7 @@ class AlphaEdit(SpreadMethod):
 
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
         """``P K_a (λ I + K_aᵀ P K_a)⁻¹``, the columns of this batch."""
-        return self.space(module).columns(keys, self.bench.ledger.keys(module))
+        space = self.space(module)
+        if self.caution != 1:  # solved together: there are no earlier keys
+            space = KeySpace(space.space, self.caution * space.ridge)
+        return space.columns(keys, self.bench.ledger.keys(module))

@@ -71,6 +71,8 @@ class EAMETConfig(MEMITConfig):
     def validate(self) -> None:
         """Check that all facts are put into one matrix."""
         super().validate()
+        if self.sequence == "joint":
+            raise ConfigError("EAMETConfig.sequence: EAMET's values depend on those before; MEMIT solves for a set")
         if self.expert_policy != "shared":
             raise ConfigError("EAMET compares keys of one matrix; use expert_policy='shared'")
 
@@ -126,6 +128,7 @@ class EAMET(MEMIT):
         summary="MEMIT whose values resemble each other as their keys do; for large batches",
     )
     config: EAMETConfig
+    solves_together = False
 
     def value_settings(self) -> ValueSettings:
         """Without MEMIT's decay: EAMET has a rule for lengths of its own."""
@@ -139,6 +142,7 @@ class EAMET(MEMIT):
         taps: Sequence[Tap],
         anatomy: Anatomy | None = None,
         guide: Guide | None = None,
+        settings: ValueSettings | None = None,
     ) -> Values:
         """One value after the other, each guided to be aligned with those before it."""
         bench = self.bench
@@ -149,7 +153,7 @@ class EAMET(MEMIT):
             for j, group in enumerate(rows):
                 offsets = torch.cat([v.offset for v in done]) if done else initial[:0]
                 guide = self.guide(Alignment(keys[:j], keys[j], offsets, self.config), keys[j], initial[j])
-                done.append(super()._optimised([group], layer, places, taps, anatomy, guide))
+                done.append(super()._optimised([group], layer, places, taps, anatomy, guide, settings))
                 bar.update(1)
         return join_values(done)
 

@@ -81,7 +81,7 @@ class EMMET(SpreadMethod):
             factor, scale = self._penalised(module), 1.0
         else:
             factor, scale = self.bench.statistics.factor(module), config.mom2_update_weight
-        return equality_columns(factor, keys, scale, config.emmet_lambda if keys.shape[1] > 1 else 0.0)
+        return equality_columns(factor, keys, scale, self.caution * config.emmet_lambda if keys.shape[1] > 1 else 0.0)
 
     def _penalised(self, module: str) -> MomentFactor:
         """Factor of ``λ C + ν I``."""

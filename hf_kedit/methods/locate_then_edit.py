@@ -56,6 +56,13 @@ class LocateConfig(EditConfig):
         expert_policy: what is edited in layers with routed experts. ``shared``: the shared expert; layers without one
             are refused. ``top1``: for each fact the routed expert with the largest weight at the fact token of its
             prompt, before the call; other wordings may be routed elsewhere.
+        sequence: ``"batches"``: every batch of edits is solved on top of those before. ``"joint"``: all edits of these
+            methods that the model carries are solved together from its original weights, again with every call, so
+            that order and batches do not matter (`EditableModel.resolve_all`). For methods that solve for many facts.
+        joint_passes: how often a joint solve goes over the set, at most; it ends once every fact holds.
+        joint_until: probability, per token and in all contexts, from which on a fact holds and gets no further update.
+        joint_caution: factor by which a joint solve weighs old knowledge more than a single batch does (MEMIT's λ,
+            AlphaEdit's ``L2``, EMMET's ridge): many small steps under a large weight keep more than one large step.
     """
 
     rect_keep: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -74,6 +81,10 @@ class LocateConfig(EditConfig):
     stats_dir: str | None = None
     stats_ridge: NonNegativeFloat = 0.0
     expert_policy: Literal["shared", "top1"] = "shared"
+    sequence: Literal["batches", "joint"] = "batches"
+    joint_passes: PositiveInt = 6
+    joint_until: Annotated[float, Field(gt=0, le=1)] = 0.95
+    joint_caution: PositiveFloat = 10.0
 
     def validate(self) -> None:
         """Check the templates; put the layers into the order in which they are written."""
@@ -220,9 +231,10 @@ class LocateMethod(Method):
         places: ValuePlace | Sequence[ValuePlace],
         taps: Sequence[Tap],
         anatomy: Anatomy | None = None,
+        settings: ValueSettings | None = None,
     ) -> Values:
         """Optimise one value per request and place (see `optimise_values`), and leave a trace if one is wanted."""
-        values = self._optimised(rows, layer, places, taps, anatomy)
+        values = self._optimised(rows, layer, places, taps, anatomy, settings=settings)
         if self.bench.trace is not None:
             self._note_values(values, values.places)
         return values
@@ -235,6 +247,7 @@ class LocateMethod(Method):
         taps: Sequence[Tap],
         anatomy: Anatomy | None = None,
         guide: Guide | None = None,
+        settings: ValueSettings | None = None,
     ) -> Values:
         """`optimise_values` with what the model and the config say."""
         bench = self.bench
@@ -244,7 +257,7 @@ class LocateMethod(Method):
             rows,
             layer,
             places,
-            self.value_settings(),
+            settings or self.value_settings(),
             taps=taps,
             fill=bench.fill,
             batch_size=self.config.rows_per_step,
@@ -285,22 +298,22 @@ class LocateMethod(Method):
         }
 
 
-def routing_diagnostics(anatomy: Anatomy, keys: Mapping[int, torch.Tensor]) -> dict[str, Any]:
+def routing_diagnostics(anatomy: Anatomy, routed: Mapping[int, torch.Tensor]) -> dict[str, Any]:
     """Which experts hold an edit, and how often the fact token is routed to them; nothing for dense layers.
 
     Warns once when what was written below has sent the prompt itself to another expert.
 
     Args:
         anatomy: of the request.
-        keys: layer → the keys of its context templates, the bare prompt first, ``[templates, d_in]``.
+        routed: layer → for which context templates, the bare prompt first, the fact token is routed to the expert,
+            ``[templates]`` bool.
     """
     experts: dict[str, Any] = {}
-    for layer, k in keys.items():
+    for layer, hits in routed.items():
         expert = expert_index(anatomy.down(layer).path)
         if expert is not None:
-            routed = (k != 0).any(dim=1)
-            experts[str(layer)] = {"expert": expert, "routed": float(routed.float().mean())}
-            if not bool(routed[0]):
+            experts[str(layer)] = {"expert": expert, "routed": float(hits.float().mean())}
+            if not bool(hits[0]):
                 warn_once(
                     logger,
                     f"an edit of a lower layer changed the routing of a prompt in layer {layer}: the expert chosen for"

@@ -101,6 +101,6 @@ class MEMIT(SpreadMethod):
         """λ of the layer that a module is in."""
         for layer, weight in zip(self.layers, self.config.layer_weights or [], strict=False):
             if module.startswith(self.bench.anatomy.layers[layer].path + "."):
-                return weight
+                return weight * self.caution
         assert self.config.mom2_update_weight is not None
-        return self.config.mom2_update_weight
+        return self.config.mom2_update_weight * self.caution

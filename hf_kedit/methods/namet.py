@@ -28,7 +28,6 @@ from ..engine.rows import Row
 from ..engine.values import Values, ValueSettings, place_path
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
-from .spread import Write
 
 
 @dataclass
@@ -83,8 +82,3 @@ class NAMET(MEMIT):
         """``mean a_i``."""
         states = values.taken[self._states].to(values.offset.device)
         return states[:, 1:].mean(dim=1, keepdim=True) if states.shape[1] > 1 else states
-
-    def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Write]:
-        """``mean a_i + δ`` at the last edited block."""
-        target = self.initial_states(values)[:, 0] + values.offset
-        return [Write(layer, i, downs[i], self._states, target) for i, layer in enumerate(self.layers)]

@@ -21,7 +21,7 @@ import torch
 from ..books.ledger import WeightDelta
 from ..config import ModelProfile
 from ..engine.capture import Tap
-from ..errors import EditFailedError
+from ..errors import ConfigError, EditFailedError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..statistics.solve import IDENTITY
@@ -43,6 +43,15 @@ class ROMEConfig(LocateConfig):
     edit_type: ClassVar[str] = "rome"
 
     mom2_adjustment: bool = True
+
+    def validate(self) -> None:
+        """Check that no joint solve is asked for."""
+        super().validate()
+        if self.sequence == "joint":
+            raise ConfigError(
+                f"{type(self).__name__}.sequence: ROME writes one fact at a time and has no joint solution; MEMIT and"
+                " its relatives have one (EMMET with a single layer comes nearest)"
+            )
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """One layer, and the limit of published configurations."""
@@ -113,7 +122,7 @@ class ROME(LocateMethod):
                 diagnostics = self.diagnose(values, 0) | {
                     "key_alignment": float(denominator.abs() / k.norm()),
                     "update_norm": float(right.norm()),
-                    **routing_diagnostics(anatomy, {layer: keys}),
+                    **routing_diagnostics(anatomy, {layer: (keys != 0).any(dim=1)}),
                 }
                 self._warn_if_disabling(diagnostics, float(right.norm()), module)
         return Outcome(deltas, [diagnostics])

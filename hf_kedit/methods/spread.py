@@ -13,25 +13,29 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ..books.ledger import WeightDelta
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.sweep import Sweep
+from ..engine.sweep import KEPT_BYTES, Sweep
 from ..engine.values import ValuePlace, Values, place_path
+from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from .base import Outcome
-from .locate_then_edit import LocateMethod, mean_key, routing_diagnostics, where_routed
+from .base import Outcome, Workbench
+from .first_values import FirstValues
+from .locate_then_edit import LocateConfig, LocateMethod, mean_key, routing_diagnostics, where_routed
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
+AT_ONCE = 256
+"""Requests that are read together."""
 
 
 @dataclass(frozen=True)
@@ -61,51 +65,67 @@ class SpreadMethod(LocateMethod):
     """Base of the methods that spread a batch of edits over layers."""
 
     default_template_lengths = ((10, 5),)
+    caution = 1.0
+    """Factor of the weight of old knowledge; other than 1 in a joint solve (``joint_caution``)."""
+
+    solves_together: ClassVar[bool] = True
+    """Whether a set of facts can be solved for as one (`joint`): no value depends on those of other facts."""
+
+    def __init__(self, bench: Workbench, config: LocateConfig):
+        super().__init__(bench, config)
+        self.first_values = FirstValues()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The first values of the facts that were solved for together; saved so that they are not computed again."""
+        return self.first_values.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ConfigError: if the tensors are not this method's.
+        """
+        try:
+            self.first_values.load_state_dict(state)
+        except ValueError as error:
+            raise ConfigError(f"{self.capabilities.name} was given values that it cannot use: {error}") from error
 
     # ------------------------------------------------------------------ the loop
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Edit a batch of facts."""
-        bench, groups = self.bench, self.templates()
+        groups = self.templates()
         rows = self.rows(requests, groups)
-        anatomies = [self.anatomy_for(request) for request in requests]
-        downs = [tuple(a.down(layer).path for a in anatomies) for layer in self.layers]
         value_rows = self.value_rows(requests, rows)
-        values = self.optimise(value_rows, self.value_layer(), self.value_places(), self.first_keys(downs))  # Z
-        writes = self.targets(values, [group[0] for group in rows], downs)
+        anatomies = [self.anatomy_for(request) for request in requests]
+        downs = self.downs(anatomies)
+        values = self.optimise(value_rows, self.value_layer(), self.value_places(), self.first_keys(downs))  # δ
+        before = self.initial_states(values)
+        writes = self.targets(replace(values, initials=before), [group[0] for group in rows], downs)  # Z
 
-        read = _Readings(self, rows, values, first_pass=value_rows is rows)
+        read = Readings(self, rows, groups, before, restart=values.route != "full")
+        read.first_pass = values.taken if value_rows is rows else {}
         deltas: list[WeightDelta] = []
-        keys_seen: dict[int, torch.Tensor] = {}
         missing_at_first: dict[Tap, torch.Tensor] = {}
-        with bench.ledger.provisional() as written:  # measured on the model as it will be, and taken off again
+        with self.bench.ledger.provisional() as written:  # measured on the model as it will be, and taken off again
             for write in writes:
-                keys = keys_seen[write.layer] = read.keys(write)  # [n, templates, d_in]
-                k = mean_key(where_routed(keys, keys), groups).T  # K, [d_in, n]
+                k = read.keys(write)  # K, [d_in, n]
                 current = read.states(write)  # H, [n, d]
                 missing = write.target - current  # Z − H
-                r = self._at_projection(self.share(missing, write), write, anatomies[0]).T  # R, [d, n]
+                r = self.at_projection(self.share(missing, write), write, anatomies[0]).T  # R, [d, n]
                 a = torch.empty_like(k)  # A, [d_in, n]
                 for module, mine in members(write.modules).items():
                     a[:, mine] = self.columns(module, k[:, mine]).to(a)
-                    delta = WeightDelta(
-                        module,
-                        left=r[:, mine],
-                        right=a[:, mine].to(r.device),
-                        owners=tuple(mine),
-                        keys=k[:, mine] if self.keeps_keys else None,
-                    )
+                    delta = self.delta(module, r, a, k, mine)
                     written.add(delta)
                     deltas.append(delta)
                 missing_at_first.setdefault(write.measured, missing.norm(dim=-1))
                 self._trace(write, k, a, r, current, missing)
             missing_at_last = read.missing(writes)
-        before = torch.stack(list(missing_at_first.values())).sum(dim=0).clamp_min(1e-12)
-        ratio = (missing_at_last / before).tolist()
+        first = torch.stack(list(missing_at_first.values())).sum(dim=0).clamp_min(1e-12)
+        ratio = (missing_at_last / first).tolist()
         diagnostics = [
-            self.diagnose(values, j)
-            | {"residual_ratio": ratio[j]}
-            | routing_diagnostics(anatomies[j], {layer: keys[j] for layer, keys in keys_seen.items()})
+            self.diagnose(values, j) | {"residual_ratio": ratio[j]} | read.routing(j, anatomies[j])
             for j in range(len(requests))
         ]
         return Outcome(deltas, diagnostics)
@@ -115,6 +135,30 @@ class SpreadMethod(LocateMethod):
         for place in self.value_places():
             place_path(self.bench.anatomy, self.value_layer(), place)
         super().check(requests)
+
+    def delta(
+        self, module: str, r: torch.Tensor, a: torch.Tensor, k: torch.Tensor, mine: Sequence[int]
+    ) -> WeightDelta:
+        """``R Aᵀ`` of the requests whose facts this module holds.
+
+        Args:
+            module: name of the projection.
+            r: ``R`` ``[d, n]``.
+            a: ``A`` ``[d_in, n]``.
+            k: ``K`` ``[d_in, n]``.
+            mine: the requests, as indices of columns.
+        """
+        return WeightDelta(
+            module,
+            left=r[:, mine],
+            right=a[:, mine].to(r.device),
+            owners=tuple(mine),
+            keys=k[:, mine] if self.keeps_keys else None,
+        )
+
+    def downs(self, anatomies: Sequence[Anatomy]) -> list[tuple[str, ...]]:
+        """For each edited layer, the projection out of the MLP for every request."""
+        return [tuple(a.down(layer).path for a in anatomies) for layer in self.layers]
 
     # ------------------------------------------------------------------ what a method decides
 
@@ -153,7 +197,10 @@ class SpreadMethod(LocateMethod):
         return [list(group[:1]) for group in rewriting]
 
     def initial_states(self, values: Values) -> torch.Tensor:
-        """Mean states at the value places on `state_rows` before the batch, ``[requests, places, d]``."""
+        """Mean states at the value places on `state_rows` before the batch, ``[requests, places, d]``.
+
+        What `targets` is given as the ``initials`` of the values.
+        """
         return values.initials
 
     def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Write]:
@@ -202,7 +249,7 @@ class SpreadMethod(LocateMethod):
         ):
             self.bench.note(f"{kind}.{name}", value)
 
-    def _at_projection(self, share: torch.Tensor, write: Write, anatomy: Anatomy) -> torch.Tensor:
+    def at_projection(self, share: torch.Tensor, write: Write, anatomy: Anatomy) -> torch.Tensor:
         """Translate a wanted change of the block's output into one of the projection's output.
 
         Most blocks add the projection's output to the stream unchanged. Some scale it by a constant, which is
@@ -221,58 +268,100 @@ class SpreadMethod(LocateMethod):
         return share
 
 
-class _Readings:
+class Readings:
     """Keys and states of a batch, read before each write on the model as it then is.
 
-    What the first write needs was seen in the first pass of the value optimisation already. Later readings go on from
-    the states that entered the last written layer (`Sweep`).
+    Later readings go on from the states that entered the last written layer (`Sweep`). Many requests are read in
+    parts, of which only averages are kept.
 
     Args:
         method: whose batch it is.
         rows: of every request.
-        values: the optimised ones.
-        first_pass: whether the values were optimised on these rows.
+        groups: of context templates, for averaging keys.
+        before: states at the value places before anything was written, ``[requests, places, d]``.
+        restart: whether the model can be run from the middle.
     """
 
-    def __init__(self, method: SpreadMethod, rows: Sequence[Sequence[Row]], values: Values, *, first_pass: bool):
-        self.method, self.values, self.first_pass, self.first = method, values, first_pass, True
-        rewriting = [[row for row in group if not row.is_drift] for group in rows]
-        self.key_sweep, self.state_sweep = self._sweep(rewriting), self._sweep(method.state_rows(rewriting))
+    first_pass: Mapping[Tap, torch.Tensor]
+    """What the value optimisation has already seen, ``[requests, templates, d]``; spares a reading."""
 
-    def _sweep(self, rows: Sequence[Sequence[Row]]) -> Sweep:
-        bench, flat = self.method.bench, [row for group in rows for row in group]
-        return Sweep(bench.model, bench.anatomy, flat, fill=bench.fill, restart=self.values.route != "full")
+    def __init__(
+        self,
+        method: SpreadMethod,
+        rows: Sequence[Sequence[Row]],
+        groups: Sequence[Sequence[str]],
+        before: torch.Tensor,
+        *,
+        restart: bool = True,
+    ):
+        self.method, self.groups, self.before, self.first, self.first_pass = method, groups, before, True, {}
+        self.routed: dict[int, torch.Tensor] = {}
+        rewriting = [[row for row in group if not row.is_drift] for group in rows]
+        bench, parts = method.bench, -(-len(rows) // AT_ONCE)
+
+        def sweeps(rows: Sequence[Sequence[Row]]) -> list[Sweep]:
+            cut = [rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)]
+            flat = [[row for group in part for row in group] for part in cut]
+            kept = KEPT_BYTES // parts
+            return [Sweep(bench.model, bench.anatomy, f, fill=bench.fill, restart=restart, kept=kept) for f in flat]
+
+        self._key_sweeps, self._state_sweeps = sweeps(rewriting), sweeps(method.state_rows(rewriting))
+        self._templates = len(rewriting[0])
+
+    @classmethod
+    def of_places(
+        cls, method: SpreadMethod, rows: Sequence[Sequence[Row]], groups: Sequence[Sequence[str]]
+    ) -> torch.Tensor:
+        """States at the value places as they are, ``[requests, places, d]``."""
+        read = cls(method, rows, groups, torch.empty(len(rows)))
+        paths = (place_path(method.bench.anatomy, method.value_layer(), place) for place in method.value_places())
+        taps = [Tap(path) for path in paths]
+        states = read._mean_states(taps, 0)
+        return torch.stack([states[tap] for tap in taps], dim=1)
 
     def keys(self, write: Write) -> torch.Tensor:
-        """Keys of every request at the matrix that is written for it, ``[requests, templates, d_in]``."""
-        if self.first and self.first_pass:
-            return own_keys(self.values.taken, write.modules)
+        """The averaged key of every request at the matrix that is written for it, ``K`` ``[d_in, n]``."""
         taps = [Tap(module, "input") for module in dict.fromkeys(write.modules)]
-        taken = self.key_sweep.read(taps, write.layer)
-        count = len(write.modules)
-        return own_keys({tap: flat.view(count, -1, flat.shape[-1]) for tap, flat in taken.items()}, write.modules)
+        averaged, routed = [], []
+        for part, sweep in enumerate(self._key_sweeps):
+            modules = write.modules[part * AT_ONCE : (part + 1) * AT_ONCE]
+            if self.first and all(tap in self.first_pass for tap in taps):
+                chosen = slice(part * AT_ONCE, (part + 1) * AT_ONCE)
+                taken = {tap: self.first_pass[tap][chosen] for tap in taps}
+            else:
+                flat = sweep.read(taps, write.layer)
+                taken = {tap: states.view(len(modules), self._templates, -1) for tap, states in flat.items()}
+            keys = own_keys(taken, modules)
+            averaged.append(mean_key(where_routed(keys, keys), self.groups))
+            routed.append((keys != 0).any(dim=-1))
+        self.routed[write.layer] = torch.cat(routed)
+        return torch.cat(averaged).T
 
     def states(self, write: Write) -> torch.Tensor:
         """States at the measured place, ``[requests, d]``."""
         first, self.first = self.first, False
         if first:
-            anatomy, layer = self.method.bench.anatomy, self.method.value_layer()
-            for i, place in enumerate(self.values.places):
-                if write.measured == Tap(place_path(anatomy, layer, place)):
-                    return self.method.initial_states(self.values)[:, i]
-        return _mean_states(self.state_sweep.read([write.measured], write.layer)[write.measured], write.target)
+            anatomy, method = self.method.bench.anatomy, self.method
+            for i, place in enumerate(method.value_places()):
+                if write.measured == Tap(place_path(anatomy, method.value_layer(), place)):
+                    return self.before[:, i]
+        return self._mean_states([write.measured], write.layer)[write.measured].to(write.target.device)
 
     def missing(self, writes: Sequence[Write]) -> torch.Tensor:
         """How far every request is from its targets, ``[requests]``: the sum over the places where they are."""
         wanted = {write.measured: write.target for write in writes}
-        reached = self.state_sweep.read(list(wanted), writes[-1].layer if len(wanted) == 1 else 0)
-        distances = [(target - _mean_states(reached[tap], target)).norm(dim=-1) for tap, target in wanted.items()]
-        return torch.stack(distances).sum(dim=0)
+        reached = self._mean_states(list(wanted), writes[-1].layer if len(wanted) == 1 else 0)
+        return torch.stack([(t - reached[tap].to(t.device)).norm(dim=-1) for tap, t in wanted.items()]).sum(dim=0)
 
+    def routing(self, j: int, anatomy: Anatomy) -> dict[str, Any]:
+        """`routing_diagnostics` of one request."""
+        return routing_diagnostics(anatomy, {layer: routed[j] for layer, routed in self.routed.items()})
 
-def _mean_states(flat: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """States of all rows ``[requests · rows, d]`` averaged over the rows of each request, beside ``targets``."""
-    return flat.view(targets.shape[0], -1, flat.shape[-1]).mean(dim=1).to(targets.device)
+    def _mean_states(self, taps: Sequence[Tap], layer: int) -> dict[Tap, torch.Tensor]:
+        """States averaged over the rows of each request, ``[requests, d]``."""
+        count, parts = len(self.before), [sweep.read(taps, layer) for sweep in self._state_sweeps]
+        flat = {tap: torch.cat([part[tap] for part in parts]) for tap in taps}
+        return {tap: states.view(count, -1, states.shape[-1]).mean(dim=1) for tap, states in flat.items()}
 
 
 def members(modules: Sequence[str]) -> dict[str, list[int]]:

@@ -23,6 +23,7 @@ import torch
 from ..errors import NonFiniteError, StatisticsError
 
 BLOCK = 128
+AT_ONCE = 1024
 PART = 64
 
 
@@ -136,15 +137,12 @@ class KeySpace:
         """
         count, before = keys.shape[1], 0 if earlier is None else earlier.shape[1]
         everything = keys if earlier is None else torch.cat([earlier.to(keys), keys], dim=1)
+        if before + count > self.space.width:
+            return self._columns_of_many(everything, count)
         self._read(everything, before)
         for start in range(self._factor.shape[0], before - before % BLOCK, BLOCK):
             self._take_in(start, start + BLOCK)
         total, taken = before + count, self._factor.shape[0]
-        if total > self.space.width:  # more keys than dimensions: the d × d system is the smaller one
-            projected = self._combined(torch.eye(total, dtype=self._rows.dtype, device=self._rows.device))
-            system = projected @ projected.T
-            system.diagonal().add_(self.ridge)
-            return torch.cholesky_solve(projected[:, -count:], torch.linalg.cholesky(system))
         across, corner = self._extension(taken, total)
         chosen = torch.zeros(total - taken, count, dtype=corner.dtype, device=corner.device)
         chosen[-count:] = torch.eye(count, dtype=corner.dtype, device=corner.device)
@@ -153,6 +151,16 @@ class KeySpace:
             old = torch.linalg.solve_triangular(self._factor.mT, across @ weights, upper=True)
             weights = torch.cat([-old, weights])
         return self._combined(weights)
+
+    def _columns_of_many(self, keys: torch.Tensor, count: int) -> torch.Tensor:
+        """The columns of the last ``count`` of more keys than there are dimensions, by the ``d × d`` system."""
+        system = self.ridge * torch.eye(self.space.width, dtype=torch.float64, device=self.space.basis.device)
+        for part in keys.split(AT_ONCE, dim=1):
+            projected = self.space.project(part)
+            system += projected @ projected.T
+        lower = torch.linalg.cholesky(system)
+        new = keys[:, -count:].split(AT_ONCE, dim=1)
+        return torch.cat([torch.cholesky_solve(self.space.project(part), lower) for part in new], dim=1)
 
     def _read(self, keys: torch.Tensor, before: int) -> None:
         """Bring coordinates up to date with all keys of a call, ``[d, m]``; those of other keys are forgotten.

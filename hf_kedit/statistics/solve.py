@@ -18,6 +18,8 @@ from ..logging import get_logger, warn_once
 
 logger = get_logger(__name__)
 FALLBACK_RIDGE = 1e-4
+AT_ONCE = 1024
+"""Keys that are held in float64 at a time where there are more of them than dimensions."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,20 @@ class MomentFactor:
         """The vectors as they are solved with: float64, beside the factor (the CPU for the identity)."""
         device = self.factor.device if self.factor is not None else torch.device("cpu")
         return vectors.to(device).double()
+
+    def matrix(self, width: int) -> torch.Tensor:
+        """``C`` itself, ``[d, d]`` float64, put together again.
+
+        Args:
+            width: ``d`` (the identity knows none).
+        """
+        if self.kind == "identity" or self.factor is None:
+            return torch.eye(width, dtype=torch.float64)
+        if self.kind == "cholesky":
+            return self.factor @ self.factor.mT
+        assert self.pivots is not None
+        pivot, lower, upper = torch.lu_unpack(self.factor, self.pivots)
+        return pivot @ lower @ upper
 
     def solve(self, b: torch.Tensor) -> torch.Tensor:
         """Return ``C⁻¹ b`` for ``b`` ``[d, n]`` as `take` gives it."""
@@ -99,10 +115,13 @@ def factor_moment(moment: torch.Tensor, *, ridge: float = 0.0, name: str = "the 
 
 
 def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> torch.Tensor:
-    """Return ``A = (λC + K Kᵀ)⁻¹ K`` ``[d, n]`` for keys ``[d, n]`` (MEMIT eq. 14), by Woodbury.
+    """Return ``A = (λC + K Kᵀ)⁻¹ K`` ``[d, n]`` for keys ``[d, n]`` (MEMIT eq. 14).
 
-    ``A = X (λ I + Kᵀ X)⁻¹`` with ``X = C⁻¹ K``.
+    By Woodbury for fewer keys than dimensions: ``A = X (λ I + Kᵀ X)⁻¹`` with ``X = C⁻¹ K``, float64. Else from the
+    ``d × d`` system, which no number of keys makes larger; float32, a part of the keys at a time.
     """
+    if keys.shape[1] > keys.shape[0]:
+        return _columns_of_many(factor, keys, weight)
     k = factor.take(keys)
     x = factor.solve(k)
     inner = weight * torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + k.T @ x
@@ -111,6 +130,19 @@ def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> to
         if int(info) == 0:
             return torch.cholesky_solve(x.T, small).T
     return torch.linalg.solve(inner, x, left=False)
+
+
+def _columns_of_many(factor: MomentFactor, keys: torch.Tensor, weight: float) -> torch.Tensor:
+    """`ridge_columns` for more keys than dimensions."""
+    system, parts = weight * factor.matrix(keys.shape[0]), keys.split(AT_ONCE, dim=1)
+    for part in parts:
+        k = factor.take(part)
+        system += k @ k.T
+    lower, info = torch.linalg.cholesky_ex((system + system.T) / 2)
+    if int(info) == 0:
+        return torch.cat([torch.cholesky_solve(factor.take(part), lower).float() for part in parts], dim=1)
+    lu, pivots = torch.linalg.lu_factor(system)  # C is not positive definite
+    return torch.cat([torch.linalg.lu_solve(lu, pivots, factor.take(part)).float() for part in parts], dim=1)
 
 
 def equality_columns(factor: MomentFactor, keys: torch.Tensor, weight: float, ridge: float) -> torch.Tensor:

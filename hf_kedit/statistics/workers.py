@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,19 @@ class Workers:
 
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any process gives, in the same order everywhere."""
-        mine = list(names)
+        return list(dict.fromkeys(name for part in self.gather(list(names)) for name in part))
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` pieces of work are this process's."""
+        return range(self.rank, count, self.count)
+
+    def gather(self, mine: T) -> list[T]:
+        """What every process has, in the order of their numbers."""
         if self.count == 1:
-            return mine
-        gathered: list[list[str]] = [[] for _ in range(self.count)]
+            return [mine]
+        gathered: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(gathered, mine, group=self.group)
-        return list(dict.fromkeys(name for part in gathered for name in part))
+        return gathered
 
     def wait(self) -> None:
         """Go on when all have come here."""

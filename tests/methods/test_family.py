@@ -454,9 +454,10 @@ def test_the_state_of_a_method_is_saved_and_put_back_after_a_failure(
 
 
 def test_a_foreign_state_is_refused() -> None:
-    model = EditableModel.from_pretrained("kedit/world-gpt2", "memit")
-    with pytest.raises(ConfigError, match="no state"):
-        model.restore_method_state({"x": torch.zeros(1)})
+    for method, said in (("rome", "no state"), ("memit", "cannot use: unknown parts: x")):
+        model = EditableModel.from_pretrained("kedit/world-gpt2", method)
+        with pytest.raises(ConfigError, match=said):
+            model.restore_method_state({"x": torch.zeros(1)})
 
 
 def test_emmet_weighs_the_second_moment_against_the_size_of_the_update() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_kedit.errors import NonFiniteError, StatisticsError
+from hf_kedit.statistics import solve
 from hf_kedit.statistics.nullspace import KeySpace, null_space
 from hf_kedit.statistics.solve import IDENTITY, equality_columns, factor_moment, ridge_columns, ridge_solve
 
@@ -112,3 +113,22 @@ def test_ridge_solve_takes_the_smaller_side(n: int, ridge: float | torch.Tensor)
     keys, values = torch.randn(n, 8), torch.randn(n, 5)
     full = torch.linalg.solve(keys.double() @ keys.double().T + 0.3 * torch.eye(n).double(), values.double())
     assert torch.allclose(ridge_solve(keys, ridge, values), full, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cholesky", "lu", "identity"])
+def test_more_keys_than_dimensions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The d × d system takes over, part by part, and gives what the formula says."""
+    monkeypatch.setattr(solve, "AT_ONCE", 7)
+    c = moment() if kind != "identity" else torch.eye(moment().shape[0], dtype=torch.float64)
+    if kind == "lu":  # symmetric, but not positive definite
+        c = c - 3 * torch.linalg.eigvalsh(c)[0] * torch.eye(len(c), dtype=torch.float64)
+    factor = IDENTITY if kind == "identity" else factor_moment(c)
+    assert factor.kind == kind
+    keys = 3 * some_keys(2 * len(c) + 3, 5)
+    k = keys.double()
+    expected = torch.linalg.solve(4.0 * c + k @ k.T, k)
+    assert torch.allclose(ridge_columns(factor, keys, 4.0).double(), expected, rtol=1e-4, atol=1e-6)
+    space = null_space(moment(), fraction=0.5)
+    p = space.matrix()
+    expected = torch.linalg.solve(p @ k @ k.T @ p + 2.0 * torch.eye(len(c), dtype=torch.float64), p @ k)
+    assert torch.allclose(KeySpace(space, 2.0).columns(keys), expected, atol=1e-9)

@@ -111,8 +111,8 @@ def test_an_ordinary_run_has_no_fellows(monkeypatch: pytest.MonkeyPatch) -> None
     assert ALONE.union(["b", "a"]) == ["b", "a"]
 
 
-@pytest.mark.slow
-def test_two_processes_collect_what_one_collects(tmp_path: Path) -> None:
+def run_two(script: str, tmp_path: Path) -> list[dict[str, torch.Tensor]]:
+    """Run a script in two processes that know of each other; what each one saved under the name in its arguments."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -128,12 +128,17 @@ def test_two_processes_collect_what_one_collects(tmp_path: Path) -> None:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / f"{rank}.safetensors")]
+        command = [sys.executable, "-c", script, str(tmp_path / f"{rank}.safetensors")]
         started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     for process in started:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
-    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    return [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_collect_what_one_collects(tmp_path: Path) -> None:
+    found = run_two(SCRIPT, tmp_path)
     model, tokenizer, paths = inputs()
     forwards: list[int] = []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
