@@ -36,6 +36,7 @@ from .output import (
     counted,
     emit,
     error_console,
+    moments_line,
 )
 from .side_effects import show_side_effects, watcher
 
@@ -234,6 +235,7 @@ def _result(editable: Any, made: list[Edit], report: EvaluationReport | None, ou
         "summary": summary,
         "seconds": sum(e.diagnostics.get("seconds") or 0.0 for e in made),
         "peak_memory": max((e.diagnostics.get("peak_memory_bytes") or 0 for e in made), default=None),
+        "moments": made[0].diagnostics.get("moments") if made else None,
         "artifact": None if output is None else str(output),
     }
 
@@ -266,6 +268,8 @@ def _show(
         show_side_effects(console, effects)
         console.print()
     console.print(f"{counted(data['n'], 'edit')} with {data['method']} in {data['seconds']:.2f} s")
+    if data["moments"]:
+        console.print(moments_line(data["moments"]), soft_wrap=True)
     if output is None:
         console.print("not saved (give --output DIR)", style="yellow")
     else:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .models import MethodOption, RevisionOption, TrustOption, edits_at, hush_transformers, loading
-from .output import DebugOption, Format, FormatOption, command, counted, emit, size_of
+from .output import DebugOption, Format, FormatOption, command, counted, emit, moments_line, size_of
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -99,6 +99,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
                 "subject": e.request.subject,
                 "ground_truth": e.request.ground_truth,
                 "target_new": e.request.target_new,
+                "moments": e.diagnostics.get("moments"),
             }
             for e in artifact.journal
         ],
@@ -134,6 +135,8 @@ def _show_edits(console: Console, data: dict[str, Any]) -> None:
         table.add_row(m["weight"], " x ".join(map(str, m["shape"])), change, size_of(m["bytes"]))
     console.print(table)
     console.print()
+    for line in dict.fromkeys(moments_line(e["moments"]) for e in data["edits"] if e["moments"]):
+        console.print(line, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------- models

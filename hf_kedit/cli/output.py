@@ -159,3 +159,11 @@ def size_of(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def moments_line(moments: Any) -> str:
+    """Which text an edit's second moments were taken over, as its diagnostics (of any origin) tell."""
+    known = isinstance(moments, dict) and isinstance(moments.get("tokens"), int)
+    if not known:
+        return "second moments of unknown origin"
+    return printable(f"second moments over {moments['tokens']:,} tokens of {moments.get('corpus')}", keep="")

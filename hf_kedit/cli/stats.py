@@ -31,14 +31,15 @@ def stats(
     method: MethodOption = "memit",
     layers: LayersOption = None,
     dataset: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--dataset",
             "-d",
             help="Text file, dataset id (org/name:config:split), finished statistics (a folder, or org/name on the"
-            " Hub), or self: text that the model generates (for an embedded model: the text of its world).",
+            " Hub), or self: text that the model writes. Default: the packaged text, as for edits (for an embedded"
+            " model: the text of its world).",
         ),
-    ] = "self",
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", "-n", min=1, help="Tokens to collect; default: 100 per dimension (20 for self)."),
@@ -68,7 +69,7 @@ def stats(
     chosen = parse_layers(layers)
     flags: dict[str, Any] = {
         "layers": chosen,
-        "stats_dataset": None if dataset == "self" else dataset,
+        "stats_dataset": dataset,
         "stats_tokens": tokens,
         "stats_dir": None if stats_dir is None else str(stats_dir),
     }

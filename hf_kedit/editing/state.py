@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..journal import Edit, Journal
 from ..loading import embedded_corpus, model_name
 from ..methods.base import Capabilities, Method, Workbench, method_class
-from ..statistics.corpora import Corpus, resolve_corpus
+from ..statistics.corpora import SELF, Corpus, resolve_corpus, self_corpus
 from ..statistics.store import StatisticsStore
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class EditedModel(nn.Module):
             self._stores[settings] = StatisticsStore(
                 self.base_model,
                 self.tokenizer,  # type: ignore[arg-type]
-                corpus=resolve_corpus(source) or self._corpus,
+                corpus=self._chosen_corpus(source),
                 tokens=settings[1],
                 cache_dir=settings[2],
                 ridge=settings[3],
@@ -222,6 +222,12 @@ class EditedModel(nn.Module):
                 name=self.base_model_id,
             )
         return self._stores[settings]
+
+    def _chosen_corpus(self, source: str | None) -> Corpus | None:
+        """The text that a config names (``"self"``: what the model writes), or the one given with the model."""
+        if source == SELF:
+            return self_corpus(self.base_model, self.tokenizer)  # type: ignore[arg-type]
+        return resolve_corpus(source) or self._corpus
 
 
 def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..logging import progress
 from ..requests import SLOT
 from ..tokens import encode_text, pad_id, pad_rows
 from .forward import accepts, device_of, frozen_eval
@@ -60,10 +61,13 @@ def sample_texts(
     generator: torch.Generator,
     *,
     top_k: int = 5,
+    temperature: float = 1.0,
+    description: str | None = None,
 ) -> list[str]:
     """Sample one continuation per starter up to ``total`` tokens, the starter included (top-k, renormalised).
 
     Rows are left-padded and positions given, so that a starter's text does not depend on the others' lengths.
+    With a ``description``, a bar with this label shows the steps.
     """
     encoded = [encode_text(tokenizer, s).ids for s in starters]
     batch = pad_rows(encoded, pad_id(tokenizer), side="left").to(device_of(model))
@@ -71,8 +75,9 @@ def sample_texts(
     forbidden = [i for i in tokenizer.all_special_ids if isinstance(i, int)]
     cache = None
     step_ids = ids
+    steps = range(max(total - min(len(e) for e in encoded), 0))
     with frozen_eval(model):
-        for _ in range(max(total - min(len(e) for e in encoded), 0)):
+        for _ in progress(steps, description or "", show=description is not None):
             kwargs = {"input_ids": step_ids, "attention_mask": mask, "use_cache": True, "past_key_values": cache}
             if accepts(model, "position_ids"):
                 positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -82,7 +87,7 @@ def sample_texts(
             logits = output.logits[:, -1].float().cpu()
             if forbidden and len(forbidden) < logits.shape[-1]:
                 logits[:, [i for i in forbidden if i < logits.shape[-1]]] = -torch.inf
-            weights, candidates = logits.softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
+            weights, candidates = (logits / temperature).softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
             picked = torch.multinomial(weights / weights.sum(-1, keepdim=True), 1, generator=generator)
             new = candidates.gather(1, picked).to(device)
             ids = torch.cat([ids, new], dim=1)

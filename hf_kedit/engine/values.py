@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -208,14 +208,17 @@ def optimise_values(
     results: dict[int, Values] = {}
     size = batch_size or max(1, rows_at_once(model) // max(len(group) for group in rows))
 
-    def run(chunk: Sequence[int]) -> Values:
-        chosen = [rows[i] for i in chunk]
-        return Optimisation(model, anatomy, chosen, layer, paths, settings, taps, fill, route, guide).run()
+    # One unit is one step of one request: the bar moves from the first second on. Who ends early jumps to the end.
+    with progress_bar(len(rows) * settings.steps, description, show=show_progress, unit="step") as bar:
 
-    with progress_bar(len(rows), description, show=show_progress and len(rows) > 1, unit="edit") as bar:
+        def run(chunk: Sequence[int]) -> Values:
+            chosen = [rows[i] for i in chunk]
+            optimisation = Optimisation(model, anatomy, chosen, layer, paths, settings, taps, fill, route, guide)
+            return optimisation.run(bar.update)
+
         for chunk, part in in_batches(order, size, run):
             results.update({i: _pick(part, k) for k, i in enumerate(chunk)})
-            bar.update(len(chunk))
+            bar.update(len(results) * settings.steps - bar.n)
     return join_values([results[i] for i in range(len(rows))])
 
 
@@ -303,8 +306,11 @@ class Optimisation:
             self.unedited = log_probs[self.terms.drift.at]
             self.before = self.terms.bare_probability(log_probs).tolist()
 
-    def run(self) -> Values:
+    def run(self, each_step: Callable[[int], Any] = lambda requests: None) -> Values:
         """Optimise until every request has ended or the steps are used up; the last evaluation only measures.
+
+        Args:
+            each_step: is told after every step how many requests took it.
 
         Raises:
             EditFailedError: if a loss is not finite.
@@ -314,6 +320,7 @@ class Optimisation:
             with torch.set_grad_enabled(not last):
                 delta = self.delta.detach().requires_grad_(not last)
                 losses = self.losses(delta)
+            each_step(len(self.running))
             self.record(losses, first=step == 1)
             if last or not bool(self.active.any()):
                 break

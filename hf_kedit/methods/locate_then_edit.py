@@ -288,7 +288,8 @@ class LocateMethod(Method):
                 f"{self.capabilities.name}: after the optimisation a target has only a probability of {after:.2f};"
                 " edits with such values often fail. Raise v_num_grad_steps, v_lr or clamp_norm_factor.",
             )
-        return {
+        moments = {"moments": self.bench.statistics.provenance(self.edited_modules())} if self.needs_moments else {}
+        return moments | {
             "loss": [round(row[0], 6) for row in values.loss[i]],
             "target_probability_before": before,
             "target_probability_after": after,

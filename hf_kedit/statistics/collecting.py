@@ -6,10 +6,11 @@ Sums are kept in float64 with their token count, so that runs can be merged.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 BLOCK_WIDTH = 384
-CHUNK_TEXTS = 64
-SAVE_EVERY = 200_000
+GROUP_TEXTS, GROUP_TOKENS = 64, 4096
+# Partial sums are written after so many seconds, and after so many times what writing them took.
+SAVE_SECONDS, SAVE_SHARE = 5.0, 20.0
 # Padded tokens per forward: what stays in the caches of a CPU, what fills an accelerator.
 _BUDGETS = {"cpu": 1024}
 _BUDGET_ELSEWHERE = 4096
@@ -62,7 +64,7 @@ def collect_moments(
         tokenizer: of the model.
         modules: names of the projections.
         corpus: what to read; texts are cut at the model's context length.
-        tokens: stop after this many tokens; ``None`` reads everything.
+        tokens: read exactly this many (fewer if there are no more); ``None`` reads everything.
         token_budget: padded tokens per forward; ``None``: by the device.
         checkpoint: a file for partial sums; a killed run that is started again with it goes on where it was.
         show_progress: show a bar.
@@ -80,7 +82,7 @@ def collect_moments(
     if checkpoint is not None and workers.count > 1:
         checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{workers.rank}-of-{workers.count}{checkpoint.suffix}")
     totals, place = _resume(checkpoint, modules, corpus.name)
-    saved_at, fill = place.tokens, pad_id(tokenizer)
+    next_save, fill = time.monotonic() + SAVE_SECONDS, pad_id(tokenizer)
 
     with (
         frozen_eval(model),
@@ -89,11 +91,9 @@ def collect_moments(
         ) as bar,
     ):
         bar.update(place.tokens)
-        for group in _chunks(islice(corpus.texts(), place.texts, None), CHUNK_TEXTS):
-            if tokens is not None and place.tokens >= tokens:
-                break
-            encoded = sorted((encode_text(tokenizer, text).ids[:limit] for text in group), key=len)
-            for rows in _budgeted([row for row in encoded if row], budget):
+        encoded = (encode_text(tokenizer, text).ids[:limit] for text in corpus.from_text(place.texts))
+        for group in _groups(encoded, None if tokens is None else tokens - place.tokens):
+            for rows in _budgeted(sorted((row for row in group if row), key=len), budget):
                 seen = sum(len(row) for row in rows)
                 if place.batches % workers.count == workers.rank:
                     _add_rows(model, rows, fill, modules, totals)
@@ -101,12 +101,11 @@ def collect_moments(
                 place.batches += 1
                 place.tokens += seen
                 bar.update(seen)
-                if tokens is not None and place.tokens >= tokens:
-                    break
             place.texts += len(group)
-            if checkpoint is not None and place.tokens - saved_at >= SAVE_EVERY:
+            if checkpoint is not None and time.monotonic() >= next_save:
+                started = time.monotonic()
                 _save_partial(checkpoint, totals, place, corpus.name)
-                saved_at = place.tokens
+                next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - started))
     if place.tokens == 0:
         raise StatisticsError(f"the corpus {corpus.name!r} has no text")
     whole, count = [], torch.tensor(place.own, dtype=torch.float64)
@@ -214,10 +213,32 @@ def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int | None = 
     return total
 
 
-def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
+def _groups(rows: Iterable[list[int]], tokens: int | None) -> Iterator[list[list[int]]]:
+    """Cut a stream of encoded texts into groups that are sorted and batched each by itself.
+
+    What is in a group, and where the last one ends, depends on the texts alone: every device, whatever fits into its
+    batches, reads the same tokens.
+
+    Args:
+        rows: token ids of the texts.
+        tokens: how many are wanted; the last text is cut at exactly this number. ``None``: all.
+    """
+    group: list[list[int]] = []
+    size = 0
+    left = math.inf if tokens is None else tokens
+    if left <= 0:
+        return
+    for row in rows:
+        group.append(row[: int(min(left, len(row)))])
+        size += len(group[-1])
+        left -= len(group[-1])
+        if len(group) == GROUP_TEXTS or size >= GROUP_TOKENS or left <= 0:
+            yield group
+            group, size = [], 0
+        if left <= 0:
+            return
+    if group:
+        yield group
 
 
 def _budgeted(rows: Sequence[list[int]], budget: int) -> Iterator[list[list[int]]]:

@@ -1,4 +1,4 @@
-"""Texts that second moments are taken over: a list, a file, a dataset, or what the model writes itself.
+"""Texts that second moments are taken over: packaged, a list, a file, a dataset, or what the model writes itself.
 
 No corpus is ever downloaded unless the user names it.
 """
@@ -8,17 +8,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..data.texts import packaged_texts
 from ..engine.templates import STARTERS, sample_texts
 from ..errors import DataError, StatisticsError
-from ..tokens import context_length
+from ..tokens import context_length, encode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PUBLISHED = {
+    "wikipedia": "wikimedia/wikipedia:20231101.en:train",
+    "wikitext": "Salesforce/wikitext:wikitext-103-raw-v1:train",
+}
+"""What ROME's and MEMIT's hyperparameters call their text, and where it is today."""
+SELF = "self"
+"""The name by which a user asks for text that the model writes."""
+OPENINGS = (*STARTERS, "In", "It", "She", "He", "We", "This", "On", "When", "At", "One", "For")
+WRITTEN_AT_ONCE, WRITTEN_TOKENS, TEMPERATURE = 64, 64, 0.8
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,18 @@ class Corpus:
         name: what it is, stable between runs.
         texts: returns a fresh iterator over the texts, always in the same order.
         place: folder or repository that may hold finished statistics instead of texts.
+        later: ``later(n)`` iterates from text ``n`` on, for texts that cost something to make; ``None``: the first
+            ``n`` are read and left aside.
     """
 
     name: str
     texts: Callable[[], Iterator[str]]
     place: str | None = None
+    later: Callable[[int], Iterator[str]] | None = None
+
+    def from_text(self, start: int) -> Iterator[str]:
+        """The texts from number ``start`` on."""
+        return islice(self.texts(), start, None) if self.later is None else self.later(start)
 
 
 def text_corpus(texts: Sequence[str]) -> Corpus:
@@ -63,7 +82,11 @@ def file_corpus(path: Path) -> Corpus:
 
 
 def hub_corpus(name: str) -> Corpus:
-    """A corpus from ``datasets``: ``"org/name"`` or ``"org/name:config:split"``, streamed."""
+    """A corpus from ``datasets``: ``"org/name"`` or ``"org/name:config:split"``, streamed.
+
+    The two names that the published hyperparameters use are understood, too: ``"wikipedia"`` and ``"wikitext"``.
+    """
+    name = PUBLISHED.get(name, name)
     identifier, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
 
@@ -88,16 +111,40 @@ def shared_corpus(folder: Path) -> Corpus:
 
 
 def self_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Corpus:
-    """Texts that the model makes up itself (top-50 sampling, seeded)."""
+    """Texts that the model makes up itself (seeded; `WRITTEN_AT_ONCE` at a time, each batch with its own numbers)."""
 
-    def texts() -> Iterator[str]:
-        generator = torch.Generator().manual_seed(seed)
-        length = min(context_length(model.config) or 64, 64)
-        starters = [*STARTERS, "In", "It", "She", "He", "We", "This", "On", "When", "At", "One", "For"]
-        while True:
-            yield from sample_texts(model, tokenizer, starters, length, generator, top_k=50)
+    def later(start: int) -> Iterator[str]:
+        length = min(context_length(model.config) or WRITTEN_TOKENS, WRITTEN_TOKENS)
+        starters = [OPENINGS[i % len(OPENINGS)] for i in range(WRITTEN_AT_ONCE)]
+        for batch in count(start // WRITTEN_AT_ONCE):
+            # A generator on the CPU looks at 32 bits of its seed only.
+            digest = hashlib.sha256(f"{seed} {batch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+            texts = sample_texts(
+                model, tokenizer, starters, length, generator, top_k=50, temperature=TEMPERATURE, description="writing"
+            )
+            yield from texts[start - batch * WRITTEN_AT_ONCE if start > batch * WRITTEN_AT_ONCE else 0 :]
 
-    return Corpus(f"self-{seed}", texts)
+    return Corpus(f"self-{seed}", lambda: later(0), later=later)
+
+
+def packaged_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Corpus:
+    """The texts that come with the package, and behind them, if they hold fewer ``tokens``, what the model writes.
+
+    Reading costs a fraction of writing: no step per token, no head, and only the layers below the last one wanted.
+    """
+    texts = packaged_texts()
+    packaged = text_corpus(texts)
+    name = packaged.name.replace("texts-", "packaged-")
+    if sum(len(encode_text(tokenizer, text).ids) for text in texts) >= tokens:
+        return Corpus(name, packaged.texts)
+    own = self_corpus(model, tokenizer)
+
+    def later(start: int) -> Iterator[str]:
+        yield from texts[start:]
+        yield from own.from_text(max(start - len(texts), 0))
+
+    return Corpus(f"{name}+{own.name}", lambda: later(0), later=later)
 
 
 def resolve_corpus(source: str | Path | Sequence[str] | None) -> Corpus | None:

@@ -21,7 +21,7 @@ from ..errors import StatisticsError
 from ..logging import get_logger, info_once, warn_once
 from ..storage.files import cache_home
 from .collecting import collect_moments, write_tensors
-from .corpora import Corpus, self_corpus
+from .corpora import Corpus, packaged_corpus
 from .moments import SecondMoment, SharedMoments, find_shared, push_moments, slug
 from .published import PublishedMoments, find_published
 from .solve import MomentFactor, factor_beside
@@ -110,17 +110,28 @@ class StatisticsStore:
                 of other weights or modules.
         """
         missing = [m for m in dict.fromkeys(modules) if m not in self._moments]
+        corpus, tokens = self._wanted(modules) if missing else (None, 0)
         for module in list(missing):
-            cached = self._cached(module) or self._shared(module)
+            assert corpus is not None
+            cached = self._cached(module, corpus) or self._shared(module)
             if cached is not None:
                 self._moments[module] = cached
                 missing.remove(module)
         missing = self.workers.union(missing)
         if missing:
-            self._compute(missing)
+            corpus, tokens = self._wanted(missing)
+            self._compute(missing, corpus, tokens)
         for module in modules:
             self._check(module)
         return {m: self._moments[m] for m in modules}
+
+    def provenance(self, modules: Sequence[str]) -> dict[str, Any]:
+        """Of which text the moments of modules are, and how many tokens of it (of the least), JSON-ready."""
+        held = [self._moments[m] for m in modules if m in self._moments]
+        return {
+            "corpus": ", ".join(dict.fromkeys(moment.source for moment in held)),
+            "tokens": min((moment.count for moment in held), default=0),
+        }
 
     def factor(self, module: str) -> MomentFactor:
         """Return the factored second moment of a module."""
@@ -192,67 +203,75 @@ class StatisticsStore:
         return find_shared(place) or (find_published(Path(place)) if Path(place).is_dir() else None)
 
     def corpus_texts(self) -> Iterator[str]:
-        """The texts of the corpus: the user's, the embedded model's, or what the model makes up itself."""
-        return (self.corpus or self.own_corpus or self_corpus(self.model, self.tokenizer)).texts()
+        """The texts of the corpus: the user's, the embedded model's, or the packaged and what the model writes."""
+        return (self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, 0)).texts()
 
-    def _compute(self, modules: list[str]) -> None:
+    def _wanted(self, modules: Sequence[str]) -> tuple[Corpus, int]:
+        """What these modules' moments are to be taken over: the text, and how many tokens of it."""
         width = max(_tokens_for_rank(self.model, m) for m in modules)
-        corpus = self.corpus or self.own_corpus
-        if corpus is None:
-            corpus = self_corpus(self.model, self.tokenizer)
-            warn_once(
-                logger,
-                "no corpus was named for the second-moment statistics: the model generates"
-                f" {self.tokens or QUICK_TOKENS_PER_WIDTH * width:,} tokens of its own text. Set stats_dataset to a"
-                " text file or a dataset id for statistics over real text.",
-            )
-        generated = self.corpus is None and self.own_corpus is None
-        tokens = self.tokens or width * (QUICK_TOKENS_PER_WIDTH if generated else TOKENS_PER_WIDTH)
+        tokens = self.tokens or TOKENS_PER_WIDTH * width
+        return self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, tokens), tokens
+
+    def _compute(self, modules: list[str], corpus: Corpus, tokens: int) -> None:
         info_once(logger, f"collecting second moments over {tokens:,} tokens of {corpus.name}")
-        checkpoint = self.folder / f"{slug(corpus.name)}-{tokens}" / "partial.safetensors"
-        moments = collect_moments(
+        folder = self.folder / f"{slug(corpus.name)}-{tokens}"
+        found = collect_moments(
             self.model,
             self.tokenizer,
             modules,
             corpus,
             tokens=tokens,
-            checkpoint=checkpoint,
+            checkpoint=folder / "partial.safetensors",
             show_progress=self.show_progress,
             workers=self.workers,
         )
-        self._moments.update(moments)
-        for module, moment in moments.items() if self.workers.is_main else ():
-            path = self.folder / f"{slug(corpus.name)}-{tokens}" / f"{slug(module)}.safetensors"
+        self._moments.update(found)
+        count = next(iter(found.values())).count
+        if count < tokens:
+            warn_once(
+                logger,
+                f"{corpus.name} holds {count:,} tokens, not the {tokens:,} that the second moments were to be taken"
+                " over; more text keeps old knowledge better",
+            )
+        for module, moment in found.items() if self.workers.is_main else ():
             meta = {"count": str(moment.count), "corpus": corpus.name, "module": module, "model": self.fingerprint}
             try:
-                write_tensors(path, {"moment2_sum": moment.total}, meta)
+                path = folder / f"{slug(module)}.safetensors"
+                write_tensors(path, {"moment2_sum": moment.total}, meta | {"wanted": str(tokens)})
             except OSError as error:
                 warn_once(logger, f"cannot write statistics to {self.folder}: {error}")
         self.workers.wait()
 
-    def _cached(self, module: str) -> SecondMoment | None:
-        """Find the module on disk: the named corpus and token count, or any corpus if none was named."""
+    def _cached(self, module: str, corpus: Corpus) -> SecondMoment | None:
+        """Find the module on disk, over this corpus and enough tokens of it, or all that it has."""
         if not self.folder.is_dir():
             return None
-        wanted = self.corpus or self.own_corpus
         best: SecondMoment | None = None
+        others: list[str] = []
         for path in sorted(self.folder.glob(f"*/{slug(module)}.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     meta = file.metadata() or {}
                     if meta.get("module") != module or meta.get("model") != self.fingerprint:
                         continue
-                    if wanted is not None and meta.get("corpus") != wanted.name:
+                    if meta.get("corpus") != corpus.name:
+                        others.append(f"{meta.get('corpus')} ({int(meta['count']):,} tokens)")
                         continue
                     moment = SecondMoment(file.get_tensor("moment2_sum"), int(meta["count"]), meta["corpus"])
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 warn_once(logger, f"ignoring the unreadable statistics file {path}: {error}")
                 continue
-            enough = self.tokens is None or moment.count >= self.tokens
-            if enough and (best is None or moment.count > best.count):
+            read = max(moment.count, int(meta.get("wanted", 0)))  # a short text has been read to its end
+            if (self.tokens is None or read >= self.tokens) and (best is None or moment.count > best.count):
                 best = moment
         if best is not None:
             info_once(logger, f"second moments over {best.count:,} tokens of {best.source} from {self.folder}")
+        elif others and self.corpus is None:
+            warn_once(
+                logger,
+                f"second moments of this model over other text lie in {self.folder}: {', '.join(sorted(others))}. They"
+                f" are not used: {corpus.name} is read. Name a text (stats_dataset) to use those taken over it.",
+            )
         return best
 
     def _check(self, module: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,21 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel, ROMEConfig
+from hf_kedit.data.texts import packaged_texts
 from hf_kedit.errors import DataError, StatisticsError
 from hf_kedit.statistics import collecting
 from hf_kedit.statistics import store as module
 from hf_kedit.statistics.collecting import collect_moments
-from hf_kedit.statistics.corpora import Corpus, file_corpus, resolve_corpus, self_corpus, text_corpus
+from hf_kedit.statistics.corpora import (
+    WRITTEN_AT_ONCE,
+    WRITTEN_TOKENS,
+    Corpus,
+    file_corpus,
+    packaged_corpus,
+    resolve_corpus,
+    self_corpus,
+    text_corpus,
+)
 from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.statistics.solve import factor_moment, ridge_columns
 from hf_kedit.statistics.store import StatisticsStore
@@ -86,10 +97,36 @@ def test_collecting_goes_on_when_memory_runs_out(llama: Any, monkeypatch: pytest
         assert found[path].count == count and torch.allclose(found[path].total, total, rtol=1e-4, atol=1e-4)
 
 
-def test_collecting_stops_at_enough_tokens_and_merges(llama: Any) -> None:
+@pytest.mark.parametrize("tokens", [1, 300, 4096, 4097])
+def test_the_same_tokens_are_read_whatever_a_device_runs_at_once(llama: Any, tokens: int) -> None:
+    """Exactly as many as wanted, the first ones of the text, cut in the middle of a text."""
     model, tokenizer = llama
-    few = collect_moments(model, tokenizer, PATHS[:1], text_corpus(corpus()), tokens=300, token_budget=100)[PATHS[0]]
-    assert 300 <= few.count < 420
+    texts, left, first = corpus(), tokens, []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"][:left]
+        first.append(ids)
+        left -= len(ids)
+        if left == 0:
+            break
+    assert left == 0
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(PATHS[0]).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double()))
+    with torch.no_grad():
+        for ids in first:
+            model(torch.tensor([ids]))
+    handle.remove()
+    states = torch.cat(seen)
+    assert states.shape[0] == tokens
+    for budget in (90, 5000):
+        found = collect_moments(
+            model, tokenizer, PATHS[:1], text_corpus(texts), tokens=tokens, token_budget=budget, show_progress=False
+        )[PATHS[0]]
+        assert found.count == tokens
+        assert torch.allclose(found.total, states.T @ states, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_merge(llama: Any) -> None:
+    model, tokenizer = llama
     texts = corpus()[:64]
     both = collect_moments(model, tokenizer, PATHS[:1], text_corpus(texts))[PATHS[0]]
     halves = [collect_moments(model, tokenizer, PATHS[:1], text_corpus(t))[PATHS[0]] for t in (texts[:32], texts[32:])]
@@ -99,7 +136,8 @@ def test_collecting_stops_at_enough_tokens_and_merges(llama: Any) -> None:
 
 def test_a_killed_run_goes_on_where_it_was(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = llama
-    monkeypatch.setattr(collecting, "SAVE_EVERY", 500)
+    monkeypatch.setattr(collecting, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(collecting, "SAVE_SHARE", 0.0)
     texts, read = corpus()[:256], []
 
     def counted(limit: int | None) -> Iterator[str]:
@@ -140,7 +178,8 @@ def test_statistics_are_found_again_and_belong_to_the_weights(tmp_path: Path, mo
     again = store().moments(PATHS[:2])
     assert len(calls) == 1
     assert all(torch.equal(first[p].total, again[p].total) and again[p].count == first[p].count for p in PATHS[:2])
-    StatisticsStore(model, tokenizer, cache_dir=tmp_path).moments(PATHS[:1])  # any cached corpus will do
+    StatisticsStore(model, tokenizer, corpus=chosen, cache_dir=tmp_path).moments(PATHS[:1])  # any number will do
+    StatisticsStore(model, tokenizer, corpus=chosen, tokens=3000, cache_dir=tmp_path).moments(PATHS[:1])
     assert len(calls) == 1
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(1.01)
@@ -214,16 +253,73 @@ def test_too_few_tokens_are_refused_with_both_numbers(llama: Any, tmp_path: Path
         empty.moments(PATHS[:1])
 
 
-def test_a_model_without_a_corpus_writes_its_own_text(llama: Any) -> None:
+def test_moments_over_another_text_are_not_taken_silently(
+    llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, tokenizer = llama
-    texts = []
-    for text in self_corpus(model, tokenizer).texts():
-        texts.append(text)
-        if len(texts) == 20:
-            break
-    assert len(set(texts)) > 15
-    again = next(self_corpus(model, tokenizer).texts())
-    assert again == texts[0], "seeded"
+    other = StatisticsStore(model, tokenizer, corpus=text_corpus(corpus()), tokens=4000, cache_dir=tmp_path)
+    taken = other.moments(PATHS[:1])[PATHS[0]]
+    unnamed = StatisticsStore(model, tokenizer, cache_dir=tmp_path, tokens=3000)
+    with caplog.at_level("WARNING", "hf_kedit"):
+        found = unnamed.moments(PATHS[:1])[PATHS[0]]
+    assert found.source.startswith("packaged-") and found.source != taken.source
+    assert unnamed.provenance(PATHS[:1]) == {"corpus": found.source, "tokens": 3000}
+    assert f"{taken.source} (4,000 tokens)" in caplog.text and "They are not used" in caplog.text
+    again = StatisticsStore(model, tokenizer, cache_dir=tmp_path, tokens=3000).moments(PATHS[:1])[PATHS[0]]
+    assert torch.equal(again.total, found.total), "what was collected is found again"
+    named = StatisticsStore(model, tokenizer, corpus=text_corpus(["x"]), cache_dir=tmp_path, tokens=3000)
+    with pytest.raises(StatisticsError, match="fewer than its 160"):
+        named.moments(PATHS[:1])
+
+
+def test_a_short_text_says_so_and_is_read_once(
+    llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = llama
+    texts = corpus()[:100]
+    held = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    calls = []
+    real = module.collect_moments
+    monkeypatch.setattr(module, "collect_moments", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for _ in range(2):
+        store = StatisticsStore(model, tokenizer, corpus=text_corpus(texts), tokens=held + 1, cache_dir=tmp_path)
+        assert store.moments(PATHS[:1])[PATHS[0]].count == held
+    assert calls == [1]
+    assert f"holds {held:,} tokens, not the {held + 1:,}" in caplog.text
+
+
+def test_a_text_that_is_too_short_is_followed_by_the_models_own(llama: Any) -> None:
+    model, tokenizer = llama
+    packaged = packaged_texts()
+    count = sum(len(tokenizer(text)["input_ids"]) for text in packaged)
+    enough, more = packaged_corpus(model, tokenizer, count), packaged_corpus(model, tokenizer, count + 1)
+    assert list(enough.texts()) == packaged
+    assert more.name == enough.name + "+self-0"
+    assert list(islice(more.texts(), len(packaged))) == packaged
+    own = list(islice(self_corpus(model, tokenizer).texts(), 3))
+    assert list(islice(more.from_text(len(packaged)), 3)) == own
+    assert list(islice(more.from_text(len(packaged) - 1), 3)) == [packaged[-1], *own[:2]]
+
+
+def test_text_that_the_model_writes_is_the_same_from_any_place(llama: Any) -> None:
+    """Each batch has its own random numbers: a run that goes on does not write again what it has read."""
+    model, tokenizer = llama
+    whole = list(islice(self_corpus(model, tokenizer).texts(), WRITTEN_AT_ONCE + 5))
+    assert len(set(whole)) > 0.8 * len(whole)
+    written: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: written.append(1))
+    assert next(self_corpus(model, tokenizer).from_text(WRITTEN_AT_ONCE + 4)) == whole[-1]
+    handle.remove()
+    assert len(written) <= WRITTEN_TOKENS, "the first batch was written again"
+    assert next(self_corpus(model, tokenizer, seed=1).texts()) != whole[0]
+
+
+def test_a_user_can_ask_for_text_of_the_models_own(tmp_path: Path) -> None:
+    config = ROMEConfig(layers=[2], stats_dataset="self", stats_tokens=2000, stats_dir=str(tmp_path))
+    model = EditableModel.from_pretrained("kedit/world-gpt2", config)
+    path = model.anatomy.down(2).path
+    moment = model.statistics.moments([path])[path]
+    assert (moment.source, moment.count) == ("self-0", 2000)
 
 
 def test_corpora(tmp_path: Path) -> None:
@@ -235,6 +331,8 @@ def test_corpora(tmp_path: Path) -> None:
     assert resolve_corpus(["a"]).name != resolve_corpus(["b"]).name  # type: ignore[union-attr]
     with pytest.raises(DataError, match="no corpus file"):
         resolve_corpus("missing.txt")
+    published = resolve_corpus("wikipedia")
+    assert published is not None and "wikimedia--wikipedia" in published.name
 
 
 @pytest.mark.parametrize("n", [1, 7, 40])

@@ -78,7 +78,8 @@ def test_the_shares_of_the_processes_add_up_to_the_whole(count: int) -> None:
 
 
 def test_a_killed_process_goes_on_with_its_own_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_kedit.statistics.collecting.SAVE_EVERY", 300)
+    monkeypatch.setattr("hf_kedit.statistics.collecting.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("hf_kedit.statistics.collecting.SAVE_SHARE", 0.0)
     model, tokenizer, paths = inputs()
     texts, file = corpus()[:192], tmp_path / "partial.safetensors"
 
