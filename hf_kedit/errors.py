@@ -44,7 +44,7 @@ class RequestError(KeditError, ValueError):
         if row is not None:
             where.append(f"row {row}")
         if request_id is not None:
-            where.append(f"id {request_id!r}")
+            where.append(f"id {shown(request_id)}")
         if field is not None:
             where.append(f"field '{field}'")
         super().__init__(f"{', '.join(where)}: {message}" if where else message)

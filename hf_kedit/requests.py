@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import DataError, RequestError, SubjectNotFoundError, nearest
+from .errors import DataError, RequestError, SubjectNotFoundError, nearest, shown
 from .storage.parsing import LEVELS, parse_json
 from .storage.records import CsvRow, read_records
 from .text.scripts import HALF, is_writable
@@ -61,7 +61,7 @@ class Probe:
             raise RequestError("a probe needs a non-empty 'prompt'", row=row, field=field_name)
         match: Any = value.get("match") or "any"
         if match not in ("any", "all"):
-            raise RequestError(f"'match' must be 'any' or 'all', not {match!r}", row=row, field=field_name)
+            raise RequestError(f"'match' must be 'any' or 'all', not {shown(match)}", row=row, field=field_name)
         return cls(prompt, answer_groups(value.get("ground_truth"), field_name, row), match, value.get("image"))
 
 
@@ -184,7 +184,8 @@ class EditRequest:
         span = find_subject(self.prompt, self.subject)
         if span is None:
             raise SubjectNotFoundError(
-                f"the prompt {self.prompt!r} contains neither a slot '{{}}' nor the subject {self.subject!r}",
+                f"the prompt {shown(self.prompt)} contains neither a slot '{{}}' nor the subject"
+                f" {shown(self.subject)}",
                 row=self.row,
                 field="subject",
                 request_id=self.id,
@@ -292,7 +293,7 @@ class EditRequest:
         elif isinstance(value, Mapping):
             for key, part in value.items():
                 if not isinstance(key, str):
-                    self._fail(f"the key {key!r} would come back from a file as text; write it as text", name)
+                    self._fail(f"the key {shown(key)} would come back from a file as text; write it as text", name)
                 self._check_plain(name, key)
                 self._check_plain(f"{name}.{key}", part, level + 1)
         elif isinstance(value, list):

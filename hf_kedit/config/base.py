@@ -240,8 +240,8 @@ class EditConfig(metaclass=_OldNames):
             if edit_type is None:
                 raise ConfigError("a config file needs 'edit_type', the name of the method")
             target = config_class(edit_type)
-        elif edit_type is not None and normalise(edit_type) != cls.edit_type:
-            raise ConfigError(f"this is a config of '{edit_type}', not of '{cls.edit_type}'")
+        elif edit_type is not None and normalise(str(edit_type)) != cls.edit_type:
+            raise ConfigError(f"this is a config of {shown(edit_type)}, not of '{cls.edit_type}'")
         config: C = target(**target._known(_renamed(data, "the config", quietly=saved), "the config"))
         return config
 

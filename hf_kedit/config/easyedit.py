@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, UnknownMethodError, nearest
+from ..errors import ConfigError, UnknownMethodError, nearest, shown
 from ..registry import CONFIGS, normalise
 from .hparams import read_mapping
 
@@ -142,6 +142,8 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
         elif key == "use_icl_examples" and "k" in known:
             values |= {} if value else {"k": 0}  # their ICE
         elif key == "inner_params" and value:
+            if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+                raise ConfigError(f"inner_params = {shown(value)}: must be a list of names of parameters")
             values |= _inner_params(value, known, converted.ignored)
         elif name == "stats_dir" or name not in known or (key == "batch_size" and cls.edit_type not in _OWN_BATCH):
             converted.ignored[key] = NOT_CARRIED_OVER.get(key) or f"{cls.__name__} has no such field"

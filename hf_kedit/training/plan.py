@@ -23,7 +23,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, Va
 from ..config import coerce_fields, config_class, read_mapping
 from ..data import load_edit_dataset
 from ..editors.editor import editor_class
-from ..errors import ConfigError, KeditError, nearest
+from ..errors import ConfigError, KeditError, nearest, shown
 from ..loading import load_base, load_tokenizer
 from ..requests import EditRequest, load_requests
 from ..storage.parsing import parse_yaml
@@ -84,7 +84,7 @@ class TrainingPlan:
                     TypeAdapter(kind).validate_python(self.data[name], strict=True)
                 except ValidationError as error:
                     reason = error.errors()[0]["msg"]
-                    raise ConfigError(f"TrainingPlan.data: {name} = {self.data[name]!r}: {reason}") from error
+                    raise ConfigError(f"TrainingPlan.data: {name} = {shown(self.data[name])}: {reason}") from error
 
     @classmethod
     def from_file(cls, path: str | Path, **changes: Any) -> TrainingPlan:
