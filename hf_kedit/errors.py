@@ -169,13 +169,14 @@ def check_choice(what: str, value: Any, known: Iterable[str]) -> None:
     """Raise an `EvaluationError` that names the nearest choice if ``value`` is not a known one."""
     names = list(known)
     if value not in names:
-        raise EvaluationError(f"unknown {what} {value!r}.{nearest(str(value), names)} Known: {', '.join(names)}.")
+        close = nearest(value, names) if isinstance(value, str) else ""
+        raise EvaluationError(f"unknown {what} {shown(value)}.{close} Known: {', '.join(names)}.")
 
 
 def check_count(what: str, value: Any, least: int = 1) -> None:
     """Raise an `EvaluationError` if ``value`` is not a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise EvaluationError(f"{what} must be a whole number of at least {least}, not {value!r:.80}")
+        raise EvaluationError(f"{what} must be a whole number of at least {least}, not {shown(value)}")
 
 
 def require_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

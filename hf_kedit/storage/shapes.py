@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import KeditError
+from ..errors import KeditError, shown
 
 
 def of_type(kind: Any, value: Any, what: str, error: type[KeditError]) -> Any:
@@ -28,7 +28,7 @@ def of_type(kind: Any, value: Any, what: str, error: type[KeditError]) -> Any:
         first = problem.errors()[0]
         # Names of alternatives of a union stand in the place, too; they say nothing to a user.
         place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
-        given = "" if first["type"] == "missing" else f", not {first['input']!r:.80}"
+        given = "" if first["type"] == "missing" else f", not {shown(first['input'])}"
         raise error(f"{what}{f', {place}' if place else ''}: {first['msg']}{given}") from problem
     return value
 

@@ -1,14 +1,14 @@
 """Damaged sweeps, reports and run folders: whatever stands in them, an error of ours or none at all.
 
-A short run with fixed seeds always; a long one with ``-m slow``.
+A short run with fixed seeds always; a long one with ``-m slow`` (``KEDIT_FUZZ`` says how long).
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,10 @@ import pytest
 
 from hf_kedit.errors import KeditError
 from hf_kedit.evaluation import BenchPlan, Comparison, EvaluationReport, collect_report
-from hf_kedit.evaluation.report.results import Results
+
+from .mutations import FIRST, LONG, Tally, attempt, damage_bytes, damage_folder, damage_json, mutate
 
 FILES = Path(__file__).parents[1] / "evaluation" / "runs" / "data_0_1_0"
-ODD: list[Any] = [
-    None,
-    True,
-    -1,
-    7,
-    0.5,
-    float("nan"),
-    10**400,
-    "",
-    "x",
-    "\ud83d",
-    "<b>\x1b[31m",
-    [],
-    ["x"],
-    [[1]],
-    {},
-    {"x": 1},
-    {"name": 5},
-]
 PLAN: dict[str, Any] = {
     "models": [{"name": "kedit/world-gpt2", "label": "world", "dtype": "float32", "device": "cpu"}],
     "methods": ["rome", {"name": "ft-m", "label": "slow", "lr": 1e-4}],
@@ -46,10 +28,7 @@ PLAN: dict[str, Any] = {
     "protocols": [
         "teacher_forced",
         {"name": "generation", "max_new_tokens": 4, "stop_strings": ["."], "prompt_format": "raw", "scorer": "f1"},
-        {
-            "name": "judge",
-            "judge": {"base_url": "http://h/v1", "model": "m", "api_key_env": None, "timeout": 1},
-        },
+        {"name": "judge", "judge": {"base_url": "http://h/v1", "model": "m", "api_key_env": None, "timeout": 1}},
         {"name": "fluency", "tokenizer": "words", "top_k": 2, "seed": 1},
     ],
     "output_dir": "results",
@@ -57,40 +36,11 @@ PLAN: dict[str, Any] = {
     "collapse_text": ["some text"],
     "abilities": ["nli", {"task": "ner", "source": "f.jsonl", "limit": 3, "name": "n"}, {"harness": "boolq"}],
 }
+numbers = pytest.mark.parametrize("number", [60, pytest.param(LONG, marks=pytest.mark.slow)])
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all values inside a value."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in entries:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def damaged(value: Any, path: tuple[Any, ...], odd: Any) -> Any:
-    """A copy with an odd value in a place; ``...`` takes the place away."""
-    value = copy.deepcopy(value)
-    holder = value
-    for key in path[:-1]:
-        holder = holder[key]
-    if odd is ...:
-        del holder[path[-1]]
-    else:
-        holder[path[-1]] = odd
-    return value
-
-
-def mutations(value: Any, number: int, seed: int) -> Iterator[Any]:
-    """Damaged copies: all places once, then at random."""
-    rng = random.Random(seed)
-    everywhere = list(places(value))
-    for path in [*rng.sample(everywhere, min(number, len(everywhere))), *rng.choices(everywhere, k=number)][:number]:
-        yield damaged(value, path, rng.choice([..., *ODD]))
-
-
-def use(report: Results, folder: Path) -> None:
+def use(report: EvaluationReport, folder: Path) -> None:
     """Everything that is made of a report."""
-    assert isinstance(report, EvaluationReport)
     if not report.results:
         return
     str(report), repr(report), report.rows(), report.to_easyedit(), report.efficiency()
@@ -101,54 +51,61 @@ def use(report: Results, folder: Path) -> None:
     assert json.loads((folder / "out.json").read_text()) is not None
 
 
-def check(value: Any, seed: int, number: int, read: Any) -> None:
-    survived = 0
-    for mutated in mutations(value, number, seed):
-        try:
-            read(mutated)
-            survived += 1
-        except KeditError as error:
-            assert str(error)
-    assert 0 < survived < number  # something was damaged in earnest, and something not
+def damaged(number: int, case: Callable[[random.Random], None]) -> None:
+    """Run a case with so many seeds: some are refused, some work, none ends in anything else."""
+    tally = Tally()
+    for seed in range(FIRST, FIRST + number):
+
+        def call(seed: int = seed) -> bool:
+            case(random.Random(seed))
+            return True
+
+        tally.worked += bool(attempt(tally, f"seed {seed}", call))
+    tally.check(number)
+    assert tally.refused and tally.worked
 
 
-LONG = pytest.param(3000, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("number", [150, LONG])
+@numbers
 def test_plans(number: int) -> None:
-    check(PLAN, 1, number, BenchPlan.from_dict)
+    damaged(number, lambda rng: BenchPlan.from_dict(mutate(PLAN, rng)[0]))
 
 
-@pytest.mark.parametrize("number", [60, LONG])
+@numbers
 def test_reports(number: int, tmp_path: Path) -> None:
-    def read(content: Any) -> None:
-        (tmp_path / "report.json").write_text(json.dumps(content))
-        use(EvaluationReport.from_json(tmp_path / "report.json"), tmp_path)
+    def case(rng: random.Random) -> None:
+        file = tmp_path / "report.json"
+        shutil.copy(FILES / "report.json", file)
+        if rng.random() < 0.8:
+            damage_json(file, rng)
+        else:
+            file.write_bytes(damage_bytes(file.read_bytes(), rng)[0])
+        use(EvaluationReport.from_json(file), tmp_path)
 
-    check(json.loads((FILES / "report.json").read_text()), 2, number, read)
+    damaged(number, case)
 
 
-@pytest.mark.parametrize("number", [60, LONG])
+@numbers
 def test_run_folders(number: int, tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
     report = json.loads((FILES / "report.json").read_text())
-    run = json.loads((FILES / "run.json").read_text())
-    numbers = (0, 0, 0, 0, 1, 1, 1, 1, *[2] * 8)
-    lines: list[Any] = [{"step": i, "record": r} for i, r in zip(numbers, report["records"], strict=False)]
+    whole.mkdir()
+    shutil.copy(FILES / "run.json", whole)
+    steps = (0, 0, 0, 0, 1, 1, 1, 1, *[2] * 8)
+    lines: list[Any] = [{"step": i, "record": record} for i, record in zip(steps, report["records"], strict=False)]
     lines.append({"step": 2, "checkpoint": report["meta"]["checkpoints"][0]})
     lines += [{"step": i, "done": True} for i in range(3)]
+    (whole / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     meta = {key: value for key, value in report["meta"].items() if key not in ("failed", "checkpoints")}
+    (whole / "meta.json").write_text(json.dumps(meta))
+    assert collect_report(whole).summary() == EvaluationReport.from_json(FILES / "report.json").summary()
 
-    def read(content: dict[str, Any]) -> None:
-        (tmp_path / "run.json").write_text(json.dumps(content.get("run")))
-        (tmp_path / "meta.json").write_text(json.dumps(content.get("meta")))
-        lines = content.get("lines") if isinstance(content.get("lines"), list) else [content.get("lines")]
-        (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        use(collect_report(tmp_path), tmp_path)
+    def case(rng: random.Random) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        damage_folder(folder, rng)
+        use(collect_report(folder), tmp_path)
 
-    whole = {"run": run, "meta": meta, "lines": lines}
-    read(whole)
-    check(whole, 3, number, read)
+    damaged(number, case)
 
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 100_000, '{"a": ' + "1" * 5_000 + "}", "[1]", '"x"', "\ufeff{", "{}"])

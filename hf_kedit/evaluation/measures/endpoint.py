@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 
-from ...errors import EvaluationError, check_count
+from ...errors import EvaluationError, check_count, shown
 from ...storage.display import printable
 from ...storage.parsing import parse_json
 
@@ -58,7 +58,7 @@ class ChatEndpoint:
         for what, seconds in (("timeout", timeout), ("wait", wait)):
             number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
             if not number or not 0 <= seconds < _LONGEST or (seconds == 0 and what == "timeout"):
-                raise EvaluationError(f"{what} must be a number of seconds above 0, not {seconds!r:.80}")
+                raise EvaluationError(f"{what} must be a number of seconds above 0, not {shown(seconds)}")
         self.api_key_env, self.timeout, self.retries, self.wait = api_key_env, timeout, retries, wait
 
     def reply(self, content: dict[str, Any]) -> str:

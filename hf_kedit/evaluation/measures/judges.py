@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import EvaluationError, check_count
+from ...errors import EvaluationError, check_count, shown
 from ...logging import get_logger, warn_once
 from ...storage.parsing import parse_json
 from ..asking.generation import generate_answers
@@ -205,7 +205,7 @@ class ModelJudge(Judge):
         max_workers: int = 1,
     ):
         if not isinstance(name, str) or not isinstance(instruction, str):
-            raise EvaluationError(f"the judge's name and instruction must be texts, not {name!r:.80}")
+            raise EvaluationError(f"the judge's name and instruction must be texts, not {shown(name)}")
         for place in ("{question}", "{references}", "{prediction}"):
             if place not in instruction:
                 raise EvaluationError(f"the judge's instruction lacks {place}")

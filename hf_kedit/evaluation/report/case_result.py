@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import DataError
+from ...errors import DataError, shown
 from ...requests import EditRequest, Probe
 from ...storage.shapes import of_type
 from .layout import AboutLayout, RecordLayout
@@ -254,5 +254,5 @@ def _result_key(section: str) -> str:
 def _numbers(key: str, values: Any) -> list[float]:
     """A list of numbers; ``None`` stands for one that is not finite, which JSON lacks."""
     if not isinstance(values, list) or not all(isinstance(number, float | int | None) for number in values):
-        raise ValueError(f"{key!r} must hold a list of numbers, not {values!r:.80}")
+        raise ValueError(f"{key!r} must hold a list of numbers, not {shown(values)}")
     return [math.nan if number is None else number for number in values]

@@ -7,7 +7,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from ...errors import DataError
+from ...errors import DataError, shown
 from ...storage.parsing import as_mapping, parse_json, read_text
 
 Number = float | int | None
@@ -126,7 +126,7 @@ def read_json(path: Path, what: str, version: int) -> dict[str, Any]:
         raise DataError(f"{str(path)!r} is not {what}: {error}") from error
     given = content.get("format_version", version)
     if isinstance(given, bool) or not isinstance(given, int):
-        raise DataError(f"{str(path)!r} is not {what}: its format_version is {given!r:.80}")
+        raise DataError(f"{str(path)!r} is not {what}: its format_version is {shown(given)}")
     if given > version:
         raise DataError(f"{str(path)!r} was written by a newer version of the library; upgrade to read it")
     return content

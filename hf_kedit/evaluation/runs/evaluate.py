@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import EvaluationError, check_choice, check_count
+from ...errors import EvaluationError, check_choice, check_count, shown
 from ..asking.batching import TOKEN_BUDGET
 from ..measures.abilities import Ability
 from ..protocols.base import Protocol, resolve_protocols
@@ -120,7 +120,7 @@ def evaluate_edits(
     _check_arguments(setting, batch_size, limit, keep_edits, collapse_text is not None or bool(abilities))
     check_count("token_budget", token_budget)
     if not isinstance(separator, str | None):
-        raise EvaluationError(f"separator must be text or None, not {separator!r:.80}")
+        raise EvaluationError(f"separator must be text or None, not {shown(separator)}")
     texts = [collapse_text] if isinstance(collapse_text, str) else collapse_text
     if texts is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise EvaluationError("collapse_text must be a text or a list of texts, not an empty list or something else")

@@ -136,11 +136,19 @@ def _lines(step: int, result: StepResult) -> Iterator[str]:
 
 
 def read_steps(file: Path) -> dict[int, StepResult]:
-    """Step → its results, of the steps that are complete; a step with a damaged line is not."""
+    """Step → its results, of the steps that are complete; a step with a damaged line is not.
+
+    Raises:
+        DataError: if the file cannot be read at all.
+    """
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"the results in {str(file)!r} cannot be read: {error}") from error
     begun: dict[int, StepResult] = {}
     complete: dict[int, StepResult] = {}
     damaged: set[int] = set()
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in text.split("\n"):
         try:
             entry = as_mapping(parse_json(line, "a line", DataError), "a line", DataError)
         except DataError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ...errors import EvaluationError, check_choice
+from ...errors import EvaluationError, check_choice, shown
 from ...requests import EditRequest, load_requests, read_rows
 from ..report.case_result import CaseResult
 
@@ -179,7 +179,7 @@ def parse_when(when: str | Sequence[str], setting: str) -> tuple[str, ...]:
         EvaluationError: for an unknown time, or none.
     """
     if not isinstance(when, Iterable):
-        raise EvaluationError(f"'when' must be a name or several of {', '.join(TIMES)}, not {when!r:.80}")
+        raise EvaluationError(f"'when' must be a name or several of {', '.join(TIMES)}, not {shown(when)}")
     chosen = [when] if isinstance(when, str) else list(when)
     if not chosen:
         raise EvaluationError(f"'when' is empty; choose from {', '.join(TIMES)}")

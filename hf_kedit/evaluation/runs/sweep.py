@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from ...config import config_class, read_mapping
-from ...errors import EvaluationError, check_choice, check_count
+from ...errors import EvaluationError, check_choice, check_count, shown
 from ...storage.shapes import of_type
 from ..measures.abilities import ABILITIES, Ability, load_ability
 from ..measures.harness import HarnessTask
@@ -188,7 +188,7 @@ def _part(entry: Any, where: str, known: Sequence[str] | None = None) -> Part:
     if isinstance(entry, str) and entry:
         return Part(entry, entry)
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not entry["name"]:
-        raise EvaluationError(f"an entry of '{where}' must be a name, or a mapping with 'name', not {entry!r:.200}")
+        raise EvaluationError(f"an entry of '{where}' must be a name, or a mapping with 'name', not {shown(entry)}")
     if known is not None:
         _check_keys(f"'{where}'", entry, known)
     options = {str(k): v for k, v in entry.items() if k not in ("name", "label")}
@@ -198,7 +198,7 @@ def _part(entry: Any, where: str, known: Sequence[str] | None = None) -> Part:
 def _label(entry: Mapping[str, Any], where: str) -> str:
     label = entry.get("label")
     if label is not None and not isinstance(label, (str, int, float)):
-        raise EvaluationError(f"a 'label' in '{where}' must be text, not {label!r:.200}")
+        raise EvaluationError(f"a 'label' in '{where}' must be text, not {shown(label)}")
     return "" if label is None else str(label)
 
 
@@ -254,7 +254,7 @@ def _ability_entry(entry: Any) -> dict[str, Any]:
 
 def _protocol(entry: Any) -> Protocol:
     if not isinstance(entry, (str, Mapping)):
-        raise EvaluationError(f"an entry of 'protocols' must be a name, or a mapping with 'name', not {entry!r:.200}")
+        raise EvaluationError(f"an entry of 'protocols' must be a name, or a mapping with 'name', not {shown(entry)}")
     options: dict[str, Any] = {} if isinstance(entry, str) else {str(k): v for k, v in entry.items()}
     name = options.pop("name", None) if isinstance(entry, Mapping) else entry
     check_choice("protocol", name, PROTOCOLS)
