@@ -69,7 +69,7 @@ SWEEP = {
     "datasets": [{"name": "world", "split": "test", "limit": 3}],
     "settings": ["single", {"name": "sequential", "batch_size": 2, "at": [1, 2], "when": ["immediate", "final"]}],
     "protocols": ["teacher_forced"], "output_dir": "out", "on_error": "skip",
-    "abilities": [{"name": "sentiment", "limit": 2}],
+    "abilities": [{"task": "sentiment", "limit": 2}],
 }  # fmt: skip
 
 
