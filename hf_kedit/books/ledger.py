@@ -80,7 +80,7 @@ class Ledger:
     def base_fingerprint(self) -> str:
         """`model_fingerprint` of the model without edits, from the originals; the model is not touched."""
         stored: dict[str, torch.Tensor] = {}
-        for account in self.accounts.values():
+        for account in self._touched.values():
             owner, name = get_module(self.model, account.module), parameter_name(account.module, account.name)
             value = account.original
             if self._is_quantised(account):

@@ -316,3 +316,13 @@ def test_nothing_is_changed_or_made_permanent_while_edits_are_off() -> None:
             ledger.remove(["e"])
         ledger.restore(ledger.snapshot())  # the state that is there
     assert same(bits(model), edited) and ledger.edit_ids == ["e"]
+
+
+def test_the_fingerprint_is_of_the_originals_while_deltas_are_measured() -> None:
+    model = Small(torch.float32)
+    ledger = Ledger(model)
+    pristine = ledger.base_fingerprint()
+    with ledger.provisional() as scope:
+        scope.add(low_rank(0, (0,)))
+        assert not torch.equal(model.linear.weight, Small(torch.float32).linear.weight)
+        assert ledger.base_fingerprint() == pristine

@@ -193,7 +193,7 @@ def moments(seeds: range, tmp_path: Path) -> Tally:
 
     def edit(cache: Path) -> Any:
         settings: dict[str, Any] = {"stats_dir": str(cache), "stats_dataset": str(corpus), "context_templates": ["{}"]}
-        settings["stats_tokens"] = 200
+        settings["stats_tokens"] = 400
         model = EditableModel(base, ROMEConfig(layers=[1], v_num_grad_steps=2, **settings), tokenizer)
         made = model.edit(fact, show_progress=False)
         assert torch.isfinite(logits(model, [fact.filled_prompt])).all()
