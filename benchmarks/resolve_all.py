@@ -22,7 +22,7 @@ from hf_kedit import EditableModel, MEMITConfig
 from hf_kedit.engine.replay import Replay
 from hf_kedit.engine.sweep import Sweep
 from hf_kedit.methods import locate_then_edit as locate
-from hf_kedit.methods.joint import Change
+from hf_kedit.methods.joint import JointChange
 from hf_kedit.methods.memit import MEMIT
 from hf_kedit.statistics.collecting import collect_moments
 from hf_kedit.statistics.corpora import text_corpus
@@ -39,7 +39,7 @@ def solve(options: argparse.Namespace, count: int) -> dict[str, Any]:
     factor = factor_moment(moment(d_in, 1e4, device=options.device))
     generator = torch.Generator().manual_seed(count)
     base, began = reset_peak(options.device), clock(options.device)
-    changes = [Change(str(i), tuple(range(count))) for i in range(matrices)]
+    changes = [JointChange(str(i), tuple(range(count))) for i in range(matrices)]
     for _ in range(PASSES):
         for change in changes:
             keys = torch.randn(d_in, count, generator=generator).to(options.device)

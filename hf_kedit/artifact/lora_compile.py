@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..editing.state import EditedModel
 
 logger = get_logger(__name__)
-AT_ONCE = 32
+_AT_ONCE = 32
 HELD = 0.5
 """Probability, per token of the target, from which on the model is said to know a fact."""
 
@@ -60,7 +60,7 @@ def compile_edits(model: EditedModel, folder: Path | None, *, rank: int, target:
 
     def ask() -> list[float]:
         with frozen_eval(base):
-            return target_probabilities(base, examples, pad_id(tokenizer), AT_ONCE)
+            return target_probabilities(base, examples, pad_id(tokenizer), _AT_ONCE)
 
     with_edits, kept = ask(), dict[str, float]()
     accounts = list(model.ledger.accounts.values())

@@ -15,7 +15,7 @@ import torch
 
 from ..requests import EditRequest
 
-STATE = "joint."
+_STATE = "joint."
 
 
 def content_key(request: EditRequest) -> str:
@@ -63,9 +63,9 @@ class FirstValues:
             return {}
         names = sorted(self._known)
         return {
-            STATE + "names": torch.tensor([list(bytes.fromhex(name)) for name in names], dtype=torch.uint8),
-            STATE + "offsets": torch.stack([self._known[name].offset for name in names]),
-            STATE + "probabilities": torch.tensor([self._known[n].probability for n in names], dtype=torch.float64),
+            _STATE + "names": torch.tensor([list(bytes.fromhex(name)) for name in names], dtype=torch.uint8),
+            _STATE + "offsets": torch.stack([self._known[name].offset for name in names]),
+            _STATE + "probabilities": torch.tensor([self._known[n].probability for n in names], dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -77,7 +77,7 @@ class FirstValues:
         self._known = {}
         if not state:
             return
-        names, offsets, probabilities = (state.get(STATE + part) for part in ("names", "offsets", "probabilities"))
+        names, offsets, probabilities = (state.get(_STATE + part) for part in ("names", "offsets", "probabilities"))
         if names is None or offsets is None or probabilities is None or len(state) != 3:
             raise ValueError(f"unknown parts: {', '.join(sorted(state))}")
         count = len(names)

@@ -95,7 +95,7 @@ class JointSolve:
         downs, bare = method.downs(anatomies), [group[0] for group in rows]
         moved = [0] * len(rows)  # in how many passes each fact got a value
         first_columns: dict[str, torch.Tensor] = {}
-        changes: dict[str, Change] = {}
+        changes: dict[str, JointChange] = {}
         method.caution = method.config.joint_caution
         try:
             with bench.ledger.provisional() as written:
@@ -113,7 +113,7 @@ class JointSolve:
                         missing = write.target - read.states(write)
                         r = method.at_projection(method.share(missing, write), write, anatomies[0]).T
                         for module, mine in members(write.modules).items():
-                            change = changes.setdefault(module, Change(module, tuple(mine)))
+                            change = changes.setdefault(module, JointChange(module, tuple(mine)))
                             a = first_columns[module] if k is None else method.columns(module, k[:, mine]).to(r)
                             if i == 0:
                                 first_columns[module] = a
@@ -242,7 +242,7 @@ class JointSolve:
         return numbers
 
 
-class Change:
+class JointChange:
     """What the passes have added to one matrix.
 
     Args:

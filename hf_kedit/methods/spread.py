@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
-AT_ONCE = 256
+_AT_ONCE = 256
 """Requests that are read together."""
 
 
@@ -297,10 +297,10 @@ class Readings:
         self.method, self.groups, self.before, self.first, self.first_pass = method, groups, before, True, {}
         self.routed: dict[int, torch.Tensor] = {}
         rewriting = [[row for row in group if not row.is_drift] for group in rows]
-        bench, parts = method.bench, -(-len(rows) // AT_ONCE)
+        bench, parts = method.bench, -(-len(rows) // _AT_ONCE)
 
         def sweeps(rows: Sequence[Sequence[Row]]) -> list[Sweep]:
-            cut = [rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)]
+            cut = [rows[i : i + _AT_ONCE] for i in range(0, len(rows), _AT_ONCE)]
             flat = [[row for group in part for row in group] for part in cut]
             kept = KEPT_BYTES // parts
             return [Sweep(bench.model, bench.anatomy, f, fill=bench.fill, restart=restart, kept=kept) for f in flat]
@@ -324,9 +324,9 @@ class Readings:
         taps = [Tap(module, "input") for module in dict.fromkeys(write.modules)]
         averaged, routed = [], []
         for part, sweep in enumerate(self._key_sweeps):
-            modules = write.modules[part * AT_ONCE : (part + 1) * AT_ONCE]
+            modules = write.modules[part * _AT_ONCE : (part + 1) * _AT_ONCE]
             if self.first and all(tap in self.first_pass for tap in taps):
-                chosen = slice(part * AT_ONCE, (part + 1) * AT_ONCE)
+                chosen = slice(part * _AT_ONCE, (part + 1) * _AT_ONCE)
                 taken = {tap: self.first_pass[tap][chosen] for tap in taps}
             else:
                 flat = sweep.read(taps, write.layer)

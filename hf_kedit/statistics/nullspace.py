@@ -23,7 +23,7 @@ import torch
 from ..errors import NonFiniteError, StatisticsError
 
 BLOCK = 128
-AT_ONCE = 1024
+_AT_ONCE = 1024
 PART = 64
 
 
@@ -155,11 +155,11 @@ class KeySpace:
     def _columns_of_many(self, keys: torch.Tensor, count: int) -> torch.Tensor:
         """The columns of the last ``count`` of more keys than there are dimensions, by the ``d × d`` system."""
         system = self.ridge * torch.eye(self.space.width, dtype=torch.float64, device=self.space.basis.device)
-        for part in keys.split(AT_ONCE, dim=1):
+        for part in keys.split(_AT_ONCE, dim=1):
             projected = self.space.project(part)
             system += projected @ projected.T
         lower = torch.linalg.cholesky(system)
-        new = keys[:, -count:].split(AT_ONCE, dim=1)
+        new = keys[:, -count:].split(_AT_ONCE, dim=1)
         return torch.cat([torch.cholesky_solve(self.space.project(part), lower) for part in new], dim=1)
 
     def _read(self, keys: torch.Tensor, before: int) -> None:

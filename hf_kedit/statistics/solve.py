@@ -18,7 +18,7 @@ from ..logging import get_logger, warn_once
 
 logger = get_logger(__name__)
 FALLBACK_RIDGE = 1e-4
-AT_ONCE = 1024
+_AT_ONCE = 1024
 """Keys that are held in float64 at a time where there are more of them than dimensions."""
 
 
@@ -134,7 +134,7 @@ def ridge_columns(factor: MomentFactor, keys: torch.Tensor, weight: float) -> to
 
 def _columns_of_many(factor: MomentFactor, keys: torch.Tensor, weight: float) -> torch.Tensor:
     """`ridge_columns` for more keys than dimensions."""
-    system, parts = weight * factor.matrix(keys.shape[0]), keys.split(AT_ONCE, dim=1)
+    system, parts = weight * factor.matrix(keys.shape[0]), keys.split(_AT_ONCE, dim=1)
     for part in parts:
         k = factor.take(part)
         system += k @ k.T

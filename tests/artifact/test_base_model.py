@@ -141,7 +141,7 @@ def test_nothing_of_this_machine_is_pushed(place: Path, hub: LoopbackHub, caplog
 
 def test_settings_of_a_machine_are_neither_saved_nor_obeyed(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     (place / "corpus.txt").write_text("Tarosk Boayond is a plumber.\n" * 200)
-    settings = {"stats_dir": str(place / "stats"), "stats_dataset": "corpus.txt", "stats_tokens": 500}
+    settings = {"stats_dir": str(place / "stats"), "stats_dataset": "corpus.txt", "stats_tokens": 600}
     model = EditableModel.from_pretrained("kedit/world-gpt2", "memit").set_method(_memit(**settings))
     model.edit(prompt="{} is a", subject="Tarosk Boayond", target_new="plumber", show_progress=False)
     model.save_pretrained("saved/memit")
@@ -149,7 +149,7 @@ def test_settings_of_a_machine_are_neither_saved_nor_obeyed(place: Path, caplog:
     with caplog.at_level(logging.WARNING, "hf_kedit"):
         loaded = EditableModel.from_pretrained("saved/memit")
     assert "stats_dataset=" in caplog.text
-    assert loaded.edit_config == _memit(stats_tokens=500).complete(loaded.profile)
+    assert loaded.edit_config == _memit(stats_tokens=600).complete(loaded.profile)
     folder = shutil.copytree(DATA / "memit_llama_per_edit", place / "harm")
     config = json.loads((folder / CONFIG).read_text())
     config["hparams"] |= {"stats_dir": str(place / "written"), "stats_dataset": str(place / "corpus.txt")}

@@ -123,7 +123,7 @@ def test_defers_edits_go_together() -> None:
         model.edit(facts(1, start=2))
     model.rollback(ids)
     assert without_trace(model)
-    with pytest.raises(ConfigError, match="below 1"):
+    with pytest.raises(ConfigError, match="less than 1"):
         DEFERConfig(threshold=1.5)
 
 

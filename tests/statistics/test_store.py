@@ -204,11 +204,11 @@ def test_a_moment_is_factorised_once(llama: Any, tmp_path: Path, monkeypatch: py
     assert store.factor(PATHS[0]) is not first, "another moment has another factor"
 
 
-@pytest.mark.parametrize(("named", "expected"), [(True, 100 * 160), (False, 20 * 160)])
+@pytest.mark.parametrize(("named", "expected"), [(True, 100 * 160), (False, 100 * 160)])
 def test_so_many_tokens_are_taken_by_default(
     named: bool, expected: int, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hundred per dimension of a corpus, twenty of text that the model has to write itself."""
+    """A hundred per dimension, of a corpus of one's own and of the packaged text."""
     model, tokenizer = llama
     asked = []
 
@@ -341,7 +341,8 @@ def test_ridge_columns_solve_the_normal_equations(n: int) -> None:
     x = torch.randn(200, 32, generator=generator, dtype=torch.float64)
     c, k = x.T @ x / 200, torch.randn(32, n, generator=generator, dtype=torch.float64)
     columns = ridge_columns(factor_moment(c), k, 15.0)
-    assert torch.allclose((15.0 * c + k @ k.T) @ columns, k, atol=1e-9)
+    # More keys than dimensions are solved for in float64 and given back in float32.
+    assert torch.allclose((15.0 * c + k @ k.T) @ columns.double(), k, atol=1e-9 if n <= 32 else 1e-5)
 
 
 def test_awkward_moments(caplog: pytest.LogCaptureFixture) -> None:
