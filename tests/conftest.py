@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import tempfile
@@ -12,8 +13,10 @@ from hf_kedit.testing.hub import LoopbackHub
 
 # Every request for the Hub goes to a server of this process. The libraries read its address when they are imported.
 LOOPBACK = LoopbackHub(orgs={"org": ("user",), "XiaojieGu": ("user",)}).start()
-# Where `make real` has put its models; the tests themselves start with empty caches.
-OUTSIDE = {name: os.environ.get(name) for name in ("KEDIT_HOME", "HF_HOME", "XDG_CACHE_HOME")}
+# Where `make real` has put its models; the tests themselves start with empty caches. Workers of pytest-xdist inherit
+# what is set below, hence the note of what the shell had.
+_SHELL = {name: os.environ.get(name) for name in ("KEDIT_HOME", "HF_HOME", "XDG_CACHE_HOME")}
+OUTSIDE: dict[str, str | None] = json.loads(os.environ.setdefault("KEDIT_TEST_OUTSIDE", json.dumps(_SHELL)))
 os.environ["KEDIT_HOME"] = tempfile.mkdtemp(prefix="kedit-test-models-")
 os.environ.update(LOOPBACK.environment(tempfile.mkdtemp(prefix="kedit-test-home-")))
 os.environ.setdefault("HF_KEDIT_DISABLE_PROGRESS_BARS", "1")
