@@ -1,7 +1,7 @@
 """Every name that EasyEdit's example scripts and notebooks import, from the module that they import it from.
 
-The lists hold names alone. They were read off the import lines of the scripts under ``examples/`` and the notebooks
-under ``tutorial-notebooks/`` of zjunlp/EasyEdit.
+The lists hold names alone. Those of the scripts under ``examples/`` were read off their import lines; those of the
+notebooks are what such notebooks are known to use.
 """
 
 from __future__ import annotations
