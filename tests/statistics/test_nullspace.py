@@ -118,7 +118,7 @@ def test_ridge_solve_takes_the_smaller_side(n: int, ridge: float | torch.Tensor)
 @pytest.mark.parametrize("kind", ["cholesky", "lu", "identity"])
 def test_more_keys_than_dimensions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The d × d system takes over, part by part, and gives what the formula says."""
-    monkeypatch.setattr(solve, "AT_ONCE", 7)
+    monkeypatch.setattr(solve, "_AT_ONCE", 7)
     c = moment() if kind != "identity" else torch.eye(moment().shape[0], dtype=torch.float64)
     if kind == "lu":  # symmetric, but not positive definite
         c = c - 3 * torch.linalg.eigvalsh(c)[0] * torch.eye(len(c), dtype=torch.float64)
