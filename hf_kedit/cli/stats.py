@@ -42,7 +42,9 @@ def stats(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", "-n", min=1, help="Tokens to collect; default: 100 per dimension (20 for self)."),
+        typer.Option(
+            "--tokens", "-n", min=1, help="Tokens to read; default: 100 per dimension of a text that you name."
+        ),
     ] = None,
     stats_dir: Annotated[
         Path | None,

@@ -27,7 +27,6 @@ from .locate_then_edit import LocateConfig
 from .spread import SpreadMethod
 
 logger = get_logger(__name__)
-_TOKENS_PER_WIDTH = 10
 RIDGE_PART = 0.5
 
 
@@ -67,6 +66,7 @@ class AlphaEdit(SpreadMethod):
         summary="MEMIT inside the null space of old keys; for long sequences of batches",
     )
     config: AlphaEditConfig
+    tokens_per_width: ClassVar[int] = 10  # small eigenvalues need more of them than a solve does
 
     def __init__(self, bench: Workbench, config: AlphaEditConfig):
         super().__init__(bench, config)
@@ -88,12 +88,12 @@ class AlphaEdit(SpreadMethod):
         if module not in self._spaces:
             moment = self.bench.statistics.moments([module])[module]
             width, mean = moment.total.shape[0], moment.mean()
-            if moment.count < _TOKENS_PER_WIDTH * width:
+            if moment.count < self.tokens_per_width * width:
                 warn_once(
                     logger,
                     f"AlphaEdit: the second moment of {module} rests on {moment.count:,} tokens. With fewer than"
-                    f" {_TOKENS_PER_WIDTH * width:,} its small eigenvalues come out too small, and directions that old"
-                    " knowledge uses look free. Set stats_tokens.",
+                    f" {self.tokens_per_width * width:,} its small eigenvalues come out too small, and directions that"
+                    " old knowledge uses look free. Set stats_tokens.",
                 )
             relative = self.config.nullspace_threshold is None
             split = partial(

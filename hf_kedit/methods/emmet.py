@@ -87,8 +87,8 @@ class EMMET(SpreadMethod):
         """Factor of ``λ C + ν I``."""
         if module not in self._factors:
             assert self.config.mom2_update_weight is not None
-            moment = self.bench.statistics.moments([module])[module].mean() * self.config.mom2_update_weight
+            moment = self.bench.statistics.estimate(module) * self.config.mom2_update_weight
             moment = moment + self.config.update_norm_lambda * torch.eye(moment.shape[0], dtype=moment.dtype)
-            ridge, name = self.config.stats_ridge, f"Ĉ of {module}"
+            ridge, name = self.config.stats_ridge or 0.0, f"Ĉ of {module}"
             self._factors[module] = factor_beside(self.bench.model, moment, ridge=ridge, name=name)
         return self._factors[module]

@@ -128,15 +128,20 @@ def self_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed
     return Corpus(f"self-{seed}", lambda: later(0), later=later)
 
 
-def packaged_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Corpus:
-    """The texts that come with the package, and behind them, if they hold fewer ``tokens``, what the model writes.
+def packaged_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the packaged texts have."""
+    return sum(len(encode_text(tokenizer, text).ids) for text in packaged_texts())
 
-    Reading costs a fraction of writing: no step per token, no head, and only the layers below the last one wanted.
+
+def packaged_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, more: bool) -> Corpus:
+    """The texts that come with the package, and behind them, if ``more`` is wanted, what the model writes.
+
+    Reading costs a twentieth of writing: no step per token, no head, and only the layers below the last one wanted.
     """
     texts = packaged_texts()
     packaged = text_corpus(texts)
     name = packaged.name.replace("texts-", "packaged-")
-    if sum(len(encode_text(tokenizer, text).ids) for text in texts) >= tokens:
+    if not more:
         return Corpus(name, packaged.texts)
     own = self_corpus(model, tokenizer)
 

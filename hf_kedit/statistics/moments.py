@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _FORMAT_VERSION = 1
+FULL_TOKENS_PER_WIDTH = 100
 INDEX, _CARD = "stats.json", "README.md"
 
 
@@ -52,9 +53,32 @@ class SecondMoment:
         """``C = total / count``, ``[d, d]`` float64."""
         return self.total / max(self.count, 1)
 
+    def shrunk(self) -> torch.Tensor:
+        """``C`` as far as its tokens tell it: ``(1 − ρ) C + ρ · tr(C)/d · I``, ``[d, d]`` float64; see `shrinkage`."""
+        mean, rho = self.mean(), shrinkage(self.count, self.total.shape[0])
+        if rho:
+            size = mean.diagonal().mean()
+            mean.mul_(1 - rho).diagonal().add_(rho * size)
+        return mean
+
     def merged(self, other: SecondMoment) -> SecondMoment:
         """Moments over both sets of tokens."""
         return SecondMoment(self.total + other.total, self.count + other.count, self.source)
+
+
+def shrinkage(tokens: int, width: int) -> float:
+    """How far a second moment over few tokens is drawn towards a scaled identity, ρ of `SecondMoment.shrunk`.
+
+    The more dimensions a token has to inform, the less is known of each: ``ρ = min(½, 0.8 √(d / n))``, found on
+    SmolLM2 (d = 1536) with 1,600 to 100,000 tokens by how much the keys of text that was not read are disturbed; from
+    100 tokens per dimension on the moment is taken as it is, as the published codes do. That few tokens per dimension
+    suffice is the finding of arXiv 2506.04226; shrinking keeps their noise out of the directions hardly seen.
+
+    Args:
+        tokens: ``n``.
+        width: ``d``.
+    """
+    return 0.0 if tokens >= FULL_TOKENS_PER_WIDTH * width else min(0.5, 0.8 * (width / max(tokens, 1)) ** 0.5)
 
 
 def slug(text: str) -> str:

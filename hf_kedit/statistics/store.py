@@ -21,8 +21,8 @@ from ..errors import StatisticsError
 from ..logging import get_logger, info_once, warn_once
 from ..storage.files import cache_home
 from .collecting import collect_moments, write_tensors
-from .corpora import Corpus, packaged_corpus
-from .moments import SecondMoment, SharedMoments, find_shared, push_moments, slug
+from .corpora import Corpus, packaged_corpus, packaged_tokens
+from .moments import FULL_TOKENS_PER_WIDTH, SecondMoment, SharedMoments, find_shared, push_moments, slug
 from .published import PublishedMoments, find_published
 from .solve import MomentFactor, factor_beside
 from .workers import ALONE, Workers
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
-TOKENS_PER_WIDTH = 100
-QUICK_TOKENS_PER_WIDTH = 20
+QUICK_TOKENS_PER_WIDTH, FEW_TOKENS_PER_WIDTH = 20, 3
+"""Tokens read of the packaged text per input dimension: at most, and at least, with what the model writes behind."""
 
 
 def default_cache_dir() -> Path:
@@ -48,11 +48,12 @@ class StatisticsStore:
     Args:
         model: the unedited model (callers switch edits off while computing).
         tokenizer: of the model.
-        corpus: the user's choice; ``None``: any cached statistics of this model, else the model's own text.
-        tokens: number of tokens; ``None``: 100 per input dimension for a named corpus, 20 for generated text.
+        corpus: the user's choice; ``None``: the packaged text, and what the model writes where that is too short.
+        tokens: number of tokens; ``None``: 100 per input dimension of a named corpus; all of the packaged text, but at
+            least 3 and at most 20 per dimension.
         cache_dir: folder of the disk cache; ``None`` for the default one.
-        own_corpus: the corpus of an embedded model, used instead of generated text when none is named.
-        ridge: relative ridge of the factorisation.
+        own_corpus: the corpus of an embedded model, used instead of the packaged text when none is named.
+        ridge: relative ridge of the factorisation; ``None``: as many tokens ask for (`SecondMoment.shrunk`).
         fingerprint: how to find the fingerprint of the unedited model; ``None``: hash the model as it is.
         show_progress: show a bar while collecting.
         workers: processes that share the collecting; all of them must then ask for the same moments.
@@ -68,7 +69,7 @@ class StatisticsStore:
         tokens: int | None = None,
         cache_dir: str | Path | None = None,
         own_corpus: Corpus | None = None,
-        ridge: float = 0.0,
+        ridge: float | None = None,
         fingerprint: Callable[[], str] | None = None,
         show_progress: bool = True,
         workers: Workers = ALONE,
@@ -102,25 +103,27 @@ class StatisticsStore:
         self._moments[module] = moment
         self._factors.pop(module, None)
 
-    def moments(self, modules: Sequence[str]) -> dict[str, SecondMoment]:
+    def moments(self, modules: Sequence[str], *, per_width: int = FEW_TOKENS_PER_WIDTH) -> dict[str, SecondMoment]:
         """Return the second moments of modules; all missing ones are computed in one pass.
+
+        Args:
+            modules: names.
+            per_width: tokens per input dimension that are needed at least, where the user named neither a text nor a
+                number: the model writes what the packaged text does not have.
 
         Raises:
             StatisticsError: if there are fewer tokens than input dimensions, or the named repository holds statistics
                 of other weights or modules.
         """
         missing = [m for m in dict.fromkeys(modules) if m not in self._moments]
-        corpus, tokens = self._wanted(modules) if missing else (None, 0)
-        for module in list(missing):
-            assert corpus is not None
-            cached = self._cached(module, corpus) or self._shared(module)
-            if cached is not None:
-                self._moments[module] = cached
-                missing.remove(module)
+        if missing:
+            corpus, _ = self._wanted(modules, per_width)
+            found = {m: self._cached(m, corpus) or self._shared(m) for m in missing}
+            self._moments.update({m: moment for m, moment in found.items() if moment is not None})
+            missing = [m for m in missing if m not in self._moments]
         missing = self.workers.union(missing)
         if missing:
-            corpus, tokens = self._wanted(missing)
-            self._compute(missing, corpus, tokens)
+            self._compute(missing, *self._wanted(missing, per_width))
         for module in modules:
             self._check(module)
         return {m: self._moments[m] for m in modules}
@@ -133,12 +136,16 @@ class StatisticsStore:
             "tokens": min((moment.count for moment in held), default=0),
         }
 
+    def estimate(self, module: str) -> torch.Tensor:
+        """``C`` of a module as edits use it, ``[d, d]`` float64: shrunk after few tokens, if no ridge was chosen."""
+        moment = self.moments([module])[module]
+        return moment.shrunk() if self.ridge is None else moment.mean()
+
     def factor(self, module: str) -> MomentFactor:
         """Return the factored second moment of a module."""
         if module not in self._factors:
-            moment = self.moments([module])[module]
             self._factors[module] = factor_beside(
-                self.model, moment.mean(), ridge=self.ridge, name=f"the second moment of {module}"
+                self.model, self.estimate(module), ridge=self.ridge or 0.0, name=f"the second moment of {module}"
             )
         return self._factors[module]
 
@@ -204,13 +211,16 @@ class StatisticsStore:
 
     def corpus_texts(self) -> Iterator[str]:
         """The texts of the corpus: the user's, the embedded model's, or the packaged and what the model writes."""
-        return (self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, 0)).texts()
+        return (self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, more=True)).texts()
 
-    def _wanted(self, modules: Sequence[str]) -> tuple[Corpus, int]:
+    def _wanted(self, modules: Sequence[str], per_width: int) -> tuple[Corpus, int]:
         """What these modules' moments are to be taken over: the text, and how many tokens of it."""
         width = max(_tokens_for_rank(self.model, m) for m in modules)
-        tokens = self.tokens or TOKENS_PER_WIDTH * width
-        return self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, tokens), tokens
+        if corpus := self.corpus or self.own_corpus:
+            return corpus, self.tokens or FULL_TOKENS_PER_WIDTH * width
+        held = packaged_tokens(self.tokenizer)
+        tokens = self.tokens or min(max(held, per_width * width), QUICK_TOKENS_PER_WIDTH * width)
+        return packaged_corpus(self.model, self.tokenizer, more=tokens > held), tokens
 
     def _compute(self, modules: list[str], corpus: Corpus, tokens: int) -> None:
         info_once(logger, f"collecting second moments over {tokens:,} tokens of {corpus.name}")
@@ -283,7 +293,7 @@ class StatisticsStore:
                 f"the second moment of {module} was taken over {moment.count} tokens,{what} fewer than its {width}"
                 f" dimensions: it is singular. Use at least {QUICK_TOKENS_PER_WIDTH * least:,} tokens (stats_tokens)."
             )
-        if moment.count < QUICK_TOKENS_PER_WIDTH * least:
+        if moment.count < FEW_TOKENS_PER_WIDTH * least:
             warn_once(
                 logger,
                 f"the second moment of {module} rests on {moment.count:,} tokens;"

@@ -41,6 +41,7 @@ def config_of(case: Case) -> Any:
     given: dict[str, Any] = case.spec["hparams"]
     values = {k: v for k, v in given.items() if k not in _DROPPED}
     values["context_templates"] = case.spec["context_templates"]
+    values["stats_ridge"] = 0.0  # the moment as it is, as published
     kind = case.spec["algorithm"]
     if kind in ("r_rome", "p_rome"):
         assert given["enable_prompt_keys"] != given["enable_random_prefix_keys"]

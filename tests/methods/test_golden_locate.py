@@ -71,7 +71,8 @@ def last_logits(model: EditableModel, request: EditRequest) -> torch.Tensor:
 
 def hparams(case: Case) -> dict[str, Any]:
     return {k: v for k, v in case.spec["hparams"].items() if k not in _IGNORED} | {
-        "context_templates": case.spec["context_templates"]
+        "context_templates": case.spec["context_templates"],
+        "stats_ridge": 0.0,  # the moment as it is, as published
     }
 
 

@@ -22,11 +22,12 @@ from hf_kedit.statistics.corpora import (
     Corpus,
     file_corpus,
     packaged_corpus,
+    packaged_tokens,
     resolve_corpus,
     self_corpus,
     text_corpus,
 )
-from hf_kedit.statistics.moments import SecondMoment
+from hf_kedit.statistics.moments import SecondMoment, shrinkage
 from hf_kedit.statistics.solve import factor_moment, ridge_columns
 from hf_kedit.statistics.store import StatisticsStore
 from tests.golden_cases import corpus, load_model
@@ -204,22 +205,62 @@ def test_a_moment_is_factorised_once(llama: Any, tmp_path: Path, monkeypatch: py
     assert store.factor(PATHS[0]) is not first, "another moment has another factor"
 
 
-@pytest.mark.parametrize(("named", "expected"), [(True, 100 * 160), (False, 100 * 160)])
+@pytest.mark.parametrize(
+    ("named", "held", "per_width", "expected", "written"),
+    [
+        (True, 0, 3, 100 * 160, False),  # a hundred tokens per dimension of a text that the user names
+        (False, 1000, 3, 1000, False),  # all of the packaged text …
+        (False, 100, 3, 3 * 160, True),  # … with as much of the model's own as is missing …
+        (False, 1000, 10, 10 * 160, True),
+        (False, 9999, 3, 20 * 160, False),  # … or a part of it, where it has more than helps
+    ],
+)
 def test_so_many_tokens_are_taken_by_default(
-    named: bool, expected: int, llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: bool,
+    held: int,
+    per_width: int,
+    expected: int,
+    written: bool,
+    llama: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A hundred per dimension, of a corpus of one's own and of the packaged text."""
     model, tokenizer = llama
     asked = []
 
     def collect(model: Any, tokenizer: Any, modules: Any, corpus: Any, *, tokens: int, **_: Any) -> Any:
-        asked.append(tokens)
+        asked.append((tokens, "self" in corpus.name))
         return {m: SecondMoment(torch.eye(160, dtype=torch.float64) * tokens, tokens) for m in modules}
 
     monkeypatch.setattr(module, "collect_moments", collect)
+    monkeypatch.setattr(module, "packaged_tokens", lambda tokenizer: held)
     chosen = text_corpus(corpus()) if named else None
-    StatisticsStore(model, tokenizer, corpus=chosen, cache_dir=tmp_path, show_progress=False).moments(PATHS[:2])
-    assert asked == [expected]
+    store = StatisticsStore(model, tokenizer, corpus=chosen, cache_dir=tmp_path, show_progress=False)
+    store.moments(PATHS[:2], per_width=per_width)
+    assert asked == [(expected, written)]
+
+
+def test_a_moment_over_few_tokens_is_drawn_towards_an_identity(llama: Any, tmp_path: Path) -> None:
+    """The keys of text that was not read are disturbed less than by the moment as it is."""
+    model, tokenizer = llama
+    path, texts = PATHS[0], corpus()
+    unseen = collect_moments(model, tokenizer, [path], text_corpus(texts[600:]), tokens=20_000)[path].mean()
+    keys = torch.randn(160, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys = torch.linalg.cholesky(unseen + 1e-9 * torch.eye(160, dtype=torch.float64)) @ keys
+
+    def disturbance(**settings: Any) -> float:
+        store = StatisticsStore(model, tokenizer, corpus=text_corpus(texts[:600]), cache_dir=tmp_path, **settings)
+        u = store.factor(path).solve(keys)  # ROME: the change is u / (kᵀ u) times what the value lacks
+        return float(((u * (unseen @ u)).sum(0) / (keys * u).sum(0) ** 2).mean())
+
+    few = {"tokens": 3 * 160, "show_progress": False}
+    shrunk, plain = disturbance(**few), disturbance(**few, ridge=0.0)
+    assert shrunk < 0.7 * plain
+    moment = StatisticsStore(model, tokenizer, corpus=text_corpus(texts[:600]), cache_dir=tmp_path, **few)
+    estimate, mean = moment.estimate(path), moment.moments([path])[path].mean()
+    rho = 0.8 / 3**0.5
+    assert torch.allclose(estimate, (1 - rho) * mean + rho * mean.trace() / 160 * torch.eye(160, dtype=torch.float64))
+    assert [shrinkage(n, 160) for n in (10, 160, 100 * 160, 10**6)] == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_statistics_are_taken_from_the_unedited_model(world_gpt2: EditableModel, tmp_path: Path) -> None:
@@ -291,8 +332,8 @@ def test_a_short_text_says_so_and_is_read_once(
 def test_a_text_that_is_too_short_is_followed_by_the_models_own(llama: Any) -> None:
     model, tokenizer = llama
     packaged = packaged_texts()
-    count = sum(len(tokenizer(text)["input_ids"]) for text in packaged)
-    enough, more = packaged_corpus(model, tokenizer, count), packaged_corpus(model, tokenizer, count + 1)
+    assert packaged_tokens(tokenizer) == sum(len(tokenizer(text)["input_ids"]) for text in packaged)
+    enough, more = (packaged_corpus(model, tokenizer, more=more) for more in (False, True))
     assert list(enough.texts()) == packaged
     assert more.name == enough.name + "+self-0"
     assert list(islice(more.texts(), len(packaged))) == packaged
