@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from enum import StrEnum
@@ -23,6 +24,9 @@ from ..errors import KeditError
 from ..storage.display import printable, printable_json
 from ..storage.files import json_ready
 
+OTHERS = ("bitsandbytes", "torch.utils._pytree", "torchao")
+"""Loggers of libraries that transformers and PEFT import where they are installed, whether or not a model is
+quantised: what they say about kernels that they lack concerns no user of a command."""
 FAILURE, BELOW_MIN_SUCCESS, HARM, INTERRUPTED = 1, 3, 4, 130
 
 
@@ -77,7 +81,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def set_up(output_format: Format, debug: bool) -> None:
-    """Set verbosity and progress bars of this library, and make the streams take any character."""
+    """Set verbosity and progress bars, before heavy libraries are imported; make the streams take any character."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and not _is_utf8(stream):
             stream.reconfigure(errors="replace")
@@ -88,6 +92,8 @@ def set_up(output_format: Format, debug: bool) -> None:
         kedit_logging.set_verbosity_error()
     else:
         kedit_logging.set_verbosity_warning()
+    for name in OTHERS:
+        logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
     (kedit_logging.enable_progress_bars if interactive else kedit_logging.disable_progress_bars)()
 
 

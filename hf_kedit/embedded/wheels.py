@@ -29,7 +29,6 @@ from ..logging import get_logger
 from ..storage.files import cache_home
 
 logger = get_logger(__name__)
-MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)

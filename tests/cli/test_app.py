@@ -152,6 +152,22 @@ def test_standard_output_is_pure(requests_file: Path) -> None:
     assert json.loads(done.stdout)["edit_ids"] == ["first", "second"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--no-reload"],
+        ["edit", "-m", "kedit/world-gpt2", "-M", "lora", "-p", "{} is a", "--subject", "Tarosk", "-t", "plumber"],
+        ["inspect", "kedit/world-gpt2"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_nothing_but_our_own_words(words: list[str]) -> None:
+    """In a fresh process: libraries that are imported on the way keep what they lack to themselves."""
+    done = subprocess.run([sys.executable, "-m", "hf_kedit.cli", *words], capture_output=True, text=True, check=True)
+    foreign = [line for line in done.stderr.splitlines() if not line.startswith(("[hf_kedit", "kedit:"))]
+    assert not foreign
+
+
 def test_layers() -> None:
     assert parse_layers(None) is None
     assert parse_layers("5") == [5]
