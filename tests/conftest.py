@@ -31,12 +31,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 
 from hf_kedit import EditableModel
 from hf_kedit.logging import disable_progress_bars
 
 torch.set_num_threads(1)
 disable_progress_bars()
+
+# The suite says the same twice. `HYPOTHESIS_PROFILE=search` looks for inputs that nobody has tried yet.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)

@@ -132,4 +132,11 @@ def _normalised(text: str, subject: str) -> Iterator[Span]:
             origin.append(cluster.span())
     wanted = " ".join(unicodedata.normalize("NFC", word) for word in subject.split()).casefold()
     for start, end in _literal("".join(composed), wanted) if wanted else ():
-        yield origin[start][0], origin[end - 1][1]
+        # Half a cluster is another letter: the first "s" of ß, or an "0" without the accent that has no composed form.
+        if not (_in_one(origin, start - 1, start) or _in_one(origin, end - 1, end)):
+            yield origin[start][0], origin[end - 1][1]
+
+
+def _in_one(origin: list[Span], left: int, right: int) -> bool:
+    """Whether two neighbouring characters of the composed text stem from the same cluster."""
+    return left >= 0 and right < len(origin) and origin[left] == origin[right]
