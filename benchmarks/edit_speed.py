@@ -70,7 +70,7 @@ class Setting:
         kind, values = CONFIGS[method]
         common = {"v_num_grad_steps": steps, "v_lr": 0.5, "v_weight_decay": 1e-3, "clamp_norm_factor": 4.0}
         templates = TEMPLATES["rome" if method == "rome" else "memit"]
-        config = kind(layers=self.layers, context_templates=templates, **{**common, **values})
+        config = kind(layers=self.layers, context_templates=templates, stats_ridge=0.0, **{**common, **values})
         self.model = EditableModel(self.base, config, tokenizer=tokenizer())
         self.inner: Any = self.model._method
         self.paths = [self.model.anatomy.down(layer).path for layer in self.layers]
@@ -131,7 +131,7 @@ class Setting:
             "steps": (locate, "optimise_values"),
             "keys and states": (Sweep, "read"),
             "solves": (MomentFactor, "solve") if self.method == "rome" else (type(self.inner), "columns"),
-            "writing": (Ledger, "_write"),
+            "writing": (Ledger, "_commit"),
         }
         values: list[torch.Tensor] = []
         with Stages(places, self.device).watching() as seconds:
