@@ -61,7 +61,7 @@ def bench(
         files = {kind: str(folder / f"report.{kind}") for kind in ("html", "md", "json")}
         if max_cases is None:
             max_cases = max(10, min(100, _CASES_IN_ALL // len(result.reports)))
-        comparison.to_html(files["html"], title=plan.stem, max_cases=max_cases)
+        comparison.to_html(files["html"], max_cases=max_cases)
         comparison.to_markdown(files["md"])
         comparison.to_json(files["json"])
     data = {

@@ -199,6 +199,8 @@ def evaluate(
             output_dir=output_dir,
             shard=shard,
         )
+        if dataset is not None:
+            report.meta["dataset"] = dataset
     files = [file for file in (output, html) if file is not None]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)

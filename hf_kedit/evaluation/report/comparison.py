@@ -45,14 +45,12 @@ class Comparison(Runs[EvaluationReport]):
         """A table per protocol and time, and the first cases; also written to ``path`` if one is given."""
         return written(markdown.render(self, max_cases), path)
 
-    def to_html(
-        self, path: str | Path | None = None, *, title: str = "Knowledge editing report", max_cases: int = 200
-    ) -> str:
+    def to_html(self, path: str | Path | None = None, *, title: str | None = None, max_cases: int = 200) -> str:
         """One self-contained HTML page; also written to ``path`` if one is given.
 
         Args:
             path: file to write (overwriting it).
-            title: of the page.
+            title: of the page; default: what was compared.
             max_cases: cases per report that are shown one by one; 0 for none.
         """
         return written(html.render(self, title, max_cases), path)

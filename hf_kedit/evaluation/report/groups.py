@@ -59,6 +59,15 @@ class Runs(Generic[R]):
         """All protocols that occur."""
         return list(dict.fromkeys(p for r in self.reports.values() for p in r.protocols))
 
+    def writes(self, protocol: str) -> bool:
+        """Whether the model writes its answers under this protocol."""
+        return any(report.writes(protocol) for report in self.reports.values())
+
+    @property
+    def written_first(self) -> list[str]:
+        """The protocols, those under which the model writes its answers before others."""
+        return sorted(self.protocols, key=self.writes, reverse=True)
+
     @property
     def times(self) -> list[str]:
         """``immediate`` and ``final``, where they occur."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
 from ...storage.display import percent
 from ..measures import metrics
 from .case_result import CaseResult
+from .estimates import destroyed_by
 from .groups import Group
+from .page import scrolling
 from .results import Results
 from .summaries import LABELS, NAMES, SHORT, exists, flat_row, formatted
 
@@ -46,20 +51,21 @@ def side_by_side(number: int, group: Group[Any]) -> str:
     """
     if len(group.reports) < 2:
         return ""
+    first = next(iter(group.reports.values()))
+    protocol = next((p for p in first.protocols if first.writes(p)), first.protocols[0])
     by_edit: dict[EditKey, dict[str, CaseResult]] = {}
     for label, report in group.reports.items():
-        for result in report.chosen():
+        for result in report.chosen(protocol) if protocol in report.protocols else ():
             by_edit.setdefault(_edit(result), {})[label] = result
-    written = {label: _written_after(report) for label, report in group.reports.items()}
+    written = {label: _written(report) for label, report in group.reports.items()}
     shared = [(edit, results) for edit, results in by_edit.items() if len(results) > 1]
     if not shared:
         return ""
     entries = [_compared(edit, results, written) for edit, results in shared[:_SIDE_BY_SIDE]]
     more = f", the first {len(entries)} of {len(shared)}" if len(entries) < len(shared) else ""
     title = f"{group.title}: edit by edit" if group.title else "Edit by edit"
-    protocol = next(iter(group.reports.values())).protocols[0]
     return (
-        f"<h2>{escape(title)} <span class='soft'>({escape(protocol)}{more})</span></h2>"
+        f"<h2>{escape(title)} <span class='soft'>{escape(protocol)}{more}</span></h2>"
         f'{search_field(f"edits-{number}")}<div id="edits-{number}">{"".join(entries)}</div>'
     )
 
@@ -68,10 +74,10 @@ def _edit(result: CaseResult) -> EditKey:
     return str(result.request["prompt"]), str(result.request["target_new"])
 
 
-def _written_after(report: Results) -> dict[EditKey, str]:
-    """Edit → what the model writes behind its prompt at the end, where a protocol generates."""
+def _written(report: Results) -> dict[EditKey, Mapping[str, Any]]:
+    """Edit → what the model wrote behind its prompt before, and at the end, where a protocol generates."""
     return {
-        _edit(result): str(text["post"])
+        _edit(result): text
         for result in report.results
         if result.when == report.times[-1]
         for text in result.texts
@@ -79,7 +85,9 @@ def _written_after(report: Results) -> dict[EditKey, str]:
     }
 
 
-def _compared(edit: EditKey, results: Mapping[str, CaseResult], written: Mapping[str, Mapping[EditKey, str]]) -> str:
+def _compared(
+    edit: EditKey, results: Mapping[str, CaseResult], written: Mapping[str, Mapping[EditKey, Mapping[str, Any]]]
+) -> str:
     flat = {label: flat_row(result) for label, result in results.items()}
     names = [n for n in LABELS if any(row[f"post_{n}"] is not None for row in flat.values())]
     texts = {label: written[label][edit] for label in results if edit in written[label]}
@@ -89,15 +97,45 @@ def _compared(edit: EditKey, results: Mapping[str, CaseResult], written: Mapping
     head += "<th>writes</th>" if texts else ""
     rows = []
     for label, row in flat.items():
-        cells = "".join(f'<td class="n">{percent(row[f"post_{n}"])}</td>' for n in names)
-        cells += f'<td class="text">{escape(texts.get(label, ""))}</td>' if texts else ""
+        lost = bool(destroyed_by(results[label]))
+        cells = ""
+        for n in names:
+            css = {"rewrite_acc": _success(row[f"post_{n}"], lost), "locality": "down" if lost else ""}.get(n, "")
+            cells += f'<td class="n {css}">{percent(row[f"post_{n}"])}</td>'
+        if texts:
+            text = texts.get(label)
+            cells += f'<td class="text">{changed(str(text["pre"]), str(text["post"])) if text else ""}</td>'
         rows.append(f"<tr><td>{escape(label)}</td>{cells}</tr>")
     request = next(iter(results.values())).request
     return (
         f'<details class="case"><summary>{asked(request)} '
         f'<span class="soft">{percent(before)} before; right with</span> {right} of {len(flat)}</summary>'
-        f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div></details>'
+        f"{scrolling(f'<tr><th></th>{head}</tr>{chr(10).join(rows)}')}</details>"
     )
+
+
+def _success(after: float | None, broken: bool) -> str:
+    """Class of an edit's success: green only where no axis of the locality was destroyed for it."""
+    if after is None:
+        return ""
+    return "down" if after < 0.5 else "up" if after >= 1 and not broken else ""
+
+
+def changed(before: str, after: str, css: str = "") -> str:
+    """The second text with the words marked that the first has not at their place.
+
+    Args:
+        before: the first.
+        after: the second.
+        css: class of the marks.
+    """
+    old, new = (re.findall(r"\s+|\w+|[^\w\s]+", text) for text in (before, after))
+    start = f'<mark class="{css}">' if css else "<mark>"
+    parts = []
+    for kind, _, _, first, last in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        text = escape("".join(new[first:last]))
+        parts.append(text if kind == "equal" or not text.strip() else f"{start}{text}</mark>")
+    return "".join(parts)
 
 
 def asked(request: Mapping[str, Any]) -> str:
@@ -127,7 +165,8 @@ def run_cases(number: int, label: str, report: Results, max_cases: int, closed: 
     for result in report.results:
         if result.when == when:
             by_case.setdefault(result.number, []).append(result)
-    chosen = list(by_case.values())[:max_cases]
+    chosen = [sorted(r, key=lambda one: report.writes(one.protocol), reverse=True) for r in by_case.values()]
+    chosen = chosen[:max_cases]
     entries = [_case(results) for results in chosen]
     entries += [
         f'<details class="case"><summary><span class="warning">failed</span> case {f["case_id"]}</summary>'
@@ -135,7 +174,7 @@ def run_cases(number: int, label: str, report: Results, max_cases: int, closed: 
         for f in report.failed
     ]
     more = f", the first {len(chosen)} of {len(by_case)}" if len(chosen) < len(by_case) else ""
-    about = f"<span class='soft'>({escape(when)}{more})</span>"
+    about = f"<span class='soft'>{escape(when)}{more}</span>"
     inside = f'{search_field(f"cases-{number}")}<div id="cases-{number}">{"".join(entries)}</div>'
     if closed:
         return f'<details class="run"><summary>{escape(label)} {about}</summary>{inside}</details>'
@@ -144,29 +183,44 @@ def run_cases(number: int, label: str, report: Results, max_cases: int, closed: 
 
 def _case(results: Sequence[CaseResult]) -> str:
     """One case with the results of all protocols."""
-    line = "".join(map(_badge, results))
+    lost = {result.protocol: destroyed_by(result) for result in results}
+    line = "".join(_badge(result, lost[result.protocol], any(lost.values())) for result in results)
     inside = []
     for result in results:
         rows = list(_score_rows(result))
         if rows:
             inside.append(
-                f"<h3>{escape(result.protocol)}</h3><div class='scroll'><table><tr><th>asked</th><th>axis</th>"
-                f'<th class="n">before</th><th class="n">after</th></tr>{"".join(rows)}</table></div>'
+                f"<h3>{escape(result.protocol)}</h3>"
+                + scrolling(
+                    "<tr><th>asked</th><th>axis</th>"
+                    f'<th class="n">before</th><th class="n">after</th></tr>{"".join(rows)}'
+                )
             )
-        inside.append(_text_table(result.texts))
+        inside.append(_text_table(result))
         inside.append(_skipped(result.skipped))
     return f'<details class="case"><summary>{asked(results[0].request)} {line}</summary>{"".join(inside)}</details>'
 
 
-def _badge(result: CaseResult) -> str:
+def _badge(result: CaseResult, lost: Sequence[str], broken: bool) -> str:
+    """The success of an edit under one protocol.
+
+    Args:
+        result: of the case.
+        lost: the axes that were destroyed under its protocol.
+        broken: whether any was, under any protocol.
+    """
     before, after = (metrics.case_mean(half.scores.get("rewrite")) for half in (result.pre, result.post))
     if after is None:
         return ""
-    css = "up" if after >= 1 else "down" if after < 0.5 else ""
+    cost = f' <span class="down">destroyed: {_words(", ".join(lost))}</span>' if lost else ""
     return (
-        f' <span class="soft">{escape(result.protocol)}</span>'
-        f' <span class="{css}">{percent(before)} → {percent(after)}</span>'
+        f' · <span class="soft">{_words(result.protocol)}</span>'
+        f' <span class="{_success(after, broken)}">{percent(before)} → {percent(after)}</span>{cost}'
     )
+
+
+def _words(name: str) -> str:
+    return escape(name.replace("_", " "))
 
 
 def _score_rows(result: CaseResult) -> Iterable[str]:
@@ -186,23 +240,39 @@ def _score_row(
         return "–" if not scores else ", ".join(formatted(section, s) for s in scores)
 
     return (
-        f"<tr><td>{escape(label)}</td><td>{escape(axis)}</td>"
+        f"<tr><td>{escape(label)}</td><td>{_words(axis)}</td>"
         f'<td class="n">{text(before)}</td><td class="n">{text(after)}</td></tr>'
     )
 
 
-def _text_table(texts: Sequence[Mapping[str, Any]]) -> str:
-    if not texts:
+def _text_table(result: CaseResult) -> str:
+    """What the model wrote, changed words marked; in red where it should have stayed and is wrong now."""
+    if not result.texts:
         return ""
-    rows = "".join(
-        f"<tr><td>{escape(_SECTIONS.get(t['section'], t['section']))}"
-        f"{' · ' + escape(str(t['axis'])) if t.get('axis') else ''}</td>"
-        + "".join(f'<td class="text">{escape(str(t[key]))}</td>' for key in ("prompt", "pre", "post"))
-        + "</tr>"
-        for t in texts
-    )
+    rows, seen = [], Counter[tuple[str, str]]()
+    for text in result.texts:
+        section, axis = str(text["section"]), str(text.get("axis") or "")
+        place = seen[section, axis]
+        seen[section, axis] += 1
+        css = "lost" if section == "locality" and _lost(result, axis, place) else ""
+        about = f"{escape(_SECTIONS.get(section, section))}{f' · {_words(axis)}' if axis else ''}"
+        post = changed(str(text["pre"]), str(text["post"]), css)
+        rows.append(
+            f'<tr class="{css}"><td>{about}{": lost" if css else ""}</td>'
+            + "".join(f'<td class="text">{escape(str(text[key]))}</td>' for key in ("prompt", "pre"))
+            + f'<td class="text">{post}</td></tr>'
+        )
     head = "<tr><th></th><th>prompt</th><th>written before</th><th>written after</th></tr>"
-    return f'<div class="scroll"><table>{head}{rows}</table></div>'
+    return scrolling(f"{head}{''.join(rows)}")
+
+
+def _lost(result: CaseResult, axis: str, place: int) -> bool:
+    """Whether a neighbour that was right is wrong now; one without a known answer: whether its text is another."""
+    before, after = (half.scores.get("locality_accuracy", {}).get(axis, []) for half in (result.pre, result.post))
+    if place < min(len(before), len(after)):
+        return after[place] < before[place]
+    agreement = result.post.scores.get("locality", {}).get(axis, [])
+    return place < len(agreement) and agreement[place] < 1
 
 
 def _skipped(skipped: Sequence[Mapping[str, Any]]) -> str:

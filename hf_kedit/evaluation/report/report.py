@@ -173,7 +173,7 @@ class EvaluationReport(Results):
             path: file to write (overwriting it).
             max_cases: cases that are shown one by one; 0 for none.
         """
-        return written(html.render(Runs([self]), "Knowledge editing report", max_cases), path)
+        return written(html.render(Runs([self]), None, max_cases), path)
 
     def to_model_index(
         self, model_name: str | None = None, dataset_name: str = "knowledge edits", dataset_type: str | None = None

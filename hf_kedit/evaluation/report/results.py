@@ -55,6 +55,10 @@ class Results:
         """Whether anything was measured under this protocol at this time."""
         return any(r.protocol == protocol and r.when == when for r in self.results)
 
+    def writes(self, protocol: str) -> bool:
+        """Whether the model wrote its answers under this protocol."""
+        return any(r.texts and "rewrite" in r.post.scores for r in self.results if r.protocol == protocol)
+
     def chosen(self, protocol: str | None = None, when: str | None = None) -> list[CaseResult]:
         """The results under one protocol (default: the first) at one time (default: the last).
 

@@ -36,6 +36,8 @@ SHORT = {
     "portability": "portability",
 }
 """Short names of the means for charts and wide tables."""
+SUCCESSES = ("ES", "PS", "NS")
+"""CounterFact's success rates, whose harmonic mean is its score S."""
 AxisKey = tuple[str, str]
 """Section of a number that only some protocols have (else empty), and its name."""
 
@@ -79,7 +81,7 @@ def _means_of_numbers(halves: Sequence[Half]) -> tuple[dict[str, dict[str, float
             if value is not None:
                 means.setdefault(section, {})[key] = value
                 counts[f"{section}/{key}"] = n
-    successes = [means.get("counterfact", {}).get(name) for name in ("ES", "PS", "NS")]
+    successes = [means.get("counterfact", {}).get(name) for name in SUCCESSES]
     known = [value for value in successes if value is not None]
     if len(known) == 3:  # the harmonic mean of the means, not a mean over cases
         means["counterfact"]["S"] = harmonic_score(known)
@@ -151,7 +153,7 @@ def label_of(section: str, name: str) -> str:
 
 def in_charts(section: str, name: str) -> bool:
     """Whether a mean gets a chart of its own; the magnitudes and exact matches stand in the table only."""
-    return section != "counterfact" or name in ("ES", "PS", "NS", "S")
+    return section != "counterfact" or name in (*SUCCESSES, "S")
 
 
 def formatted(section: str, value: float | None) -> str:
