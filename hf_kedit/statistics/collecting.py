@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of, frozen_eval
 from ..engine.weights import get_module, weight_shape
 from ..errors import StatisticsError
-from ..logging import get_logger, progress_bar
+from ..logging import get_logger, progress_bar, warn_once
 from ..tokens import context_length, encode_text, pad_id, pad_rows
 from .corpora import Corpus
 from .moments import SecondMoment
@@ -81,7 +82,7 @@ def collect_moments(
     budget = token_budget or _BUDGETS.get(device.type, _BUDGET_ELSEWHERE)
     if checkpoint is not None and workers.count > 1:
         checkpoint = checkpoint.with_name(f"{checkpoint.stem}-{workers.rank}-of-{workers.count}{checkpoint.suffix}")
-    totals, place = _resume(checkpoint, modules, corpus.name)
+    totals, place = _resume(checkpoint, modules, corpus.name, lambda module: _input_width(model, module))
     next_save, fill = time.monotonic() + SAVE_SECONDS, pad_id(tokenizer)
 
     with (
@@ -104,7 +105,10 @@ def collect_moments(
             place.texts += len(group)
             if checkpoint is not None and time.monotonic() >= next_save:
                 started = time.monotonic()
-                _save_partial(checkpoint, totals, place, corpus.name)
+                try:
+                    _save_partial(checkpoint, totals, place, corpus.name)
+                except OSError as error:  # a full disk costs the work of a run that is killed, no more
+                    warn_once(logger, f"cannot write partial statistics to {checkpoint.parent}: {error}")
                 next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_SHARE * (time.monotonic() - started))
     if place.tokens == 0:
         raise StatisticsError(f"the corpus {corpus.name!r} has no text")
@@ -116,8 +120,9 @@ def collect_moments(
         total = total.to("cpu")
         whole.append(total.triu_().add_(total.triu(1).mT))
     workers.add_up([count, *whole])
-    if checkpoint is not None and checkpoint.exists():
-        checkpoint.unlink()
+    if checkpoint is not None:
+        with contextlib.suppress(OSError):
+            checkpoint.unlink(missing_ok=True)
     return {m: SecondMoment(total, int(count), corpus.name) for m, total in zip(modules, whole, strict=True)}
 
 
@@ -258,8 +263,18 @@ def _save_partial(path: Path, totals: dict[str, torch.Tensor], place: _Place, co
     write_tensors(path, {name: total.to("cpu") for name, total in totals.items()}, meta)
 
 
-def _resume(path: Path | None, modules: Sequence[str], corpus: str) -> tuple[dict[str, torch.Tensor], _Place]:
-    if path is None or not path.exists():
+def _resume(
+    path: Path | None, modules: Sequence[str], corpus: str, width: Callable[[str], int]
+) -> tuple[dict[str, torch.Tensor], _Place]:
+    """Where a pass that was killed had come to; the beginning, if that cannot be read.
+
+    Args:
+        path: what `_save_partial` wrote.
+        modules: that are wanted.
+        corpus: name of the text.
+        width: of a module's inputs.
+    """
+    if path is None or not path.is_file():
         return {}, _Place()
     try:
         with safe_open(path, framework="pt") as file:
@@ -269,7 +284,10 @@ def _resume(path: Path | None, modules: Sequence[str], corpus: str) -> tuple[dic
                 return {}, _Place()
             totals = {m: file.get_tensor(m) for m in file.keys()}  # noqa: SIM118
             place = _Place(**{key: int(meta[key]) for key in vars(_Place())})
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError):
+        return {}, _Place()
+    sums = (SecondMoment(total, place.own) for total in totals.values())
+    if min(vars(place).values()) < 0 or any(s.fault(w) for s, w in zip(sums, map(width, totals), strict=True)):
         return {}, _Place()
     if place.own and set(totals) != set(modules):
         return {}, _Place()
@@ -278,10 +296,20 @@ def _resume(path: Path | None, modules: Sequence[str], corpus: str) -> tuple[dic
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file that is there as a whole or not at all, whoever writes the same one meanwhile.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _input_width(model: torch.nn.Module, module: str) -> int:

@@ -61,6 +61,23 @@ class SecondMoment:
             mean.mul_(1 - rho).diagonal().add_(rho * size)
         return mean
 
+    def fault(self, width: int | None = None) -> str | None:
+        """What is wrong with a moment that was read from a file; ``None``: nothing.
+
+        Args:
+            width: dimensions that the module reads; ``None``: any number.
+        """
+        total = self.total
+        if total.dim() != 2 or total.shape[0] != total.shape[1] or total.shape[0] != (width or total.shape[0]):
+            return f"its matrix is {tuple(total.shape)}, not {f'({width}, {width})' if width else 'square'}"
+        if total.dtype != torch.float64:
+            return f"its matrix is {total.dtype}, not torch.float64"
+        if self.count < 1:
+            return f"it is over {self.count} tokens"
+        if not bool(torch.isfinite(total).all()) or bool((total.diagonal() < 0).any()):
+            return "its matrix holds NaN, infinity, or a negative sum of squares"
+        return None
+
     def merged(self, other: SecondMoment) -> SecondMoment:
         """Moments over both sets of tokens."""
         return SecondMoment(self.total + other.total, self.count + other.count, self.source)
@@ -146,10 +163,10 @@ class SharedMoments:
                 moment = SecondMoment(
                     file.get_tensor("moment2_sum"), int(file.get_tensor("count")), str(entry["corpus"])
                 )
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, OverflowError) as error:
             raise ArtifactError(f"{self.source.name}: {name} is damaged: {error}") from error
-        if moment.total.dim() != 2 or moment.total.shape[0] != moment.total.shape[1]:
-            raise ArtifactError(f"{self.source.name}: {name} holds no square matrix")
+        if fault := moment.fault():
+            raise ArtifactError(f"{self.source.name}: {name} holds no second moment: {fault}")
         return moment
 
 

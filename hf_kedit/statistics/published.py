@@ -96,6 +96,7 @@ def _count(path: Path) -> int:
 def _read(path: Path) -> SecondMoment:
     with _opened(path) as file:
         total, count = torch.from_numpy(file["mom2.mom2"]).double(), int(file["mom2.count"])
-    if total.dim() != 2 or total.shape[0] != total.shape[1] or count < 1 or not bool(torch.isfinite(total).all()):
-        raise ArtifactError(f"{path} holds no second moment: {tuple(total.shape)} over {count} tokens")
-    return SecondMoment(total, count, path.parent.name.removesuffix("_stats"))
+    moment = SecondMoment(total, count, path.parent.name.removesuffix("_stats"))
+    if fault := moment.fault():
+        raise ArtifactError(f"{path} holds no second moment: {fault}")
+    return moment

@@ -256,6 +256,7 @@ class StatisticsStore:
         """Find the module on disk, over this corpus and enough tokens of it, or all that it has."""
         if not self.folder.is_dir():
             return None
+        width = weight_shape(get_module(self.model, module))[1]
         best: SecondMoment | None = None
         others: list[str] = []
         for path in sorted(self.folder.glob(f"*/{slug(module)}.safetensors")):
@@ -268,10 +269,12 @@ class StatisticsStore:
                         others.append(f"{meta.get('corpus')} ({int(meta['count']):,} tokens)")
                         continue
                     moment = SecondMoment(file.get_tensor("moment2_sum"), int(meta["count"]), meta["corpus"])
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
-                warn_once(logger, f"ignoring the unreadable statistics file {path}: {error}")
+                    read = max(moment.count, int(meta.get("wanted", 0)))  # a short text has been read to its end
+                if fault := moment.fault(width):
+                    raise ValueError(fault)
+            except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+                warn_once(logger, f"{path} cannot be used and is computed again: {error}")
                 continue
-            read = max(moment.count, int(meta.get("wanted", 0)))  # a short text has been read to its end
             if (self.tokens is None or read >= self.tokens) and (best is None or moment.count > best.count):
                 best = moment
         if best is not None:
