@@ -98,6 +98,10 @@ class RollbackError(KeditError, ValueError):
     """An edit cannot be undone as asked."""
 
 
+class ModelBusyError(KeditError, RuntimeError):
+    """A model cannot be changed now, because other threads use it in a way that would not end."""
+
+
 class MergeError(KeditError, RuntimeError):
     """Edits of this kind cannot become part of a stock model."""
 

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import embedded
-from .anatomy.switching import uninterrupted
+from .anatomy.switching import Switch, uninterrupted
 from .artifact.layout import Artifact
 from .artifact.lora_exchange import LoraExchange
 from .artifact.packs import Packs
@@ -22,6 +24,7 @@ from .artifact.sharing import Sharing
 from .artifact.writing import save_artifact
 from .config import EditConfig
 from .editing import Editing
+from .engine.access import alone, among_others, exclusively
 from .engine.weights import head_kept
 from .errors import ConfigError
 from .loading import hub_options, load_base, load_tokenizer, model_name
@@ -139,7 +142,7 @@ class EditableModel(Editing, Sharing, LoraExchange):
                 untie=untie,
                 model_kwargs=model_kwargs,
             )
-            with head_kept(arguments["base_model"]):
+            with alone(arguments["base_model"]), head_kept(arguments["base_model"]):
                 return restore(artifact, cls(**arguments), ignore_fingerprint=ignore_fingerprint)
         if isinstance(base_model, (str, Path)):
             raise ConfigError("base_model= as a name belongs to saved edits; a model to edit is named first")
@@ -156,6 +159,7 @@ class EditableModel(Editing, Sharing, LoraExchange):
 
     # ------------------------------------------------------------------ keeping edits
 
+    @exclusively
     def merge_and_unload(self) -> PreTrainedModel:
         """Make the edits permanent and return the plain transformers model.
 
@@ -202,17 +206,26 @@ class EditableModel(Editing, Sharing, LoraExchange):
         Returns:
             The query behind the edit that it belongs to, or the query itself.
         """
-        return self.prompts.build_prompt(query)
+        with self._turn():
+            return self.prompts.build_prompt(query)
 
     # ------------------------------------------------------------------ being a model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped model, edits included."""
-        return self.base_model(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a compiled graph cannot wait for other threads
+            return self.base_model(*args, **kwargs)
+        with self._turn():
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the wrapped model, edits included."""
-        return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+        with self._turn():
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _turn(self) -> Switch[None]:
+        """Other threads may run the model too, unless a call looks at the unedited model on its way."""
+        return (alone if self.prompts.asks_the_model else among_others)(self.base_model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -236,7 +249,7 @@ def _named_after(base: Any) -> type[EditableModel]:
 
     @functools.wraps(base.forward)
     def forward(self: EditableModel, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+        return EditableModel.forward(self, *args, **kwargs)
 
     return type(base.__name__, (EditableModel,), {"forward": forward, "__module__": EditableModel.__module__})
 

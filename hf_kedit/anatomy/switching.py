@@ -146,8 +146,20 @@ _interrupts.shielded |= {f.__code__ for f in (Switch.__enter__, Switch.__exit__,
 
 
 def interrupted() -> bool:
-    """Whether an interrupt waits to be delivered, for a `Switch` that only undoes what has failed."""
-    return _interrupts.is_waiting
+    """Whether an interrupt waits to be delivered here, for a `Switch` that only undoes what has failed."""
+    return _interrupts.is_waiting and threading.current_thread() is threading.main_thread()
+
+
+def deliver_interrupts() -> None:
+    """Deliver what is held back now, for the change of a `Switch` that waits and has changed nothing yet.
+
+    Not inside another one's steps, which have to be finished.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code not in _interrupts.shielded:
+        frame = frame.f_back
+    if frame is not None and threading.current_thread() is threading.main_thread():
+        _interrupts.deliver(frame.f_back)
 
 
 class _Switched(Switch[T]):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..editing.state import EditedModel
+from ..engine.access import exclusively, together_with_others
 from ..journal import EditResult
 from ..requests import RequestSource
 from .lora_compile import CompiledEdits, compile_edits
@@ -18,6 +19,7 @@ from .lora_tensors import LoraTarget
 class LoraExchange(EditedModel):
     """Methods of `EditableModel` for LoRA adapters."""
 
+    @together_with_others
     def export_lora(
         self,
         folder: str | Path,
@@ -42,6 +44,7 @@ class LoraExchange(EditedModel):
         """
         return export_lora(self, Path(folder), target=target, rank=rank, modules=modules)
 
+    @exclusively
     def compile_edits(
         self, folder: str | Path | None = None, *, rank: int, target: LoraTarget = "peft"
     ) -> CompiledEdits:
@@ -64,6 +67,7 @@ class LoraExchange(EditedModel):
         """
         return compile_edits(self, None if folder is None else Path(folder), rank=rank, target=target)
 
+    @exclusively
     def import_lora(
         self,
         adapter: str | Path,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..editing.state import EditedModel
+from ..engine.access import exclusively
 from ..errors import ConfigError
 from ..storage.repository import push_files
 from .layout import OWN_FILES, WHOLE_MODEL
@@ -74,6 +75,7 @@ class Sharing(EditedModel):
 
     # ------------------------------------------------------------------ packs
 
+    @exclusively
     def load_edits(
         self,
         source: str | Path,
@@ -114,6 +116,7 @@ class Sharing(EditedModel):
             **hub,
         )
 
+    @exclusively
     def set_active(self, names: str | Sequence[str], *, on_conflict: OnConflict = "warn") -> None:
         """Switch packs on and off. The weights become the sum of the model's own edits and the named packs, in order.
 
@@ -127,6 +130,7 @@ class Sharing(EditedModel):
         """
         self.packs.set_active([names] if isinstance(names, str) else list(names), on_conflict=on_conflict)
 
+    @exclusively
     def unload_edits(self, name: str) -> None:
         """Switch a pack off, which restores the bits that the weights had without it, and forget it.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save as dump_tensors
 
 from ..editing.state import EditedModel
+from ..engine.access import together_with_others
 from ..errors import ArtifactError, ExportError
 from ..journal import Edit
 from ..loading import is_local
@@ -84,6 +85,7 @@ def save_artifact(
     write_folder(folder, files, last=CONFIG, owned=OWN_FILES)
 
 
+@together_with_others
 def artifact_files(
     model: EditedModel,
     *,

@@ -100,6 +100,11 @@ class Ledger:
         return {**self._measured, **self.accounts}
 
     @property
+    def is_disabled(self) -> bool:
+        """Whether this is inside `disabled`."""
+        return self._disabled > 0
+
+    @property
     def runs_beside(self) -> bool:
         """Whether some of the edits run beside weights instead of lying in them."""
         return bool(self._beside)

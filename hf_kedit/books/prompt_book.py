@@ -20,7 +20,7 @@ from .book import Saved, check_known
 from .counterfactuals import BASE, find_counterfactual
 from .ledger import Ledger
 from .prompting import Prefix, Prompter
-from .retrieval import Passage, Retriever, find_retriever
+from .retrieval import Passage, Retriever, find_retriever, is_own
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,6 +85,11 @@ class PromptBook:
     def edit_ids(self) -> list[str]:
         """Ids of the edits, oldest first."""
         return [entry.edit_id for entry in self.entries]
+
+    @property
+    def asks_the_model(self) -> bool:
+        """Whether looking an entry up reads states of the unedited model itself."""
+        return any(is_own(entry.retriever) for entry in self.entries)
 
     # ------------------------------------------------------------------ routing
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ class Prefix:
 
 
 Router = Callable[[Sequence[str]], Sequence["Prefix | None"]]
+_INSIDE: ContextVar[tuple[Prompter, ...]] = ContextVar("kedit_prompters", default=())
+"""Whose own calls are under way here: several threads may call one model."""
 
 
 class Prompter:
@@ -101,6 +104,21 @@ class Prompter:
 
         return switched(lambda: count(1), lambda: count(-1))
 
+    def _own_calls(self) -> Switch[None]:
+        """The calls that this thread makes inside the block go to the model as they are."""
+
+        def begin() -> None:
+            _INSIDE.set((*_INSIDE.get(), self))
+
+        def end() -> None:
+            _INSIDE.set(tuple(known for known in _INSIDE.get() if known is not self))
+
+        return switched(begin, end)
+
+    @property
+    def _lets_pass(self) -> bool:
+        return self.is_passing or self in _INSIDE.get()
+
     @property
     def is_passing(self) -> bool:
         """Whether calls go to the model as they are now."""
@@ -123,7 +141,7 @@ class Prompter:
     def _forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         names = [n for n in inspect.signature(type(self.model).forward).parameters if n != "self"]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        rows = None if self._passing else _Rows.read(given)
+        rows = None if self._lets_pass else _Rows.read(given)
         if rows is None:
             return plain(*args, **kwargs)
         two_stacks = self.model.config.is_encoder_decoder
@@ -138,11 +156,11 @@ class Prompter:
             )
         output: Any
         if two_stacks:
-            with self.passing():
+            with self._own_calls():
                 output = self._two_stacks(plain, given, rows, routes)
             return output.to_tuple() if given.get("return_dict") is False else output
         labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
-        with self.passing():
+        with self._own_calls():
             columns = _columns(keep if labels is None else 0, rows)
             answers = self._logits(plain, given, rows, routes, columns)
         masked = labels is None and isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
@@ -254,9 +272,9 @@ class Prompter:
         given = dict(kwargs)
         if inputs is not None:
             given["input_ids"] = inputs
-        rows = None if self._passing else _Rows.read(given)
+        rows = None if self._lets_pass else _Rows.read(given)
         routes = self._routes(rows, None) if rows is not None else []
-        with self.passing():
+        with self._own_calls():
             if rows is None or not any(routes):
                 return plain(inputs, *args, **kwargs)
             if args:

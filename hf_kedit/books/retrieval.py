@@ -168,7 +168,7 @@ class Remembering:
 
 def register_retriever(retriever: Retriever) -> None:
     """Make a retriever known under its name, for configs and for loading saved edits that used it."""
-    if retriever.name in (LEXICAL, DENSE) or _is_model(retriever.name):
+    if retriever.name in (LEXICAL, DENSE) or is_own(retriever.name):
         raise ConfigError(f"{retriever.name!r} is the name of a built-in retriever; choose another")
     _REGISTERED[retriever.name] = retriever
 
@@ -194,7 +194,7 @@ def find_retriever(name: str, own: Callable[[str], Retriever] | None = None) -> 
         return LexicalRetriever()
     if name == DENSE:
         name = DENSE_MODEL
-    if _is_model(name):
+    if is_own(name):
         if own is None:
             raise ConfigError(f"the retriever {name!r} compares states of an edited model, and there is none here")
         return own(name)
@@ -211,7 +211,8 @@ def find_retriever(name: str, own: Callable[[str], Retriever] | None = None) -> 
     return _REGISTERED[name]
 
 
-def _is_model(name: str) -> bool:
+def is_own(name: str) -> bool:
+    """Whether a retriever of this name compares the edited model's own states."""
     return name.partition(":")[0] == MODEL
 
 

@@ -20,6 +20,7 @@ from ..books.prompt_book import PromptBook
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import AutoEditConfig, EditConfig, ModelProfile
+from ..engine.access import alone, among_others, exclusively, together_with_others
 from ..engine.quantised import keep_layout
 from ..engine.weights import head_kept, model_fingerprint, tensor_digest, untie_head
 from ..errors import ConfigError
@@ -71,7 +72,7 @@ class EditedModel(nn.Module):
         self.base_model_id = model_name(base_model_id or getattr(base_model.config, "name_or_path", "") or "")
         self.base_model_revision = base_model_revision or getattr(base_model.config, "_commit_hash", None)
         self.anatomy_overrides = dict(anatomy or {})
-        with head_kept(base_model):
+        with alone(base_model), head_kept(base_model):
             if untie:
                 untie_head(base_model)
             keep_layout(base_model)
@@ -98,6 +99,7 @@ class EditedModel(nn.Module):
 
     # ------------------------------------------------------------------ the method
 
+    @exclusively
     def set_method(self, config: EditConfig | str) -> Self:
         """Choose the method of the next edits; earlier edits stay.
 
@@ -162,7 +164,8 @@ class EditedModel(nn.Module):
     @property
     def edits(self) -> list[Edit]:
         """The journal: every edit that the model carries, oldest first."""
-        return self.journal.as_list()
+        with among_others(self.base_model):  # not what an edit that is being made has written so far
+            return self.journal.as_list()
 
     @property
     def profile(self) -> ModelProfile:
@@ -173,6 +176,7 @@ class EditedModel(nn.Module):
         """The wrapped transformers model; it carries the edits."""
         return self.base_model
 
+    @together_with_others
     def fingerprint(self) -> str:
         """A hash of the model as it is now, with all edits, for cache keys."""
         weights = model_fingerprint(self.base_model)
@@ -180,6 +184,7 @@ class EditedModel(nn.Module):
         beside = [book for kind, book in self.books.items() if kind not in inside and book.edit_ids]
         return tensor_digest([(weights, torch.tensor(0)), *_contents(beside)])[:24] if beside else weights
 
+    @together_with_others
     def base_fingerprint(self) -> str:
         """The hash of the unedited weights."""
         if self._base_fingerprint is None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from ..anatomy.switching import Switch, interrupted, switched, uninterrupted
+from ..anatomy.switching import Switch, interrupted, uninterrupted
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
+from ..engine.access import access_to, alone, exclusively
 from ..engine.devices import PeakMemory, process_memory
 from ..engine.forward import frozen_eval
-from ..errors import ConfigError, EditFailedError, RequestError, RollbackError
+from ..errors import ConfigError, EditFailedError, ModelBusyError, RequestError, RollbackError, WeightError
 from ..journal import Edit, EditResult, Journal, new_id, now
 from ..logging import get_logger, progress, warn_once
 from ..methods.base import check_composition, method_class
@@ -40,6 +42,7 @@ class Watcher(Protocol):
 class Editing(EditedModel):
     """A model with the verbs that change what it knows, and change it back."""
 
+    @exclusively
     def edit(
         self,
         requests: RequestSource | None = None,
@@ -82,6 +85,8 @@ class Editing(EditedModel):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         if self.tokenizer is None:
             raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        if self.ledger.is_disabled:
+            raise WeightError("edits are switched off (disable_edits); leave that block before editing")
         if watch is not None:
             watch.before(self.base_model, self.tokenizer, todo)
         method, bench = self._method, self._method.bench
@@ -99,6 +104,7 @@ class Editing(EditedModel):
                 result.side_effects = watch.after(self.base_model)
             return result
 
+    @exclusively
     def resolve_all(
         self,
         iterations: int | None = None,
@@ -266,6 +272,7 @@ class Editing(EditedModel):
             self.journal.add(edits)
         return edits
 
+    @exclusively
     def rollback(self, which: str | int | Sequence[str] = "all") -> list[Edit]:
         """Undo edits exactly.
 
@@ -311,6 +318,7 @@ class Editing(EditedModel):
         gone = [e.id for e in joint if e.id in set(ids)]
         self._solve_together(joint, [], how["iterations"], how["until"], gone=gone)
 
+    @exclusively
     def rebuild_without(self, edit_id: str, *, show_progress: bool = True) -> list[Edit]:
         """Get rid of an edit that cannot be undone alone: undo all edits of its method and make the others again.
 
@@ -347,20 +355,72 @@ class Editing(EditedModel):
         return again
 
     def disable_edits(self) -> Switch[Self]:
-        """The original model inside the block, bit for bit; same object, no second copy of the model."""
-        off = all_disabled(self.books.values())
+        """The original model inside the block, bit for bit; same object, no second copy of the model.
 
-        def begin() -> Any:
-            off.__enter__()
-            return self
+        It is the model that is switched, not the thread: what other threads ask meanwhile is answered by the original
+        model too, and what would change its edits waits. Use ``with model.exclusive(), model.disable_edits():`` where
+        others are to wait for the block instead.
+        """
+        return _WithoutEdits(self)
 
-        return switched(begin, lambda: off.__exit__(None, None, None))
+    def exclusive(self) -> Switch[None]:
+        """A block in which this thread has the model for itself: calls of other threads wait until it is left.
 
+        For several steps that others must not look between: edit, look at the result, roll back. The block belongs to
+        the thread that opened it; threads that are started inside and use the model wait like all others.
+
+        Raises:
+            ModelBusyError: if another thread has the edits switched off and does not leave that block.
+        """
+        return alone(self.base_model, edited=True)
+
+    @exclusively
     def unload(self) -> PreTrainedModel:
         """Undo all edits and return the plain transformers model."""
         if len(self.journal):
             self.rollback("all")
         return self.base_model
+
+
+class _WithoutEdits(Switch[Any]):
+    """The original model: switched while nobody else runs it, so that no call begins with one model and ends with
+    the other. Nothing is locked inside the block, where threads may be started that use the model."""
+
+    def __init__(self, model: Editing):
+        self._model, self._off = model, all_disabled(model.books.values())
+        self._access, self._thread = access_to(model.base_model), threading.get_ident()
+        self._is_off = False
+
+    def change(self) -> Editing:
+        """Switch the edits off."""
+        self._access.take()
+        try:
+            self._thread = threading.get_ident()
+            self._off.__enter__()
+            self._is_off = True
+            self._access.switched_off(self._thread, 1)
+        finally:
+            self._access.release()
+        return self._model
+
+    def put_back(self, failed: bool) -> None:
+        """Switch them on again."""
+        if not self._is_off:
+            return
+        try:
+            self._access.take()
+        except ModelBusyError:  # two calls wait for each other; the edits come back all the same
+            self._switch_on()
+        else:
+            try:
+                self._switch_on()
+            finally:
+                self._access.release()
+
+    def _switch_on(self) -> None:
+        self._is_off = False
+        self._access.switched_off(self._thread, -1)
+        self._off.__exit__(None, None, None)
 
 
 class _AllOrNothing(Switch[None]):

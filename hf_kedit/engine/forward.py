@@ -17,6 +17,7 @@ from ..anatomy.probing import evaluating
 from ..anatomy.switching import Switch, switched
 from ..errors import ConfigError
 from ..tokens import TokenBatch
+from .access import alone
 from .weights import compute_device
 
 
@@ -194,21 +195,24 @@ def recomputed_blocks(model: PreTrainedModel) -> Switch[None]:
     return switched(change, put_back)
 
 
-class frozen_eval(Switch[None]):
-    """Evaluation mode without weight gradients; every flag is put back afterwards.
+class frozen_eval(alone):
+    """Evaluation mode without weight gradients, alone with the model; every flag is put back afterwards.
 
     If the block fails, so are the hooks and torch's gradient mode: whoever sets one of them without a `Switch`
     (``torch.no_grad`` too) may have been interrupted before it took note of it.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self._model, self._eval = model, evaluating(model)
+        super().__init__(model)
+        self._model = model
+        self._eval: Switch[None] | None = None
         self._trainable: list[torch.nn.Parameter] = []
 
     def change(self) -> None:
-        """Set the flags, and note the hooks."""
-        self._grad = torch.is_grad_enabled()
-        self._hooks = {id(held): set(held) for held in _hooks(self._model)}
+        """Wait for other threads, note the hooks, and set the flags."""
+        super().change()
+        self._grad, self._hooks = torch.is_grad_enabled(), {id(held): set(held) for held in _hooks(self._model)}
+        self._eval = evaluating(self._model)
         self._eval.__enter__()
         self._trainable = [p for p in self._model.parameters() if p.requires_grad]
         for parameter in self._trainable:
@@ -216,6 +220,14 @@ class frozen_eval(Switch[None]):
 
     def put_back(self, failed: bool) -> None:
         """Set the flags as they were; take off what hooks are left of a block that failed."""
+        try:
+            if self._eval is not None:
+                self._put_back_flags(failed)
+                self._eval.__exit__(None, None, None)
+        finally:
+            super().put_back(failed)
+
+    def _put_back_flags(self, failed: bool) -> None:
         if failed:
             torch.set_grad_enabled(self._grad)
         for held in _hooks(self._model) if failed else ():
@@ -223,7 +235,6 @@ class frozen_eval(Switch[None]):
                 del held[key]
         for parameter in self._trainable:
             parameter.requires_grad_(True)
-        self._eval.__exit__(None, None, None)
 
 
 def _hooks(model: torch.nn.Module) -> Iterator[dict[int, Any]]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...engine.access import alone
 from ...errors import EvaluationError, check_choice, check_count, shown
 from ..asking.batching import TOKEN_BUDGET
 from ..measures.abilities import Ability
@@ -128,48 +129,54 @@ def evaluate_edits(
     checkpoints = parse_at(at, setting, len(cases))
     if setting != SAVED:
         check_requests(model, cases, strict=on_error == "raise")
-    run = Run(
-        model,
-        protocols,
-        WearMeter(model, texts, list(abilities), token_budget),
-        setting,
-        separator,
-        token_budget,
-        PRE_EDIT_CACHE if cache is None else cache,
-        on_error,
-        prompt_transform,
-    )
-    units = make_units(cases, setting, batch_size)
-    plan = make_plan(units, setting, whens, checkpoints)
-    settings = run.settings(cases, batch_size, whens, checkpoints)
-    mine = [step for step in plan if step.unit % part[1] == part[0] - 1] if part[1] > 1 else plan
-    folder = None if output_dir is None else RunFolder(output_dir, settings, plan, part)
-    if folder is not None:
-        run.done = folder.done
-    by_number = {case.number: case for case in cases}
-    run.folder = folder
-    began = time.perf_counter()
-    todo = [step for step in mine if step.number not in run.done]
-    if todo or keep_edits:
-        # Everything is asked of the unedited model in the same batches, whether or not a run is continued.
-        run.measure_pre(mine, by_number)
-        seconds_pre = time.perf_counter() - began
-        run.execute(units, mine, by_number, progress, keep_edits)
-        meta = {
-            **settings,
-            "batch_size": max(len(unit) for unit in units),
-            "n": len({number for step in mine for number in step.cases}),
-            "seconds": time.perf_counter() - began,
-            "seconds_pre": seconds_pre,
-            "seconds_setup": run.seconds_setup,
-            **run.describe(),
-        }
+    with alone(model.base_model, edited=True):  # nobody else is to see edits that are made to be measured
+        run = Run(
+            model,
+            protocols,
+            WearMeter(model, texts, list(abilities), token_budget),
+            setting,
+            separator,
+            token_budget,
+            PRE_EDIT_CACHE if cache is None else cache,
+            on_error,
+            prompt_transform,
+        )
+        units = make_units(cases, setting, batch_size)
+        plan = make_plan(units, setting, whens, checkpoints)
+        settings = run.settings(cases, batch_size, whens, checkpoints)
+        mine = [step for step in plan if step.unit % part[1] == part[0] - 1] if part[1] > 1 else plan
+        folder = None if output_dir is None else RunFolder(output_dir, settings, plan, part)
         if folder is not None:
-            folder.finish(meta)
-    else:
-        stored = folder.read_meta() if folder is not None else {}
-        meta = {**settings, "n": len({number for step in mine for number in step.cases}), **run.describe(), **stored}
-    return assemble({s.number: run.done[s.number] for s in mine}, [meta], [step.when for step in mine])
+            run.done = folder.done
+        by_number = {case.number: case for case in cases}
+        run.folder = folder
+        began = time.perf_counter()
+        todo = [step for step in mine if step.number not in run.done]
+        if todo or keep_edits:
+            # Everything is asked of the unedited model in the same batches, whether or not a run is continued.
+            run.measure_pre(mine, by_number)
+            seconds_pre = time.perf_counter() - began
+            run.execute(units, mine, by_number, progress, keep_edits)
+            meta = {
+                **settings,
+                "batch_size": max(len(unit) for unit in units),
+                "n": len({number for step in mine for number in step.cases}),
+                "seconds": time.perf_counter() - began,
+                "seconds_pre": seconds_pre,
+                "seconds_setup": run.seconds_setup,
+                **run.describe(),
+            }
+            if folder is not None:
+                folder.finish(meta)
+        else:
+            stored = folder.read_meta() if folder is not None else {}
+            meta = {
+                **settings,
+                "n": len({number for step in mine for number in step.cases}),
+                **run.describe(),
+                **stored,
+            }
+        return assemble({s.number: run.done[s.number] for s in mine}, [meta], [step.when for step in mine])
 
 
 class BeforeAndAfter:
