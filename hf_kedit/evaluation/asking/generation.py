@@ -22,7 +22,7 @@ from transformers import (
 
 from ...anatomy.switching import Switch, switched
 from ...engine.forward import device_of, frozen_eval
-from ...errors import EvaluationError
+from ...errors import EvaluationError, shown
 from ...tokens import context_length, pad_id, pad_rows, prompt_ids
 from .batching import (
     TOKEN_BUDGET,
@@ -151,7 +151,7 @@ def _prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_format: PromptFormat, encoder_decoder: bool
 ) -> list[int]:
     if prompt_format not in ("raw", "qa", "chat"):
-        raise EvaluationError(f"unknown prompt_format {prompt_format!r}: use 'raw', 'qa' or 'chat'")
+        raise EvaluationError(f"unknown prompt_format {shown(prompt_format)}: use 'raw', 'qa' or 'chat'")
     if prompt_format == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise EvaluationError("prompt_format='chat' needs a tokenizer with a chat template; use 'raw' or 'qa'")

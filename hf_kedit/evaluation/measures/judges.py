@@ -181,7 +181,9 @@ class CallableJudge(Judge):
         if value is None:
             return None
         if not is_verdict(value):
-            raise EvaluationError(f"the judge {self.name!r} returned {value!r}; return a bool or a number in [0, 1]")
+            raise EvaluationError(
+                f"the judge {self.name!r} returned {shown(value)}; return a bool or a number in [0, 1]"
+            )
         return float(value)
 
 
@@ -271,7 +273,7 @@ class OpenAICompatibleJudge(ModelJudge):
     ):
         super().__init__(model, instruction, cache_path=cache_path, max_workers=max_workers)
         if fallback not in (None, "exact"):
-            raise EvaluationError(f"fallback must be 'exact' or None, not {fallback!r}")
+            raise EvaluationError(f"fallback must be 'exact' or None, not {shown(fallback)}")
         check_count("max_tokens", max_tokens)
         self.endpoint = ChatEndpoint(base_url, api_key_env, timeout, retries, wait)
         self.fallback, self.max_tokens = fallback, max_tokens

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, shown
 from . import metrics
 
 PairKind = Literal["rewrite", "paraphrase", "neighborhood"]
@@ -37,7 +37,7 @@ def counterfact_pair(nll_new: float, nll_true: float, kind: PairKind = "rewrite"
         EvaluationError: for an unknown kind.
     """
     if kind not in COUNTERFACT_NAMES:
-        raise EvaluationError(f"unknown kind {kind!r}; use one of {', '.join(COUNTERFACT_NAMES)}")
+        raise EvaluationError(f"unknown kind {shown(kind)}; use one of {', '.join(COUNTERFACT_NAMES)}")
     wanted, other = (nll_true, nll_new) if kind == "neighborhood" else (nll_new, nll_true)
     return float(wanted < other), _probability(wanted) - _probability(other)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...errors import DataError, EvaluationError, check_choice, require_extra
+from ...errors import DataError, EvaluationError, check_choice, require_extra, shown
 from ...storage.parsing import parse_json, read_text
 from ...text.scripts import is_cjk
 
@@ -177,7 +177,7 @@ def bleu(
         EvaluationError: for an unknown level or without a reference.
     """
     if level not in ("word", "char"):
-        raise EvaluationError(f"level must be 'word' or 'char', not {level!r}")
+        raise EvaluationError(f"level must be 'word' or 'char', not {shown(level)}")
     texts = [references] if isinstance(references, str) else list(references)
     if not texts:
         raise EvaluationError("BLEU needs at least one reference")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from ...errors import EvaluationError, RequestError, check_choice, check_count
+from ...errors import EvaluationError, RequestError, check_choice, check_count, shown
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import Continuation, PromptFormat, generate_answers
 from ..asking.scoring import PairScore, Unscored, encode_row, try_score_pairs
@@ -214,11 +214,11 @@ class TeacherForced(PairProtocol):
     def __post_init__(self) -> None:
         if self.scorer not in ("token", "exact"):
             raise EvaluationError(
-                f"TeacherForced has the scorers 'token' and 'exact', not {self.scorer!r};"
+                f"TeacherForced has the scorers 'token' and 'exact', not {shown(self.scorer)};"
                 " 'contains' and 'f1' need protocol='generation'"
             )
         if self.aliases not in ("best", "first"):
-            raise EvaluationError(f"TeacherForced.aliases must be 'best' or 'first', not {self.aliases!r}")
+            raise EvaluationError(f"TeacherForced.aliases must be 'best' or 'first', not {shown(self.aliases)}")
 
     def queries(self, question: Question) -> list[Query]:
         answers = [alias for group in question.groups for alias in group]
@@ -267,14 +267,18 @@ class Generation(Protocol):
         if self.scorer != PREFIX_TOKENS:
             metrics.answer_scorer(self.scorer)
         elif self.prompt_format != "raw":
-            raise EvaluationError(f"scorer {PREFIX_TOKENS!r} needs prompt_format='raw', not {self.prompt_format!r}")
+            raise EvaluationError(
+                f"scorer {PREFIX_TOKENS!r} needs prompt_format='raw', not {shown(self.prompt_format)}"
+            )
         if self.prompt_format not in ("raw", "qa", "chat"):
-            raise EvaluationError(f"unknown prompt_format {self.prompt_format!r}: use 'raw', 'qa' or 'chat'")
+            raise EvaluationError(f"unknown prompt_format {shown(self.prompt_format)}: use 'raw', 'qa' or 'chat'")
         check_count("max_new_tokens", self.max_new_tokens)
+        if self.cut_at_newline not in (None, True, False):
+            raise EvaluationError(f"cut_at_newline must be true or false, not {shown(self.cut_at_newline)}")
         if self.agreement_tokens is not None:
             check_count("agreement_tokens", self.agreement_tokens)
         if isinstance(self.stop_strings, str) or not all(isinstance(text, str) for text in self.stop_strings):
-            raise EvaluationError(f"stop_strings must be a list of texts, not {self.stop_strings!r}")
+            raise EvaluationError(f"stop_strings must be a list of texts, not {shown(self.stop_strings)}")
 
     def queries(self, question: Question) -> list[Query]:
         if self.scorer == PREFIX_TOKENS and question.groups:

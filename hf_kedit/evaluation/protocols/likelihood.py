@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ...errors import EvaluationError
+from ...errors import EvaluationError, shown
 from ..asking.scoring import PairScore
 from ..measures.likelihoods import COUNTERFACT_NAMES, counterfact_pair
 from .base import PairProtocol, Query, Question, register_protocol
@@ -35,7 +35,7 @@ class Likelihood(PairProtocol):
 
     def __post_init__(self) -> None:
         if self.scorer != "success":
-            raise EvaluationError(f"Likelihood has the scorer 'success' only, not {self.scorer!r}")
+            raise EvaluationError(f"Likelihood has the scorer 'success' only, not {shown(self.scorer)}")
 
     def queries(self, question: Question) -> list[Query]:
         answer = _answer(question)

@@ -15,7 +15,7 @@ from typing import Any
 from ...errors import DataError, shown
 from ...requests import EditRequest, Probe
 from ...storage.shapes import of_type
-from .layout import AboutLayout, RecordLayout
+from .layout import AboutLayout, Number, RecordLayout
 
 AXES = ("locality", "locality_accuracy", "portability")
 """Sections whose scores are kept by axis."""
@@ -83,16 +83,21 @@ class Half:
                 half.about = {
                     name: {k: v for k, v in about.items() if k != "result_key"} for name, about in entry.items()
                 }
-            elif not isinstance(entry, Mapping):
-                half.scores[key.removesuffix(_SCORE)] = {None: _numbers(key, entry)}
-            else:
-                for name, values in entry.items():
-                    if key in AXES and name.endswith(_SCORE):
-                        half.scores.setdefault(key, {})[name.removesuffix(_SCORE)] = _numbers(key, values)
-                    elif key in AXES and name.endswith(_OUTPUT):
+            elif key in AXES:
+                for name, values in of_type(dict[str, Any], entry, key, DataError).items():
+                    if name.endswith(_OUTPUT):
                         half.outputs[name.removesuffix(_OUTPUT)] = list(values)
+                    elif name.endswith(_SCORE):
+                        half.scores.setdefault(key, {})[name.removesuffix(_SCORE)] = _numbers(key, values)
                     else:
-                        half.numbers.setdefault(key, {})[name] = _numbers(key, values)
+                        raise ValueError(
+                            f"{key!r} holds {shown(name)}, which is neither scores nor outputs of an axis"
+                        )
+            elif isinstance(entry, Mapping) and not key.endswith(_SCORE) and key != "per_axis":
+                for name, values in entry.items():
+                    half.numbers.setdefault(key, {})[name] = _numbers(key, values)
+            else:  # one list; a mapping would stand where a summary has a mean
+                half.scores[key.removesuffix(_SCORE)] = {None: _numbers(key, entry)}
         return half
 
 
@@ -253,6 +258,5 @@ def _result_key(section: str) -> str:
 
 def _numbers(key: str, values: Any) -> list[float]:
     """A list of numbers; ``None`` stands for one that is not finite, which JSON lacks."""
-    if not isinstance(values, list) or not all(isinstance(number, float | int | None) for number in values):
-        raise ValueError(f"{key!r} must hold a list of numbers, not {shown(values)}")
+    of_type(list[Number], values, key, DataError)
     return [math.nan if number is None else number for number in values]

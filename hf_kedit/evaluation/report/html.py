@@ -178,7 +178,7 @@ def _wear_cells(point: Mapping[str, Any]) -> str:
     numbers = [point.get("n_edits"), *(drift.get(name) for name in ("relative", "spectral", "changed"))]
     if "perplexity" not in point:
         return "".join(f'<td class="n">{_number(value)}</td>' for value in numbers)
-    numbers += [point.get("activation_norm_ratio"), point["perplexity"], point["perplexity_before"]]
+    numbers += [point.get("activation_norm_ratio"), point["perplexity"], point.get("perplexity_before")]
     css = "n" if state == "ok" else "n warning"
     return (
         "".join(f'<td class="n">{_number(value)}</td>' for value in numbers)

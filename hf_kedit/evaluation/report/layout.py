@@ -94,6 +94,15 @@ class CheckpointLayout(TypedDict):
     abilities_before: NotRequired[dict[str, ScoreLayout]]
 
 
+class LabelLayout(TypedDict):
+    """The parts of a run of a sweep, by name."""
+
+    model: str
+    method: str
+    dataset: str
+    setting: str
+
+
 class MetaLayout(TypedDict):
     """What was run."""
 
@@ -101,7 +110,7 @@ class MetaLayout(TypedDict):
     when: NotRequired[list[str]]
     failed: NotRequired[list[FailedLayout] | None]
     checkpoints: NotRequired[list[CheckpointLayout] | None]
-    label: NotRequired[dict[str, str]]
+    label: NotRequired[LabelLayout]
     n: NotRequired[int]
     batch_size: NotRequired[int | None]
     seconds: NotRequired[Number]

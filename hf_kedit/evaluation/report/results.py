@@ -171,7 +171,8 @@ class Results:
         points: dict[int, list[float]] = {}
         for point in self.checkpoints:
             if name in point.get("abilities", ()):
-                before, after = point["abilities_before"][name]["score"], point["abilities"][name]["score"]
+                known = point.get("abilities_before", {}).get(name, {"score": None})
+                before, after = known["score"], point["abilities"][name]["score"]
                 points[0] = [before] if before is not None else []
                 if after is not None:
                     points.setdefault(point["n_edits"], []).append(after)

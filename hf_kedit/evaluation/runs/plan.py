@@ -108,7 +108,7 @@ def parse_shard(shard: str | None, setting: str) -> tuple[int, int]:
     else:
         parts = re.fullmatch(r"(\d+)/(\d+)", str(shard))
         if not parts:
-            raise EvaluationError(f"shard must look like '2/4' (the second of four parts), not {shard!r}")
+            raise EvaluationError(f"shard must look like '2/4' (the second of four parts), not {shown(shard)}")
         number, count = int(parts[1]), int(parts[2])
     if not 1 <= number <= count:
         raise EvaluationError(f"there is no shard {number} of {count}; they are numbered 1 to {count}")
@@ -200,5 +200,5 @@ def parse_at(at: Sequence[int] | int | None, setting: str, total: int) -> list[i
         raise EvaluationError(f"at=… needs setting='sequential'; in '{setting}' edits do not pile up")
     for number in chosen:
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= total:
-            raise EvaluationError(f"at: {number!r} is not a number of edits between 1 and {total}")
+            raise EvaluationError(f"at: {shown(number)} is not a number of edits between 1 and {total}")
     return chosen
