@@ -83,6 +83,7 @@ def evaluate(
         str | None, typer.Option("--split", help="Split of the dataset; default: the dataset's own.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the first so many rows.")] = None,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out the first so many rows.")] = 0,
     setting: Annotated[
         SettingChoice,
         typer.Option(
@@ -170,7 +171,8 @@ def evaluate(
         arguments = parse_settings(dataset_option, "--dataset-option")
         rows = None
         if dataset is not None:
-            rows = load_edit_dataset(dataset, **{"split": split, "limit": limit, "path": dataset_path, **arguments})
+            given = {"split": split, "limit": limit, "skip": skip, "path": dataset_path}
+            rows = load_edit_dataset(dataset, **{**given, **arguments})
         editable = open_model(
             model,
             method,

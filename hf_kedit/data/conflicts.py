@@ -110,14 +110,19 @@ def units(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 
 def select(
-    rows: Iterable[RawRow], report: LoadReport, limit: int | None, keep: Keep | None, excluded: frozenset[Key | str]
+    rows: Iterable[RawRow],
+    report: LoadReport,
+    limit: int | None,
+    keep: Keep | None,
+    excluded: frozenset[Key | str],
+    skip: int = 0,
 ) -> Iterator[RawRow]:
     """Yield the rows to use, and count the others in ``report``.
 
     A group is used as a whole or not at all; the probes of a group would be wrong without one of its edits.
     For ``keep="last"`` all rows are held in memory.
     """
-    chosen = _usable(rows, report, excluded)
+    chosen = _usable(_behind(units(rows), report, skip), report, excluded)
     if keep == "last":
         chosen = reversed(list(_compatible(reversed(list(chosen)), report)))
     elif keep == "first":
@@ -134,8 +139,21 @@ def select(
             return
 
 
-def _usable(rows: Iterable[RawRow], report: LoadReport, excluded: frozenset[Key | str]) -> Iterator[list[RawRow]]:
-    for unit in units(rows):
+def _behind(all_units: Iterable[list[RawRow]], report: LoadReport, skip: int) -> Iterator[list[RawRow]]:
+    """Leave out the groups that begin before row ``skip``: they are neither used nor compared with the others."""
+    first = 0
+    for unit in all_units:
+        if first < skip:
+            report.drop("skipped", len(unit))
+        else:
+            yield unit
+        first += len(unit)
+
+
+def _usable(
+    all_units: Iterable[list[RawRow]], report: LoadReport, excluded: frozenset[Key | str]
+) -> Iterator[list[RawRow]]:
+    for unit in all_units:
         if not all((row["target_new"] or "").strip() for row in unit):
             report.drop("no target", len(unit))
         elif excluded and any(key_of(row) in excluded or key_of(row)[0] in excluded for row in unit):

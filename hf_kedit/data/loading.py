@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
-from ..errors import DataError, RequestError, nearest
+from ..errors import DataError, RequestError, nearest, shown
 from ..logging import get_logger
 from ..storage.records import SUFFIXES, read_all
 from .columns import Columns, check_columns, own_rows
@@ -195,6 +195,7 @@ class _Plan:
     columns: Columns | None = None
     seed: int | None = None
     limit: int | None = None
+    skip: int = 0
     keep: Keep | None = None
     excluded: frozenset[Key | str] = frozenset()
     bad_rows: BadRows = "raise"
@@ -205,7 +206,7 @@ class _Plan:
 
     def rows(self, report: LoadReport) -> Iterator[RawRow]:
         """Yield the rows to use; counts and messages are complete at the end."""
-        yield from select(self._source_rows(report), report, self.limit, self.keep, self.excluded)
+        yield from select(self._source_rows(report), report, self.limit, self.keep, self.excluded, self.skip)
         report.complete = True
         lost = {r: n for r, n in report.dropped.items() if r in ("no target", "no alternative target", "unusable")}
         if lost:
@@ -242,6 +243,7 @@ def load_edit_dataset(
     limit: int | None = None,
     seed: int | None = None,
     *,
+    skip: int = 0,
     revision: str | None = None,
     streaming: bool = False,
     drop_conflicts: Keep | None = None,
@@ -263,6 +265,8 @@ def load_edit_dataset(
         path: file or folder of a registered dataset that was downloaded before; or, without ``name``, the file.
         limit: take the first so many rows. A group of edits that belong together is never cut.
         seed: for datasets that draw at random; None for their standard rows.
+        skip: leave out the first so many rows, such as those that settings were chosen on. Rows are counted as they
+            stand in the source, and before ``limit``.
         revision: branch, tag or full commit hash of the Hub dataset instead of the built-in one.
         streaming: return an ``IterableDataset`` that reads rows as they are needed. Files that are not in the
             Hub's cache are then read over the network instead of being downloaded.
@@ -284,8 +288,9 @@ def load_edit_dataset(
             message says where it is published); nothing left.
         RequestError: a row is not usable (names row and field).
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1, not {limit}.")
+    for what, number, least in (("limit", 1 if limit is None else limit, 1), ("skip", skip, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise DataError(f"{what} must be a whole number of at least {least}, not {shown(number)}.")
     if drop_conflicts not in (None, "first", "last"):
         raise DataError(f"drop_conflicts must be 'first', 'last' or None, not {drop_conflicts!r}.")
     if bad_rows not in ("raise", "drop"):
@@ -295,7 +300,7 @@ def load_edit_dataset(
     if name is None and path is None:
         raise DataError(f"Give the name of a dataset ({', '.join(dataset_names())}) or the path of a file.")
     common = {
-        "columns": columns, "seed": seed, "limit": limit, "keep": drop_conflicts,
+        "columns": columns, "seed": seed, "limit": limit, "skip": skip, "keep": drop_conflicts,
         "excluded": excluded_keys(exclude), "bad_rows": bad_rows, "options": options,
     }  # fmt: skip
     if name is None or isinstance(name, Path) or not isinstance(name, str) or _looks_like_file(name):

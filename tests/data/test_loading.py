@@ -11,7 +11,16 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_kedit.data import FEATURES, blank, dataset_names, get_world, load_edit_dataset, probe, register_dataset
+from hf_kedit.data import (
+    FEATURES,
+    blank,
+    dataset_names,
+    get_world,
+    load_edit_dataset,
+    load_report,
+    probe,
+    register_dataset,
+)
 from hf_kedit.data.loading import _REGISTRY
 from hf_kedit.data.world_requests import LOCALITY_AXES, PORTABILITY_AXES
 from hf_kedit.data.world_templates import COMPOSITIONS, PERSON_RELATIONS
@@ -109,6 +118,27 @@ def test_rows_become_requests(splits: DatasetDict) -> None:
     assert len(requests) == 280
     assert set(requests[0].locality) == set(LOCALITY_AXES)
     assert requests[0].template == splits["validation"][0]["extra"]["template"]
+
+
+def test_the_first_rows_are_skipped(tmp_path: Path) -> None:
+    """As they stand in the file: what is skipped is not compared with the rest either."""
+    rows = [{"prompt": f"{name} is a", "target_new": target} for name, target in (("A", "x"), ("B", "x"), ("A", "y"))]
+    file = write(tmp_path / "rows.json", rows)
+    table = load_edit_dataset(file, skip=1, drop_conflicts="first")
+    assert table["prompt"] == ["B is a", "A is a"] and table["target_new"] == ["x", "y"]
+    report = load_report(table)
+    assert (report.read, report.kept, report.dropped) == (3, 2, {"skipped": 1})
+    assert load_edit_dataset(file, skip=1, limit=1)["prompt"] == ["B is a"]
+    whole = load_edit_dataset("world", limit=12)["prompt"]
+    assert load_edit_dataset("world", limit=5, skip=7)["prompt"] == whole[7:]
+    streamed = load_edit_dataset(file, skip=2, streaming=True)
+    assert [row["target_new"] for row in streamed] == ["y"]
+
+
+@pytest.mark.parametrize("wrong", [-1, True, 1.0, "2"])
+def test_rows_are_counted_in_whole_numbers(wrong: object) -> None:
+    with pytest.raises(DataError, match="skip must be a whole number"):
+        load_edit_dataset("world", skip=wrong)  # type: ignore[arg-type]
 
 
 def test_seed_and_limit() -> None:
