@@ -1,0 +1,272 @@
+"""Small errors, put into the package one at a time: which of them do the tests beside them notice?
+
+    python -m tests.mutation --count 60 --seed 1 --report mutation.txt
+
+Draws places where a program can be wrong (operators, signs, bounds, axes, order of arguments, negations, a statement
+that is missing) from the rooms below, the same ones for the same seed, never from docstrings, messages, annotations or
+`raise`. Each runs in a forked process whose import of that one file compiles the changed source; nothing is written
+into the package. The tests beside a file are those of its room that name it, what it defines or a file that imports
+it, and those of other rooms that import it. Not part of the suite: it takes half an hour and more. What survives is a
+missing test, or an error that changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("engine", "books", "methods", "artifact", "storage", "evaluation")
+_MOST_FILES = 8
+_SWAPS: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
+    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And, ast.Pow: ast.Mult,
+}  # fmt: skip
+# What is said, or means the same in another order.
+_NOT_INSIDE = (ast.Raise, ast.JoinedStr, ast.Assert, ast.AnnAssign, ast.Import, ast.ImportFrom)
+_MESSAGES = re.compile(r"^(logger\.|warn|warnings\.|console\.|isinstance$|print$|TypeVar$|cast$|min$|max$|field$)")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One small error.
+
+    Args:
+        file: of the package.
+        line: where it is, from 1 on.
+        what: kind, and the expression before and after.
+        source: the whole file with it.
+        function: name of the function around it.
+    """
+
+    file: Path
+    line: int
+    what: str
+    source: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line} in {self.function}: {self.what}"
+
+
+def _places(node: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, str]]:
+    """All nodes that may be changed, with the function that they stand in."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, _NOT_INSIDE) or (
+            isinstance(child, ast.Call) and _MESSAGES.match(ast.unparse(child.func))
+        ):
+            continue
+        inside = function
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            inside = f"{function}.{child.name}".lstrip(".")
+            for part in child.body:
+                yield from _places(ast.Module([part], []), inside)
+            continue
+        if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+            continue  # a docstring
+        if function:
+            yield child, function
+        yield from _places(child, inside)
+
+
+def _changed(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Kind and new source of each way to get a node wrong."""
+    new: Any = copy.deepcopy(node)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPS:
+        new.ops[0] = _SWAPS[type(node.ops[0])]()
+        yield "operator", f"({ast.unparse(new)})"
+    elif isinstance(node, ast.BinOp) and type(node.op) in _SWAPS:
+        if not isinstance(node.left, ast.Constant | ast.JoinedStr | ast.List):  # texts and lists are joined
+            new.op = _SWAPS[type(node.op)]()
+            yield "operator", f"({ast.unparse(new)})"
+    elif isinstance(node, ast.BoolOp):
+        new.op = _SWAPS[type(node.op)]()
+        yield "operator", f"({ast.unparse(new)})"
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        yield "dropped negation", f"({ast.unparse(node.operand)})"
+    elif isinstance(node, ast.Subscript | ast.Slice):
+        for part in ("slice", "lower", "upper"):
+            value = getattr(node, part, None)
+            if isinstance(value, ast.Constant) and isinstance(value.value, int):
+                getattr(new, part).value += 1
+                yield "off by one", ast.unparse(new)
+    elif isinstance(node, ast.keyword) and node.arg in ("dim", "axis") and isinstance(node.value, ast.Constant):
+        new.value.value = 1 - node.value.value
+        yield "wrong axis", ast.unparse(new)
+    elif isinstance(node, ast.Call):
+        if len(node.args) == 2 and not any(isinstance(a, ast.Starred | ast.Constant) for a in node.args):
+            new.args.reverse()
+            yield "swapped arguments", ast.unparse(new)
+    elif isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        yield "removed statement", "pass"
+    elif isinstance(node, ast.IfExp):
+        new.body, new.orelse = new.orelse, new.body
+        yield "swapped branches", f"({ast.unparse(new)})"
+
+
+def mutants(file: Path) -> list[Mutant]:
+    """All small errors that can be made in a file."""
+    source = file.read_text(encoding="utf-8")
+    lines = [len(line.encode()) for line in source.splitlines(keepends=True)]
+    data, found = source.encode(), []
+    for node, function in _places(ast.parse(source)):
+        for kind, new in _changed(node):
+            where: Any = node
+            start = sum(lines[: where.lineno - 1]) + where.col_offset
+            end = sum(lines[: where.end_lineno - 1]) + where.end_col_offset
+            changed = (data[:start] + new.encode() + data[end:]).decode()
+            try:
+                ast.parse(changed)
+            except SyntaxError:
+                continue
+            what = f"{kind}: {ast.unparse(node)[:90]}  →  {new[:90]}".replace("\n", " ")
+            found.append(Mutant(file, where.lineno, what, changed, function))
+    return found
+
+
+def drawn(count: int, seed: int) -> list[Mutant]:
+    """So many errors, equally many from each room, each kind of error equally likely."""
+    rng, chosen = random.Random(seed), []
+    rooms = {room: [m for f in sorted((ROOT / "hf_kedit" / room).rglob("*.py")) for m in mutants(f)] for room in ROOMS}
+    while len(chosen) < count:
+        room = rooms[ROOMS[len(chosen) % len(ROOMS)]]
+        kind = rng.choice(sorted({m.what.split(":")[0] for m in room}))
+        chosen.append(rng.choice([m for m in room if m.what.startswith(kind)]))
+        room.remove(chosen[-1])
+    return chosen
+
+
+def tests_beside(mutant: Mutant) -> list[Path]:
+    """Test files of the room, those first that say most about the place."""
+    room = mutant.file.relative_to(ROOT / "hf_kedit").parts[0]
+    defined = set(re.findall(r"^(?:class|def) (\w+)", mutant.source, re.M))
+    around = set(mutant.function.split("."))
+    stems = {mutant.file.stem}
+    for other in (ROOT / "hf_kedit" / room).rglob("*.py"):
+        if re.search(rf"^from \.[\w.]* import [^\n]*\b{mutant.file.stem}\b|^from \.[\w.]*\b{mutant.file.stem} import",
+                     other.read_text(encoding="utf-8"), re.M):  # fmt: skip
+            stems.add(other.stem)
+    scores = {}
+    for test in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = test.read_text(encoding="utf-8")
+        words = set(re.findall(r"\w+", text))
+        name = test.stem.removeprefix("test_").removeprefix("golden_")
+        score = 40 * (name == mutant.file.stem) + 20 * len(around & words) + 10 * len(defined & words)
+        score += 5 * (name in stems) + 3 * len(stems & words)
+        # Of other rooms, what names the file or the function itself: some rooms are tested where they are used.
+        beside = test.is_relative_to(ROOT / "tests" / room) or f"{room}.{mutant.file.stem}" in text
+        if score and beside:
+            scores[test] = score
+    return sorted(scores, key=lambda test: -scores[test])[:_MOST_FILES]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the one module with the error in it."""
+
+    def __init__(self, mutant: Mutant):
+        self.mutant = mutant
+        self.name = ".".join(mutant.file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        file, source = str(self.mutant.file), self.mutant.source
+
+        class Loader(importlib.machinery.SourceFileLoader):
+            def get_code(self, fullname: str) -> Any:
+                return compile(source, file, "exec", dont_inherit=True)
+
+        return importlib.util.spec_from_file_location(name, file, loader=Loader(name, file))
+
+
+def run(mutant: Mutant | None, tests: list[Path], limit: float, log: Path) -> str:
+    """``killed``, ``survived``, ``time`` (not finished), or ``no tests``."""
+    if not tests:
+        return "no tests"
+    child = os.fork()
+    if not child:
+        os.setsid()
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        import pytest
+
+        if mutant is not None:
+            sys.meta_path.insert(0, _Finder(mutant))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "--show-capture=no"]
+        os._exit(int(pytest.main([*options, *map(str, tests)])))
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return "survived" if os.waitstatus_to_exitcode(status) in (0, 5) else "killed"
+        time.sleep(0.2)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "time"
+
+
+def _killer(log: Path) -> str:
+    """The test that failed, to see that it was the error's fault."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return (failed or lines[-2:] or ["nothing"])[0][:200]
+
+
+def main() -> None:
+    """Draw, run, and write a line for each error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=120, help="seconds for the tests of one error")
+    parser.add_argument("--minutes", type=float, default=40, help="for the whole run")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of errors to run again")
+    parser.add_argument("--list", action="store_true", help="show the errors and their tests, run nothing")
+    parser.add_argument("--report", type=Path, default=Path("mutation.txt"))
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    # What every test imports is imported once; the package itself is not.
+    import datasets  # noqa: F401
+    import huggingface_hub  # noqa: F401
+    import pydantic  # noqa: F401
+    import pytest  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    log = Path(tempfile.mkdtemp()) / "log.txt"
+    started, counts = time.monotonic(), dict[str, int]()
+    with arguments.report.open("a", encoding="utf-8") as report:
+        for number, mutant in enumerate(drawn(arguments.count, arguments.seed)):
+            if arguments.only is not None and number not in arguments.only:
+                continue
+            if time.monotonic() - started > 60 * arguments.minutes:
+                break
+            tests, begun = tests_beside(mutant), time.monotonic()
+            names = " ".join(str(test.relative_to(ROOT / "tests")) for test in tests)
+            outcome = "listed" if arguments.list else run(mutant, tests, arguments.limit, log)
+            counts[outcome] = counts.get(outcome, 0) + 1
+            line = f"{number:3} {outcome:9} {time.monotonic() - begun:5.0f} s  {mutant}"
+            line += f"\n      [{_killer(log) if outcome == 'killed' else names}]"
+            report.write(line + "\n")
+            report.flush()
+        report.write(", ".join(f"{name} {count}" for name, count in sorted(counts.items())) + "\n")
+
+
+if __name__ == "__main__":
+    main()
