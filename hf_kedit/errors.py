@@ -58,6 +58,10 @@ class TargetTooLongError(RequestError):
     """Prompt and target do not fit into the model's context."""
 
 
+class ChatTemplateError(KeditError, ValueError):
+    """A tokenizer has no chat template, or its template cannot write a conversation."""
+
+
 class DataError(KeditError, ValueError):
     """A file or dataset cannot be read as edit requests."""
 

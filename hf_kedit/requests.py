@@ -7,86 +7,28 @@ in prompts are harmless.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from .errors import DataError, RequestError, SubjectNotFoundError, nearest, shown
-from .storage.parsing import LEVELS, parse_json
+from .storage.cells import check_plain, read_cell
 from .storage.records import CsvRow, read_records
+from .text.chat import TEXT_FORMATS, ChatFrame, Messages, TextFormat, chat_frame, read_messages, with_system
+from .text.joining import separator_between
+from .text.probes import Probe as Probe
+from .text.probes import answer_groups as answer_groups
+from .text.probes import probes_to_json
 from .text.scripts import HALF, is_writable
 from .text.subjects import find_subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SLOT = "{}"
 T = TypeVar("T")
 RequestSource = Union["EditRequest", Mapping[str, Any], Iterable[Any], str, Path]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A question whose answer tells something about an edit.
-
-    Args:
-        prompt: text before the answer.
-        ground_truth: groups of aliases; ``[["Rome", "Roma"]]`` is one value with two spellings.
-        match: ``"any"``: one alias of one group suffices; ``"all"``: every group must be hit.
-        image: path of an image relative to an image root, for multimodal models.
-    """
-
-    prompt: str
-    ground_truth: list[list[str]] = field(default_factory=list)
-    match: Literal["any", "all"] = "any"
-    image: str | None = None
-
-    @property
-    def answers(self) -> list[str]:
-        """All acceptable answers as one flat list."""
-        return [alias for group in self.ground_truth for alias in group]
-
-    @classmethod
-    def from_value(cls, value: Any, *, field_name: str, row: int | None = None) -> Probe:
-        """Build a probe from a dict with ``prompt`` and ``ground_truth`` (string, list or list of lists)."""
-        if isinstance(value, Probe):
-            return value
-        if not isinstance(value, Mapping):
-            raise RequestError(
-                f"a probe must be a dict with 'prompt' and 'ground_truth', not {type(value).__name__}",
-                row=row,
-                field=field_name,
-            )
-        prompt = value.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise RequestError("a probe needs a non-empty 'prompt'", row=row, field=field_name)
-        match: Any = value.get("match") or "any"
-        if match not in ("any", "all"):
-            raise RequestError(f"'match' must be 'any' or 'all', not {shown(match)}", row=row, field=field_name)
-        return cls(prompt, answer_groups(value.get("ground_truth"), field_name, row), match, value.get("image"))
-
-
-def answer_groups(value: Any, field_name: str = "ground_truth", row: int | None = None) -> list[list[str]]:
-    """Normalise answers to groups of aliases: ``"a"`` → ``[["a"]]``, ``["a", "b"]`` → ``[["a"], ["b"]]``.
-
-    Nested lists stay as they are; empty strings and ``None`` are dropped.
-    """
-    if value is None:
-        return []
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, Sequence):
-        raise RequestError(
-            f"answers must be a string or a list, not {type(value).__name__}", row=row, field=field_name
-        )
-    groups: list[list[str]] = []
-    for entry in value:
-        aliases = entry if isinstance(entry, (list, tuple)) else [entry]
-        if not all(isinstance(a, str) or a is None for a in aliases):
-            raise RequestError("answers must be strings", row=row, field=field_name)
-        kept = [a for a in aliases if a is not None and a.strip()]
-        if kept:
-            groups.append(kept)
-    return groups
 
 
 @dataclass
@@ -107,12 +49,19 @@ class EditRequest:
         separator: text between prompt and target, where this fact needs another one than the config's.
         metadata: anything else that JSON can hold. No method reads it, except that WISE takes an irrelevant text from
             ``loc_prompt``.
+        messages: the conversation that the fact is a part of, as ``[{"role": "system", "content": …}, …]``; what the
+            user says last is the prompt, which may then be left out, and other wordings and probes are asked in its
+            place.
+        prompt_format: how the model reads prompt, wordings and probes: ``"plain"``, as they are; ``"chat"``, through
+            the tokenizer's chat template; ``"both"``: one edit for both. ``None``: ``"chat"`` where there are
+            messages, otherwise as the method's config says.
+        frame: the chat that the prompt stands in, once a tokenizer has written it (`rendered`); not saved.
 
     Raises:
         RequestError: if a field is missing, empty or of a wrong type.
     """
 
-    prompt: str
+    prompt: str = ""
     subject: str | None = None
     target_new: str = ""
     ground_truth: list[str] = field(default_factory=list)
@@ -123,9 +72,13 @@ class EditRequest:
     id: str | None = None
     separator: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    messages: Messages | None = None
+    prompt_format: TextFormat | None = None
+    frame: ChatFrame | None = field(default=None, repr=False, compare=False)
     row: int | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check_format()
         self._check_text("prompt", self.prompt)
         self._check_text("target_new", self.target_new)
         self.target_new = self.target_new.strip()
@@ -150,24 +103,108 @@ class EditRequest:
         self.metadata = {} if self.metadata is None else self.metadata
         if not isinstance(self.metadata, Mapping):
             self._fail(f"must be a dict, not {type(self.metadata).__name__}", "metadata")
-        self._check_plain("metadata", self.metadata)
+        check_plain("metadata", self.metadata, self._fail)
 
     # ------------------------------------------------------------------ text
 
     @property
-    def filled_prompt(self) -> str:
-        """The prompt with the subject written in."""
+    def plain_prompt(self) -> str:
+        """The prompt with the subject written in, outside of any chat."""
         if SLOT in self.prompt and self.subject is not None:
             before, after = self.prompt.split(SLOT)
             return before + self.subject + after
         return self.prompt
 
+    @property
+    def filled_prompt(self) -> str:
+        """What the model reads before the answer: the plain prompt, or the chat that it is the last turn of."""
+        return self.plain_prompt if self._chat is None else self._chat.text(self.plain_prompt)
+
+    @property
+    def _chat(self) -> ChatFrame | None:
+        return self.frame if self.prompt_format == "chat" else None
+
+    def in_context(self, template: str, index: int = 0) -> tuple[str, int]:
+        """What the model reads, in a context; contexts of a chat are said by its system and its user.
+
+        Args:
+            template: text with ``{}`` for the prompt.
+            index: number of the template among those of a method.
+
+        Returns:
+            The text, and how far the characters of `plain_prompt` moved.
+        """
+        before, after = template.split(SLOT) if template.count(SLOT) == 1 else (template, "")
+        if self._chat is not None:
+            return self._chat.in_context(before, after, index, self.plain_prompt)
+        return before + self.plain_prompt + after, len(before)
+
+    def in_format(self, prompt_format: TextFormat | None, system: str | None = None) -> EditRequest:
+        """The request in a format, unless it names one itself; a chat gets its messages, with ``system`` in front."""
+        chosen = self.prompt_format or prompt_format
+        if chosen in (None, "plain"):
+            return self
+        return replace(self, prompt_format=chosen, messages=with_system(self.messages, system, self.prompt))
+
+    def rendered(self, tokenizer: PreTrainedTokenizerBase) -> EditRequest:
+        """The request as methods and protocols read it: a chat stands in what the tokenizer's template writes.
+
+        This is the one place where a request becomes text. Its other wordings and its probes are then texts of chats
+        too (of ``"both"``, those of the plain request are left).
+
+        Raises:
+            ChatTemplateError: if there is no template, or it cannot write the conversation.
+        """
+        if self.prompt_format not in ("chat", "both") or self.frame is not None:
+            return self
+        frame = chat_frame(tokenizer, with_system(self.messages, None, self.prompt))
+        return replace(self, frame=frame)._framed()
+
+    def _framed(self) -> EditRequest:
+        frame = self._chat
+        if frame is None:
+            return self
+
+        def asked(axes: Mapping[str, Sequence[Probe]]) -> dict[str, list[Probe]]:
+            return {axis: [replace(p, prompt=frame.text(p.prompt)) for p in probes] for axis, probes in axes.items()}
+
+        return replace(
+            self,
+            rephrase_prompts=[frame.text(text) for text in self.rephrase_prompts],
+            locality=asked(self.locality),
+            portability=asked(self.portability),
+        )
+
+    def asked(self, prompt_format: TextFormat | None, system: str | None = None) -> EditRequest:
+        """The request in the one format that it is asked in; ``None``: its own, of ``"both"`` the plain one."""
+        chosen = prompt_format or self.prompt_format
+        if chosen != "chat":
+            return replace(self, prompt_format=None, messages=None, frame=None)
+        return replace(self, prompt_format=chosen, messages=with_system(self.messages, system, self.prompt))
+
+    def formats(self) -> list[EditRequest]:
+        """The rendered request in each of its formats: of ``"both"`` the plain one and the chat, otherwise itself."""
+        if self.prompt_format != "both":
+            return [self]
+        return [
+            self.asked("plain"),
+            replace(self, prompt_format="chat")._framed(),
+        ]
+
     def separator_or(self, default: str | None) -> str | None:
         """What stands between prompt and target: the fact's own separator, else ``default`` (``None``: by rule)."""
+        if self._chat is not None:  # what a template writes before an answer knows of no other separator
+            return separator_between(self.filled_prompt, self.target_new)
         return default if self.separator is None else self.separator
 
     def subject_span(self) -> tuple[int, int]:
-        """Character span of the subject in `filled_prompt`.
+        """Character span of the subject in `filled_prompt`; see `plain_span`."""
+        start, end = self.plain_span()
+        shift = 0 if self._chat is None else self._chat.shift(self.plain_prompt)
+        return start + shift, end + shift
+
+    def plain_span(self) -> tuple[int, int]:
+        """Character span of the subject in `plain_prompt`.
 
         A slot fixes the place. Otherwise see `find_subject`.
 
@@ -222,8 +259,9 @@ class EditRequest:
                 strict, objects = isinstance(value, CsvRow), name in _OBJECTS
                 data[name] = read_cell(data[name], name, row, strict=strict, objects=objects)
         extra = data.get("extra")
-        if data.get("separator") is None and isinstance(extra, Mapping):
-            data["separator"] = extra.get("separator")  # `FEATURES` has no column for it
+        for name in _OPTIONAL:
+            if data.get(name) is None and isinstance(extra, Mapping):
+                data[name] = extra.get(name)  # `FEATURES` has no columns for them
         metadata = data.pop("metadata", None) or {}
         if not isinstance(metadata, Mapping):
             raise RequestError(f"must be a dict, not {type(metadata).__name__}", row=row, field="metadata")
@@ -240,7 +278,7 @@ class EditRequest:
                 row=row,
                 field=str(unknown[0]),
             )
-        if data.get("prompt") is None:
+        if data.get("prompt") is None and data.get("messages") is None:
             raise RequestError("is missing", row=row, field="prompt")
         target = data.get("target_new")
         if isinstance(target, Mapping) and isinstance(target.get("str"), str):
@@ -257,11 +295,11 @@ class EditRequest:
             "target_new": self.target_new,
             "ground_truth": list(self.ground_truth),
             "rephrase_prompts": list(self.rephrase_prompts),
-            "locality": _probes_to_json(self.locality),
-            "portability": _probes_to_json(self.portability),
+            "locality": probes_to_json(self.locality),
+            "portability": probes_to_json(self.portability),
             "image": self.image,
             "metadata": self.metadata,
-            **({} if self.separator is None else {"separator": self.separator}),
+            **{name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None},
         }
 
     def with_id(self, new_id: str) -> EditRequest:
@@ -269,6 +307,22 @@ class EditRequest:
         return replace(self, id=new_id)
 
     # ------------------------------------------------------------------ checks
+
+    def _check_format(self) -> None:
+        """Check format and messages, and let prompt and last message be the same."""
+        if self.prompt_format is not None and self.prompt_format not in TEXT_FORMATS:
+            self._fail(f"must be one of {', '.join(TEXT_FORMATS)}, not {shown(self.prompt_format)}", "prompt_format")
+        if self.messages is None:
+            return
+        if self.prompt_format == "plain":
+            self._fail("a request with messages is a chat; leave the messages out, or the format", "prompt_format")
+        try:
+            self.messages = read_messages(self.messages, self.prompt)
+        except ValueError as error:
+            self._fail(str(error), "messages")
+        for message in self.messages[:-1]:
+            self._check_text("messages", message["content"])
+        self.prompt, self.prompt_format = self.messages[-1]["content"], self.prompt_format or "chat"
 
     def _fail(self, message: str, field_name: str) -> None:
         raise RequestError(message, row=self.row, field=field_name, request_id=self.id)
@@ -282,26 +336,6 @@ class EditRequest:
             self._fail("contains a NUL character", name)
         if not is_writable(value):
             self._fail(HALF, name)
-
-    def _check_plain(self, name: str, value: Any, level: int = 0) -> None:
-        """Refuse what JSON does not give back as it was: it could be edited with, and never be saved."""
-        if level > LEVELS:
-            self._fail(f"is nested more than {LEVELS} levels deep", name)
-        if isinstance(value, str):
-            if not is_writable(value):
-                self._fail(HALF, name)
-        elif isinstance(value, Mapping):
-            for key, part in value.items():
-                if not isinstance(key, str):
-                    self._fail(f"the key {shown(key)} would come back from a file as text; write it as text", name)
-                self._check_plain(name, key)
-                self._check_plain(f"{name}.{key}", part, level + 1)
-        elif isinstance(value, list):
-            for i, part in enumerate(value):
-                self._check_plain(f"{name}[{i}]", part, level + 1)
-        elif value is not None and not isinstance(value, (bool, int, float)):
-            better = "a list" if isinstance(value, tuple) else "text or plain numbers"
-            self._fail(f"a {type(value).__name__} cannot be saved as it is; write {better}", name)
 
     def _texts(self, name: str, value: Any) -> list[str]:
         if value is None:
@@ -368,7 +402,10 @@ _FIELDS = (
     "image",
     "id",
     "separator",
+    "messages",
+    "prompt_format",
 )
+_OPTIONAL = ("separator", "messages", "prompt_format")  # columns that only rows with a value have
 _ALIASES = {"rephrase_prompt": "rephrase_prompts", "rephrase": "rephrase_prompts", "target": "target_new"}
 _DESCRIPTIVE = (
     "dataset",
@@ -383,57 +420,8 @@ _DESCRIPTIVE = (
 )
 
 
-_LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra")
+_LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra", "messages")
 _CELLS = (*_LISTS, *_OBJECTS)
-_LIST_AS_TEXT = re.compile(r"""\[\s*['"].*['"]\s*\]""", flags=re.DOTALL)  # what str(["a"]) gives in Python and numpy
-
-
-def read_cell(text: str, name: str, row: int | None = None, *, strict: bool = True, objects: bool = False) -> Any:
-    """What a text stands for in a field of lists or objects: itself, or the value that its JSON holds.
-
-    Args:
-        text: the content of the field.
-        name: of the field, for messages.
-        row: number of the row, for messages.
-        strict: the text is the cell of a CSV file, which can hold a list in no other way.
-        objects: the field may hold objects too.
-
-    Raises:
-        RequestError: for a list that is written otherwise, as Python and numpy print one: it would become one text.
-    """
-    content = text.strip()
-    if not content.startswith(("[", "{") if objects else "["):
-        return text
-    try:
-        value = parse_json(content, "the text", DataError)
-    except DataError as error:
-        if strict or _LIST_AS_TEXT.fullmatch(content):
-            raise RequestError(
-                f'{content[:60]!r} begins like a list and is no JSON: write ["a", "b"] with double quotes, or use'
-                " a JSONL file",
-                row=row,
-                field=name,
-            ) from error
-        return text
-    if not strict and not objects and not _answers(value):
-        return text  # "[1, 2]" may well be an answer
-    return value
-
-
-def _answers(values: list[Any]) -> bool:
-    """Whether a list holds texts, or lists of them."""
-    return all(isinstance(v, str) or (isinstance(v, list) and all(isinstance(a, str) for a in v)) for v in values)
-
-
-def _probes_to_json(probes: Mapping[str, Sequence[Probe]]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        axis: [
-            {"prompt": p.prompt, "ground_truth": p.ground_truth, "match": p.match}
-            | ({"image": p.image} if p.image else {})
-            for p in entries
-        ]
-        for axis, entries in probes.items()
-    }
 
 
 def in_row(build: Callable[[EditRequest], T], request: EditRequest) -> T:

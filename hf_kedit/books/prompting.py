@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from ..anatomy.switching import Switch, switched, uninterrupted
 from ..engine.forward import Positions, device_of, logits_at, model_inputs
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
+from ..text.subjects import last_user_turn
 from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows, prompt_ids
 from .sites import prompt_ends
 
@@ -359,17 +361,40 @@ class Prompter:
         texts = []
         for ids, columns, end in zip(rows.ids, rows.columns, last, strict=True):
             count = sum(column <= end for column in columns)
-            texts.append(str(self.tokenizer.decode(ids[:count], skip_special_tokens=True)))
+            turn = self._last_turn(ids[:count])
+            whole = str(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
+            texts.append(whole if turn is None else turn[1].strip())
         return self.router(texts)
+
+    def _last_turn(self, ids: Sequence[int]) -> tuple[int, str] | None:
+        """Where what the user of a chat says last begins, and what it is; ``None`` if the text is not one.
+
+        A text counts as a chat if markers of a template stand in it: special tokens, or ``[INST]``.
+        """
+        tokenizer, markers = self.tokenizer, set(self.tokenizer.all_special_ids)
+        text = str(tokenizer.decode(list(ids)))
+        turn = last_user_turn(text)
+        if turn is None or not ("[INST]" in text or any(i in markers for i in ids[1:])):
+            return None
+        start = bisect_left(range(len(ids)), turn[0], key=lambda k: len(str(tokenizer.decode(list(ids[:k])))))
+        while start < len(ids) and not str(tokenizer.decode(list(ids[start : start + 1]))).strip():
+            start += 1  # the line break that belongs to the marker
+        return start, text[slice(*turn)]
 
     def with_prefix(
         self, ids: Sequence[int], prefix: Prefix | None, model: Any, reserve: int
     ) -> tuple[list[int], list[int]]:
-        """Token ids of a row behind its prefix, and where each of the row's own tokens now is."""
+        """Token ids of a row behind its prefix, and where each of the row's own tokens now is.
+
+        The prefix stands behind the leading special tokens, in a chat in front of what the user says last: outside of
+        its turns a chat model reads nothing.
+        """
         specials = set(self.tokenizer.all_special_ids)
         lead = 0
         while lead < len(ids) and ids[lead] in specials:
             lead += 1
+        turn = self._last_turn(ids)
+        lead = lead if turn is None else turn[0]
         limit = context_length(model.config)
         for text in _fronts(prefix):
             front, first = self._join(text, ids[lead:])

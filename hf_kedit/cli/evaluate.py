@@ -19,9 +19,11 @@ from .models import (
     LayersOption,
     MethodOption,
     OptionalModelOption,
+    PromptFormatOption,
     RevisionOption,
     SeedOption,
     SetOption,
+    SystemOption,
     TrustOption,
     open_model,
     parse_layers,
@@ -55,6 +57,13 @@ class When(StrEnum):
     final = "final"
 
 
+class Ask(StrEnum):
+    """In which format everything is asked."""
+
+    plain = "plain"
+    chat = "chat"
+
+
 @command
 def evaluate(
     model: OptionalModelOption = None,
@@ -63,6 +72,8 @@ def evaluate(
     set_: SetOption = None,
     layers: LayersOption = None,
     seed: SeedOption = None,
+    prompt_format: PromptFormatOption = None,
+    system: SystemOption = None,
     dataset: Annotated[
         str | None,
         typer.Option("--dataset", "--requests", "-d", help="Name of a dataset (world), or a JSON, JSONL or CSV file."),
@@ -97,6 +108,10 @@ def evaluate(
     protocol: Annotated[
         list[str] | None,
         typer.Option("--protocol", help="teacher_forced (default) or generation; may be repeated."),
+    ] = None,
+    ask: Annotated[
+        Ask | None,
+        typer.Option("--ask", help="How everything is asked: plain or chat; default: as it is edited."),
     ] = None,
     when: Annotated[
         list[When] | None,
@@ -153,7 +168,7 @@ def evaluate(
         raise typer.BadParameter("name a dataset or a file", param_hint="--dataset")
     if dataset is None and (dataset_path or dataset_option):
         raise typer.BadParameter("name the dataset whose file or options these are", param_hint="--dataset")
-    if no_edit and (method or config or set_ or layers or seed is not None):
+    if no_edit and (method or config or set_ or layers or seed is not None or prompt_format):
         raise typer.BadParameter("with --no-edit no method is used; leave its options out", param_hint="--no-edit")
     if no_edit and (batch_size or setting is not SettingChoice.single or when or at or shard):
         raise typer.BadParameter("with --no-edit the edits are measured as they are", param_hint="--no-edit")
@@ -178,7 +193,7 @@ def evaluate(
             method,
             config,
             set_,
-            flags={"layers": parse_layers(layers), "seed": seed},
+            flags={"layers": parse_layers(layers), "seed": seed, "prompt_format": prompt_format, "system": system},
             dtype=dtype,
             device=device,
             revision=revision,
@@ -198,6 +213,8 @@ def evaluate(
             limit,
             at=counts,
             on_error=on_error.value,
+            prompt_format=None if ask is None else ask.value,
+            system=system,
             output_dir=output_dir,
             shard=shard,
         )

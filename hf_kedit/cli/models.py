@@ -54,6 +54,17 @@ SetOption = Annotated[
 LayersOption = Annotated[
     str | None, typer.Option("--layers", "-l", help="Layers to edit, such as 5 or 4-8 or 3,5,-1; wins over the rest.")
 ]
+PromptFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-format",
+        help="How the model reads prompts: plain, chat (its chat template) or both (one edit for both).",
+        show_default=False,
+    ),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", help="System prompt of chats; default: what the chat template writes.")
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the method; wins over the rest.")]
 DtypeOption = Annotated[
     Dtype | None,

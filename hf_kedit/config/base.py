@@ -21,6 +21,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from ..errors import ConfigError, LayerError, nearest, shown
 from ..logging import get_logger, info_once, warn_once
 from ..registry import CONFIGS, normalise
+from ..text.chat import TextFormat
 from ..text.scripts import HALF, is_writable
 from .easyedit import convert_hparams
 from .hparams import find_hparams, read_mapping
@@ -108,6 +109,9 @@ class EditConfig(metaclass=_OldNames):
         rows_per_step: how many requests (with their wordings) pass the model together in one step; ``None``: as many
             as the method's own default or the memory allows. How many are solved for together is another number, the
             ``batch_size`` of `EditableModel.edit`.
+        prompt_format: how the model reads requests that do not say it themselves: ``"plain"`` (also ``None``), as
+            texts to go on with; ``"chat"``, through the tokenizer's chat template; ``"both"``: one edit for both.
+        system: the system prompt of chats without one; ``None``: what the template writes by itself.
 
     Raises:
         ConfigError: for an unknown key, a wrong type or a value out of range.
@@ -119,6 +123,8 @@ class EditConfig(metaclass=_OldNames):
     separator: str | None = None
     seed: int = 0
     rows_per_step: PositiveInt | None = None
+    prompt_format: TextFormat | None = None
+    system: str | None = None
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
         """Note which fields the caller sets, whatever to: `complete` leaves these alone."""

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import DataError, RequestError, nearest
-from ..requests import EditRequest, read_cell
+from ..requests import EditRequest
+from ..storage.cells import read_cell
 from ..storage.files import json_ready
 from ..storage.records import CsvRow
 from .features import row_from_request

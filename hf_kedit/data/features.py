@@ -138,8 +138,9 @@ def row_from_request(request: EditRequest, *, dataset: str, number: int) -> dict
         extra = {**nested, **extra}
     elif nested is not None:
         extra["extra"] = nested
-    if request.separator is not None:
-        extra["separator"] = request.separator
+    earlier = (request.messages or [])[:-1]  # the last one is the prompt
+    given = {"separator": request.separator, "messages": earlier or None, "prompt_format": request.prompt_format}
+    extra |= {name: value for name, value in given.items() if value is not None}
     filled = request.filled_prompt
     unambiguous = SLOT not in request.prompt or find_subject(filled, str(request.subject)) == request.subject_span()
     return blank(

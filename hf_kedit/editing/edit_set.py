@@ -19,6 +19,7 @@ from ..methods.first_values import content_key
 from ..methods.joint import JointSolve
 from ..methods.spread import SpreadMethod
 from ..requests import EditRequest
+from .formats import read_by
 
 if TYPE_CHECKING:
     from ..books.ledger import Ledger
@@ -42,7 +43,8 @@ class FactSet:
     def of(cls, requests: Sequence[EditRequest]) -> FactSet:
         """Find out which facts count: of two about the same, the later one.
 
-        Two requests are about the same if the prompt of one is the prompt or a rephrasing of the other.
+        Two requests are about the same if the prompt of one is the prompt or a rephrasing of the other, in the same
+        conversation: what holds as plain text need not hold in a chat.
 
         Args:
             requests: oldest first, each with an id.
@@ -50,8 +52,8 @@ class FactSet:
         chosen, by_prompt = cls([]), dict[str, EditRequest]()
         by_wording: dict[str, EditRequest] = {}
         for request in reversed(requests):
-            prompt = normalised(request.filled_prompt)
-            wordings = [prompt, *map(normalised, request.rephrase_prompts)]
+            prompt = _wording(request, request.filled_prompt)
+            wordings = [prompt, *(_wording(request, text) for text in request.rephrase_prompts)]
             later = by_wording.get(prompt) or next((by_prompt[w] for w in wordings if w in by_prompt), None)
             if later is None:
                 chosen.facts.append(request)
@@ -64,7 +66,7 @@ class FactSet:
         for request in chosen.facts:
             for axis, probes in request.portability.items():
                 for probe in probes:
-                    other = by_prompt.get(normalised(probe.prompt))
+                    other = by_prompt.get(_wording(request, probe.prompt))
                     if other is not None and normalised(other.target_new) not in map(normalised, probe.answers):
                         chosen._note(axis, request, other, other.target_new, probe.prompt, " / ".join(probe.answers))
         return chosen
@@ -81,6 +83,12 @@ class FactSet:
         ids = (str(one.id), str(other.id))
         targets = (one.target_new if wanted is None else wanted, target)
         self.conflicts.append(EditConflict(kind, ids, prompt or other.filled_prompt, targets))
+
+
+def _wording(request: EditRequest, text: str) -> str:
+    """A wording of a request, so that it equals another one's only in the same conversation."""
+    chat = "" if request.prompt_format is None else f"{request.prompt_format} {(request.messages or [])[:-1]}"
+    return chat + normalised(text)
 
 
 @dataclass
@@ -144,7 +152,8 @@ def solve_set(
     """
     started = time.perf_counter()
     ledger.check_unchanged()
-    facts, failed = list(chosen.facts), list[tuple[EditRequest, KeditError]]()
+    facts, failed = read_by(method, chosen.facts), list[tuple[EditRequest, KeditError]]()
+    asked = {request.id: request for request in chosen.facts}
     with ledger.emptied():
         method.check(facts)
         check()
@@ -154,14 +163,14 @@ def solve_set(
                 JointSolve(method, [request], passes, until).find_first_values()
             except EditFailedError as error:
                 facts.remove(request)
-                failed.append((request, error))
+                failed.append((asked[request.id], error))
         solve = JointSolve(method, facts, passes, until, after_pass=after_pass)
         outcome = solve.solve()
         if not all(delta.finite() for delta in outcome.deltas):
             raise EditFailedError("the computed update holds NaN or infinity; nothing was changed")
         outcome = method.regularise(outcome)
     method.first_values.keep([solve.name(request) for request in facts])
-    requests = [*solve.requests, *sorted(chosen.silent, key=content_key)]
+    requests = [*(asked[request.id] for request in solve.requests), *sorted(chosen.silent, key=content_key)]
     outcome.diagnostics += [{"joint": {"iterations": passes, "until": until, "silent": True}} for _ in chosen.silent]
     outcome.deltas = with_silent(outcome.deltas, range(len(solve.requests), len(requests)))
     name = hashlib.sha256("".join(map(content_key, requests)).encode()).hexdigest()

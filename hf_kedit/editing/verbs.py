@@ -19,6 +19,7 @@ from ..methods.base import check_composition, method_class
 from ..methods.spread import SpreadMethod
 from ..requests import EditRequest, RequestSource, load_requests
 from .edit_set import FactSet, solve_set, spread_method
+from .formats import compute, read_by
 from .state import EditedModel
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ class Editing(EditedModel):
         started = time.perf_counter()
         if (requests is None) == (not request):
             raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
-        todo = self.journal.with_ids(load_requests(requests if requests is not None else request))
+        config = self.edit_config
+        given = load_requests(requests if requests is not None else request)
+        todo = self.journal.with_ids([r.in_format(config.prompt_format, config.system) for r in given])
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
@@ -88,7 +91,7 @@ class Editing(EditedModel):
         if self.ledger.is_disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")
         if watch is not None:
-            watch.before(self.base_model, self.tokenizer, todo)
+            watch.before(self.base_model, self.tokenizer, read_by(self._method, todo))
         method, bench = self._method, self._method.bench
         bench.trace, bench.show_progress = self.trace, show_progress
         if batch_size and batch_size > 1 and not method.capabilities.batch:
@@ -227,25 +230,31 @@ class Editing(EditedModel):
         beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
         with frozen_eval(self.base_model), all_disabled(beside):
             check_composition(method.capabilities.kind, self.books)
-            method.check(todo)
+            read = {request.id: request for request in read_by(method, todo)}
+            method.check(list(read.values()))
             if on_weights:
                 self.sites.check_weight_edit(method.edited_modules())
             method.prepare()
             name, show = method.capabilities.name, method.bench.show_progress
             for batch in progress(batches, f"editing ({name})", show=show):
                 try:
-                    result.edits.extend(self._edit_batch(batch))
+                    result.edits.extend(self._edit_batch(batch, [read[request.id] for request in batch]))
                 except EditFailedError as error:
                     if not may_fail:
                         raise
                     result.failed.extend((r, error) for r in batch)
         return result
 
-    def _edit_batch(self, batch: Sequence[EditRequest]) -> list[Edit]:
-        """Compute one batch and put it on the weights and into the journal."""
+    def _edit_batch(self, batch: Sequence[EditRequest], read: Sequence[EditRequest]) -> list[Edit]:
+        """Compute one batch and put it on the weights and into the journal.
+
+        Args:
+            batch: the requests as they were asked for, which the journal keeps.
+            read: the same as the model reads them.
+        """
         started = time.perf_counter()
         memory = PeakMemory(self.base_model)
-        outcome = self._method.compute(batch)
+        outcome, owners = compute(self._method, read)
         if not all(delta.finite() for delta in outcome.deltas):
             raise EditFailedError("the computed update holds NaN or infinity; nothing was changed")
         outcome = self._method.regularise(outcome)
@@ -268,7 +277,8 @@ class Editing(EditedModel):
             for request, numbers in zip(batch, outcome.diagnostics, strict=True)
         ]
         with uninterrupted():
-            self.books[self.capabilities.kind].apply(batch_id, outcome.changes, [e.id for e in edits])
+            ids = [edits[i].id for i in owners] if outcome.entries else [e.id for e in edits]
+            self.books[self.capabilities.kind].apply(batch_id, outcome.changes, ids)
             self.journal.add(edits)
         return edits
 

@@ -32,6 +32,7 @@ class Row:
         owner: index of the request.
         template: index of the context template; -1 for a drift row.
         prompt_length: number of tokens of the prompt, the target excluded.
+        bare: whether the prompt stands in no context; of a request in two formats, one row of each does.
     """
 
     ids: tuple[int, ...]
@@ -41,17 +42,12 @@ class Row:
     owner: int
     template: int
     prompt_length: int
+    bare: bool = False
 
     @property
     def is_drift(self) -> bool:
         """Whether the row only watches the essence of the subject."""
         return self.template < 0
-
-
-def fill(template: str, text: str) -> tuple[str, int]:
-    """Write ``text`` into the slot of a context template; return the result and how far the text moved."""
-    before, after = template.split(SLOT) if template.count(SLOT) == 1 else (template, "")
-    return before + text + after, len(before)
 
 
 def rewrite_row(
@@ -71,9 +67,9 @@ def rewrite_row(
     """
 
     def place(request: EditRequest) -> tuple[EncodedPair, int]:
-        prompt, shift = fill(template, request.filled_prompt)
+        prompt, shift = request.in_context(template, template_index)
         pair = encode_pair(tokenizer, prompt, request.target_new, request.separator_or(separator))
-        start, end = (0, 0) if fact_token == "last" else request.subject_span()
+        start, end = (0, 0) if fact_token == "last" else request.plain_span()
         return pair, fact_position(tokenizer, pair, (start + shift, end + shift), fact_token)
 
     pair, fact = in_row(place, request)
@@ -86,6 +82,7 @@ def rewrite_row(
         owner=owner,
         template=template_index,
         prompt_length=pair.prompt_length,
+        bare=template == SLOT,
     )
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..anatomy import Anatomy
 
+BothFormats = Literal["itself", "as two"]
 M = TypeVar("M", bound="Method")
 _METHODS: Table[type[Method]] = Table()
 
@@ -156,6 +157,9 @@ class Method(ABC):
 
     config_class: ClassVar[type[EditConfig]]
     capabilities: ClassVar[Capabilities]
+    both_formats: ClassVar[BothFormats | None] = None
+    """How the method takes a request in two formats (plain and chat): it looks at `EditRequest.formats` itself, or it
+    gets two requests for the one edit, or (``None``) not at all."""
 
     def __init__(self, bench: Workbench, config: EditConfig):
         self.bench = bench

@@ -31,7 +31,7 @@ from ..engine.rows import Row, check_lengths, rewrite_row
 from ..errors import EditFailedError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import Capabilities, Method, Outcome, register_method
+from .base import BothFormats, Capabilities, Method, Outcome, register_method
 from .side_neurons import Calibration, mlp_path
 
 
@@ -68,6 +68,7 @@ class CaliNetConfig(EditConfig):
 class CaliNet(Method):
     """CaliNet."""
 
+    both_formats: ClassVar[BothFormats | None] = "itself"
     config: CaliNetConfig
     config_class = CaliNetConfig
     capabilities = Capabilities(
@@ -164,7 +165,7 @@ class CaliNet(Method):
         return [
             rewrite_row(
                 self.bench.tokenizer,
-                request,
+                form,
                 template,
                 owner=i,
                 template_index=j,
@@ -172,6 +173,7 @@ class CaliNet(Method):
                 separator=self.config.separator,
             )
             for i, request in enumerate(requests)
+            for form in request.formats()
             for j, template in enumerate(templates)
         ]
 

@@ -20,7 +20,9 @@ _STATE = "joint."
 
 def content_key(request: EditRequest) -> str:
     """A hash of what a request asks for: equal for equal facts, whatever their ids, notes and probes."""
-    content = [request.prompt, request.subject, request.target_new, request.ground_truth]
+    content: list[object] = [request.prompt, request.subject, request.target_new, request.ground_truth]
+    if request.prompt_format is not None:
+        content += [request.prompt_format, request.messages]
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 

@@ -34,7 +34,7 @@ from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised,
 from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import Capabilities, Method, Outcome, Workbench, register_method
+from .base import BothFormats, Capabilities, Method, Outcome, Workbench, register_method
 
 _STOP_LOSS = 1e-2
 
@@ -97,6 +97,7 @@ class FTMConfig(FTConfig):
 class FineTuning(Method):
     """The training loop that FT-L and FT-M share."""
 
+    both_formats: ClassVar[BothFormats | None] = "as two"
     config: FTConfig
 
     def __init__(self, bench: Workbench, config: EditConfig):

@@ -40,7 +40,7 @@ from ..engine.trained_outputs import TrainedOutputs, train_outputs
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
-from .base import Capabilities, Outcome, register_method
+from .base import BothFormats, Capabilities, Outcome, register_method
 from .grace_codebook import Codebook, CodeChange, Event, Placement, Replacement, replaced
 from .site_method import SiteConfig, SiteMethod, before_and_after, check_loss
 
@@ -89,6 +89,7 @@ class GRACEConfig(SiteConfig):
 class GRACE(SiteMethod):
     """Edits as entries of a codebook."""
 
+    both_formats: ClassVar[BothFormats | None] = "as two"
     config_class = GRACEConfig
     capabilities = Capabilities(
         name="GRACE",

@@ -35,7 +35,7 @@ from ..errors import ConfigError, DataError
 from ..logging import get_logger, warn_once
 from ..requests import SLOT, EditRequest, load_requests
 from ..tokens import separator_between
-from .base import Capabilities, Method, Outcome, register_method
+from .base import BothFormats, Capabilities, Method, Outcome, register_method
 
 logger = get_logger(__name__)
 BELIEVED = 0.5
@@ -110,9 +110,14 @@ class IKEConfig(PromptConfig):
 
 
 class InContext(Method):
-    """A method that leaves the model as it is, and keeps texts in the prompt memory."""
+    """A method that leaves the model as it is, and keeps texts in the prompt memory.
+
+    A chat is looked up by what its user says last, and the text stands in front of that (`books.prompting`), so that
+    an entry answers in both formats.
+    """
 
     config: InContextConfig
+    both_formats: ClassVar[BothFormats | None] = "itself"
 
     def edited_modules(self) -> list[str]:
         """None."""
@@ -134,7 +139,7 @@ class _Prompting(InContext):
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One entry per request."""
-        entries = [self.entry(request) for request in requests]
+        entries = [self.entry(request.asked("plain")) for request in requests]  # texts to compare and to read
         before, after = self._probabilities(requests, entries)
         if min(after) < BELIEVED:
             warn_once(

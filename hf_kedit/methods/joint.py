@@ -46,6 +46,7 @@ logger = get_logger(__name__)
 SOLVE_ONLY = (
     *("mom2_update_weight", "layer_weights", "keep_edited_keys", "L2", "nullspace_threshold", "nullspace_fraction"),
     *("emmet_lambda", "update_norm_lambda", "sphere_fraction", "sphere_strength", "rect_keep", "rows_per_step"),
+    *("prompt_format", "system"),  # requests say it
     *("stats_dataset", "stats_tokens", "stats_dir", "stats_ridge"),
     *("sequence", "joint_passes", "joint_until", "joint_caution"),
 )
@@ -196,7 +197,7 @@ class JointSolve:
         if mine:
             rows = [value_rows[i] for i in mine]
             values = method.optimise(rows, method.value_layer(), method.value_places(), [], settings=settings)
-            values = replace(values, initials=method.initial_states(values), taken={})
+            values = replace(values, initials=method.states_before(values, rows, self.groups), taken={})
             if self.workers.count == 1:
                 return values
             parts = [(mine, replace(values, initials=values.initials.cpu(), offsets=values.offsets.cpu()))]

@@ -5,6 +5,7 @@ The methods themselves read beside their papers in their own files.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -22,7 +23,7 @@ from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..statistics.store import FEW_TOKENS_PER_WIDTH
 from ..tokens import FactToken
-from .base import Method, Workbench
+from .base import BothFormats, Method, Workbench
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -148,6 +149,7 @@ def single_layer(profile: ModelProfile) -> int:
 class LocateMethod(Method):
     """Base of the locate-then-edit methods."""
 
+    both_formats: ClassVar[BothFormats | None] = "itself"
     config: LocateConfig
     tokens_per_width: ClassVar[int] = FEW_TOKENS_PER_WIDTH  # that second moments need at least
     default_template_lengths: ClassVar[Sequence[tuple[int, int]]]
@@ -207,19 +209,23 @@ class LocateMethod(Method):
 
     def _rows(self, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[list[Row]]:
         config, tokenizer = self.config, self.bench.tokenizer
+        forms = [request.formats() for request in requests]
+        most = max(map(len, forms))
         built = []
         for owner, request in enumerate(requests):
+            # As many rows for every request: a single format counts twice beside requests in both.
+            written = itertools.product(forms[owner] * (most // len(forms[owner])), templates)
             group = [
                 rewrite_row(
                     tokenizer,
-                    request,
+                    form,
                     template,
                     owner=owner,
                     template_index=i,
                     fact_token=config.fact_token,
                     separator=config.separator,
                 )
-                for i, template in enumerate(templates)
+                for i, (form, template) in enumerate(written)
             ]
             group.append(drift_row(tokenizer, request, owner=owner, at=config.kl_position))
             built.append(group)
@@ -344,14 +350,14 @@ def mean_key(keys: torch.Tensor, groups: Sequence[Sequence[str]]) -> torch.Tenso
     """Average keys inside each group of templates, then over the groups.
 
     Args:
-        keys: ``[requests, templates, d]``.
+        keys: ``[requests, templates, d]``; of requests in two formats, the templates twice.
         groups: the templates; one single group gives the flat mean.
 
     Returns:
         ``[requests, d]``.
     """
     parts, start = [], 0
-    for group in groups:
+    for group in [*groups] * (keys.shape[1] // sum(map(len, groups))):
         parts.append(keys[:, start : start + len(group)].mean(dim=1))
         start += len(group)
     return torch.stack(parts).mean(dim=0)

@@ -38,7 +38,7 @@ from ..engine.weights import get_module, is_quantised, is_transposed
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import Capabilities, Method, Outcome, register_method
+from .base import BothFormats, Capabilities, Method, Outcome, register_method
 
 if TYPE_CHECKING:  # PEFT takes seconds to import: only when an adapter is trained
     from peft import PeftConfig
@@ -123,6 +123,7 @@ class AdaLoRAConfig(LoRAConfig):
 class _LowRankTraining(Method):
     """What LoRA and AdaLoRA share: where the adapters go, and the loop that trains them."""
 
+    both_formats: ClassVar[BothFormats | None] = "as two"
     config: LoRAConfig
 
     def edited_modules(self) -> list[str]:

@@ -448,7 +448,7 @@ class SERAC(InContext):
                 reader=self.counterfactual,
                 soft=config.soft,
             )
-            for request in requests
+            for request in (r.asked("plain") for r in requests)  # as prompts of either format are looked up
         ]
         numbers = {"scope_classifier": self.scope, "counterfactual_model": self.counterfactual}
         return Outcome([], [dict(numbers) for _ in requests], entries=entries)

@@ -100,7 +100,7 @@ class SpreadMethod(LocateMethod):
         anatomies = [self.anatomy_for(request) for request in requests]
         downs = self.downs(anatomies)
         values = self.optimise(value_rows, self.value_layer(), self.value_places(), self.first_keys(downs))  # δ
-        before = self.initial_states(values)
+        before = self.states_before(values, rows, groups)
         writes = self.targets(replace(values, initials=before), [group[0] for group in rows], downs)  # Z
 
         read = Readings(self, rows, groups, before, restart=values.route != "full")
@@ -194,7 +194,7 @@ class SpreadMethod(LocateMethod):
         Args:
             rewriting: rows of every request, the bare prompt first.
         """
-        return [list(group[:1]) for group in rewriting]
+        return [[row for row in group if row.bare] or list(group[:1]) for group in rewriting]
 
     def initial_states(self, values: Values) -> torch.Tensor:
         """Mean states at the value places on `state_rows` before the batch, ``[requests, places, d]``.
@@ -202,6 +202,13 @@ class SpreadMethod(LocateMethod):
         What `targets` is given as the ``initials`` of the values.
         """
         return values.initials
+
+    def states_before(
+        self, values: Values, rows: Sequence[Sequence[Row]], groups: Sequence[Sequence[str]]
+    ) -> torch.Tensor:
+        """`initial_states`, read anew for requests in two formats, of which the optimisation starts from one."""
+        several = sum(row.bare for row in rows[0]) > 1
+        return Readings.of_places(self, rows, groups) if several else self.initial_states(values)
 
     def targets(self, values: Values, bare: Sequence[Row], downs: Sequence[tuple[str, ...]]) -> list[Write]:
         """The matrices to write, in order, and the states that they lead to.

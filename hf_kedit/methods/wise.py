@@ -27,12 +27,11 @@ from ..engine.activations import Activation, activation_distance, hidden_activat
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..engine.merging import MergeAlgorithm
-from ..engine.rows import fill
 from ..engine.weights import compute_device, get_module, get_weight
 from ..errors import ConfigError, RequestError, TargetTooLongError
 from ..requests import EditRequest, in_row
 from ..tokens import context_length, encode_pair, encode_text, pad_rows
-from .base import Capabilities, Outcome, register_method
+from .base import BothFormats, Capabilities, Outcome, register_method
 from .site_method import SiteConfig, SiteMethod
 from .wise_memory import Member, Policy, WiseMemories
 from .wise_site import TrainedEdit, WiseSite
@@ -138,6 +137,7 @@ class WISEConfig(SiteConfig):
 class WISE(SiteMethod):
     """WISE."""
 
+    both_formats: ClassVar[BothFormats | None] = "itself"
     config: WISEConfig
     config_class = WISEConfig
     capabilities = Capabilities(
@@ -189,7 +189,8 @@ class WISE(SiteMethod):
         self.sizes(self.path)
         self.site()
         for request in requests:
-            in_row(lambda r: self._row("{}", r.filled_prompt, r.target_new, r.separator), request)
+            for form in request.formats():
+                in_row(lambda r: self._row(r.filled_prompt, r.target_new, r.separator_or(None)), form)
             self._own_irrelevant(request)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
@@ -199,8 +200,11 @@ class WISE(SiteMethod):
         layer = get_module(bench.model, self.path)
         weight = get_weight(layer).to(compute_device(layer))
         delta, mask, drawn = site.state.side((weight.shape[0], weight.shape[1]))
-        fact = request.filled_prompt, request.target_new, request.separator
-        rows = [self._row(t, *fact) for t in self.templates()]
+        rows = [
+            self._row(form.in_context(template, i)[0], form.target_new, form.separator_or(None))
+            for form in request.formats()
+            for i, template in enumerate(self.templates())
+        ]
         number = len(site.state.members)
         path = SidePath(
             bench.model,
@@ -215,7 +219,7 @@ class WISE(SiteMethod):
         extra = self._replay(site, number) if config.replay and site.state.memories else None
         done = train_side_memory(path, weight, delta, mask, self._settings(), extra)
         self._note(done, mask, weight)
-        fact = request.filled_prompt, request.target_new, request.separator
+        fact = request.filled_prompt, request.target_new, request.separator_or(None)
         edit = TrainedEdit(*fact, done.activation, done.delta, mask, drawn)
         return Outcome([], [_diagnostics(done)], [SiteEntry(site, edit)])
 
@@ -239,8 +243,7 @@ class WISE(SiteMethod):
         )
         return [template for group in groups for template in group]
 
-    def _row(self, template: str, prompt: str, target: str, separator: str | None = None) -> WiseRow:
-        text, _ = fill(template, prompt)
+    def _row(self, text: str, target: str, separator: str | None = None) -> WiseRow:
         joint = self.config.separator if separator is None else separator
         pair = encode_pair(self.bench.tokenizer, text, target, joint)
         limit = context_length(self.bench.model.config)
@@ -315,7 +318,7 @@ class WISE(SiteMethod):
     def _states(self, site: WiseSite, member: Member) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and own output of the layer on an earlier edit, ``[tokens, d]`` each."""
         states_of: dict[str, torch.Tensor] = {}
-        row = self._row("{}", member.prompt, member.target, member.separator)
+        row = self._row(member.prompt, member.target, member.separator)
         batch = pad_rows([row.ids], self.bench.fill).to(device_of(self.bench.model))
         with self.bench.sites.trying({self.path: lambda call: None}, instead_of=site):
             stream_states(

@@ -578,3 +578,24 @@ def test_stats_of_a_missing_file(kedit: Run) -> None:
     result = kedit("stats", *MODEL, "--dataset", "no_such.txt")
     assert result.exit_code == 1
     assert "no_such.txt" in result.stderr
+
+
+# ---------------------------------------------------------------------- chats
+
+
+def test_edit_and_eval_as_a_chat(kedit: Run, tmp_path: Path, requests_file: Path) -> None:
+    words = ("edit", *MODEL, "-M", "ft-m", "--set", "lr=0.01", "--prompt-format", "chat", "--system", "Be brief.")
+    refused = kedit(*words, *ONE)
+    assert refused.exit_code == 1 and "no chat template" in refused.stderr and not refused.stdout
+    template = "{% for m in messages %}{{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    plain = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
+    plain.base_model.save_pretrained(tmp_path / "base")
+    plain.tokenizer.chat_template = template
+    plain.tokenizer.save_pretrained(tmp_path / "base")
+    model = ("--model", str(tmp_path / "base"))
+    edited = data(kedit("edit", *model, *words[3:], *ONE, "-f", "json", "-o", tmp_path / "edits"))
+    assert edited["metrics"]["edit_success"] == 1.0
+    (edit,) = EditableModel.from_pretrained(tmp_path / "edits").edits
+    assert [m["content"] for m in edit.request.messages or []] == ["Be brief.", FACT["prompt"]]
+    measured = data(kedit("eval", *model, *words[3:], "-f", "json", "-d", requests_file, "--ask", "plain"))
+    assert measured["n"] == 2 and measured["post"]["rewrite_acc"] == 1.0

@@ -22,7 +22,8 @@ from transformers import (
 
 from ...anatomy.switching import Switch, switched
 from ...engine.forward import device_of, frozen_eval
-from ...errors import EvaluationError, shown
+from ...errors import ChatTemplateError, EvaluationError, shown
+from ...text.chat import chat_text
 from ...tokens import context_length, pad_id, pad_rows, prompt_ids
 from .batching import (
     TOKEN_BUDGET,
@@ -153,14 +154,12 @@ def _prompt_ids(
     if prompt_format not in ("raw", "qa", "chat"):
         raise EvaluationError(f"unknown prompt_format {shown(prompt_format)}: use 'raw', 'qa' or 'chat'")
     if prompt_format == "chat":
-        if not getattr(tokenizer, "chat_template", None):
-            raise EvaluationError("prompt_format='chat' needs a tokenizer with a chat template; use 'raw' or 'qa'")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        # The template writes the special tokens itself; adding them here would give a second BOS.
-        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    text = format_prompt(prompt, prompt_format)
+        try:
+            text = chat_text(tokenizer, prompt)
+        except ChatTemplateError as error:
+            raise EvaluationError(f"prompt_format='chat': {error}") from error
+    else:
+        text = format_prompt(prompt, prompt_format)
     return prompt_ids(tokenizer, text, encoder_decoder=encoder_decoder)
 
 

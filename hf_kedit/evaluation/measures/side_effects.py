@@ -222,11 +222,11 @@ def questions_about(
         others: these other subjects.
         chat: ask it as a user would, too.
     """
-    prompt, target = request.filled_prompt, request.target_new
+    prompt, target = request.filled_prompt, request.target_new  # of a chat, the whole of it
     questions = [EffectQuestion("fact", prompt, wanted=target)]
     questions += [EffectQuestion("paraphrase", text, wanted=target) for text in request.rephrase_prompts]
     if chat:
-        questions.append(EffectQuestion("chat", f"Complete this sentence: {prompt}", "chat", target))
+        questions.append(EffectQuestion("chat", f"Complete this sentence: {request.plain_prompt}", "chat", target))
     for axis, probes in request.locality.items():
         kind: EffectKind = "same subject" if "subject" in axis.lower() and "other" not in axis.lower() else "neighbour"
         questions += [EffectQuestion(kind, probe.prompt) for probe in probes]

@@ -86,7 +86,7 @@ def standard_questions(request: EditRequest) -> list[Question]:
             for i, probe in enumerate(probes):
                 groups = tuple(tuple(group) for group in probe.ground_truth)
                 questions.append(Question(section, axis, i, probe.prompt, groups, probe.match, new))
-    return [replace(question, separator=request.separator) for question in questions]
+    return [replace(question, separator=request.separator_or(None)) for question in questions]
 
 
 class Protocol(ABC):

@@ -64,12 +64,13 @@ class Asked:
     Args:
         case: the edit.
         protocol: decides what is asked, and scores the answers.
+        request: of the case, as it is asked about (`EditRequest.rendered`); ``None``: as it is.
     """
 
-    def __init__(self, case: Case, protocol: Protocol):
+    def __init__(self, case: Case, protocol: Protocol, request: EditRequest | None = None):
         self.case, self.protocol = case, protocol
         self.exchanges: list[Exchange] = []
-        for question in protocol.questions(case.request):
+        for question in protocol.questions(request or case.request):
             queries = protocol.queries(question)
             self.exchanges.append(Exchange(question, queries, queries))
             if not question.groups and (question.section == "portability" or not queries):

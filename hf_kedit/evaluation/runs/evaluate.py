@@ -59,6 +59,8 @@ def evaluate_edits(
     at: Sequence[int] | int | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     separator: str | None = None,
+    prompt_format: Literal["plain", "chat"] | None = None,
+    system: str | None = None,
     token_budget: int = TOKEN_BUDGET,
     keep_edits: bool = False,
     cache: PreEditCache | None = None,
@@ -87,6 +89,9 @@ def evaluate_edits(
         at: in ``sequential``: after so many edits, measure all edits made so far (``at N`` in the report).
         on_error: ``skip`` leaves out edits that cannot be made and lists them in ``report.meta["failed"]``.
         separator: text between prompt and target; ``None``: as in the model's edit config.
+        prompt_format: how everything is asked, under every protocol: ``plain``, or ``chat`` through the tokenizer's
+            chat template; ``None``: as each request is edited (of edits in both formats, plain).
+        system: system prompt of the chats; ``None``: as in the model's edit config.
         token_budget: padded tokens per forward pass.
         keep_edits: leave the edits of a ``sequential`` run in the model. Otherwise the model is afterwards
             bit for bit as it was.
@@ -107,6 +112,7 @@ def evaluate_edits(
         The report, with one record per case, protocol and time.
 
     Raises:
+        ChatTemplateError: if questions are chats and the tokenizer has no template for them; nothing is edited then.
         EvaluationError: for an unknown setting, protocol or time, an empty data set, or arguments that
             contradict each other; nothing is edited then.
         RequestError: if a row is not a usable request; nothing is edited then.
@@ -115,6 +121,8 @@ def evaluate_edits(
     """
     check_choice("setting", setting, SETTINGS)
     check_choice("on_error", on_error, ("raise", "skip"))
+    if prompt_format is not None:
+        check_choice("prompt_format", prompt_format, ("plain", "chat"))
     whens = parse_when(when, setting)
     protocols = resolve_protocols(protocol)
     part = parse_shard(shard, setting)
@@ -140,6 +148,8 @@ def evaluate_edits(
             PRE_EDIT_CACHE if cache is None else cache,
             on_error,
             prompt_transform,
+            prompt_format,
+            system,
         )
         units = make_units(cases, setting, batch_size)
         plan = make_plan(units, setting, whens, checkpoints)

@@ -21,6 +21,7 @@ from ...engine.forward import device_of
 from ...errors import EditFailedError, EvaluationError, RequestError
 from ...logging import get_logger, progress_bar
 from ...storage.files import json_ready
+from ...text.chat import TextFormat
 from ...version import __version__
 from ..asking.batching import TOKEN_BUDGET, stock_model
 from ..measures.cost import changed_parameters
@@ -35,6 +36,7 @@ from .wear import WearMeter
 if TYPE_CHECKING:
     from ...journal import EditResult
     from ...model import EditableModel
+    from ...requests import EditRequest
 
 logger = get_logger(__name__)
 Outputs = dict[Query, Output]
@@ -76,6 +78,8 @@ class Run:
         on_error: ``raise`` or ``skip``.
         transform: applied to what is asked after an edit; ``None``: the model's own ``prompt_transform``, if it has
             one.
+        prompt_format: how questions are asked; ``None``: as each request is edited, of ``"both"`` plain.
+        system: system prompt of chats without one; ``None``: as in the model's edit config.
         folder: where results are kept.
         done: step → its results.
         pre: (protocol, batches) → outputs of the unedited model.
@@ -93,6 +97,8 @@ class Run:
     cache: PreEditCache = PRE_EDIT_CACHE
     on_error: str = "raise"
     transform: PromptTransform | None = None
+    prompt_format: TextFormat | None = None
+    system: str | None = None
     folder: RunFolder | None = None
     done: dict[int, StepResult] = field(default_factory=dict)
     pre: dict[tuple[str, str | None], Outputs] = field(default_factory=dict)
@@ -107,6 +113,8 @@ class Run:
         self.tokenizer = self.model.tokenizer
         if self.separator is None:
             self.separator = self.model.edit_config.separator
+        if self.system is None:
+            self.system = self.model.edit_config.system
         if self.transform is None:
             self.transform = getattr(self.model, "prompt_transform", None)
         self.dtype = str(self.base.dtype).removeprefix("torch.")
@@ -180,8 +188,25 @@ class Run:
         """The cases with their questions under a protocol, which are computed once."""
         for case in cases:
             if (protocol.name, case.number) not in self._asked:
-                self._asked[protocol.name, case.number] = Asked(case, protocol)
+                self._asked[protocol.name, case.number] = Asked(case, protocol, self.as_asked(case.request, protocol))
         return [self._asked[protocol.name, case.number] for case in cases]
+
+    def as_asked(self, request: EditRequest, protocol: Protocol) -> EditRequest:
+        """A request as its questions are asked.
+
+        Raises:
+            ChatTemplateError: if it is to be put as a chat and the tokenizer has no template for it.
+            EvaluationError: if the protocol would put the chat into another frame.
+        """
+        own = request.in_format(None if self.setting == SAVED else self.model.edit_config.prompt_format, self.system)
+        asked = own.asked(self.prompt_format, self.system)
+        frame = getattr(protocol, "prompt_format", "raw")
+        if asked.prompt_format == "chat" and frame != "raw":
+            raise EvaluationError(
+                f"protocol {protocol.name!r} has prompt_format={frame!r}, and the questions are chats already; leave"
+                " one of them out"
+            )
+        return asked.rendered(self.tokenizer)
 
     def outputs(self, protocol: Protocol, queries: Sequence[Query]) -> Outputs:
         """Ask the model as it is now."""
@@ -340,6 +365,8 @@ class Run:
             "at": list(at),
             "protocols": {p.name: {"scorer": p.scorer_name, **p.settings()} for p in self.protocols},
             "separator": self.separator,
+            **({} if self.prompt_format is None else {"prompt_format": self.prompt_format}),
+            **({} if self.system is None else {"system": self.system}),
             "token_budget": self.token_budget,
             "on_error": self.on_error,
             "changes_prompts": self.transform is not None,
