@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kedit import EditableModel, embedded
+from hf_kedit import EditableModel, embedded, evaluate_edits, load_edit_dataset
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.methods import registered_methods
 from hf_kedit.training.plan import TrainingPlan
@@ -113,7 +113,9 @@ def test_edit_many_together(kedit: Run, requests_file: Path) -> None:
     assert result["edit_ids"] == ["first", "second"]
     assert result["artifact"] is None
     assert result["metrics"]["edit_success"] == 1.0
-    assert 0 <= result["metrics"]["locality"] <= 1
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
+    again = evaluate_edits(model, requests_file, "batch", 2).summary()["post"]
+    assert result["metrics"]["locality"] == pytest.approx(again["locality"], abs=1e-6)
 
 
 def test_edit_for_people_and_scripts(kedit: Run, requests_file: Path, tmp_path: Path) -> None:
@@ -150,6 +152,25 @@ def test_min_success(kedit: Run, tmp_path: Path, bound: str, code: int) -> None:
     assert json.loads(result.stdout)["metrics"]["edit_success"] == 0.0
     assert ("min-success" in result.stderr) == (code == 3)
     assert (tmp_path / "out" / "edit_config.json").is_file()
+
+
+@pytest.mark.parametrize(("bound", "code"), [("0.8", 3), ("0.5", 0)])
+def test_min_success_is_a_share_of_the_facts(kedit: Run, tmp_path: Path, bound: str, code: int) -> None:
+    """Of two facts one is what the model says anyway."""
+    rows = [FACT | {"id": "known", "target_new": "sculptor"}, FACT | {"id": "new"}]
+    file = tmp_path / "facts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["-M", "ft-m", "-r", file, "--set", "num_steps=1", "--set", "lr=1e-9", "-f", "json"]
+    result = kedit("edit", *MODEL, *words, "--min-success", bound)
+    assert json.loads(result.stdout)["metrics"]["edit_success"] == 0.5
+    assert result.exit_code == code, result.stderr
+
+
+def test_facts_of_a_file_are_solved_together(kedit: Run, requests_file: Path, tmp_path: Path) -> None:
+    done = kedit("edit", *MODEL, "-M", "memit", "-r", requests_file, "--no-eval", "-o", tmp_path / "out", "-f", "json")
+    assert done.exit_code == 0, done.stderr
+    lines = (tmp_path / "out" / "edits.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and len({json.loads(line)["batch_id"] for line in lines}) == 1
 
 
 def test_flags_win_over_set_over_file(kedit: Run, tmp_path: Path) -> None:
@@ -216,8 +237,10 @@ def test_eval(kedit: Run, tmp_path: Path) -> None:
     assert result["setting"] == "single"
     assert [r["protocol"] for r in result["results"]] == ["teacher_forced", "generation"]
     assert result["pre"]["rewrite_acc"] < result["post"]["rewrite_acc"]
-    for name in ("rephrase_acc", "locality", "portability"):
-        assert 0 <= result["post"][name] <= 1
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
+    again = evaluate_edits(model, load_edit_dataset("world", split="test", limit=2)).summary()["post"]
+    for name in ("rewrite_acc", "rephrase_acc", "locality", "portability"):
+        assert result["post"][name] == pytest.approx(again[name], abs=1e-6)
     report = json.loads(file.read_text(encoding="utf-8"))
     assert len(report["records"]) == 4
     assert result["report"] == str(file)

@@ -225,6 +225,7 @@ def test_counterfact() -> None:
     assert probes(first)["neighborhood"][1] == ("Jan Hus speaks", [["Czech"]])
     assert first["extra"]["template"] == "The mother tongue of {} is"
     assert first["extra"]["target_new_id"] == "Q7411" and len(first["extra"]["attribute_prompts"]) == 1
+    assert first["extra"]["generation_prompts"] == ["Ada Bell's favourite dish is"]
     assert second["prompt"] == "Jan Mol, who works for" and second["ground_truth"] == ["Acme {Ltd}"]
     flat = only("counterfact_flat")
     assert probes(flat[0]) == {"neighborhood": [("Jan Novak speaks", [["Czech"]])]}

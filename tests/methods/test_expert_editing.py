@@ -28,7 +28,7 @@ from hf_kedit.engine.weights import get_module, get_weight, model_digest, set_we
 from hf_kedit.errors import ConfigError, LayerError, UnsupportedModelError
 from hf_kedit.tokens import pad_rows
 from tests.models import tiny_model
-from tests.test_families import FACTS, build
+from tests.test_families import FACTS, build, residual_ratios
 
 BANKS = ["mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3"]
 ROME: dict[str, Any] = {
@@ -147,14 +147,16 @@ def test_a_batch_is_spread_over_the_experts_of_its_facts(family: str, kind: Any,
     layers = {EMMETConfig: [1]}.get(kind, MEMIT["layers"])
     model = with_corpus(family, kind(**MEMIT | {"layers": layers}, **values.get(kind, {"mom2_update_weight": 0.01})))
     digest = model_digest(model.base_model)
+    model.trace = {}
     edits = model.edit(FACTS).edits
+    found = [edit.diagnostics["residual_ratio"] for edit in edits]
+    assert found == pytest.approx(residual_ratios(model, layers[-1]), rel=1e-2, abs=1e-5) and max(found) < 0.9
     written = {
         model.anatomy.layer(int(layer)).experts.down(found["expert"]).path
         for edit in edits
         for layer, found in edit.diagnostics["experts"].items()
     }
     assert {a.module for a in model.ledger.accounts.values()} == written
-    assert all(edit.diagnostics["residual_ratio"] < 0.9 for edit in edits)
     ids = model.tokenizer(FACTS[0].filled_prompt)["input_ids"]
     edited = logits(model, ids)
 

@@ -20,7 +20,7 @@ from hf_kedit import (
 )
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.statistics.moments import SecondMoment
-from tests.test_families import DECODERS, FACTS, build
+from tests.test_families import DECODERS, FACTS, build, residual_ratios
 
 SHARED: dict[str, Any] = {
     "layers": [0, 1],
@@ -57,7 +57,17 @@ def test_the_relatives_of_memit_on_every_decoder(family: str) -> None:
             width = get_weight(get_module(model.base_model, path)).shape[1]
             spectrum = torch.logspace(0, -4, width, dtype=torch.float64)  # keys hardly use most directions
             model.statistics.put(path, SecondMoment(spectrum.diag() * 1e5, 100_000, "diagonal"))
-        for edit in model.edit(FACTS).edits:
+        model.trace = {}
+        edits = model.edit(FACTS).edits
+        if type(config) in (
+            EMMETConfig,
+            AlphaEditConfig,
+            SPHEREConfig,
+            COREConfig,
+        ):  # one state per fact
+            found = [edit.diagnostics["residual_ratio"] for edit in edits]
+            assert found == pytest.approx(residual_ratios(model), rel=1e-2, abs=1e-5)
+        for edit in edits:
             losses = edit.diagnostics["loss"]
             assert edit.diagnostics["route"] == "prefix" and min(losses) < losses[0]
             if not isinstance(config, (RROMEConfig, PMETConfig)):  # PMET's lower layers do not see its residual

@@ -109,7 +109,6 @@ def test_evaluation_counts_every_fact_once(tmp_path: Path) -> None:
         rows = torch.cat([editor(**trainer.data_collator([facts[i]])).metrics for i in range(len(facts))])
     for i, name in enumerate(("edit_success", "generalization", "locality", "drawdown")):
         assert found[f"eval_{name}"] == pytest.approx(float(rows[:, i].mean()), abs=1e-6)
-    assert 0 < found["eval_locality"] <= 1
 
 
 def test_stops_early_and_returns_to_the_best(tmp_path: Path) -> None:

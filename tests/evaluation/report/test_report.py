@@ -65,6 +65,18 @@ def test_summary_aggregates_probes_axes_cases():
     }
 
 
+def test_the_score_of_counterfact_needs_all_three_successes():
+    successes = {"ES": [1.0], "PS": [0.5, 0.5], "NS": [0.25]}
+    both = [case(0, counterfact=successes), case(1, counterfact={"ES": [0.0]})]
+    assert EvaluationReport(both).summary()["post"]["counterfact"] == {
+        "ES": 0.5, "PS": 0.5, "NS": 0.25, "S": pytest.approx(3 / (2 + 2 + 4)),
+    }  # fmt: skip
+    for missing in successes:
+        some = {name: values for name, values in successes.items() if name != missing}
+        found = EvaluationReport([case(0, counterfact=some)]).summary()["post"]["counterfact"]
+        assert found.keys() == some.keys()
+
+
 def test_summaries_refuse_to_mix():
     mixed = case(1, rewrite_acc=[1.0])
     mixed["post"]["metric_meta"]["rewrite"]["comparable_group"] = "teacher_forced/exact"
@@ -133,11 +145,12 @@ def test_easyedit_layout(report):
         "prompt": ["The capital of Sudland is", "The capital of Westland is"],
         "ground_truth": ["Rome", "Lima"],
     }
-    for row in rows:  # what its summary scripts do: means over `*_acc` lists, nothing else in there
-        for section in ("locality", "portability"):
-            for key, values in row["post"][section].items():
-                assert key.endswith("_acc")
-                assert 0 <= sum(values) / len(values) <= 1
+    seen = []
+    for row, record in zip(rows, report.select("teacher_forced"), strict=True):
+        for section in ("locality", "portability"):  # its summary scripts average `*_acc` lists: nothing else in there
+            assert row["post"][section] == record["post"].get(section, {})
+            seen += row["post"][section]
+    assert sorted(set(seen)) == ["alias_acc", "neighbour_acc", "other_acc", "reasoning_acc"]
 
 
 def test_dataset(report):

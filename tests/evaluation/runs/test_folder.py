@@ -93,6 +93,14 @@ def test_checkpoints_fall_on_the_end_of_a_batch(editable, cache):
     assert [len(what) for kind, what in editable.log if kind == "edit"] == [2, 2, 1]
 
 
+def test_the_perplexity_is_that_of_the_texts_of_the_run(editable, tokenizer, cache):
+    """Two runs that share what was measured before, and not the texts."""
+    for text in ("Oslo is a", "Jan Mol works for the railway."):
+        wanted = functional.perplexity(editable.base_model, tokenizer, [text]).pooled
+        report = evaluate_edits(editable, many(1), "sequential", collapse_text=text, cache=cache)
+        assert report.checkpoints[-1]["perplexity_before"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_collapse_is_said(tokenizer, cache, caplog):
     text = "Jan Mol works for the railway. Ada Bell was born in Bergen."
     model = tiny_gpt2(tokenizer)
