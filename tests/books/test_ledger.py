@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_kedit.books import ledger as ledger_module
 from hf_kedit.books.ledger import Ledger, WeightDelta
+from hf_kedit.books.ledger_files import describe_accounts, tensors_of
 from hf_kedit.engine.weights import get_weight, set_weight
 from hf_kedit.errors import MergeError, NonFiniteError, RollbackError, TiedWeightError, UnknownEditError, WeightError
 
@@ -192,6 +193,24 @@ def test_provisional_deltas_give_the_final_bits_and_leave_no_trace() -> None:
     assert same(bits(model), state) and not same(seen, state)
     ledger.apply("b1", [low_rank(6, (0,)), low_rank(7, (0,), "conv")], ["e1"])
     assert same(bits(model), seen)
+
+
+def test_pieces_are_saved_side_by_side() -> None:
+    """Factors of several pieces are one pair of tensors, ``[d_out, ranks]`` and ``[d_in, ranks]``."""
+    model = Small(torch.float32)
+    ledger = Ledger(model)
+    first, second = low_rank(1, (0,)), low_rank(2, (0, 1))
+    ledger.apply("a", [first], ["a"])
+    ledger.apply("b", [second, dense(3)], ["b", "c"])
+    tensors = tensors_of(ledger.accounts)
+    assert set(tensors) == {"linear.weight.delta_U", "linear.weight.delta_V", "conv.weight.delta.0"}
+    assert torch.equal(tensors["linear.weight.delta_U"], torch.cat([first.left, second.left], 1))
+    assert torch.equal(tensors["linear.weight.delta_V"], torch.cat([first.right, second.right], 1))
+    described = describe_accounts(model, ledger.accounts)
+    pieces = described["linear.weight"]["pieces"]
+    assert [(p["start"], p["stop"], p["columns"]) for p in pieces] == [(0, 1, ["a"]), (1, 3, ["b", "c"])]
+    assert (described["linear.weight"]["type"], described["conv.weight"]["type"]) == ("linear", "conv1d")
+    assert described["linear.weight"]["shape"] == [4, 5] and described["linear.weight"]["rank"] == 3
 
 
 def test_what_must_not_be_written() -> None:

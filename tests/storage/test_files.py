@@ -148,6 +148,24 @@ def test_a_writer_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "inside"])
+def test_folders_of_others_inside_keep_their_modes(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(storage, "_exchange", no_exchange)
+    folder = prepare(tmp_path / "folder", False)
+    (folder / "notes" / "private").mkdir(parents=True)
+    (folder / "notes" / "empty").mkdir(mode=0o711)
+    (folder / "notes" / "private" / "diary").write_text("mine")
+    (folder / "notes" / "private").chmod(0o700)
+    (folder / "notes").chmod(0o750)
+    write_folder(folder, NEW, last=LAST, owned=OWNED)
+    modes = {name: (folder / name).stat().st_mode & 0o777 for name in ("notes", "notes/private", "notes/empty")}
+    assert modes == {"notes": 0o750, "notes/private": 0o700, "notes/empty": 0o711}
+    assert (folder / "notes/private/diary").read_text() == "mine"
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "inside"])
 def test_links_modes_and_the_umask(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
         monkeypatch.setattr(storage, "_exchange", no_exchange)

@@ -155,6 +155,13 @@ def test_changed_words_are_marked_and_lost_neighbours_are_red():
     assert len(lost) == 1 and NEIGHBOURS[0] in unescape(lost[0])
 
 
+def test_probes_that_were_not_scored_are_named():
+    record_of_one = record(0, "generation", 1.0, [1.0, 1.0])
+    assert "Not scored" not in EvaluationReport([record_of_one]).to_html()
+    skipped = [{"prompt": "<who>", "reason": "no answer"}]
+    assert "<li>&lt;who&gt;: no answer</li>" in EvaluationReport([{**record_of_one, "skipped": skipped}]).to_html()
+
+
 def test_every_table_scrolls():
     page = Comparison({"a": run([1.0], [1.0, 1.0]), "b": run([0.0], [0.0, 1.0])}).to_html()
     assert page.count("<table>") == page.count('<div class="scroll" role="region"') > 5
