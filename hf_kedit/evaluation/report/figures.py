@@ -22,8 +22,18 @@ _PROTOCOLS = {
         " what a person would read is the part by generation.",
     ),
     "likelihood": ("By likelihood", "Which of two answers the model holds for more likely."),
+    "fluency": ("Fluency", "Entropy of the n-grams of longer texts: low where the model repeats itself."),
 }
 """Protocol → heading, and what its numbers are."""
+READING = (
+    "Percentages, entropies in bits; n is the number of edits with such probes. The thin line in a bar, and the grey"
+    " range, hold the true value 95 times in 100 (Wilson's interval for shares, a bootstrap over the edits for"
+    " entropies and S). The stroke across a bar, and the number in brackets: before the edits."
+)
+MARKS = (
+    "▲ best, ▼ worst; green only where no axis of the locality was destroyed, which is where less than half of it is"
+    " left under any protocol."
+)
 
 
 def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int]) -> str:
@@ -73,7 +83,7 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
     last = "destroyed axes" if any(lost.values()) else ""
     return (
         f"<h2>{_heading(group, protocol, next(iter(summaries.values()))['scorer'], when)}</h2>"
-        f'<p class="note">{_PROTOCOLS.get(protocol, ("", ""))[1]} {_legend(columns, len(by_run), lost)}</p>'
+        f'<p class="note">{_PROTOCOLS.get(protocol, ("", ""))[1]}</p>'
         f'<div class="panels">{"".join(panels)}</div>{number_table(head, body, last)}{_axes(summaries)}'
     )
 
@@ -95,21 +105,6 @@ def _heading(group: Group[Any], protocol: str, scorer: object, when: str) -> str
     time = {"final": "after all edits", "immediate": "right after each edit"}.get(when, when)
     about = f"<span class='soft'>{escape(time)} · scorer: {escape(str(scorer))}</span>"
     return (f"{escape(group.title)}: " if group.title else "") + f"{escape(name)} {about}"
-
-
-def _legend(columns: list[tuple[str, str]], runs: int, lost: Mapping[str, list[str]]) -> str:
-    bits = [section == "fluency" for section, _ in columns]
-    how = "a bootstrap over the edits" if all(bits) else "Wilson's interval"
-    words = [
-        f"{'Bits' if all(bits) else 'Percentages'}; the thin line in a bar, and the grey range, hold the true value 95"
-        f" times in 100 ({how}{', S: bootstrap' if ('counterfact', 'S') in columns else ''}), n is the number of edits"
-        " with such probes. The stroke across a bar, and the number in brackets: before the edits."
-    ]
-    if runs > 1:
-        words.append("▲ best, ▼ worst; green only where no axis of the locality was destroyed.")
-    if any(lost.values()):
-        words.append("Destroyed: less than half of an axis is left, under any protocol.")
-    return " ".join(words)
 
 
 def _axes(summaries: Mapping[str, Mapping[str, Any]]) -> str:

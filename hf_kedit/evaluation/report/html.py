@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from .charts import COLOURS, curves, legend
-from .figures import mean_cell, means, seconds
+from .figures import MARKS, READING, mean_cell, means, seconds
 from .groups import Group, Runs
 from .html_cases import run_cases, side_by_side
 from .page import number_table, page, scrolling
@@ -93,6 +93,7 @@ def _subtitle(runs: Runs[Any]) -> str:
         + '<p class="note">Reliability: does the edited prompt give the new answer? Generalization: do other wordings?'
         " Locality: does everything else stay as the unedited model had it (agreement; whether it was right plays no"
         " role)? Portability: do facts that follow hold? Numbers of different protocols are not comparable.</p>"
+        f'<p class="note">{READING}{" " + MARKS if len(runs.reports) > 1 else ""}</p>'
     )
 
 
