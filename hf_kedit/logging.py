@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
+FORMAT = "[%(name)s] %(levelname)s: %(message)s"
 _ROOT = "hf_kedit"
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -40,7 +41,7 @@ def _configure() -> None:
         root.setLevel(_LEVELS.get(os.environ.get("HF_KEDIT_VERBOSITY", "warning").lower(), logging.WARNING))
     if not root.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[%(name)s] %(levelname)s: %(message)s"))
+        handler.setFormatter(logging.Formatter(FORMAT))
         root.addHandler(handler)
 
 

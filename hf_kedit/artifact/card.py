@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..errors import HubError
 from ..journal import Edit
 from ..loading import is_local
 from ..logging import get_logger
-from ..storage.display import markdown_code, markdown_text, printable
+from ..storage.display import markdown_code, markdown_text, python_text
 from ..storage.files import read_file
 from .layout import ADAPTER_CONFIG, CARD, EVAL_RESULTS
 
@@ -100,7 +99,7 @@ def model_card(
         f"- {markdown_code(key)} {tuple(m['shape'])}, {'rank ' + str(m['rank']) if m['rank'] else 'dense'}"
         for key, m in config["modules"].items()
     ) or "\n".join(f"- none; edits act at run time at {markdown_code(path)}" for path in _sites(config))
-    undo_first = f"model.rollback({_quoted(edits[0].id if edits else 'edit-id')})"
+    undo_first = f"model.rollback({python_text(edits[0].id if edits else 'edit-id')})"
     here = repo_id or PLACEHOLDER
     load_base = ", base_model=model" if not base or is_local(base) else ""
     if at_sites:
@@ -125,7 +124,7 @@ and every one of them can be taken back.
 ```python
 from hf_kedit import EditableModel
 
-model = EditableModel.from_pretrained({_quoted(here)}{load_base})
+model = EditableModel.from_pretrained({python_text(here)}{load_base})
 model.edits                      # what was changed
 with model.disable_edits():      # the original model, for comparison
     ...
@@ -155,7 +154,7 @@ def _with_peft(here: str) -> str:
 import hf_kedit
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base, {_quoted(here)})      # or base.load_adapter({_quoted(here)})
+model = PeftModel.from_pretrained(base, {python_text(here)})      # or base.load_adapter({python_text(here)})
 ```
 
 Without `import hf_kedit` PEFT does not know the type of this adapter.
@@ -268,7 +267,7 @@ def _edit_table(edits: Sequence[Edit]) -> str:
 
 def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingProxyType({})) -> str:
     example = next(iter(singles.values()), "")
-    load = f'PeftModel.from_pretrained(base, {_quoted(here)}, subfolder="{example}")'
+    load = f'PeftModel.from_pretrained(base, {python_text(here)}, subfolder="{example}")'
     alone = f"Each edit alone is an adapter too: {markdown_code(load)}.\n"
     return f"""Without `hf_kedit`, the same edits are a LoRA adapter of scaling 1:
 
@@ -276,8 +275,8 @@ def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingP
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({_quoted(_shown(base) if base else "the base model")})
-model = PeftModel.from_pretrained(base, {_quoted(here)})
+base = AutoModelForCausalLM.from_pretrained({python_text(_shown(base) if base else "the base model")})
+model = PeftModel.from_pretrained(base, {python_text(here)})
 ```
 {alone if singles else ""}"""
 
@@ -288,7 +287,7 @@ def _only_with_library(config: Mapping[str, Any], here: str) -> str:
         return (
             "Without `hf_kedit` this folder cannot be loaded: part of these edits is computed while the model runs.\n"
         )
-    command = markdown_code(f"kedit merge {_quoted(here)} --output DIR")
+    command = markdown_code(f"kedit merge {python_text(here)} --output DIR")
     return f"""Without `hf_kedit` this folder cannot be loaded. {command} writes
 the base model with the edits as a plain transformers model.
 """
@@ -352,8 +351,3 @@ Editing a fact can change others. Measure it on your own questions before you re
 def _revision(commit: str | None) -> str:
     """The base model's commit, in a sentence."""
     return f"revision {markdown_code(commit) if commit else 'not recorded'}"
-
-
-def _quoted(text: str) -> str:
-    """A text as a string in a line of code."""
-    return json.dumps(printable(text, keep=""), ensure_ascii=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from .models import hush_transformers
 from .output import FAILURE, DebugOption, Format, FormatOption, command, counted, emit
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def bench(
     from ..evaluation import BenchPlan, collect_bench, run_bench
 
     todo = BenchPlan.from_file(plan)
+    hush_transformers()
     folder = output or todo.output_dir
     result = collect_bench(todo, folder) if collect else run_bench(todo, folder, shard, format is not Format.quiet)
     files: dict[str, str] = {}

@@ -11,12 +11,14 @@ import functools
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from .. import logging as kedit_logging
@@ -26,7 +28,7 @@ from ..storage.files import json_ready
 
 OTHERS = ("bitsandbytes", "torch.utils._pytree", "torchao")
 """Loggers of libraries that transformers and PEFT import where they are installed, whether or not a model is
-quantised: what they say about kernels that they lack concerns no user of a command."""
+quantised: what they say about kernels that they lack concerns no user of a command, and neither do their warnings."""
 FAILURE, BELOW_MIN_SUCCESS, HARM, INTERRUPTED = 1, 3, 4, 130
 
 
@@ -92,8 +94,12 @@ def set_up(output_format: Format, debug: bool) -> None:
         kedit_logging.set_verbosity_error()
     else:
         kedit_logging.set_verbosity_warning()
+    for handler in kedit_logging.get_logger().handlers:
+        handler.setFormatter(SafeFormatter(kedit_logging.FORMAT))
     for name in OTHERS:
         logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
+    if not debug and not sys.warnoptions:  # ours are logged
+        warnings.simplefilter("ignore")
     (kedit_logging.enable_progress_bars if interactive else kedit_logging.disable_progress_bars)()
 
 
@@ -112,6 +118,19 @@ class SafeConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """See `Console.render_str`: every string that is printed passes here, in tables too."""
         return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """See `Console.render`: what was no string, but a `Text`, passes here."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+class SafeFormatter(logging.Formatter):
+    """Logs in which no text of others acts on the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return printable(super().format(record))
 
 
 def console() -> Console:

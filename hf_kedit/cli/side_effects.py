@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def show_side_effects(console: Console, report: SideEffectReport) -> None:
         bad = next((a for a in answers if not a.good), None)
         example = "" if bad is None else f"{bad.before[:24]!r} → {bad.after[:24]!r} ({bad.question.prompt!r})"
         style = "" if bad is None else "yellow"
-        table.add_row(meaning, f"{good} of {len(answers)}", escape(example), style=style)
+        table.add_row(meaning, f"{good} of {len(answers)}", example, style=style)
     console.print(table)
     for sentence in report.harm:
         console.print(f"harm: {sentence}", style="bold red")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .models import hush_transformers, loading, parse_settings
 from .output import DebugOption, Format, FormatOption, command, emit
+
+if TYPE_CHECKING:
+    from ..training import EditTrainer
 
 
 @command
@@ -33,21 +37,18 @@ def train(
 
     Start it with torchrun or accelerate launch to use several processes. The packaged files are in hparams/TRAINING.
     """
-    from transformers import PrinterCallback
-
     from ..training.plan import TrainingPlan, train_and_save
 
     training = parse_settings(settings)
     if output is not None:
         training["output_dir"] = str(output)
-    if format is not Format.human:
+    if format is not Format.human or not sys.stderr.isatty():
         training["disable_tqdm"] = True
     todo = TrainingPlan.from_file(plan, training=training)
     hush_transformers()
     with loading(todo.model):
         trainer = todo.trainer()
-    if format is not Format.human:
-        trainer.remove_callback(PrinterCallback)  # it prints its logs between our data
+    _keep_off_stdout(trainer)
     scores = train_and_save(trainer, resume)
     if not trainer.is_world_process_zero():
         return
@@ -59,6 +60,20 @@ def train(
         "scores": {name.removeprefix("eval_"): value for name, value in scores.items()},
     }
     emit(format, data, human=lambda console: _show(console, data), quiet=[data["folder"]])
+
+
+def _keep_off_stdout(trainer: EditTrainer) -> None:
+    """Trainer prints what it logs between our data; it goes into the bar instead, where there is one."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    class Progress(ProgressCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if self.training_bar is not None and logs:
+                self.training_bar.set_postfix(logs)
+
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Progress)
 
 
 def _show(console: Console, data: dict[str, Any]) -> None:

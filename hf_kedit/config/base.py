@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -21,6 +23,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from ..errors import ConfigError, LayerError, nearest, shown
 from ..logging import get_logger, info_once, warn_once
 from ..registry import CONFIGS, normalise
+from ..storage.files import first_time
 from ..text.chat import TextFormat
 from ..text.scripts import HALF, is_writable
 from .easyedit import convert_hparams
@@ -210,10 +213,15 @@ class EditConfig(metaclass=_OldNames):
             chosen.update({n: derived[n] for n in rest if n in derived})
             told = ", ".join(f"{n}={chosen[n]}" for n in rest if n in chosen)
             if told and packaged is None:
-                warn_once(
+                look = f"kedit inspect {shlex.quote(profile.name)} --method {self.edit_type}"
+                where = f"`{look}` shows all of them" if profile.name else "model.edit_config holds all of them"
+                new = logger.isEnabledFor(logging.WARNING) and (
+                    not profile.name or first_time(f"no hparams file: {profile.name}")
+                )
+                (warn_once if new else info_once)(
                     logger,
-                    f"{self.edit_type}: there is no hparams file for {profile.name!r}; derived from its depth:"
-                    f" {told}. Set these fields of {type(self).__name__} to choose yourself.",
+                    f"{self.edit_type}: there is no hparams file for {profile.name or 'this model'!r}; derived from"
+                    f" its depth: {told}. {where}; set these fields of {type(self).__name__} to choose yourself.",
                 )
         full = dataclasses.replace(self, **chosen)
         if full.layers is not None:

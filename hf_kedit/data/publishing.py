@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 
 from ..errors import DataError
+from ..storage.display import markdown_code, markdown_text, python_text
 from ..storage.repository import hub_errors
 from .features import FEATURES
 from .loading import dataset_entry, load_edit_dataset
@@ -35,7 +36,7 @@ answers, other wordings, and locality and portability probes. Written by `hf_ked
 ```python
 from datasets import load_dataset
 
-requests = load_dataset("{repo}", split="{split}")
+requests = load_dataset({repo}, split={split})
 ```
 
 Origin: {origin}. Licence: {licence}. {rows}
@@ -98,12 +99,12 @@ def as_hub_parquet(
         card.data.license, card.data.pretty_name = licence, title
         card.data.tags = ["knowledge-editing", "hf_kedit"]
         card.text = _TEXT.format(
-            title=title,
-            repo=repo_id,
-            split=next(iter(tables)),
-            origin=origin,
-            licence=stated,
-            rows=", ".join(f"{len(table)} rows in `{name}`" for name, table in tables.items()) + ".",
+            title=markdown_text(title),
+            repo=python_text(repo_id),
+            split=python_text(next(iter(tables))),
+            origin=markdown_text(str(origin)),
+            licence=markdown_text(str(stated)),
+            rows=", ".join(f"{len(table)} rows in {markdown_code(name)}" for name, table in tables.items()) + ".",
         )
         card.push_to_hub(repo_id, repo_type="dataset", token=token)
         return f"{HfApi().endpoint}/datasets/{repo_id}"

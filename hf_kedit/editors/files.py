@@ -24,6 +24,7 @@ from torch import nn
 from .. import embedded
 from ..config import CONFIG_NAME
 from ..errors import ArtifactError
+from ..storage.display import markdown_code, markdown_text, python_text
 from ..storage.files import FileSource
 from ..storage.parsing import parse_json
 from ..version import __version__
@@ -150,9 +151,14 @@ def _card(config: dict[str, Any]) -> str:
     data = ModelCardData(
         library_name="hf_kedit",
         base_model=base if is_hub else None,
-        tags=["knowledge-editing", "hypernetwork", config["method"]],
+        tags=["knowledge-editing", "hypernetwork", str(config["method"])],
     )
-    modules = "\n".join(f"- `{name}` ({shape[0]} → {shape[1]})" for name, shape in config["modules"].items())
+    if not is_hub and not base.startswith("kedit/"):  # where a folder is on this machine is nobody's business
+        base = base.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+    method = str(config["method"])
+    modules = "\n".join(
+        f"- {markdown_code(name)} ({shape[0]} → {shape[1]})" for name, shape in config["modules"].items()
+    )
     if modules:
         what = (
             "A small network, trained to turn the gradient of a fact into an edit of the model that it was trained"
@@ -169,15 +175,15 @@ def _card(config: dict[str, Any]) -> str:
 {data.to_yaml()}
 ---
 
-# {config["method"].upper()} editor for {base or "a model that was in memory"}
+# {markdown_text(method.upper())} editor for {markdown_text(base) or "a model that was in memory"}
 
 {what}
 
 ```python
 from hf_kedit import EditableModel, AutoEditConfig
 
-config = AutoEditConfig.for_method("{config["method"]}", editor="path or id of this folder")
-model = EditableModel.from_pretrained("{base or "the base model"}", config)
+config = AutoEditConfig.for_method({python_text(method)}, editor="path or id of this folder")
+model = EditableModel.from_pretrained({python_text(base or "the base model")}, config)
 model.edit(prompt="{{}} was born in the city of", subject="...", target_new="...")
 ```
 

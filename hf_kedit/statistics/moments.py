@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ArtifactError, HubError, HubUnreachableError, StatisticsError
+from ..storage.display import markdown_code, markdown_text, python_text
 from ..storage.files import FileSource
 from ..storage.parsing import parse_json
 from ..storage.repository import push_files
@@ -272,8 +273,10 @@ def _digest(path: Path) -> str:
 
 def _card(repo_id: str, index: Mapping[str, Any]) -> str:
     rows = "\n".join(
-        f"| `{name}` | {entry['width']:,} | {entry['tokens']:,} | {entry['corpus']} |"
-        for name, entry in index["modules"].items()
+        f"| {markdown_code(name, cell=True)} | {markdown_text(str(entry.get('width', '?')))}"
+        f" | {markdown_text(str(entry.get('tokens', '?')))} | {markdown_text(str(entry.get('corpus', '?')))} |"
+        for name, entry in index["modules"].items()  # those that others have pushed among them
+        if isinstance(entry, dict)
     )
     return f"""---
 library_name: hf_kedit
@@ -282,7 +285,7 @@ tags:
 - statistics
 ---
 
-# Second moments of the keys of {index["model"] or "a model"}
+# Second moments of the keys of {markdown_text(index["model"]) or "a model"}
 
 Sums of k kᵀ over tokens, where k is the input of a projection: what ROME, MEMIT and their relatives need to leave
 other facts alone. They hold for the unedited weights with the fingerprint `{index["fingerprint"]}` only.
@@ -294,6 +297,7 @@ other facts alone. They hold for the unedited weights with the fingerprint `{ind
 ```python
 from hf_kedit import EditableModel, MEMITConfig
 
-model = EditableModel.from_pretrained("{index["model"] or "the model"}", MEMITConfig(stats_dataset="{repo_id}"))
+config = MEMITConfig(stats_dataset={python_text(repo_id)})
+model = EditableModel.from_pretrained({python_text(index["model"] or "the model")}, config)
 ```
 """

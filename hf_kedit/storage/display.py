@@ -61,8 +61,13 @@ def markdown_code(text: str, *, cell: bool = False) -> str:
     return fence + space + (line.replace("|", "\\|") if cell else line) + space + fence
 
 
+def python_text(text: str) -> str:
+    """The text as a string in a line of code, which it does not end, nor the block that the line stands in."""
+    return json.dumps(printable(text, keep=""), ensure_ascii=False)
+
+
 def _is_control(character: str) -> bool:
-    """Whether a character acts on a terminal or on the order of others instead of being shown (Cc, Cf but ZWJ)."""
+    """Whether a character acts on a terminal or on the order of others, or ends a line, instead of being shown."""
     kind = unicodedata.category(character)
     # Emoji and Indic scripts need the joiners.
-    return kind in ("Cc", "Cs") or (kind == "Cf" and character not in "\u200c\u200d\u00ad")
+    return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and character not in "\u200c\u200d\u00ad")

@@ -56,6 +56,20 @@ def cache_home() -> Path:
     return Path(base) / "kedit"
 
 
+def first_time(topic: str) -> bool:
+    """Whether this is asked of a topic for the first time on this machine: a small file in `cache_home` remembers it.
+
+    Where nothing can be kept (a folder that must not be written, a file in its place), every time is the first.
+    """
+    note = cache_home() / "said" / hashlib.sha256(topic.encode("utf-8", "backslashreplace")).hexdigest()[:32]
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.open("x").close()
+    except OSError:
+        return not note.exists()
+    return True
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: Collection[str] = ()) -> None:
     """Write files so that a reader sees the old set or the new set, whenever the writer is stopped.
 

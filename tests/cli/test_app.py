@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from hf_kedit import EditableModel, FTMConfig, __version__
 from hf_kedit.cli.evaluate import SettingChoice, When
 from hf_kedit.cli.models import parse_layers, parse_settings
+from hf_kedit.cli.output import console, error_console
+from hf_kedit.cli.side_effects import show_side_effects
+from hf_kedit.evaluation.measures.side_effects import Answered, EffectQuestion, SideEffectReport
 from hf_kedit.evaluation.runs.plan import SAVED, SETTINGS, TIMES
 
 from .conftest import Run
@@ -152,22 +161,6 @@ def test_standard_output_is_pure(requests_file: Path) -> None:
     assert json.loads(done.stdout)["edit_ids"] == ["first", "second"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["demo", "--no-reload"],
-        ["edit", "-m", "kedit/world-gpt2", "-M", "lora", "-p", "{} is a", "--subject", "Tarosk", "-t", "plumber"],
-        ["inspect", "kedit/world-gpt2"],
-    ],
-    ids=lambda words: words[0],
-)
-def test_nothing_but_our_own_words(words: list[str]) -> None:
-    """In a fresh process: libraries that are imported on the way keep what they lack to themselves."""
-    done = subprocess.run([sys.executable, "-m", "hf_kedit.cli", *words], capture_output=True, text=True, check=True)
-    foreign = [line for line in done.stderr.splitlines() if not line.startswith(("[hf_kedit", "kedit:"))]
-    assert not foreign
-
-
 def test_layers() -> None:
     assert parse_layers(None) is None
     assert parse_layers("5") == [5]
@@ -207,3 +200,34 @@ def test_texts_of_others_do_not_move_the_cursor(kedit: Run, output_format: str, 
             assert first["prompt"] == asked["prompt"] and first["edit_id"] == asked["id"]
         if output_format == "human" and words[:2] == ["inspect", tmp_path / "edits"]:
             assert "\\x1b[2J" in shown and "\\u202eevil" in shown.replace("\n", "")
+
+
+def test_no_kind_of_output_moves_the_cursor(capsys: pytest.CaptureFixture[str], kedit: Run) -> None:
+    """Strings, texts with a style, tables, and logs."""
+    table = Table("a", title=HOSTILE)
+    table.add_row(Text(HOSTILE, "red"))
+    for what in (
+        HOSTILE,
+        Text(HOSTILE),
+        Text.assemble((HOSTILE, "bold")),
+        Panel(Text(HOSTILE)),
+        Padding(HOSTILE),
+        table,
+    ):
+        for show in (console, error_console):
+            show().print(what, soft_wrap=True)
+            said = "".join(capsys.readouterr())
+            assert "\\x1b[2J" in said and "[bold]x[/bold]" in said
+            assert not {c for c in said if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}, what
+    kedit("list-methods", "-f", "quiet")  # a command sets the loggers up
+    (handler,) = logging.getLogger("hf_kedit").handlers
+    said = handler.format(logging.LogRecord("hf_kedit.x", logging.WARNING, "", 1, "about %s", (HOSTILE,), None))
+    assert said.startswith("[hf_kedit.x] WARNING: about \\x1b[2J")
+    assert not {c for c in said if unicodedata.category(c) in ("Cc", "Cf")}
+
+
+def test_what_an_edit_broke_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    question = EffectQuestion("neighbour", "[bold]The sky[/bold] is")
+    report = SideEffectReport((Answered(question, "[red]", "[/red]"),), ("x",))
+    show_side_effects(Console(width=200, markup=False), report)
+    assert "'[red]' → '[/red]' ('[bold]The sky[/bold] is')" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -88,6 +89,36 @@ def test_every_range_is_checked_and_named(method: str, field: str, least: object
 def test_the_place_inside_a_list_is_named() -> None:
     with pytest.raises(ConfigError, match=r"act_margin\[1\] = -2: .*greater than 0"):
         AutoEditConfig.for_method("wise", act_margin=[1, -2, 3])
+
+
+def test_a_missing_hparams_file_is_said_once_per_model_and_machine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(name: str, config: EditConfig) -> list[str]:
+        """What a process of its own says."""
+        monkeypatch.setattr("hf_kedit.logging._said", set())
+        caplog.clear()
+        config.complete(ModelProfile(name=name, num_layers=8, hidden_size=64, norm="rms", model_type="llama"))
+        return [r.getMessage() for r in caplog.records if "no hparams file" in r.getMessage()]
+
+    monkeypatch.setenv("KEDIT_HOME", str(tmp_path / "home"))
+    (text,) = said("org/some model", ROMEConfig())
+    assert "`kedit inspect 'org/some model' --method rome`" in text and "layers=" in text
+    assert said("org/some model", ROMEConfig()) == [] == said("org/some model", FTLConfig())
+    assert len(said("org/another", FTLConfig())) == 1
+    for _ in range(2):  # a model without a name is any model
+        (text,) = said("", ROMEConfig())
+        assert "kedit inspect" not in text and "edit_config" in text
+
+    logging.getLogger("hf_kedit").setLevel(logging.ERROR)  # what nobody hears was not said
+    assert said("org/third", ROMEConfig()) == []
+    logging.getLogger("hf_kedit").setLevel(logging.WARNING)
+    assert len(said("org/third", ROMEConfig())) == 1
+
+    (tmp_path / "file").write_text("")
+    for home in (tmp_path / "file", tmp_path / "file" / "below"):  # nothing can be kept there
+        monkeypatch.setenv("KEDIT_HOME", str(home))
+        assert len(said("org/some model", ROMEConfig())) == 1 == len(said("org/some model", ROMEConfig()))
 
 
 @pytest.mark.parametrize(

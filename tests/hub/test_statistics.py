@@ -110,3 +110,20 @@ def test_the_command(hub: LoopbackHub, tmp_path: Path) -> None:
     data = json.loads(result.stdout)
     assert data["repository"] == REPO and data["commit"] == HfApi().dataset_info(REPO).sha
     assert HfApi().dataset_info(REPO).private
+
+
+def test_the_card_shows_texts_as_texts() -> None:
+    """Those of others who have pushed to the same repository too."""
+    from markdown_it import MarkdownIt
+
+    from hf_kedit.statistics.moments import _card
+
+    nasty = "<script>x</script>`|\r# Heading\n![i](http://x/y.png) \x1b[31m"
+    entries = {nasty: {"width": nasty, "tokens": [1, nasty], "corpus": nasty}, "b": "no entry", "c": {}}
+    text = _card("org/x", {"model": nasty, "fingerprint": "f", "modules": entries})
+    page = MarkdownIt("commonmark").enable("table").parse(text.partition("---\n\n")[2])
+    assert sum(token.type == "heading_open" for token in page) == 1
+    parts = [part for token in page for part in [token, *(token.children or ())]]
+    assert not [p for p in parts if p.type in ("html_inline", "html_block", "image", "link_open")]
+    assert sum(token.type == "tr_open" for token in page) == 3 and "\x1b" not in text
+    assert sum(token.type == "fence" for token in page) == 1

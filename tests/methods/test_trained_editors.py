@@ -292,3 +292,25 @@ def test_a_step_does_not_depend_on_how_many_facts_run_at_once(method: str) -> No
     for name, gradient in expected_gradients.items():
         slack = (1e-3 if together else 1e-5) * scale  # equal facts make MALMEN's system nearly singular
         assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + slack, name
+
+
+def test_the_card_shows_texts_as_texts_and_no_folder() -> None:
+    from markdown_it import MarkdownIt
+
+    from hf_kedit.editors.files import pack_editor
+
+    nasty = "<script>x</script>`\r# Heading\n![i](http://x/y.png) \x1b[31m\n```\n"
+    for base, shown in (
+        (f"/home/someone/models/{nasty}", "y.png"),
+        (f"org/{nasty}", "org/"),
+        ("/home/me/tiny/", "tiny"),
+    ):
+        origin = {"base_model_name_or_path": base}
+        files = pack_editor({"edit_type": "mend"}, {nasty: [2, 3]}, False, origin, {})
+        text = files["README.md"].decode()
+        page = MarkdownIt("commonmark").parse(text.rpartition("\n---\n")[2])
+        titles = [page[i + 1].content for i, token in enumerate(page) if token.type == "heading_open"]
+        assert len(titles) == 1 and shown in titles[0] and "/home" not in text
+        parts = [part for token in page for part in [token, *(token.children or ())]]
+        assert not [p for p in parts if p.type in ("html_inline", "html_block", "image", "link_open")]
+        assert sum(token.type == "fence" for token in page) == 1 and "\x1b" not in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from markdown_it import MarkdownIt
 
-from hf_kedit.storage.display import markdown_text, percent, printable
+from hf_kedit.storage.display import markdown_text, percent, printable, python_text
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -54,3 +54,11 @@ def test_control_characters_become_visible() -> None:
 
 def test_percentages() -> None:
     assert (percent(0.5), percent(1.0, " %"), percent(None, " %")) == ("50.0", "100.0 %", "–")
+
+
+@pytest.mark.parametrize("text", [*NASTY, 'a"b', "```\n# out", "x\x1b[31m\u202e\x9b", "a\\"])
+def test_a_text_in_a_line_of_code_stays_in_it(text: str) -> None:
+    code = python_text(text)
+    assert len(code.splitlines()) == 1 and eval(code) == printable(text, keep="")
+    (block,) = MarkdownIt("commonmark").parse(f"```python\nx = {code}\n```\n")
+    assert block.content == f"x = {code}\n"

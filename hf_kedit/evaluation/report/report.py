@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from ...errors import DataError
-from ...storage.display import percent
+from ...storage.display import percent, printable
 from ...storage.files import json_ready
 from ...storage.shapes import of_type
 from . import html, markdown
@@ -220,13 +220,17 @@ class EvaluationReport(Results):
     def table(self, protocol: str | None = None, when: str | None = None) -> Table:
         """The summary as a ``rich`` table (``str(report)`` gives plain text)."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=self.title(protocol, when), title_justify="left")
+        def shown(text: str) -> Text:  # a string would be read as markup, whoever prints the table
+            return Text(printable(text))
+
+        table = Table(title=shown(self.title(protocol, when)), title_justify="left")
         table.add_column("metric")
         for name in ("pre %", "post %", "cases"):
             table.add_column(name, justify="right")
         for row in self.table_rows(protocol, when):
-            table.add_row(*row)
+            table.add_row(*map(shown, row))
         return table
 
     def print_table(self, console: Console | None = None) -> None:
@@ -253,10 +257,10 @@ class EvaluationReport(Results):
                     for row in rows
                 ]
                 blocks.append("\n".join([self.title(protocol, when), *lines]))
-        return "\n\n".join(blocks)
+        return printable("\n\n".join(blocks))
 
     def __repr__(self) -> str:
-        return f"EvaluationReport({self.title()})" if self.results else "EvaluationReport(empty)"
+        return f"EvaluationReport({printable(self.title())})" if self.results else "EvaluationReport(empty)"
 
 
 def written(text: str, path: str | Path | None) -> str:

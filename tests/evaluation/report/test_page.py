@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
+import unicodedata
 from html import unescape
 
 import pytest
+from rich.console import Console
 
 from hf_kedit.evaluation import Comparison, EvaluationReport
 from hf_kedit.evaluation.measures.intervals import bootstrap, wilson
@@ -166,3 +169,22 @@ def test_every_table_scrolls():
     page = Comparison({"a": run([1.0], [1.0, 1.0]), "b": run([0.0], [0.0, 1.0])}).to_html()
     assert page.count("<table>") == page.count('<div class="scroll" role="region"') > 5
     assert page.count('tabindex="0"><table>') == page.count("<table>")
+
+
+NASTY = "[bold red]x[/bold red] :smile: \x1b[31m\x9b\u202e\x07 [/nothing]"
+
+
+def test_texts_of_others_are_texts_in_a_terminal():
+    """Whatever console prints them: no markup is read, nothing moves the cursor."""
+    report = run([1.0], [1.0, 1.0], label=NASTY)
+    report.meta["model"] = NASTY
+    for half in ("pre", "post"):
+        for case in report.records:
+            case[half]["locality"] = {f"{NASTY}_acc": [1.0, 1.0]}
+    report = EvaluationReport(report.records, {**report.meta, "label": NASTY, "model": NASTY})
+    console = Console(width=300, file=io.StringIO(), force_terminal=False)
+    report.print_table(console)
+    shown = "[bold red]x[/bold red] :smile: \\x1b[31m\\x9b\\u202e\\x07 [/nothing]"
+    for text in (console.file.getvalue(), str(report), repr(report)):
+        assert shown in " ".join(text.replace("│", "").split())
+        assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
