@@ -25,7 +25,7 @@ from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import EditFailedError, ModelBusyError, WeightError
 from tests.golden_cases import load_model
-from tests.interrupts import at_every_step
+from tests.interrupts import at_every_step, interrupted_at, steps_of
 from tests.models import tiny_model
 
 NAMES = ["Mira Halvorsen", "Tobias Renner", "Anna Lind", "Peter Stam"]
@@ -534,6 +534,25 @@ def test_ctrl_c_at_every_step(block: Callable[[EditableModel], Any]) -> None:
         assert not busy(model) and digest(model) == before
 
     assert at_every_step(enter_and_leave, check) > 20
+
+
+def test_ctrl_c_anywhere_in_a_change_or_a_call() -> None:
+    """A lock that the main thread has kept does not stop the main thread: it is looked for by name."""
+    model = fresh("ft-m")
+    ids, numbers = prompt_ids(model, FACTS[0]), random.Random(0)
+
+    def begin_anew() -> None:
+        if model.edits:
+            model.rollback("all")
+        edit(model, FACTS[1])
+
+    for work in (lambda: edit(model, FACTS[0]), lambda: says(model, ids), lambda: model.rollback("all")):
+        begin_anew()
+        steps = steps_of(work)
+        for number in numbers.sample(range(1, steps + 1), min(steps, 15)):
+            begin_anew()
+            assert interrupted_at(number, work)
+            assert not busy(model), number
 
 
 def test_ctrl_c_ends_the_waiting() -> None:
