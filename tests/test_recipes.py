@@ -25,7 +25,9 @@ FACTS = [
 SMALL = "--steps 10 --width 32 --heads 2 --vocabulary 320 --methods ft-m --edits 2".split()
 
 
-@pytest.mark.parametrize("name", ["adapter_table.yaml", "all_methods.yaml", "method_table.yaml", "side_effects.yaml"])
+@pytest.mark.parametrize(
+    "name", ["adapter_table.yaml", "all_methods.yaml", "kept_keys.yaml", "method_table.yaml", "side_effects.yaml"]
+)
 def test_sweeps_can_be_read(name):
     file = ROOT / "recipes" / name
     plan = BenchPlan.from_file(file)

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_type_hints
 
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from ..errors import ConfigError, LayerError, nearest, shown
 from ..logging import get_logger, info_once, warn_once
@@ -31,6 +31,9 @@ from .hparams import find_hparams, read_mapping
 
 logger = get_logger(__name__)
 CONFIG_NAME = "edit_config.json"
+STOP_PROBABILITY = 0.8
+DRIFT_BOUND = 5e-4
+"""Chosen on SmolLM2-135M (docs/real_models.md): at such a drift nine of ten greedy answers stay as they were."""
 C = TypeVar("C", bound="EditConfig")
 _RENAMED = {"batch_size": "rows_per_step"}  # fields by the names that they had in 0.1.0
 
@@ -178,6 +181,23 @@ class EditConfig(metaclass=_OldNames):
         """Return values for the model-dependent fields of a model without an hparams file."""
         return {}
 
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """Return values that take the place of class defaults for a model without an hparams file.
+
+        Class defaults are published values, which were tuned on a few large models. On a model that nobody has tried,
+        an edit should stop when the fact holds and change little else.
+        """
+        return {}
+
+    @classmethod
+    def published(cls) -> dict[str, Any]:
+        """Return the values with which the method does as published, of fields whose default may mean another.
+
+        For configs that do not know these fields: those of other libraries and of earlier versions.
+        """
+        names = cls().cautious(ModelProfile("", 1, 1))
+        return {f.name: _default(f) for f in fields(cls) if f.name in names}
+
     @property
     def given(self) -> dict[str, Any]:
         """The fields that were set when the config was made, or changed since, with their values."""
@@ -189,8 +209,8 @@ class EditConfig(metaclass=_OldNames):
         """Return a copy in which every model-dependent field has a value; all its fields count as given.
 
         The user's own values win, then the packaged file of the model, then the derivation and the class defaults.
-        A model-dependent field that is set to ``None`` is an open one. The user is told once where the values came
-        from.
+        A model-dependent field that is set to ``None`` is an open one. Without a packaged file, `cautious` values come
+        before class defaults. The user is told once where the values came from.
 
         Raises:
             ConfigError: if a layer does not exist in the model.
@@ -205,9 +225,10 @@ class EditConfig(metaclass=_OldNames):
             chosen = {name: value for name, value in known.items() if name not in given and value is not None}
             if chosen:
                 info_once(logger, f"{self.edit_type}: hyperparameters for {profile.name!r} from {path.name}")
-        rest = [n for n in dependent if n not in given and n not in chosen]
+        careful = {n: v for n, v in self.cautious(profile).items() if packaged is None and n not in self.given}
+        rest = [n for n in dict.fromkeys((*dependent, *careful)) if n not in given and n not in chosen]
         if rest:
-            derived = self.derive(profile)
+            derived = {**self.derive(profile), **careful}
             if "layers" in derived:
                 derived["layers"] = profile.with_mlp(derived["layers"])
             chosen.update({n: derived[n] for n in rest if n in derived})
@@ -241,7 +262,7 @@ class EditConfig(metaclass=_OldNames):
         Args:
             values: the fields by name.
             saved: the values were written by this library, perhaps by an earlier version: old names of fields are
-                taken without a word.
+                taken without a word, and fields that it did not know have the values of `published`.
 
         Raises:
             ConfigError: for an unknown key; the nearest known one is named.
@@ -256,7 +277,8 @@ class EditConfig(metaclass=_OldNames):
             target = config_class(edit_type)
         elif edit_type is not None and normalise(str(edit_type)) != cls.edit_type:
             raise ConfigError(f"this is a config of {shown(edit_type)}, not of '{cls.edit_type}'")
-        config: C = target(**target._known(_renamed(data, "the config", quietly=saved), "the config"))
+        known = target._known(_renamed(data, "the config", quietly=saved), "the config")
+        config: C = target(**{**(target.published() if saved else {}), **known})
         return config
 
     def changed(self: C, values: Mapping[str, Any]) -> C:
@@ -334,6 +356,49 @@ class WeightConfig(EditConfig):
     """
 
     rect_keep: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+def adam_step(profile: ModelProfile) -> float:
+    """A moderate learning rate for Adam on matrices of a model.
+
+    Adam moves every entry of a row by about the learning rate, and the entries of a row add up in an output: the step
+    of an output grows with the width (Yang et al. 2022, arXiv 2203.03466), so the rate falls with it.
+    """
+    return float(f"{min(max(0.3 / profile.hidden_size, 5e-5), 1e-3):.1g}")
+
+
+@dataclass
+class StoppingConfig(EditConfig):
+    """Base of the configs of methods that train on a fact by gradient descent.
+
+    Args:
+        stop_probability: a fact is trained until each token of its target has this probability, which is looked at in
+            every step; ``None``: for the published number of steps. Above a half, so that the token comes first.
+    """
+
+    stop_probability: Annotated[float, Field(gt=0.5, lt=1)] | None = None
+
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """Until the fact holds."""
+        return super().cautious(profile) | {"stop_probability": STOP_PROBABILITY}
+
+
+@dataclass
+class BoundedConfig(StoppingConfig):
+    """Base of the configs of methods that train what every prompt runs through.
+
+    Args:
+        drift_bound: how far an edit may move the model on general text: nats per token of the divergence between what
+            the unedited model says and the edited one (`engine.drift`), beside what edits before it have moved;
+            ``None``: as far as it does. An edit that cannot be made within the bound is made as far as the bound
+            allows, with a warning.
+    """
+
+    drift_bound: PositiveFloat | None = None
+
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """Until the fact holds, within a small drift."""
+        return super().cautious(profile) | {"drift_bound": DRIFT_BOUND}
 
 
 class AutoEditConfig:

@@ -154,7 +154,7 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
     for name, words in VALUES.get(cls.edit_type, {}).items():
         if values.get(name) in words:
             values[name] = words[values[name]]
-    converted.config = cls.from_dict(values)
+    converted.config = cls.from_dict({**cls.published(), **values})
     return converted
 
 

@@ -6,6 +6,7 @@ positions that predict the target, and the negative log-likelihood there. Knows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,6 +139,10 @@ class ExampleBatch:
         """Mean per example of what `token_losses` returned, ``[examples]``."""
         return row_means(losses, self.positions.rows, self.count)
 
+    def held(self, losses: torch.Tensor, probability: float | None) -> torch.Tensor:
+        """`all_likely` of what `token_losses` returned, ``[examples]``."""
+        return all_likely(losses, self.positions.rows, self.count, probability)
+
     def losses(self, model: Any) -> torch.Tensor:
         """Mean negative log-likelihood per target token of each example in one forward, ``[examples]`` fp32."""
         return self.means(self.token_losses(model))
@@ -147,6 +152,21 @@ def row_means(losses: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Ten
     """Mean loss of each of ``count`` examples, ``[count]``."""
     rows, none = rows.to(losses.device), losses.new_zeros(count)
     return none.index_add(0, rows, losses) / none.index_add(0, rows, torch.ones_like(losses))
+
+
+def all_likely(losses: torch.Tensor, rows: torch.Tensor, count: int, probability: float | None) -> torch.Tensor:
+    """Which examples hold: every target token has at least this probability; bool ``[examples]``.
+
+    Args:
+        losses: negative log-likelihood of every target token.
+        rows: example of each token.
+        count: number of examples.
+        probability: ``None``: none is said to hold.
+    """
+    if probability is None:
+        return torch.zeros(count, dtype=torch.bool, device=losses.device)
+    unlikely = (losses.detach() > -math.log(probability)).to(losses.dtype)
+    return unlikely.new_zeros(count).index_add(0, rows.to(losses.device), unlikely) == 0
 
 
 @torch.no_grad()

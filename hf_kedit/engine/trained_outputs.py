@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from ..errors import EditFailedError
 from ..logging import progress_bar
 from .batches import in_batches, rows_at_once
 from .capture import Tap
-from .examples import Example, row_means
+from .examples import Example, all_likely, row_means
 from .replay import Replay, ReplayRow, Route
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TrainedOutputs:
 
     Args:
         values: ``[texts, d_out]`` fp32.
-        losses: per text, mean negative log-likelihood per target token before each step.
+        losses: per text, mean negative log-likelihood per target token before each of its steps.
         probabilities: per text, geometric mean per token of the target's probability at the end.
         route: how the model was run.
     """
@@ -56,6 +56,7 @@ def train_outputs(
     lr: float,
     fill: int = 0,
     batch_size: int | None = None,
+    until: float | None = None,
     watch: Watch | None = None,
     description: str = "training outputs",
     show_progress: bool = True,
@@ -73,6 +74,7 @@ def train_outputs(
         steps: of Adam.
         lr: of Adam.
         fill: padding id.
+        until: a text is done once each token of its target has this probability; ``None``: after all steps.
         batch_size: texts at once; ``None``: by the device, halved when memory runs out.
         watch: called after each step with its number, the values ``[texts, d_out]`` and the gradients that it took;
             for a single batch (tests).
@@ -89,7 +91,10 @@ def train_outputs(
         chosen = [examples[i] for i in chunk]
         rows = [ReplayRow(e.ids, e.positions[0], e.positions) for e in chosen]
         replay = Replay(model, anatomy, rows, layer, [path], fill=fill, route=route)
-        return _descend(replay, chosen, starts[list(chunk)], steps, lr, watch)
+        # one bar tells enough: of the texts, or of the steps where there is but one
+        bar = progress_bar(steps, description, show=show_progress and len(order) == 1)
+        with bar as steps_done:
+            return _descend(replay, chosen, starts[list(chunk)], steps, lr, until, watch, steps_done.update)
 
     values = starts.detach().float().clone()
     losses: list[list[float]] = [[] for _ in examples]
@@ -105,34 +110,55 @@ def train_outputs(
 
 
 def _descend(
-    replay: Replay, examples: Sequence[Example], starts: torch.Tensor, steps: int, lr: float, watch: Watch | None
+    replay: Replay,
+    examples: Sequence[Example],
+    starts: torch.Tensor,
+    steps: int,
+    lr: float,
+    until: float | None,
+    watch: Watch | None,
+    told: Callable[[int], Any],
 ) -> TrainedOutputs:
-    """Train one batch, whose rows are the examples and whose only site is the module."""
+    """Train one batch, whose rows are the examples and whose only site is the module.
+
+    A text that is done keeps its value; the others go on as if it were not there.
+    """
     (path,) = replay.sites
     own = replay.taken[Tap(path)]
     targets = torch.tensor([t for e in examples for t in e.targets], device=replay.base_logits.device).unsqueeze(1)
     value = starts.detach().float().to(own.device).clone().requires_grad_(True)
     optimiser = torch.optim.Adam([value], lr=lr)
-    history = []
+    rows = replay.positions().rows
+    losses: list[list[float]] = [[] for _ in examples]
+    ends: dict[int, tuple[torch.Tensor, float]] = {}
     for step in range(steps + 1):  # the last value is only measured
         with torch.set_grad_enabled(step < steps):
             # adding the difference puts the value in the place of the module's own output
             log_probs = replay.logits({path: value - own}).log_softmax(-1)
-            loss = row_means(-log_probs.gather(1, targets).squeeze(1), replay.positions().rows, len(examples))
-        numbers: list[float] = loss.tolist()  # the only thing that the host waits for in a step
+            nll = -log_probs.gather(1, targets).squeeze(1)
+            loss = row_means(nll, rows, len(examples))
+        held = all_likely(nll, rows, len(examples), until)
+        # the only thing that the host waits for in a step
+        numbers, done = torch.stack([loss.detach(), held.to(loss.dtype)]).tolist()
         if not all(map(_finite, numbers)):
             raise EditFailedError("the loss became NaN or infinite while an output was trained; lower lr")
-        history.append(numbers)
-        if step == steps:
+        for i, number in enumerate(numbers):
+            if i not in ends:
+                if done[i] or step == steps:
+                    ends[i] = value.detach()[i].clone(), number
+                else:
+                    losses[i].append(number)
+        if len(ends) == len(examples):
             break
         # a sum, because a mean would make each step depend on how many texts there are
         value.grad = torch.autograd.grad(loss.sum(), value)[0]
         optimiser.step()
+        told(1)
         if watch is not None:
             watch(step, value.detach(), value.grad)
-    losses = [list(text) for text in zip(*history[:-1], strict=True)] or [[] for _ in examples]
-    probabilities = torch.tensor(history[-1]).neg().exp().tolist()
-    return TrainedOutputs(value.detach(), losses, probabilities, replay.route)
+    probabilities = torch.tensor([ends[i][1] for i in range(len(examples))]).neg().exp().tolist()
+    values = torch.stack([ends[i][0] for i in range(len(examples))])
+    return TrainedOutputs(values, losses, probabilities, replay.route)
 
 
 def _finite(number: float) -> bool:

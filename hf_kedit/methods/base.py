@@ -19,10 +19,12 @@ from ..books.ledger import Ledger, WeightDelta
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import EditConfig, register_config
+from ..engine.drift import GeneralText, Restraint
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.weights import get_module, get_weight
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, EditFailedError, UnsupportedModelError
+from ..logging import get_logger
 from ..registry import Table
 from ..requests import EditRequest
 from ..statistics.store import StatisticsStore
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
 
     from ..anatomy import Anatomy
 
+<<<<<<< HEAD
 BothFormats = Literal["itself", "as two"]
+=======
+logger = get_logger(__name__)
+>>>>>>> 60ff652 (MEMIT spares in sequences what it wrote before; trained methods stop when a fact holds and are bounded on general text where no hparams file is known)
 M = TypeVar("M", bound="Method")
 _METHODS: Table[type[Method]] = Table()
 
@@ -218,6 +224,54 @@ class Method(ABC):
         """
         if state:
             raise ConfigError(f"{self.capabilities.name} keeps no state, but was given {', '.join(sorted(state))}")
+
+    # ------------------------------------------------------------------ training within bounds
+
+    def restraint(
+        self, parameters: Sequence[torch.Tensor], model: Any = None, start: Sequence[torch.Tensor] | None = None
+    ) -> Restraint:
+        """What holds a training within the config's ``drift_bound``; nothing where it has none.
+
+        Args:
+            parameters: that are trained, as they are before the training.
+            model: with these parameters; ``None``: the model, which has them already.
+            start: values with which they change nothing; ``None``: those that they have.
+        """
+        bench, bound = self.bench, getattr(self.config, "drift_bound", None)
+        text = None
+        if bound is not None:
+            with bench.unedited():
+                text = GeneralText.of(bench.model, bench.tokenizer, bench.statistics.corpus_texts(), bench.fill)
+        return Restraint(text, bound or 0.0, parameters, bench.model if model is None else model, start)
+
+    def drift_report(self, restraint: Restraint, after: Sequence[float]) -> dict[str, Any]:
+        """What the diagnostics say about the drift of a training; warns where facts do not hold at its end.
+
+        Args:
+            restraint: of the training.
+            after: probability of each request's target at the end.
+
+        Raises:
+            EditFailedError: if no state of the training was within the bound.
+        """
+        if not restraint.within:
+            raise EditFailedError(
+                f"{self.capabilities.name}: every state of the training moves the model on general text by more than"
+                f" drift_bound = {restraint.bound:g} (the last one by {restraint.added:.2g} nats per token); nothing"
+                " was changed. Raise drift_bound, or use another method"
+            )
+        wanted = getattr(self.config, "stop_probability", None)
+        missed = sum(p < wanted for p in after) if wanted else 0
+        if missed:
+            bounded = restraint.text is not None and restraint.added > restraint.bound / 2
+            logger.warning(
+                "%s: %d of %d facts do not have the wanted probability of %g yet (the smallest is %.2g); %s",
+                *(self.capabilities.name, missed, len(after), wanted, min(after)),
+                "more would move the model on other text by more than drift_bound: raise it, or use another method"
+                if bounded
+                else "more steps or a larger lr may do it",
+            )
+        return {"drift": restraint.added} if restraint.text is not None else {}
 
     def regularise(self, outcome: Outcome) -> Outcome:
         """Apply what the config asks for on top of any method's deltas (RECT); called after `compute`."""

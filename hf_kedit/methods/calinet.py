@@ -22,9 +22,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
-from ..config import EditConfig, ModelProfile
+from ..config import BoundedConfig, ModelProfile
 from ..engine.activations import hidden_activation
-from ..engine.examples import row_means
+from ..engine.examples import all_likely, row_means
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
 from ..engine.rows import Row, check_lengths, rewrite_row
@@ -36,8 +36,10 @@ from .side_neurons import Calibration, mlp_path
 
 
 @dataclass
-class CaliNetConfig(EditConfig):
-    """Hyperparameters of CaliNet. ``rows_per_step`` rows share a forward pass (64 by default).
+class CaliNetConfig(BoundedConfig):
+    """Hyperparameters of CaliNet; see also `BoundedConfig`.
+
+    ``rows_per_step`` rows share a forward pass (64 by default).
 
     Args:
         slots: neurons per batch of edits and layer; the paper takes 64 for 100 facts.
@@ -114,37 +116,46 @@ class CaliNet(Method):
         parameters = [t for g in neurons.values() for t in (g.keys, g.values, g.gates) if t is not None]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        before = [_row_losses(r.base_logits, c) for r, c in zip(replays, chunks, strict=True)]
+        before = [_means(_token_losses(r.base_logits, c), c) for r, c in zip(replays, chunks, strict=True)]
         optimiser = torch.optim.Adam(parameters, lr=config.lr)
         losses: list[float] = []
         with (
             bench.sites.trying(site.functions_with(lambda path: neurons[path]), instead_of=site),
             progress_bar(config.num_steps, "calibrating", show=bench.show_progress) as bar,
         ):
+            restraint = self.restraint(parameters)
             for _ in range(config.num_steps):
-                total = 0.0
+                total, done = 0.0, True
                 for replay, chunk in zip(replays, chunks, strict=True):
-                    per_row = _row_losses(replay.logits({}), chunk)
+                    nll = _token_losses(replay.logits({}), chunk)
+                    per_row, held = _means(nll, chunk), all_likely(*nll, len(chunk), config.stop_probability)
                     if not bool(torch.isfinite(per_row).all()):
                         raise EditFailedError("CaliNet: the loss became NaN or infinite; lower lr")
-                    optimiser.zero_grad()
-                    per_row.mean().backward()
-                    optimiser.step()
                     total += float(per_row.detach().sum())
+                    drift = restraint.penalty(bench.model)
+                    if bool(held.all()) and restraint.within:
+                        continue
+                    done = False
+                    optimiser.zero_grad()
+                    (per_row.masked_fill(held, 0).sum() / (~held).sum().clamp_min(1) + drift).backward()
+                    optimiser.step()
                 losses.append(total / len(rows))
                 bar.update(1)
-                if losses[-1] < config.stop_loss:
+                if done or (losses[-1] < config.stop_loss and restraint.within):
                     break
+            restraint.settle(lambda: bench.model)
             with torch.no_grad():
-                after = [_row_losses(r.logits({}), c) for r, c in zip(replays, chunks, strict=True)]
+                after = [_means(_token_losses(r.logits({}), c), c) for r, c in zip(replays, chunks, strict=True)]
         trained = {path: group.detached() for path, group in neurons.items()}
         probabilities = [_bare(torch.cat(losses_), rows, len(requests)) for losses_ in (before, after)]
+        drift_report = self.drift_report(restraint, probabilities[1])
         diagnostics = [
             {
                 "loss": [round(x, 6) for x in losses],
                 "target_probability_before": first,
                 "target_probability_after": last,
                 "steps": len(losses),
+                **drift_report,
             }
             for first, last in zip(*probabilities, strict=True)
         ]
@@ -192,12 +203,16 @@ class CaliNet(Method):
         return groups
 
 
-def _row_losses(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """Mean negative log-likelihood of each row's target, ``[rows]``."""
+def _token_losses(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of every target token, ``[tokens]``, and the row of each, ``[tokens]`` int64."""
     targets = torch.tensor([t for r in rows for t in r.targets], device=logits.device)
     owners = torch.tensor([i for i, r in enumerate(rows) for _ in r.targets], device=logits.device)
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    return row_means(losses, owners, len(rows))
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none"), owners
+
+
+def _means(losses: tuple[torch.Tensor, torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
+    """Mean negative log-likelihood of each row's target, ``[rows]``."""
+    return row_means(*losses, len(rows))
 
 
 def _bare(losses: torch.Tensor, rows: Sequence[Row], count: int) -> list[float]:

@@ -52,6 +52,7 @@ class COREConfig(MEMITConfig):
     """
 
     edit_type: ClassVar[str] = "core"
+    keeps_keys_by_default: ClassVar[bool] = False
 
     reg_lambda: NonNegativeFloat = 0.04
     layer_range: PositiveInt | None = None

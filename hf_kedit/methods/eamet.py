@@ -58,6 +58,7 @@ class EAMETConfig(MEMITConfig):
     """
 
     edit_type: ClassVar[str] = "eamet"
+    keeps_keys_by_default: ClassVar[bool] = False
 
     cs_factor: NonNegativeFloat = 2.0
     mse_factor: NonNegativeFloat = 8.0

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
-from ..config import EditConfig, ModelProfile, WeightConfig
+from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
 from ..engine.capture import top_experts
 from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, target_probabilities
 from ..engine.experts import ExpertSlice, parameter_name
@@ -40,8 +40,10 @@ _STOP_LOSS = 1e-2
 
 
 @dataclass
-class FTConfig(WeightConfig):
-    """Hyperparameters of fine-tuning. ``rows_per_step`` requests share a step (``None``: one at a time).
+class FTConfig(BoundedConfig, WeightConfig):
+    """Hyperparameters of fine-tuning; see also `BoundedConfig`.
+
+    ``rows_per_step`` requests share a step (``None``: one at a time).
 
     Args:
         num_steps: passes over the requests.
@@ -76,6 +78,11 @@ class FTConfig(WeightConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Two thirds up the stack, as in most published configurations."""
         return {"layers": [min(round(0.66 * profile.num_layers), profile.num_layers - 1)], "lr": 5e-4}
+
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """Lower, where facts are read: high in the stack a matrix serves every prompt that ends alike."""
+        careful = {"layers": [round(0.25 * profile.num_layers)], "lr": adam_step(profile), "num_steps": 100}
+        return super().cautious(profile) | careful
 
 
 @dataclass
@@ -165,30 +172,38 @@ class FineTuning(Method):
         backward_passes = 0
         began = time.perf_counter()
         before = self._probability(teacher_forced, {}, size)
-        with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress and len(examples) > 1) as bar:
+        restraint = self.restraint(list(theta.values()), _Substituted(bench.model, theta))
+        with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
+                done = True
                 for chunk, batch in chunks:
-                    per_row = batch.losses(_Substituted(bench.model, theta))
-                    loss = per_row.mean()
+                    edited = _Substituted(bench.model, theta)
+                    nll = batch.token_losses(edited)
+                    per_row, held = batch.means(nll), batch.held(nll, config.stop_probability)
+                    loss = per_row.masked_fill(held, 0).sum() / (~held).sum().clamp_min(1)  # what holds is left alone
                     # the only thing that the host waits for in a step
                     *numbers, mean = torch.cat([per_row.detach(), loss.detach().unsqueeze(0)]).tolist()
                     if not math.isfinite(mean):
                         raise EditFailedError("the loss became NaN or infinite while fine-tuning; lower lr")
                     for i, value in zip(chunk, numbers, strict=True):
                         losses[i].append(value)
-                    if mean >= config.stop_loss:
+                    penalty = restraint.penalty(edited)
+                    if mean >= config.stop_loss or not restraint.within:
+                        done = False
                         optimiser.zero_grad()
-                        loss.backward()
+                        (loss + penalty).backward()
                         backward_passes += 1
                         self._note_gradients(theta, backward_passes)
                         optimiser.step()
                     self._project(theta, start)
                 bar.update(1)
                 epoch_losses.append(sum(row[-1] for row in losses) / len(losses))
-                if epoch_losses[-1] < config.stop_loss:
+                if done or (epoch_losses[-1] < config.stop_loss and restraint.within):
                     break
+        restraint.settle(lambda: _Substituted(bench.model, theta))
         bench.note("epoch_losses", torch.tensor(epoch_losses))
         after = self._probability(teacher_forced, theta, size)
+        drift = self.drift_report(restraint, after)
         seconds = time.perf_counter() - began
         deltas = [WeightDelta(m, n, dense=(theta[f"{m}.{n}"] - start[f"{m}.{n}"]).detach()) for m, n in names]
         diagnostics = [
@@ -198,6 +213,7 @@ class FineTuning(Method):
                 "target_probability_after": after[i],
                 "steps": len(losses[i]),
                 "seconds_training": seconds,
+                **drift,
             }
             for i in range(len(examples))
         ]

@@ -32,7 +32,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..books.sites import SiteCall
-from ..config import ModelProfile
+from ..config import ModelProfile, StoppingConfig
 from ..engine.capture import Tap
 from ..engine.examples import Example, ExampleBatch
 from ..engine.forward import logits_at
@@ -48,8 +48,8 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class GRACEConfig(SiteConfig):
-    """Hyperparameters of GRACE.
+class GRACEConfig(StoppingConfig, SiteConfig):
+    """Hyperparameters of GRACE; see also `StoppingConfig`.
 
     Args:
         num_steps: Adam steps on the value.
@@ -189,8 +189,8 @@ class GRACE(SiteMethod):
         with bench.sites.trying({}, instead_of=codebook):
             outputs = train_outputs(
                 bench.model, bench.anatomy, examples, layer, self.path, starts,
-                steps=config.num_steps, lr=config.lr, fill=bench.fill, watch=self._watch,
-                description="training values (GRACE)", show_progress=bench.show_progress,
+                steps=config.num_steps, lr=config.lr, until=config.stop_probability, fill=bench.fill,
+                watch=self._watch, description="training values (GRACE)", show_progress=bench.show_progress,
             )  # fmt: skip
         bench.note("losses", torch.tensor(outputs.losses).squeeze(0))
         return outputs
@@ -211,14 +211,18 @@ class GRACE(SiteMethod):
         def in_place(call: SiteCall) -> torch.Tensor:
             return replaced(call, value[None], config.replacement)
 
-        score = self.scorer([example])
-        with self.bench.sites.trying({self.path: in_place}, instead_of=codebook):
+        batch, bench = ExampleBatch.of(self.bench.model, [example], self.bench.fill), self.bench
+        with bench.sites.trying({self.path: in_place}, instead_of=codebook), self.prompts_of([example]):
             for _ in range(config.num_steps):
-                loss = score()[0]
+                nll = batch.token_losses(bench.model)
+                loss = batch.means(nll)[0]
+                if bool(batch.held(nll, config.stop_probability).all()):
+                    break
                 losses.append(check_loss(loss, "GRACE"))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
+        with bench.sites.trying({self.path: in_place}, instead_of=codebook):
             after = self.probabilities([example])
         return TrainedOutputs(value.detach()[None], [losses], after, "full")
 

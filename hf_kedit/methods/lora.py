@@ -30,8 +30,9 @@ from ..anatomy import Anatomy
 from ..anatomy.switching import Switch, switched
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
-from ..config import ModelProfile, WeightConfig
+from ..config import BoundedConfig, ModelProfile, WeightConfig, adam_step
 from ..engine.devices import seeded
+from ..engine.drift import Restraint
 from ..engine.examples import Example, ExampleBatch, encode_examples, target_probabilities
 from ..engine.forward import device_of
 from ..engine.weights import get_module, is_quantised, is_transposed
@@ -45,18 +46,21 @@ if TYPE_CHECKING:  # PEFT takes seconds to import: only when an adapter is train
     from peft.tuners.tuners_utils import BaseTuner
 
 ADAPTER = "edit"
-ATTENTION = "attention"
+ATTENTION, MLP = "attention", "mlp"
 _QUERY_OR_VALUE = re.compile(r"(w?[qv]|query|value)(_(proj|lin|linear))?")
 
 
 @dataclass
-class LoRAConfig(WeightConfig):
-    """Hyperparameters of LoRA. ``rows_per_step`` requests share a step (``None``: one at a time).
+class LoRAConfig(BoundedConfig, WeightConfig):
+    """Hyperparameters of LoRA; see also `BoundedConfig`.
+
+    ``rows_per_step`` requests share a step (``None``: one at a time).
 
     Args:
         layers: layers that get an adapter; ``None``: all of them, as published.
         target_modules: the matrices, by the end of their names (``"q_proj"``, ``"attn.c_attn"``), or ``"attention"``:
-            the query and value projections, or the matrices into the attention where these are fused.
+            the query and value projections, or the matrices into the attention where these are fused; or ``"mlp"``:
+            the projection out of the MLP.
         rank: r.
         lora_alpha: α; the change is scaled by α/r.
         lora_dropout: dropout on the adapter's input while it is trained. Published 0.1; an edit has no data to
@@ -87,6 +91,20 @@ class LoRAConfig(WeightConfig):
         """Query and value projections of every layer, as in both papers."""
         return {"target_modules": [ATTENTION]}
 
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """The MLPs where facts are read (as MEMIT's layers), small steps, and as many as it takes.
+
+        Low-rank changes of the attention in all layers reach every prompt alike: within the same drift twice as many
+        unrelated answers change (docs/real_models.md).
+        """
+        careful = super().cautious(profile) | {"lr": adam_step(profile), "num_steps": 100}
+        if self.layers is None and self.target_modules is None:
+            n = profile.num_layers
+            first = round(0.13 * n)
+            layers = range(first, min(max(round(0.33 * n), first + 2), n))
+            careful |= {"layers": list(layers), "target_modules": [MLP]}
+        return careful
+
 
 @dataclass
 class QLoRAConfig(LoRAConfig):
@@ -112,6 +130,10 @@ class AdaLoRAConfig(LoRAConfig):
     warmup: NonNegativeFloat = 0.1
     cooldown: NonNegativeFloat = 0.3
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.85
+
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """Larger steps: the singular values start at zero, and orthogonality takes its part of every step."""
+        return super().cautious(profile) | {"lr": 4 * adam_step(profile)}
 
     def validate(self) -> None:
         """Check that ranks are shared out at all."""
@@ -152,7 +174,7 @@ class _LowRankTraining(Method):
         before = target_probabilities(bench.model, examples, bench.fill, size)
         adapter = self.peft_config(paths, len(chunks) * config.num_steps)
         with seeded(config.seed, bench.model), injected(bench.model, adapter, paths) as tuner:
-            losses = self._train(tuner, examples, chunks)
+            losses, restraint = self._train(tuner, examples, chunks)
             tuner.eval()  # the fresh layers only (dropout): the model itself is in evaluation mode already
             after = target_probabilities(bench.model, examples, bench.fill, size)
             deltas = []
@@ -162,6 +184,7 @@ class _LowRankTraining(Method):
                     deltas.append(WeightDelta(path, left=left, right=right))
         if not deltas:
             raise EditFailedError("training left no matrix any rank; raise rank or lr")
+        drift = self.drift_report(restraint, after)
         seconds = time.perf_counter() - began
         diagnostics = [
             {
@@ -171,6 +194,7 @@ class _LowRankTraining(Method):
                 "steps": len(losses[i]),
                 "rank": sum(d.left.shape[1] for d in deltas if d.left is not None) / len(paths),
                 "seconds_training": seconds,
+                **drift,
             }
             for i in range(len(examples))
         ]
@@ -179,35 +203,45 @@ class _LowRankTraining(Method):
     @torch.enable_grad()
     def _train(
         self, tuner: BaseTuner, examples: Sequence[Example], chunks: Sequence[Sequence[int]]
-    ) -> list[list[float]]:
-        """Adam over the adapter's parameters; returns the losses of each example, step by step."""
+    ) -> tuple[list[list[float]], Restraint]:
+        """Adam over the adapter's parameters; returns the losses of each example, step by step, and what held it."""
         bench, config = self.bench, self.config
         trained = [p for p in tuner.parameters() if p.requires_grad]
         optimiser = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
         batches = [(part, ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill)) for part in chunks]
         losses: list[list[float]] = [[] for _ in examples]
         batch_losses: list[float] = []
+        restraint = self.restraint(trained)
         with progress_bar(config.num_steps, "training the adapter", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
+                done = config.stop_probability is not None
                 for chunk, batch in batches:
                     nll = batch.token_losses(bench.model)
-                    loss = nll.mean()
+                    held = batch.held(nll, config.stop_probability)
+                    holds = held[batch.positions.rows.to(held.device)]  # what holds is left alone
+                    loss = nll.masked_fill(holds, 0).sum() / (~holds).sum().clamp_min(1)
                     # the only thing that the host waits for in a step
                     *numbers, mean = torch.cat([batch.means(nll).detach(), loss.detach().unsqueeze(0)]).tolist()
                     if not math.isfinite(mean):
                         raise EditFailedError("the loss became NaN or infinite while training; lower lr")
-                    optimiser.zero_grad()
-                    (loss + self.penalty(tuner)).backward()
-                    optimiser.step()
-                    batch_losses.append(mean)
-                    self.after_step(tuner, len(batch_losses))
                     for i, value in zip(chunk, numbers, strict=True):
                         losses[i].append(value)
+                    batch_losses.append(mean)
+                    drift = restraint.penalty(bench.model)
+                    if bool(held.all()) and restraint.within:
+                        continue
+                    done = False
+                    optimiser.zero_grad()
+                    (loss + drift + self.penalty(tuner)).backward()
+                    optimiser.step()
+                    self.after_step(tuner, len(batch_losses))
                 bar.update(1)
-                if config.stop_loss is not None and sum(x[-1] for x in losses) / len(losses) < config.stop_loss:
+                low = config.stop_loss is not None and sum(x[-1] for x in losses) / len(losses) < config.stop_loss
+                if done or (low and restraint.within):
                     break
+        restraint.settle(lambda: bench.model)
         bench.note("batch_losses", torch.tensor(batch_losses))
-        return losses
+        return losses, restraint
 
     def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
         return encode_examples(self.bench.model, self.bench.tokenizer, requests, separator=self.config.separator)
@@ -364,7 +398,10 @@ def target_paths(anatomy: Anatomy, layers: Sequence[int], entries: Sequence[str]
     missing = set(entries)
     for where in (anatomy.layer(i) for i in layers):
         for entry in entries:
-            paths = _attention_inputs(where) if entry == ATTENTION else _ending(where, entry)
+            if entry == MLP:
+                paths = [where.down.path] if where.down is not None else []
+            else:
+                paths = _attention_inputs(where) if entry == ATTENTION else _ending(where, entry)
             targets.extend(paths)
             if paths:
                 missing.discard(entry)

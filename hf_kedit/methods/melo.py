@@ -31,12 +31,13 @@ from torch import nn
 from ..books.book import Saved
 from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memory
 from ..books.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
-from ..config import ModelProfile
+from ..config import ModelProfile, StoppingConfig
 from ..engine.capture import Tap
 from ..engine.examples import Example, ExampleBatch
 from ..engine.nearest import SAME_PROMPT, distances
 from ..engine.weights import compute_device, get_module, weight_shape
 from ..errors import ArtifactError, ConfigError, EditFailedError
+from ..logging import progress_bar
 from ..requests import EditRequest
 from .base import Capabilities, Outcome, register_method
 from .site_method import SiteConfig, SiteMethod, before_and_after, check_loss, plain_name
@@ -46,8 +47,10 @@ GAP = 1e-5
 
 
 @dataclass
-class MELOConfig(SiteConfig):
-    """Hyperparameters of MELO. ``layers`` and ``module`` name the layer whose output is the query.
+class MELOConfig(StoppingConfig, SiteConfig):
+    """Hyperparameters of MELO; see also `StoppingConfig`.
+
+    ``layers`` and ``module`` name the layer whose output is the query.
 
     Args:
         target_modules: linear layers that get LoRA blocks; ``None``: the projections out of the next two MLPs. They
@@ -518,14 +521,21 @@ class MELO(SiteMethod):
         schedule = torch.optim.lr_scheduler.StepLR(optimiser, step_size=config.lr_step, gamma=0.5)
         losses: list[float] = []
         batch = ExampleBatch.of(bench.model, examples, bench.fill)
-        with bench.sites.trying(_adding(factors, database.num_blocks), instead_of=database):
+        with (
+            bench.sites.trying(_adding(factors, database.num_blocks), instead_of=database),
+            progress_bar(config.num_steps, "training a block (MELO)", show=bench.show_progress) as bar,
+        ):
             for _ in range(config.num_steps):
-                loss = batch.token_losses(bench.model).mean()
+                nll = batch.token_losses(bench.model)
+                if bool(batch.held(nll, config.stop_probability).all()):
+                    break
+                loss = nll.mean()
                 losses.append(check_loss(loss, "MELO"))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 schedule.step()
+                bar.update(1)
         return {path: Block(*(t.detach().cpu() for t in one)) for path, one in factors.items()}, losses
 
 

@@ -35,14 +35,18 @@ class MEMITConfig(LocateConfig):
         mom2_update_weight: λ, how many typical keys the second moment stands for.
         layer_weights: λ of each edited layer, from below; ``None``: ``mom2_update_weight`` for all.
         keep_edited_keys: also leave alone what earlier batches wrote: ``(λ C + K_e K_eᵀ + K Kᵀ)⁻¹`` with the keys
-            ``K_e`` of the edits that the model carries and that were made with this switch (sequences of batches).
+            ``K_e`` of the edits that the model carries (of those that brought theirs along); arXiv 2605.26670. Without
+            such edits it changes nothing. ``None``: what serves the method (`keeps_keys_by_default`). The published
+            algorithm is ``False``, and so are the packaged files with published values.
     """
 
     edit_type: ClassVar[str] = "memit"
+    keeps_keys_by_default: ClassVar[bool] = True
+    """What ``keep_edited_keys=None`` means: on where it was measured to help in sequences (docs/results.md)."""
 
     mom2_update_weight: PositiveFloat | None = None
     layer_weights: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
-    keep_edited_keys: bool = False
+    keep_edited_keys: bool | None = None
 
     def validate(self) -> None:
         """Check that there is one λ per layer."""
@@ -57,6 +61,11 @@ class MEMITConfig(LocateConfig):
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """Fields filled from an hparams file or the model's depth."""
         return (*super().model_dependent_fields(), "mom2_update_weight")
+
+    @classmethod
+    def published(cls) -> dict[str, Any]:
+        """Each batch is solved as if it were the first."""
+        return super().published() | {"keep_edited_keys": False}
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """λ by the width of the model.
@@ -85,8 +94,9 @@ class MEMIT(SpreadMethod):
 
     @property
     def keeps_keys(self) -> bool:
-        """Whether later batches leave this one alone."""
-        return self.config.keep_edited_keys
+        """Whether later batches leave this one alone, and this one those before."""
+        chosen = self.config.keep_edited_keys
+        return self.config.keeps_keys_by_default if chosen is None else chosen
 
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
         """``(λ C + K Kᵀ)⁻¹ K``, eq. 14."""

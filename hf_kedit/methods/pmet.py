@@ -47,6 +47,7 @@ class PMETConfig(MEMITConfig):
     """
 
     edit_type: ClassVar[str] = "pmet"
+    keeps_keys_by_default: ClassVar[bool] = False
 
     nll_loss_factor: PositiveFloat = 1.0
     rewrite: list[Literal["attention", "mlp"]] = field(default_factory=lambda: ["mlp"])

@@ -25,15 +25,15 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
-from ..config import EditConfig, ModelProfile
+from ..config import BoundedConfig, ModelProfile
 from ..engine.activations import hidden_activation
 from ..engine.capture import Tap, stream_states
-from ..engine.examples import Example, encode_examples
+from ..engine.examples import Example, all_likely, encode_examples
 from ..engine.forward import device_of
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
 from ..errors import ConfigError, EditFailedError
-from ..logging import get_logger, info_once
+from ..logging import get_logger, info_once, progress_bar
 from ..requests import EditRequest
 from ..tokens import context_length, encode_text, pad_rows
 from .base import Capabilities, Method, Outcome, register_method
@@ -47,8 +47,8 @@ HELD_OUT = 10
 
 
 @dataclass
-class TPatcherConfig(EditConfig):
-    """Hyperparameters of T-Patcher. ``layers`` names one layer, the last one as published.
+class TPatcherConfig(BoundedConfig):
+    """Hyperparameters of T-Patcher; see also `BoundedConfig`. ``layers`` names one layer, the last one as published.
 
     Args:
         lr: Adam's learning rate; halved when the validation loss stops falling.
@@ -94,6 +94,15 @@ class TPatcherConfig(EditConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The last layer."""
         return {"layers": [profile.num_layers - 1]}
+
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """A short training beside as many memories as the packaged text has, looked at often.
+
+        Smooth activations (SiLU, GELU) are never quite silent: patches need a wider margin below zero than with the
+        paper's ReLU, and smaller values.
+        """
+        careful = {"max_epochs": 400, "first_validation": 10, "validate_every": 10, "memory_tokens": 4000}
+        return super().cautious(profile) | careful | {"memory_margin": 6.0, "amplify": 1.0}
 
 
 # ---------------------------------------------------------------------- losses
@@ -245,9 +254,9 @@ class TPatcher(Method):
         before = self._probability(replay.base_logits, targets)
         losses: list[float] = []
         if len(wrong):
-            group, losses, after = self._train(site, replay, queries, targets)
+            group, losses, after, drift = self._train(site, replay, queries, targets)
         else:  # the model says it already
-            empty = queries.new_zeros(0, queries.shape[1])
+            empty, drift = queries.new_zeros(0, queries.shape[1]), {}
             group, after = NeuronGroup((), empty, empty, empty[:, 0], queries=empty), before
         numbers = {
             "loss": [round(x, 6) for x in losses[:: max(len(losses) // 50, 1)]],
@@ -255,6 +264,7 @@ class TPatcher(Method):
             "target_probability_after": after,
             "patches": group.count,
             "steps": len(losses),
+            **drift,
         }
         return Outcome([], [numbers], [SiteEntry(site, {self.path: group})])
 
@@ -272,8 +282,8 @@ class TPatcher(Method):
 
     def _train(
         self, site: Patches, replay: Replay, queries: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[NeuronGroup, list[float], float]:
-        """Train patches; returns them, the losses and the target's probability."""
+    ) -> tuple[NeuronGroup, list[float], float, dict[str, Any]]:
+        """Train patches; returns them, the losses, the target's probability, and what is to be said of the drift."""
         config, bench = self.config, self.bench
         generator = torch.Generator().manual_seed(config.seed + len(site.edit_ids))
         patches = _Trained(queries, config.amplify, generator)
@@ -286,7 +296,11 @@ class TPatcher(Method):
         losses: list[float] = []
         best = float("inf")
         functions = site.functions_with(lambda path: patches.group())
-        with bench.sites.trying(functions, instead_of=site):
+        bar = progress_bar(config.max_epochs, "training patches", show=bench.show_progress)
+        restraint = self.restraint(
+            [patches.scale], start=[torch.zeros_like(patches.scale)]
+        )  # untrained patches act too
+        with bench.sites.trying(functions, instead_of=site), bar:
             for epoch in range(1, config.max_epochs + 1):
                 logits = replay.logits({})
                 own = patches.own()
@@ -300,18 +314,24 @@ class TPatcher(Method):
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(patches.parameters, config.grad_clip)
                 optimiser.step()
+                bar.update(1)
                 if epoch < config.first_validation or (epoch - config.first_validation) % config.validate_every:
                     continue
                 with torch.no_grad():
-                    right = bool((replay.logits({}).argmax(-1) == targets).all())
+                    logits = replay.logits({})
+                    right = bool((logits.argmax(-1) == targets).all())
                     quiet = float(self._memory_loss(patches.own(), patches.activations(validation)))
-                if right and quiet >= best:
+                    restraint.penalty(bench.model)
+                    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+                    held = bool(all_likely(nll, torch.zeros_like(targets), 1, config.stop_probability).all())
+                if restraint.within and (held or (right and quiet >= best and config.stop_probability is None)):
                     break
                 best = min(best, quiet)
                 schedule.step(quiet)
+            restraint.settle(lambda: bench.model)
             with torch.no_grad():
                 after = self._probability(replay.logits({}), targets)
-        return patches.group().detached(), losses, after
+        return patches.group().detached(), losses, after, self.drift_report(restraint, [after])
 
     def _memory_loss(self, own: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         return memory_loss(own, memory, self.config.memory_margin, self.config.memory_top)

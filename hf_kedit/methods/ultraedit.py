@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from ..books.ledger import WeightDelta
-from ..config import ModelProfile, WeightConfig
-from ..engine.examples import Example, encode_examples
+from ..config import BoundedConfig, ModelProfile, WeightConfig
+from ..engine.drift import general_examples
+from ..engine.examples import Example, ExampleBatch, encode_examples
 from ..engine.forward import device_of
 from ..engine.gradients import signals
 from ..engine.supervised import IGNORE, Scores, collate, score, to_device
@@ -36,13 +37,15 @@ from .base import Capabilities, Method, Outcome, register_method
 
 EPS = float(torch.finfo(torch.float32).eps)
 MICRO_BATCH = 10
+DOUBLINGS = 16
+"""η is doubled so often at most."""
 ROLES = ("down", "up", "gate")
 _SPAN = re.compile(r"\{(\d+)(?:-(\d+))?\}")
 
 
 @dataclass
-class UltraEditConfig(WeightConfig):
-    """Hyperparameters of UltraEdit.
+class UltraEditConfig(BoundedConfig, WeightConfig):
+    """Hyperparameters of UltraEdit; see also `BoundedConfig`.
 
     ``rows_per_step`` requests share one backward pass (10 as published). How many are solved for together, a *turn*,
     is the ``batch_size`` of `EditableModel.edit`; 100 in the paper.
@@ -54,6 +57,11 @@ class UltraEditConfig(WeightConfig):
             ``"model.layers.{18-26}.mlp.up_proj"``. ``{}`` (or a bare ``down``) means the layers of ``layers``.
         token: which positions count: ``ans``, those that predict an answer token (as the authors'), or ``mask``,
             all of prompt and answer.
+        first_texts: so many general texts give the running statistics their first vectors. As published there are
+            none, and a vector that is the only one seen so far is standardised to zero: a single edit of one token
+            changes nothing.
+        stop_probability: η is doubled until each token of every target has this probability, as long as the drift stays
+            within ``drift_bound``; ``None``: η is ``lr``.
     """
 
     edit_type: ClassVar[str] = "ultraedit"
@@ -61,6 +69,7 @@ class UltraEditConfig(WeightConfig):
     lr: PositiveFloat = 1e-6
     edit_modules: list[str] | None = None
     token: Literal["ans", "mask"] = "ans"
+    first_texts: NonNegativeInt = 0
 
     def validate(self) -> None:
         """Check the form of the module names."""
@@ -90,6 +99,15 @@ class UltraEditConfig(WeightConfig):
         if len(layers) == layers[-1] - layers[0] + 1:
             return {"edit_modules": [f"down.{{{layers[0]}-{layers[-1]}}}"]}
         return {"edit_modules": [f"down.{{{i}}}" for i in layers]}
+
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """A small first η, and a few general texts to compare with.
+
+        ``‖k̂‖²`` is about ``d_in`` and ``‖ĝ‖`` about ``√d_out``: with ``η = 1 / d³ᐟ²`` an edited token's output moves by a
+        fraction of a unit per layer.
+        """
+        careful = {"lr": float(f"{0.05 * profile.hidden_size**-1.5:.1g}"), "first_texts": 16}
+        return super().cautious(profile) | careful
 
     def complete(self, profile: ModelProfile) -> UltraEditConfig:
         """Fill in the modules; layers without modules mean the projections out of their MLPs."""
@@ -260,7 +278,7 @@ class UltraEdit(Method):
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
         micro = config.rows_per_step or MICRO_BATCH
         chunks = [order[i : i + micro] for i in range(0, len(order), micro)]
-        scales = dict(self._scales)
+        scales = dict(self._scales) or self._first_scales(modules, shapes)
         keys: dict[str, list[torch.Tensor]] = {m: [] for m in modules}
         gradients: dict[str, list[torch.Tensor]] = {m: [] for m in modules}
         owners: list[int] = []
@@ -291,18 +309,66 @@ class UltraEdit(Method):
             if bench.trace is not None:
                 bench.note(f"{module}/delta", delta.matrix().T)
             deltas.append(delta)
+        deltas, after, drift = self._as_large_as_needed(deltas, examples)
         self._scales = scales
         tokens = [owners.count(i) for i in range(len(examples))]
         diagnostics = [
             {
                 "loss": [round(losses[i], 6)],
                 "target_probability_before": float(torch.tensor(-losses[i]).exp()),
+                **({"target_probability_after": after[i]} if after else {}),
+                **drift,
                 "tokens": tokens[i],
                 "tokens_seen": max(m.count for m in scales.values()),
             }
             for i in range(len(examples))
         ]
         return Outcome(deltas, diagnostics)
+
+    def _first_scales(
+        self, modules: Sequence[str], shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[tuple[int, int], RunningScale]:
+        """Statistics over a few general texts (``first_texts``); as published, none."""
+        scales: dict[tuple[int, int], RunningScale] = {}
+        if not self.config.first_texts:
+            return scales
+        with self.bench.unedited():
+            examples = general_examples(
+                self.bench.model, self.bench.tokenizer, self.bench.statistics.corpus_texts(), self.config.first_texts
+            )
+            signals_of, _, _ = self._collect(examples, modules)
+        for module in modules:
+            before = scales.get(shapes[module]) or RunningScale.empty(sum(shapes[module]))
+            scales[shapes[module]] = before.add(torch.cat(signals_of[module], dim=1))
+        return scales
+
+    def _as_large_as_needed(
+        self, deltas: list[WeightDelta], examples: Sequence[Example]
+    ) -> tuple[list[WeightDelta], list[float], dict[str, Any]]:
+        """The update times 1, 2, 4 …: the smallest that makes every fact hold, or the largest within the bound.
+
+        Returns:
+            The deltas, the probabilities of the targets with them, and what is to be said of the drift.
+        """
+        config, bench = self.config, self.bench
+        if config.stop_probability is None:
+            return deltas, [], {}
+        restraint, factor, after = self.restraint([]), 1.0, list[float]()
+        batch = ExampleBatch.of(bench.model, examples, bench.fill)
+        for number in range(DOUBLINGS):
+            added = restraint.added
+            with bench.ledger.provisional() as scope, torch.no_grad():
+                for delta in deltas:
+                    scope.add(_times(delta, 2.0**number))
+                restraint.settle(lambda: bench.model)
+                nll = batch.token_losses(bench.model)
+            if not restraint.within and after:  # the one before was the largest
+                restraint.added = added
+                break
+            factor, after = 2.0**number, (-batch.means(nll)).exp().tolist()
+            if not restraint.within or bool(batch.held(nll, config.stop_probability).all()):
+                break
+        return [_times(delta, factor) for delta in deltas], after, self.drift_report(restraint, after)
 
     def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
         return encode_examples(self.bench.model, self.bench.tokenizer, requests, separator=self.config.separator)
@@ -328,6 +394,12 @@ class UltraEdit(Method):
         heard = signals(model, modules, count, loss)
         signals_of = {module: signal.at(chosen) for module, signal in heard.items()}
         return signals_of, scores[0].per_row().tolist(), chosen.nonzero()[:, 0].tolist()
+
+
+def _times(delta: WeightDelta, factor: float) -> WeightDelta:
+    """A multiple of a change."""
+    assert delta.left is not None
+    return replace(delta, left=delta.left * factor)
 
 
 def _inputs_and_outputs(model: torch.nn.Module, module: str) -> tuple[int, int]:

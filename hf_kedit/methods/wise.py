@@ -22,8 +22,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
-from ..config import ModelProfile
-from ..engine.activations import Activation, activation_distance, hidden_activation
+from ..config import ModelProfile, StoppingConfig
+from ..engine.activations import Activation, hidden_activation
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..engine.merging import MergeAlgorithm
@@ -42,7 +42,7 @@ from .wise_training import (
     TrainingSettings,
     WiseRow,
     positive_mean,
-    side_change,
+    text_distance,
     train_side_memory,
 )
 
@@ -57,8 +57,8 @@ Margins = Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)]
 
 
 @dataclass
-class WISEConfig(SiteConfig):
-    """Hyperparameters of WISE. ``layers`` names one layer.
+class WISEConfig(StoppingConfig, SiteConfig):
+    """Hyperparameters of WISE; see also `StoppingConfig`. ``layers`` names one layer.
 
     Args:
         lr: step of gradient descent on the side memory.
@@ -212,12 +212,12 @@ class WISE(SiteMethod):
             (config.layers or [0])[0],
             lambda function: bench.sites.trying({self.path: function}, instead_of=site),
             rows,
-            [self._text_row(t) for t in self.irrelevant(request, number)],
+            [self._states(site, self._text_row(t)) for t in self.irrelevant(request, number)],
             self.activation,
             bench.fill,
         )
         extra = self._replay(site, number) if config.replay and site.state.memories else None
-        done = train_side_memory(path, weight, delta, mask, self._settings(), extra)
+        done = train_side_memory(path, weight, delta, mask, self._settings(), extra, show_progress=bench.show_progress)
         self._note(done, mask, weight)
         fact = request.filled_prompt, request.target_new, request.separator_or(None)
         edit = TrainedEdit(*fact, done.activation, done.delta, mask, drawn)
@@ -234,6 +234,8 @@ class WISE(SiteMethod):
             c.norm_constraint,
             (alpha, beta, gamma),
             self.activation,
+            c.stop_probability,
+            c.act_ratio,
         )
 
     def templates(self) -> list[str]:
@@ -301,10 +303,9 @@ class WISE(SiteMethod):
 
         def distance(member: Member, delta: torch.Tensor) -> torch.Tensor:
             if member.edit_id not in states:
-                states[member.edit_id] = self._states(site, member)
-            inputs, original = states[member.edit_id]
-            changed = original + side_change(inputs, delta)
-            return activation_distance(changed, original, self.activation).mean()
+                row = self._row("{}", member.prompt, member.target, member.separator)
+                states[member.edit_id] = self._states(site, row)
+            return text_distance(*states[member.edit_id], delta, self.activation)
 
         def extra(step: int, delta: torch.Tensor) -> torch.Tensor:
             past = [m.members[(number * self.config.n_iter + step) % len(m.members)] for m in site.state.memories]
@@ -315,10 +316,13 @@ class WISE(SiteMethod):
 
         return extra
 
-    def _states(self, site: WiseSite, member: Member) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input and own output of the layer on an earlier edit, ``[tokens, d]`` each."""
+    def _states(self, site: WiseSite, row: WiseRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and own output of the layer on a text, ``[tokens, d]`` each."""
         states_of: dict[str, torch.Tensor] = {}
+<<<<<<< HEAD
         row = self._row(member.prompt, member.target, member.separator)
+=======
+>>>>>>> 60ff652 (MEMIT spares in sequences what it wrote before; trained methods stop when a fact holds and are bounded on general text where no hparams file is known)
         batch = pad_rows([row.ids], self.bench.fill).to(device_of(self.bench.model))
         with self.bench.sites.trying({self.path: lambda call: None}, instead_of=site):
             stream_states(

@@ -9,7 +9,8 @@ over its tokens, the loss is (WISE, arXiv 2405.14768, eq. 5, 7)
 ``d_e`` of the edit's rows, ``d_i`` of the irrelevant ones, every hinge averaged over its positive entries. Plain
 gradient descent moves only the entries of the shard's mask.
 
-What enters the layer does not depend on Δ: rows are run from the edited block on (`Replay`), not from the tokens.
+What enters the layer does not depend on Δ: rows are run from the edited block on (`Replay`), not from the tokens, and
+irrelevant texts, of which only distances are wanted, are not run at all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..books.sites import SiteCall, SiteFunction
 from ..engine.activations import Activation, activation_distance, mean_over_tokens
 from ..engine.replay import Replay, ReplayRow
 from ..errors import EditFailedError
+from ..logging import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 SETTLED_CHANGE, SETTLED_LOSS = 1e-4, 0.02
+ROOM = 0.5
+"""An edit is told from irrelevant texts if these stay below this part of the distance that routes to its memory."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ class TrainingSettings:
         norm_constraint: largest ``|Δ|`` of an entry; ``None``: unlimited.
         margins: ``(α, β, γ)``.
         activation: σ; ``None`` compares the layer's outputs as they are.
+        until: training ends as soon as each token of the target has this probability in the first row and the edit is
+            told from irrelevant texts with room to spare; ``None``: it does not end for this.
+        ratio: part of an edit's distance from which its memory answers (``act_ratio``).
     """
 
     steps: int
@@ -79,6 +86,8 @@ class TrainingSettings:
     norm_constraint: float | None
     margins: tuple[float, float, float]
     activation: Activation | None
+    until: float | None = None
+    ratio: float = 1.0
 
 
 @dataclass
@@ -117,7 +126,8 @@ class SidePath:
         layer: block that the edited layer belongs to.
         wrapped: puts a site function on the edited layer, instead of what edits do there, for a block.
         rows: the edit in its contexts.
-        irrelevant: texts that must stay where they are.
+        irrelevant: of texts that must stay where they are, what enters and leaves the layer: ``[tokens, d_in]`` and
+            ``[tokens, d_out]``.
         activation: σ.
         fill: padding id.
     """
@@ -129,18 +139,21 @@ class SidePath:
         layer: int,
         wrapped: Callable[[SiteFunction], AbstractContextManager[None]],
         rows: Sequence[WiseRow],
-        irrelevant: Sequence[WiseRow],
+        irrelevant: Sequence[tuple[torch.Tensor, torch.Tensor]],
         activation: Activation | None,
         fill: int = 0,
     ):
         self.rows, self.activation, self.wrapped = rows, activation, wrapped
+        self.irrelevant = irrelevant
         self.targets = torch.tensor([t for r in rows for t in r.targets])
         self.owners = torch.tensor([i for i, r in enumerate(rows) for _ in r.targets])
         self.counts = torch.tensor([len(r.targets) for r in rows])
+        self.likely = torch.empty(0)
+        """Probability of the least likely target token of the first row, in the last run."""
         self._delta = torch.empty(0)
         self._distances = torch.empty(0)
         with wrapped(lambda call: None):
-            self.replay = Replay(model, anatomy, [r.replayed for r in (*rows, *irrelevant)], layer, (), fill=fill)
+            self.replay = Replay(model, anatomy, [r.replayed for r in rows], layer, (), fill=fill)
 
     def run(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the rows through ``W0 + Δ``, inside ``wrapped(self.function)``.
@@ -152,8 +165,10 @@ class SidePath:
         self._delta = delta
         logits = self.replay.logits({})
         losses = torch.nn.functional.cross_entropy(logits, self.targets.to(logits.device), reduction="none")
+        self.likely = (-losses.detach()[: len(self.rows[0].targets)].max()).exp()
         sums = torch.zeros(len(self.rows), device=losses.device).index_add(0, self.owners.to(losses.device), losses)
-        return sums, self._distances
+        apart = [text_distance(*states, delta, self.activation).reshape(1) for states in self.irrelevant]
+        return sums, torch.cat([self._distances, *apart])
 
     def function(self, call: SiteCall) -> torch.Tensor:
         """The site function: every row goes through the side memory."""
@@ -174,6 +189,8 @@ def train_side_memory(
     mask: torch.Tensor,
     settings: TrainingSettings,
     extra: Extra | None = None,
+    *,
+    show_progress: bool = False,
 ) -> Training:
     """Train one edit into a side memory.
 
@@ -184,6 +201,7 @@ def train_side_memory(
         mask: entries that may move, bool, same shape.
         settings: see there.
         extra: further term of the loss.
+        show_progress: show a bar of the steps.
 
     Raises:
         EditFailedError: if the loss is not finite.
@@ -191,7 +209,8 @@ def train_side_memory(
     delta, mask = delta.to(weight.device), mask.to(weight.device)
     count = len(path.rows)
     result, history = Training(delta), list[float]()
-    with path.wrapped(path.function):
+    bar = progress_bar(settings.steps, "training a side memory (WISE)", show=show_progress)
+    with path.wrapped(path.function), bar:
         for step in range(settings.steps):
             delta.requires_grad_(True)
             sums, distances = path.run(delta)
@@ -201,11 +220,12 @@ def train_side_memory(
             if extra is not None:
                 loss = loss + extra(step, delta).to(loss.device)
             number = _record(result, loss, token_loss, margin, distances, sums, path)
-            if settled(history):
+            if settled(history) or holds(path, result, settings):
                 break
             (gradient,) = torch.autograd.grad(loss, delta)
             history.append(number)
             delta = descend(delta.detach(), gradient, mask, weight, settings)
+            bar.update(1)
             if step == 0:
                 result.first_gradient, result.first_delta = gradient.cpu(), delta.cpu()
         with torch.no_grad():
@@ -247,6 +267,14 @@ def _record(
 def settled(history: Sequence[float]) -> bool:
     """Whether training ends before the next update: the last two losses are equal and small."""
     return len(history) > 1 and abs(history[-1] - history[-2]) <= SETTLED_CHANGE and history[-1] <= SETTLED_LOSS
+
+
+def holds(path: SidePath, result: Training, settings: TrainingSettings) -> bool:
+    """Whether an edit needs no further step, see `TrainingSettings.until`."""
+    if settings.until is None or float(path.likely) < settings.until:
+        return False
+    apart, quiet = result.edit_distances[-1].min(), result.irrelevant_distances[-1]
+    return not len(quiet) or float(quiet.max()) < ROOM * settings.ratio * float(apart)
 
 
 def descend(
@@ -291,6 +319,20 @@ def positive_mean(values: torch.Tensor) -> torch.Tensor:
     """Mean of the positive entries, 0 if there are none."""
     positive = values > 0
     return torch.where(positive, values, 0.0).sum() / positive.sum().clamp(min=1)
+
+
+def text_distance(
+    inputs: torch.Tensor, outputs: torch.Tensor, delta: torch.Tensor, activation: Activation | None
+) -> torch.Tensor:
+    """Mean distance of a text to itself in the side memory, a scalar.
+
+    Args:
+        inputs: of the layer, ``[tokens, d_in]``.
+        outputs: its own, ``[tokens, d_out]``.
+        delta: Δ.
+        activation: σ.
+    """
+    return activation_distance(outputs + side_change(inputs, delta), outputs, activation).mean()
 
 
 def side_change(inputs: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ def test_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         ),
         (
             {"alg_name": "MEMIT", "layers": [3, 4], "mom2_update_weight": 15000, "batch_size": 10},
-            MEMITConfig(layers=[3, 4], mom2_update_weight=15000.0),
+            MEMITConfig(layers=[3, 4], mom2_update_weight=15000.0, keep_edited_keys=False),
         ),
         ({"alg_name": "KN", "batch_size": 20, "p": 0.5, "lr_scale": 1.0}, KNConfig(rows_per_step=20, p=0.5)),
     ],

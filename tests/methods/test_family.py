@@ -24,6 +24,7 @@ from hf_kedit import (
     load_edit_dataset,
 )
 from hf_kedit.artifact.layout import CONFIG, WEIGHTS
+from hf_kedit.config import EditConfig, ModelProfile
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ArtifactError, ConfigError, RequestError, RollbackError, StatisticsError
 from hf_kedit.statistics.moments import SecondMoment
@@ -205,8 +206,9 @@ def test_later_batches_know_the_keys_of_earlier_ones() -> None:
         assert (aware[m] @ keys[m]).norm() < 0.9 * (blind @ keys[m]).norm()
 
 
-def test_rolling_back_takes_the_keys_away_too() -> None:
-    model = EditableModel.from_pretrained("kedit/world-gpt2", "alphaedit")
+@pytest.mark.parametrize("method", ["alphaedit", "memit"])
+def test_rolling_back_takes_the_keys_away_too(method: str) -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", method)
     first, second = facts(3), facts(2, start=3)
     ids = model.edit(first).ids
     (module, *_) = model._method.edited_modules()
@@ -217,13 +219,14 @@ def test_rolling_back_takes_the_keys_away_too() -> None:
     assert model.ledger.keys(module) is None
 
     model.edit(second)
-    fresh = EditableModel.from_pretrained("kedit/world-gpt2", "alphaedit")
+    fresh = EditableModel.from_pretrained("kedit/world-gpt2", method)
     fresh.edit(second)
     assert model_digest(model.base_model) == model_digest(fresh.base_model)
 
 
-def test_a_failed_call_leaves_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = EditableModel.from_pretrained("kedit/world-gpt2", "alphaedit")
+@pytest.mark.parametrize("method", ["alphaedit", "memit"])
+def test_a_failed_call_leaves_no_keys(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", method)
     (module, *_) = model._method.edited_modules()
     compute, calls = model._method.compute, []
 
@@ -239,7 +242,7 @@ def test_a_failed_call_leaves_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2 and model.ledger.keys(module) is None and not model.edits
 
 
-@pytest.mark.parametrize("config", ["alphaedit", MEMITConfig(keep_edited_keys=True)])
+@pytest.mark.parametrize("config", ["alphaedit", "memit"])
 def test_keys_survive_saving_and_a_change_of_method(config: Any, tmp_path: Path) -> None:
     model = EditableModel.from_pretrained("kedit/world-gpt2", config)
     model.edit(facts(3))
@@ -358,20 +361,39 @@ def test_contexts_of_core_come_from_the_fact() -> None:
         model.edit(bare)
 
 
-def test_memit_can_spare_what_it_wrote_before() -> None:
+def test_memit_spares_what_it_wrote_before_unless_told_not_to() -> None:
     first, second = facts(4), facts(4, start=4)
-    moved = {}
-    for keep in (False, True):
+    moved, digests = {}, {}
+    for keep in (False, True, None):
         model = EditableModel.from_pretrained("kedit/world-gpt2", MEMITConfig(keep_edited_keys=keep))
         model.trace = {}
         model.edit(first)
         modules = model._method.edited_modules()
         keys = {m: model.trace[f"k_star.{i}"] for m, i in zip(modules, model.edit_config.layers, strict=True)}
         before = {m: model.ledger.total(m) for m in modules}
-        assert (model.ledger.keys(modules[0]) is not None) == keep
+        assert (model.ledger.keys(modules[0]) is not None) == (keep is not False)
+        digests[keep, "first"] = model_digest(model.base_model)
         model.edit(second)
+        digests[keep, "both"] = model_digest(model.base_model)
         moved[keep] = sum(float(((model.ledger.total(m) - before[m]) @ keys[m]).norm()) for m in modules)
     assert moved[True] < moved[False]
+    assert digests[None, "first"] == digests[False, "first"]  # a model without edits has nothing to spare
+    assert digests[None, "both"] == digests[True, "both"] != digests[False, "both"]
+
+
+def test_the_published_algorithm_keeps_no_keys(tmp_path: Path) -> None:
+    profile = ModelProfile("gpt2-xl", 48, 1600)
+    assert MEMITConfig().complete(profile).keep_edited_keys is False  # its packaged file
+    assert MEMITConfig(keep_edited_keys=True).complete(profile).keep_edited_keys is True
+    assert MEMITConfig().complete(ModelProfile("unknown", 48, 1600)).keep_edited_keys is None
+    theirs = {"alg_name": "MEMIT", "model_name": "gpt2-xl", "layers": [3]}
+    assert MEMITConfig.from_easyedit(theirs).keep_edited_keys is False
+    COREConfig().save_pretrained(tmp_path)
+    assert EditConfig.from_pretrained(tmp_path).keep_edited_keys is None
+    saved = json.loads((tmp_path / CONFIG).read_text())
+    del saved["keep_edited_keys"]  # as 0.1.0 saved it, which had no such field
+    (tmp_path / CONFIG).write_text(json.dumps(saved))
+    assert EditConfig.from_pretrained(tmp_path).keep_edited_keys is False
 
 
 # ---------------------------------------------------------------------- RECT

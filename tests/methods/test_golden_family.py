@@ -47,7 +47,9 @@ def config_of(case: Case) -> Any:
         assert given["enable_prompt_keys"] != given["enable_random_prefix_keys"]
         return RROMEConfig(**values, key_mode="prompt" if given["enable_prompt_keys"] else "mean")
     if kind == "rect":
-        return MEMITConfig(**values, rect_keep=given["k_percent"] / 100)
+        return MEMITConfig(**values, rect_keep=given["k_percent"] / 100, keep_edited_keys=False)
+    if kind in ("pmet", "pmet_both", "memit_fe", "core"):
+        values["keep_edited_keys"] = False
     if kind.startswith("pmet"):
         both = isinstance(case.spec["modules"]["rewrite"], list)
         return PMETConfig(**values, rewrite=["attention", "mlp"] if both else ["mlp"])

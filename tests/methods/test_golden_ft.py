@@ -29,6 +29,8 @@ def test_fine_tuning_matches_the_reference(name: str) -> None:
         norm_constraint=h["norm_constraint"] or None,
         rows_per_step=h["batch_size"],
         train_bias=not h["rewrite_module_tmp"].endswith(".weight"),
+        stop_probability=None,
+        drift_bound=None,
     )
     editable = EditableModel(model, config, tokenizer)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -23,7 +23,9 @@ def test_grace_matches_the_reference(name: str) -> None:
     model, tokenizer = case.load()
     path = h["inner_params"][0].removesuffix(".weight")
     layer = int(next(p for p in path.split(".") if p.isdigit()))
-    config = GRACEConfig(layers=[layer], module=path, num_steps=h["n_iter"], lr=h["edit_lr"], eps=h["eps"])
+    config = GRACEConfig(
+        layers=[layer], module=path, num_steps=h["n_iter"], lr=h["edit_lr"], eps=h["eps"], stop_probability=None
+    )
     editable = EditableModel(model, config, tokenizer)
     actions = {"init": "add", "keep": "expand"}
     for number, (request, log) in enumerate(zip(case.spec["requests"], case.spec["edits"], strict=True)):

@@ -47,6 +47,9 @@ def test_lora_matches_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) 
         lr=h["lr"],
         weight_decay=h["weight_decay"],
         rows_per_step=h["batch_size"],
+        stop_probability=None,
+        drift_bound=None,
+        layers=None,
     )
     editable = EditableModel(model, config, tokenizer)
     editable.trace = {}

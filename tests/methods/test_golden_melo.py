@@ -26,6 +26,7 @@ def test_melo_matches_the_reference(name: str) -> None:
     config = MELOConfig(
         layers=[int(next(p for p in path.split(".") if p.isdigit()))],
         module=path,
+        stop_probability=None,
         target_modules=h["target_modules"],
         num_blocks=h["num_block"],
         rank=rank,

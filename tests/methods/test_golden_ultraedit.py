@@ -27,10 +27,10 @@ def target_logprobs(model: EditableModel, request: EditRequest) -> torch.Tensor:
 def case_model(case: Case) -> EditableModel:
     h = case.spec["hyperparameters"]
     model, tokenizer = case.load()
-    config = UltraEditConfig(
-        lr=h["lr"], token=h["token"], rows_per_step=h["batch_size"], edit_modules=h["edit_modules"]
-    )
-    return EditableModel(model, config, tokenizer)
+    published = UltraEditConfig.published() | {
+        "lr": h["lr"], "token": h["token"], "rows_per_step": h["batch_size"], "edit_modules": h["edit_modules"]
+    }  # fmt: skip
+    return EditableModel(model, UltraEditConfig(**published), tokenizer)
 
 
 def turns_of(case: Case) -> list[list[EditRequest]]:
