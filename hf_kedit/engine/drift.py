@@ -104,8 +104,8 @@ class Restraint:
     """Holds a training within a limit.
 
     Edits that the model carries have moved it already; what counts is what the training adds: ``D ≤ D₀ + bound``. A
-    step sees only a part of the texts, and may have gone too far for the others; at the end, the way from the start is
-    shortened until all of them are within (`settle`).
+    step sees only a part of the texts. Where the steps end beyond the limit, the way from the start is shortened until
+    all texts are within it (`settle`).
 
     Args:
         text: what is watched; ``None``: nothing, and everything is within.
@@ -144,6 +144,13 @@ class Restraint:
     def within(self) -> bool:
         """Whether the state that was looked at last is within the limit."""
         return self.added <= self.bound
+
+    @torch.no_grad()
+    def allows(self, model: Any) -> bool:
+        """Whether the present state is within the limit on all texts; they are read where their part is."""
+        if self.text is not None and self.within:
+            self.added = float(self.text.drift(model)) - self.before
+        return self.within
 
     @torch.no_grad()
     def settle(self, model: Callable[[], Any]) -> None:

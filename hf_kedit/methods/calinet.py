@@ -133,7 +133,7 @@ class CaliNet(Method):
                         raise EditFailedError("CaliNet: the loss became NaN or infinite; lower lr")
                     total += float(per_row.detach().sum())
                     drift = restraint.penalty(bench.model)
-                    if bool(held.all()) and restraint.within:
+                    if bool(held.all()) and restraint.allows(bench.model):
                         continue
                     done = False
                     optimiser.zero_grad()

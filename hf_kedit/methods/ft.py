@@ -188,7 +188,7 @@ class FineTuning(Method):
                     for i, value in zip(chunk, numbers, strict=True):
                         losses[i].append(value)
                     penalty = restraint.penalty(edited)
-                    if mean >= config.stop_loss or not restraint.within:
+                    if mean >= config.stop_loss or not restraint.allows(edited):
                         done = False
                         optimiser.zero_grad()
                         (loss + penalty).backward()

@@ -228,7 +228,7 @@ class _LowRankTraining(Method):
                         losses[i].append(value)
                     batch_losses.append(mean)
                     drift = restraint.penalty(bench.model)
-                    if bool(held.all()) and restraint.within:
+                    if bool(held.all()) and restraint.allows(bench.model):
                         continue
                     done = False
                     optimiser.zero_grad()

@@ -297,9 +297,8 @@ class TPatcher(Method):
         best = float("inf")
         functions = site.functions_with(lambda path: patches.group())
         bar = progress_bar(config.max_epochs, "training patches", show=bench.show_progress)
-        restraint = self.restraint(
-            [patches.scale], start=[torch.zeros_like(patches.scale)]
-        )  # untrained patches act too
+        nothing = [torch.zeros_like(patches.scale)]  # untrained patches act already
+        restraint = self.restraint([patches.scale], start=nothing)
         with bench.sites.trying(functions, instead_of=site), bar:
             for epoch in range(1, config.max_epochs + 1):
                 logits = replay.logits({})
@@ -324,7 +323,8 @@ class TPatcher(Method):
                     restraint.penalty(bench.model)
                     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                     held = bool(all_likely(nll, torch.zeros_like(targets), 1, config.stop_probability).all())
-                if restraint.within and (held or (right and quiet >= best and config.stop_probability is None)):
+                done = right and quiet >= best if config.stop_probability is None else held
+                if done and restraint.allows(bench.model):
                     break
                 best = min(best, quiet)
                 schedule.step(quiet)

@@ -60,8 +60,8 @@ class UltraEditConfig(BoundedConfig, WeightConfig):
         first_texts: so many general texts give the running statistics their first vectors. As published there are
             none, and a vector that is the only one seen so far is standardised to zero: a single edit of one token
             changes nothing.
-        stop_probability: η is doubled until each token of every target has this probability, as long as the drift stays
-            within ``drift_bound``; ``None``: η is ``lr``.
+        stop_probability: η is doubled until each token of every target has this probability, as long as the drift
+            stays within ``drift_bound``; ``None``: η is ``lr``.
     """
 
     edit_type: ClassVar[str] = "ultraedit"
@@ -103,8 +103,8 @@ class UltraEditConfig(BoundedConfig, WeightConfig):
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """A small first η, and a few general texts to compare with.
 
-        ``‖k̂‖²`` is about ``d_in`` and ``‖ĝ‖`` about ``√d_out``: with ``η = 1 / d³ᐟ²`` an edited token's output moves by a
-        fraction of a unit per layer.
+        ``‖k̂‖²`` is about ``d_in`` and ``‖ĝ‖`` about ``√d_out``: with ``η = d⁻³ᐟ²`` an edited token's output moves
+        by a fraction of a unit per layer.
         """
         careful = {"lr": float(f"{0.05 * profile.hidden_size**-1.5:.1g}"), "first_texts": 16}
         return super().cautious(profile) | careful
