@@ -35,11 +35,8 @@ if TYPE_CHECKING:
 
     from ..anatomy import Anatomy
 
-<<<<<<< HEAD
 BothFormats = Literal["itself", "as two"]
-=======
 logger = get_logger(__name__)
->>>>>>> 60ff652 (MEMIT spares in sequences what it wrote before; trained methods stop when a fact holds and are bounded on general text where no hparams file is known)
 M = TypeVar("M", bound="Method")
 _METHODS: Table[type[Method]] = Table()
 

@@ -303,7 +303,7 @@ class WISE(SiteMethod):
 
         def distance(member: Member, delta: torch.Tensor) -> torch.Tensor:
             if member.edit_id not in states:
-                row = self._row("{}", member.prompt, member.target, member.separator)
+                row = self._row(member.prompt, member.target, member.separator)
                 states[member.edit_id] = self._states(site, row)
             return text_distance(*states[member.edit_id], delta, self.activation)
 
@@ -319,10 +319,6 @@ class WISE(SiteMethod):
     def _states(self, site: WiseSite, row: WiseRow) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and own output of the layer on a text, ``[tokens, d]`` each."""
         states_of: dict[str, torch.Tensor] = {}
-<<<<<<< HEAD
-        row = self._row(member.prompt, member.target, member.separator)
-=======
->>>>>>> 60ff652 (MEMIT spares in sequences what it wrote before; trained methods stop when a fact holds and are bounded on general text where no hparams file is known)
         batch = pad_rows([row.ids], self.bench.fill).to(device_of(self.bench.model))
         with self.bench.sites.trying({self.path: lambda call: None}, instead_of=site):
             stream_states(
