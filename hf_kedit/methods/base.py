@@ -238,7 +238,9 @@ class Method(ABC):
         text = None
         if bound is not None:
             with bench.unedited():
-                text = GeneralText.of(bench.model, bench.tokenizer, bench.statistics.corpus_texts(), bench.fill)
+                text = GeneralText.of(
+                    bench.model, bench.tokenizer, bench.statistics.corpus_texts(more=False), bench.fill
+                )
         return Restraint(text, bound or 0.0, parameters, bench.model if model is None else model, start)
 
     def drift_report(self, restraint: Restraint, after: Sequence[float]) -> dict[str, Any]:

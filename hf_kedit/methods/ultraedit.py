@@ -334,7 +334,10 @@ class UltraEdit(Method):
             return scales
         with self.bench.unedited():
             examples = general_examples(
-                self.bench.model, self.bench.tokenizer, self.bench.statistics.corpus_texts(), self.config.first_texts
+                self.bench.model,
+                self.bench.tokenizer,
+                self.bench.statistics.corpus_texts(more=False),
+                self.config.first_texts,
             )
             signals_of, _, _ = self._collect(examples, modules)
         for module in modules:

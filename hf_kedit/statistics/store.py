@@ -209,9 +209,13 @@ class StatisticsStore:
         """Finished statistics in a folder or repository, ours or those of the published codes."""
         return find_shared(place) or (find_published(Path(place)) if Path(place).is_dir() else None)
 
-    def corpus_texts(self) -> Iterator[str]:
-        """The texts of the corpus: the user's, the embedded model's, or the packaged and what the model writes."""
-        return (self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, more=True)).texts()
+    def corpus_texts(self, *, more: bool = True) -> Iterator[str]:
+        """The texts of the corpus: the user's, the embedded model's, or the packaged ones.
+
+        Args:
+            more: go on behind the packaged texts with what the model writes, which takes its time.
+        """
+        return (self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, more=more)).texts()
 
     def _wanted(self, modules: Sequence[str], per_width: int) -> tuple[Corpus, int]:
         """What these modules' moments are to be taken over: the text, and how many tokens of it."""

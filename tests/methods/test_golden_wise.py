@@ -102,7 +102,8 @@ def test_wise_matches_the_published_code(name: str, monkeypatch: pytest.MonkeyPa
 
     for i, (request, log) in enumerate(zip(case.spec["requests"], case.spec["edits"], strict=True)):
         rows = [
-            model._method._row(t, request["prompt"], request["target_new"]) for t in case.spec["context_templates"]
+            model._method._row(t.replace("{}", request["prompt"]), request["target_new"])
+            for t in case.spec["context_templates"]
         ]  # type: ignore[attr-defined]
         assert [list(r.ids) for r in rows] == log["rows"][:-1]
         assert [list(r.targets) for r in rows] == [[y for y in labels if y != -100] for labels in log["labels"][:-1]]

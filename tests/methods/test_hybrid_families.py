@@ -150,7 +150,7 @@ def test_blocks_with_several_streams(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("qwen3_5_text", "rome", [1]),
         # attention, MLP, mixer, MLP
         ("nemotron_h", "memit", [1, 3]),
-        ("nemotron_h", "ft-m", [3]),
+        ("nemotron_h", "ft-m", [1]),
         ("nemotron_h", "t-patcher", [3]),
         # MLP, experts, MLP, experts
         ("jamba", "rome", [2]),

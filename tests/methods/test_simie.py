@@ -21,7 +21,8 @@ def test_simie_matches_the_reference(name: str) -> None:
     case = Case(name)
     h: dict[str, Any] = case.spec["hyperparameters"]
     model, tokenizer = case.load()
-    base = FTMConfig(layers=[h["layer"]], num_steps=h["ft_num_steps"], lr=h["ft_lr"])
+    values = {"layers": [h["layer"]], "num_steps": h["ft_num_steps"], "lr": h["ft_lr"]}
+    base = FTMConfig(**FTMConfig.published() | values)
     editable = EditableModel(model, SimIEConfig(base=base, ridge=h["lambda"]), tokenizer)
     (module,) = editable._method.edited_modules()
 
