@@ -237,10 +237,9 @@ class Method(ABC):
         bench, bound = self.bench, getattr(self.config, "drift_bound", None)
         text = None
         if bound is not None:
+            texts = bench.statistics.corpus_texts(more=False)
             with bench.unedited():
-                text = GeneralText.of(
-                    bench.model, bench.tokenizer, bench.statistics.corpus_texts(more=False), bench.fill
-                )
+                text = GeneralText.of(bench.model, bench.tokenizer, texts, bench.fill)
         return Restraint(text, bound or 0.0, parameters, bench.model if model is None else model, start)
 
     def drift_report(self, restraint: Restraint, after: Sequence[float]) -> dict[str, Any]:

@@ -332,13 +332,9 @@ class UltraEdit(Method):
         scales: dict[tuple[int, int], RunningScale] = {}
         if not self.config.first_texts:
             return scales
-        with self.bench.unedited():
-            examples = general_examples(
-                self.bench.model,
-                self.bench.tokenizer,
-                self.bench.statistics.corpus_texts(more=False),
-                self.config.first_texts,
-            )
+        bench, texts = self.bench, self.bench.statistics.corpus_texts(more=False)
+        with bench.unedited():
+            examples = general_examples(bench.model, bench.tokenizer, texts, self.config.first_texts)
             signals_of, _, _ = self._collect(examples, modules)
         for module in modules:
             before = scales.get(shapes[module]) or RunningScale.empty(sum(shapes[module]))

@@ -61,6 +61,7 @@ def config_of(case: Case) -> WISEConfig:
         module="transformer.h.{}.mlp.c_fc" if case.model_name == "gpt2" else None,
         lr=h["edit_lr"],
         n_iter=h["n_iter"],
+        stop_probability=None,
         weight_decay=h["optimizer_weight_decay"],
         mask_weight_decay=False,
         norm_constraint=h["norm_constraint"],
