@@ -389,7 +389,7 @@ class BoundedConfig(StoppingConfig):
 
     Args:
         drift_bound: how far an edit may move the model on general text: nats per token of the divergence between what
-            the unedited model says and the edited one (`engine.drift`), beside what edits before it have moved;
+            the unedited model says and the edited one (`methods.drift`), beside what edits before it have moved;
             ``None``: as far as it does. An edit that cannot be made within the bound is made as far as the bound
             allows, with a warning.
     """

@@ -19,7 +19,6 @@ from ..books.ledger import Ledger, WeightDelta
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import EditConfig, register_config
-from ..engine.drift import GeneralText, Restraint
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.weights import get_module, get_weight
@@ -29,6 +28,7 @@ from ..registry import Table
 from ..requests import EditRequest
 from ..statistics.store import StatisticsStore
 from ..tokens import pad_id
+from .drift import GeneralText, Restraint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -32,7 +32,6 @@ from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig, adam_step
 from ..engine.devices import seeded
-from ..engine.drift import Restraint
 from ..engine.examples import Example, ExampleBatch, encode_examples, target_probabilities
 from ..engine.forward import device_of
 from ..engine.weights import get_module, is_quantised, is_transposed
@@ -40,6 +39,7 @@ from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelE
 from ..logging import progress_bar
 from ..requests import EditRequest
 from .base import BothFormats, Capabilities, Method, Outcome, register_method
+from .drift import Restraint
 
 if TYPE_CHECKING:  # PEFT takes seconds to import: only when an adapter is trained
     from peft import PeftConfig

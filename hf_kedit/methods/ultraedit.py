@@ -24,7 +24,6 @@ from pydantic import NonNegativeInt, PositiveFloat
 
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig
-from ..engine.drift import general_examples
 from ..engine.examples import Example, ExampleBatch, encode_examples
 from ..engine.forward import device_of
 from ..engine.gradients import signals
@@ -34,6 +33,7 @@ from ..errors import ConfigError, EditFailedError, UnsupportedModelError
 from ..logging import progress
 from ..requests import EditRequest
 from .base import Capabilities, Method, Outcome, register_method
+from .drift import general_examples
 
 EPS = float(torch.finfo(torch.float32).eps)
 MICRO_BATCH = 10

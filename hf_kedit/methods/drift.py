@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..engine.examples import Example, ExampleBatch
+from ..engine.forward import logits_at
 from ..tokens import encode_text
-from .examples import Example, ExampleBatch
-from .forward import logits_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
