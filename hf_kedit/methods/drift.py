@@ -26,9 +26,9 @@ from ..tokens import encode_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TEXTS, LENGTH = 48, 12
+WATCHED_TEXTS, WATCHED_TOKENS = 48, 12
 """So many texts are watched, at most so many tokens of each."""
-PARTS = 4
+WATCHED_PARTS = 4
 """A step of the training looks at one of so many parts of them."""
 DRIFT_WEIGHT = 200.0
 """Factor of ``D`` in the loss: five thousandths of a nat of drift weigh as much as a nat of the target."""
@@ -61,7 +61,9 @@ class GeneralText:
             fill: padding id.
         """
         examples = general_examples(model, tokenizer, texts)
-        parts = [ExampleBatch.of(model, chunk, fill) for i in range(PARTS) if (chunk := examples[i::PARTS])]
+        parts = [
+            ExampleBatch.of(model, chunk, fill) for i in range(WATCHED_PARTS) if (chunk := examples[i::WATCHED_PARTS])
+        ]
         return cls(parts, [_log_probs(model, part).half() for part in parts])
 
     def drift(self, model: Any, part: int | None = None) -> torch.Tensor:
@@ -85,10 +87,10 @@ def _log_probs(model: Any, batch: ExampleBatch) -> torch.Tensor:
 
 
 def general_examples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], count: int = TEXTS
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], count: int = WATCHED_TEXTS
 ) -> list[Example]:
     """The beginnings of some texts, every token (but the first) to be predicted."""
-    rows = [tuple(encode_text(tokenizer, text).ids[: LENGTH + 1]) for text in islice(texts, count)]
+    rows = [tuple(encode_text(tokenizer, text).ids[: WATCHED_TOKENS + 1]) for text in islice(texts, count)]
     return [_example(row, encoder_decoder=bool(model.config.is_encoder_decoder)) for row in rows if len(row) > 3]
 
 
