@@ -87,9 +87,9 @@ class LocateConfig(EditConfig):
     stats_ridge: NonNegativeFloat | None = None
     expert_policy: Literal["shared", "top1"] = "shared"
     sequence: Literal["batches", "joint"] = "batches"
-    joint_passes: PositiveInt = 6
-    joint_until: Annotated[float, Field(gt=0, le=1)] = 0.95
-    joint_caution: PositiveFloat = 10.0
+    joint_passes: PositiveInt = 10
+    joint_until: Annotated[float, Field(gt=0, le=1)] = 0.8
+    joint_caution: PositiveFloat = 20.0
 
     def validate(self) -> None:
         """Check the templates; put the layers into the order in which they are written."""

@@ -29,7 +29,7 @@ METHODS = ("memit", "memit-fe", "core", "namet", "emmet", "pmet", "alphaedit", "
 
 
 def make(method: str = "memit", name: str = MODEL, **values: Any) -> EditableModel:
-    settings = {"sequence": "joint", "joint_passes": 3, "joint_caution": 5.0} | values
+    settings = {"sequence": "joint", "joint_passes": 3, "joint_caution": 5.0, "joint_until": 0.95} | values
     return EditableModel.from_pretrained(name, AutoEditConfig.for_model(name.partition("/")[2], method, **settings))
 
 
