@@ -30,21 +30,32 @@ TOKENS, PER_RELATION, TRIED, NEIGHBOURS = 12, 2, 8, 2
 ASKED = ("plain", "chat", "question", "kept plain", "kept chat")
 
 
-def known_in_both(model: EditableModel, count: int) -> list[EditRequest]:
-    """The first facts that the model knows in both formats, a few of some relations that small models know."""
+def known_in_both(model: EditableModel, count: int, known: Path) -> list[EditRequest]:
+    """The first facts that the model knows in both formats, a few of some relations that small models know.
+
+    Args:
+        model: is asked by generation, unless ``known`` holds the answer.
+        count: how many facts.
+        known: JSON file of their ids, written when the model was asked.
+    """
+    if known.exists():
+        by_id = {r.id: r for r in load_requests(load_edit_dataset("facts", split="test"))}
+        return [by_id[name] for name in json.loads(known.read_text("utf-8"))][:count]
     requests = list[EditRequest]()
     for relation in RELATIONS:
         requests += load_requests(load_edit_dataset("facts", split="test", relation=relation, limit=TRIED))
     tokenizer = model.tokenizer
     plain = known_facts(model.base_model, tokenizer, requests)
     chat = known_facts(model.base_model, tokenizer, requests, questions=True, prompt_format="chat", max_new_tokens=20)
-    chosen, seen = list[EditRequest](), defaultdict[str, int](int)
+    chosen, seen = list[tuple[int, EditRequest]](), defaultdict[str, int](int)
     for request, both in zip(requests, map(all, zip(plain, chat, strict=True)), strict=True):
         relation = request.metadata["extra"]["relation"]
-        if both and seen[relation] < PER_RELATION and len(chosen) < count:
+        if both and seen[relation] < PER_RELATION:
             seen[relation] += 1
-            chosen.append(request)
-    return chosen
+            chosen.append((seen[relation], request))
+    mixed = [request for _, request in sorted(chosen, key=lambda pair: pair[0])]  # one of each relation first
+    known.write_text(json.dumps([request.id for request in mixed]) + "\n", encoding="utf-8")
+    return mixed[:count]
 
 
 def texts_of(request: EditRequest, model: EditableModel) -> dict[str, list[str]]:
@@ -69,11 +80,13 @@ def answers(model: EditableModel, asked: dict[str, list[str]]) -> dict[str, str]
     return {a.prompt: a.text for a in generate_answers(model.base_model, model.tokenizer, prompts, TOKENS)}
 
 
-def results(model: EditableModel, requests: Iterable[EditRequest], file: Path) -> list[dict[str, Any]]:
+def results(
+    model: EditableModel, methods: Iterable[str], requests: Iterable[EditRequest], file: Path
+) -> list[dict[str, Any]]:
     """All edits that the file does not hold yet are made and written to it."""
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     done = {(line["method"], line["format"], line["id"]) for line in lines}
-    for method in METHODS:
+    for method in methods:
         for form in TEXT_FORMATS:
             todo = [r for r in requests if (method, form, r.id) not in done]
             if todo:
@@ -114,14 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub id, folder, or a name such as kedit/smollm2-135m")
     parser.add_argument("--facts", type=int, default=8, help="how many")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--output", type=Path, required=True, help="JSONL file that the results are added to")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     model = EditableModel.from_pretrained(arguments.model, "rome")
-    requests = known_in_both(model, arguments.facts)
+    requests = known_in_both(model, arguments.facts, arguments.output.with_suffix(".known.json"))
     for request in requests:
         print(f"{request.filled_prompt} {request.ground_truth[0]} → {request.target_new}")
-    print("\n".join(table(results(model, requests, arguments.output))))
+    print("\n".join(table(results(model, arguments.methods, requests, arguments.output))))
 
 
 if __name__ == "__main__":

@@ -23,38 +23,19 @@ from ..storage.parsing import as_mapping, parse_json
 from .demo_view import Answers, DemoView, opening
 from .models import DeviceOption, Dtype, DtypeOption, SetOption, hush_transformers, open_model
 from .output import DebugOption, Format, FormatOption, command, console, emit
+from .side_effects import watcher
 
 if TYPE_CHECKING:
+    from ..evaluation import SideEffectReport
     from ..model import EditableModel
     from ..requests import EditRequest
 
-NEW_TOKENS, ANSWER_TOKENS = 16, 8
-TRIED_FACTS = 50
+NEW_TOKENS, ANSWER_TOKENS = 10, 8
+"""Of what is shown, as many as side effects are judged by; of what tells whether a fact is known."""
+TRIED_FACTS, TRIED_LANDMARKS = 50, 8
+PROTOCOL = "generation"
 RELOAD_LIMIT = 500_000_000
 """Models with more parameters are not loaded a second time unless asked."""
-
-# A fact, its paraphrases and its neighbours for models that know the real world.
-REAL_FACT: dict[str, Any] = {
-    "prompt": "{} is located in the city of",
-    "subject": "The Eiffel Tower",
-    "target_new": "Rome",
-    "ground_truth": ["Paris"],
-    "rephrase_prompts": ["To see the Eiffel Tower, tourists travel to the city of", "The Eiffel Tower stands in"],
-}
-REAL_NEIGHBOURS: dict[str, Any] = {
-    "Neighborhood": [
-        {"prompt": "The Louvre is located in the city of", "ground_truth": "Paris"},
-        {"prompt": "Notre-Dame Cathedral is located in the city of", "ground_truth": "Paris"},
-    ],
-    "Other_Subjects": [
-        {"prompt": "The Statue of Liberty is located in the city of", "ground_truth": "New York"},
-        {"prompt": "Big Ben is located in the city of", "ground_truth": "London"},
-    ],
-    "Entities": [
-        {"prompt": "The capital of Germany is", "ground_truth": "Berlin"},
-        {"prompt": "The author of Hamlet is", "ground_truth": "William Shakespeare"},
-    ],
-}
 
 # Runs in a fresh interpreter: loads the saved edits and tells what came out.
 _RELOAD = """
@@ -159,7 +140,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     """
     from ..artifact.layout import check_destination
     from ..engine.weights import model_digest
-    from ..evaluation import BeforeAndAfter
+    from ..evaluation.measures.metrics import answer_score, mean
 
     started = time.perf_counter()
     if options.output is not None:
@@ -175,39 +156,53 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     view.title(model.base_model_id, size, model.anatomy.num_layers, model.capabilities.name, layers)
     view.fact(request)
 
-    neighbours = [(axis, probe) for axis, probes in request.locality.items() for probe in probes]
-    prompts = [request.filled_prompt, *request.rephrase_prompts, *(probe.prompt for _, probe in neighbours)]
+    hops = [probe for probes in request.portability.values() for probe in probes]
+    prompt, watch = request.filled_prompt, watcher(options.model)
     with view.working("editing"):
         digest = model_digest(model.base_model)
-        before = ask(model, request, prompts)
-        measured = BeforeAndAfter(model, [request])
-        result = model.edit(measured.requests, show_progress=False)
+        before, chat = ask(model, request, [prompt, *(hop.prompt for hop in hops)]), ask_in_chat(model, request)
+        result = model.edit(request, show_progress=False, watch=watch)
         (edit,) = result.edits
-        summary = measured.report(result).summary()
-        after = ask(model, request, prompts)
+        after, chat_after = ask(model, request, list(before.texts)), ask_in_chat(model, request)
+    effects: SideEffectReport = result.side_effects
     seconds_edit = float(edit.diagnostics["seconds"])
-    asked = [request.filled_prompt, *request.rephrase_prompts]
-    view.generations(asked, before.texts, after.texts, request, seconds_edit)
+    said = {a.question.prompt: (a.before, a.after) for kind in ("fact", "paraphrase") for a in effects.of(kind)}
+    said |= {f"{question} (chat)": (text, chat_after[question]) for question, text in chat.items()}
+    old, new = ({question: texts[i] for question, texts in said.items()} for i in (0, 1))
+    view.generations(list(said), old, new, request, seconds_edit)
     view.probabilities(request, before, after)
-    rows = [
+    axes = {probe.prompt: axis for axis, probes in request.locality.items() for probe in probes}
+    rows: list[dict[str, Any]] = [
         {
-            "kind": axis,
-            "prompt": probe.prompt,
-            "before": before.texts[probe.prompt],
-            "after": after.texts[probe.prompt],
-            "unchanged": opening(before.texts[probe.prompt]) == opening(after.texts[probe.prompt]),
+            "kind": axes.get(a.question.prompt, kind),
+            "prompt": a.question.prompt,
+            "before": a.before,
+            "after": a.after,
+            "unchanged": a.good,
         }
-        for axis, probe in neighbours
+        for kind in ("neighbour", "same subject")
+        for a in effects.of(kind)
     ]
     view.neighbours(rows)
-    post = summary["post"]
+    consequences: list[dict[str, Any]] = [
+        {
+            "prompt": hop.prompt,
+            "wanted": hop.answers,
+            "before": before.texts[hop.prompt],
+            "after": after.texts[hop.prompt],
+            "follows": answer_score(after.texts[hop.prompt], hop.ground_truth, hop.match, "contains") == 1.0,
+        }
+        for hop in hops
+    ]
+    view.consequences(consequences, request)
     scores = {
-        "rewrite_success": post.get("rewrite_acc"),
-        "rephrase_success": post.get("rephrase_acc"),
-        "locality": post.get("locality"),
-        "portability": post.get("portability"),
+        "rewrite_success": effects.share("fact"),
+        "rephrase_success": effects.share("paraphrase"),
+        "locality": mean(float(row["unchanged"]) for row in rows),
+        "portability": mean(float(row["follows"]) for row in consequences),
     }
-    view.scores(scores, summary["protocol"])
+    view.scores(scores, PROTOCOL)
+    view.side_effects(effects)
 
     folder = options.output or Path(tempfile.mkdtemp(prefix="kedit-demo-")) / "edit"
     model.save_pretrained(folder)
@@ -218,7 +213,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
         # The other process loads meanwhile.
         model.rollback(edit.id)
         rollback_exact = model_digest(model.base_model) == digest
-        back = ask(model, request, asked)
+        back = ask(model, request, [prompt])
         with view.working("loading the saved edit in a fresh process"):
             reloaded = finish_reload(again)
     finally:
@@ -247,12 +242,13 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
             "after": {"old": after.old, "new": after.new},
             "original_again": {"old": back.old, "new": back.new},
         },
-        "paraphrases": [
-            {"prompt": p, "before": before.texts[p], "after": after.texts[p]} for p in request.rephrase_prompts
-        ],
+        "paraphrases": [{"prompt": p, "before": said[p][0], "after": said[p][1]} for p in request.rephrase_prompts],
+        "chat": [{"prompt": p, "before": text, "after": chat_after[p]} for p, text in chat.items()],
         "neighbours": rows,
+        "consequences": consequences,
         **scores,
-        "protocol": summary["protocol"],
+        "protocol": PROTOCOL,
+        "side_effects": effects.to_dict(),
         "rollback_exact": rollback_exact,
         "reload_exact": reload_exact,
         "edit_id": edit.id,
@@ -266,12 +262,14 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
 
 
 def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
-    """The user's fact; else the first test fact of the embedded world that the model knows; else a well-known one."""
+    """The user's fact; else the first that the model knows: of the embedded world, or landmarks of the real one."""
     from .. import embedded
     from ..data import load_edit_dataset
     from ..requests import EditRequest, load_requests
 
-    in_world = embedded.is_embedded(options.model)
+    source: dict[str, Any] = {"name": "facts", "split": "test", "relation": "landmark_city", "limit": TRIED_LANDMARKS}
+    if embedded.is_embedded(options.model):
+        source = {"name": "world", "split": "test", "limit": TRIED_FACTS}
     if options.prompt is not None and options.target is not None:
         request = EditRequest(options.prompt, options.subject, options.target, rephrase_prompts=options.rephrase)
         if options.ground_truth:
@@ -279,20 +277,15 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
         else:
             said = opening(_continue(model, [request.filled_prompt], ANSWER_TOKENS)[request.filled_prompt])
             request.ground_truth = [said] if said else []
-        if in_world:
-            (row,) = load_requests(load_edit_dataset("world", split="test", limit=1))
-            request.locality = {axis: probes for axis, probes in row.locality.items() if axis != "Same_Subject"}
-        else:
-            request.locality = EditRequest(**{**REAL_FACT, "locality": REAL_NEIGHBOURS}).locality
+        (row,) = load_requests(load_edit_dataset(**{**source, "limit": 1}))
+        request.locality = {axis: probes for axis, probes in row.locality.items() if axis != "Same_Subject"}
         return request
-    if not in_world:
-        return EditRequest(**REAL_FACT, locality=REAL_NEIGHBOURS)
-    facts = load_requests(load_edit_dataset("world", split="test", limit=TRIED_FACTS))
+    facts = load_requests(load_edit_dataset(**source))
     texts = _continue(model, [f.filled_prompt for f in facts], ANSWER_TOKENS)
     for fact in facts:
         if fact.ground_truth and texts[fact.filled_prompt].startswith(fact.ground_truth[0]):
             return fact
-    raise DataError(f"{options.model!r} knows none of the first {TRIED_FACTS} facts of its world")
+    raise DataError(f"{options.model!r} knows none of {len(facts)} facts; name one with --prompt and --target")
 
 
 def ask(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> Answers:
@@ -305,6 +298,19 @@ def ask(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> A
     scores = score_pairs(model.base_model, model.tokenizer, pairs, request.separator_or(model.edit_config.separator))
     chances = [math.exp(-score.sum_nll) for score in scores]
     return Answers(_continue(model, prompts, NEW_TOKENS), chances[1] if len(chances) > 1 else None, chances[0])
+
+
+def ask_in_chat(model: EditableModel, request: EditRequest) -> dict[str, str]:
+    """The fact as a question to a chat model: question → answer; nothing where there is no template or question."""
+    from ..evaluation import generate_answers
+
+    assert model.tokenizer is not None
+    questions = (request.metadata.get("extra") or {}).get("questions")
+    if not (model.tokenizer.chat_template and isinstance(questions, list)):
+        return {}
+    chosen = [str(question) for question in questions[:1]]
+    answers = generate_answers(model.base_model, model.tokenizer, chosen, 2 * NEW_TOKENS, prompt_format="chat")
+    return {answer.prompt: answer.text for answer in answers}
 
 
 def _continue(model: EditableModel, prompts: Sequence[str], tokens: int) -> dict[str, str]:

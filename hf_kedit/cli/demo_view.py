@@ -17,8 +17,10 @@ from rich.text import Text
 
 from ..storage.display import percent
 from .output import error_console
+from .side_effects import show_side_effects
 
 if TYPE_CHECKING:
+    from ..evaluation import SideEffectReport
     from ..requests import EditRequest
 
 OLD, NEW = "yellow", "green"
@@ -170,7 +172,8 @@ class DemoView:
         table.add_column("after", ratio=2, overflow="fold")
         table.add_column("")
         for row in self._selection(rows):
-            before, after = (_short(row[when]) for when in ("before", "after"))
+            # Where the beginnings are alike, the whole texts say what changed.
+            before, after = (_short(row[when]) if row["unchanged"] else row[when] for when in ("before", "after"))
             kind = _KINDS.get(row["kind"], row["kind"])
             changed = "" if row["unchanged"] else "red"
             table.add_row(Text(kind, "dim"), row["prompt"], before, Text(after, changed), self._mark(row["unchanged"]))
@@ -187,13 +190,33 @@ class DemoView:
                 chosen.append(row)
         return chosen
 
+    def consequences(self, rows: Sequence[Mapping[str, Any]], request: EditRequest) -> None:
+        """What follows from the fact."""
+        if not rows:
+            return
+        self._head("What follows", f"{sum(row['follows'] for row in rows)} of {len(rows)} answers follow from it")
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", width=self.width - _INDENT)
+        for name, ratio in (("", 3), ("before", 2), ("after", 2)):
+            table.add_column(name, ratio=ratio, overflow="fold")
+        table.add_column("")
+        for row in rows:
+            before, after = (self._answer(_short(row[when]), request) for when in ("before", "after"))
+            table.add_row(row["prompt"], before, after, self._mark(row["follows"]))
+        self._print(_indented(table))
+
+    def side_effects(self, report: SideEffectReport) -> None:
+        """What else changed, in one table."""
+        self._head("What else it changed")
+        if self.console is not None:
+            show_side_effects(self.console, report)
+
     def scores(self, scores: Mapping[str, float | None], protocol: str) -> None:
         """The four numbers."""
         self._head("In numbers", f"one edit, protocol {protocol}; a dash means not asked")
         labels = {
             "rewrite_success": "reliability     it says the new object",
             "rephrase_success": "generalization  also after the paraphrases",
-            "locality": "locality        everything else stays",
+            "locality": "locality        the answers above that should stay",
             "portability": "portability     what follows from the fact follows",
         }
         for key, label in labels.items():

@@ -31,7 +31,13 @@ def test_demo_as_json(kedit: Run, tmp_path: Path) -> None:
     assert result["original_again"] == result["before"] != result["after"]
     assert result["rewrite_success"] == 1.0
     assert result["rephrase_success"] == 1.0
-    assert result["locality"] > 0.8
+    assert result["protocol"] == "generation" and result["locality"] > 0.8
+    rows, effects = result["neighbours"], result["side_effects"]  # one view of locality, of the same answers
+    assert result["locality"] == sum(row["unchanged"] for row in rows) / len(rows)
+    answers = [a for a in effects["answers"] if a["kind"] in ("neighbour", "same subject")]
+    shown = sorted((row["prompt"], row["after"], row["unchanged"]) for row in rows)
+    assert shown == sorted((a["prompt"], a["after"], a["good"]) for a in answers)
+    assert result["portability"] == 1.0 and result["consequences"][0]["follows"]
     assert result["rollback_exact"] is True
     assert result["reload_exact"] is True
     assert result["probabilities"]["original_again"] == result["probabilities"]["before"]
