@@ -87,3 +87,5 @@ def test_positions_are_a_mask_on_a_cpu_only() -> None:
     ids = torch.zeros(4, 5, dtype=torch.long)
     assert Positions.of(WANTED, ids).kept.dtype == torch.bool
     assert Positions.of(WANTED, ids, masked=False).kept.tolist() == [[4, 1, 4, 4], [0] * 4, [0, 1, 2, 3], [2] * 4]
+    short = Positions.of([[2], [0, 1, 3]], ids[:2], masked=False)  # filled up with what the row wants anyway
+    assert short.kept.tolist() == [[2, 2, 2], [0, 1, 3]] and short.places.tolist() == [0, 0, 1, 2]

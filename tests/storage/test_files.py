@@ -157,12 +157,14 @@ def test_folders_of_others_inside_keep_their_modes(
     (folder / "notes" / "private").mkdir(parents=True)
     (folder / "notes" / "empty").mkdir(mode=0o711)
     (folder / "notes" / "private" / "diary").write_text("mine")
+    (folder / "notes" / "elsewhere").symlink_to(tmp_path, target_is_directory=True)
     (folder / "notes" / "private").chmod(0o700)
     (folder / "notes").chmod(0o750)
     write_folder(folder, NEW, last=LAST, owned=OWNED)
     modes = {name: (folder / name).stat().st_mode & 0o777 for name in ("notes", "notes/private", "notes/empty")}
     assert modes == {"notes": 0o750, "notes/private": 0o700, "notes/empty": 0o711}
     assert (folder / "notes/private/diary").read_text() == "mine"
+    assert (folder / "notes/elsewhere").readlink() == tmp_path
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "inside"])
