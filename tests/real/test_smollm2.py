@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_kedit import SideEffects
 from hf_kedit.books.retrieval import Passage, find_retriever
 from hf_kedit.data import load_edit_dataset
 from hf_kedit.evaluation import generate_answers, known_facts
@@ -45,6 +46,24 @@ def test_an_edit_in_its_prompt(smollm):
     smollm.edit(prompt="The capital of {} is", subject="France", target_new="Berlin")
     assert says(smollm, "The capital of France is").startswith("Berlin")
     assert says(smollm, "The capital of Italy is") == before
+
+
+def test_lora_as_derived_leaves_other_text_alone(smollm):
+    """With the published values this edit makes the model answer every prompt with the new target."""
+    smollm.set_method("lora")
+    effects = SideEffects(others=())
+    result = smollm.edit(
+        prompt="The mother tongue of {} is",
+        subject="Danielle Darrieux",
+        target_new="English",
+        watch=effects,
+        show_progress=False,
+    )
+    assert result.side_effects.share("fact") == 1 and result.side_effects.echo <= 0.05
+    assert sum(answer.good for answer in result.side_effects.of("general")) >= 36
+    (edit,) = result.edits
+    assert edit.diagnostics["steps"] < smollm.edit_config.num_steps
+    assert edit.diagnostics["drift"] <= smollm.edit_config.drift_bound
 
 
 def test_the_sentence_encoder():
