@@ -418,6 +418,8 @@ _DESCRIPTIVE = (
     "image_rephrase",
     "extra",
 )
+KNOWN_FIELDS = frozenset({*_FIELDS, *_ALIASES, *_DESCRIPTIVE, "metadata"})
+"""Everything that `EditRequest.from_dict` takes."""
 
 
 _LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra", "messages")

@@ -88,6 +88,10 @@ def edit(
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", help="Name of a dataset whose rows are edited (facts, world).")
     ] = None,
+    dataset_path: Annotated[
+        Path | None,
+        typer.Option("--dataset-path", help="File or folder of a named dataset that you downloaded."),
+    ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Split of the dataset; default: the dataset's own.")
     ] = None,
@@ -144,20 +148,26 @@ def edit(
             "--subject, --ground-truth, --rephrase and --neighbour belong to --prompt",
             param_hint="--requests" if dataset is None else "--dataset",
         )
-    if dataset is None and (split or limit):
-        raise typer.BadParameter("--split and --limit belong to --dataset", param_hint="--dataset")
+    if dataset is None and (split or limit or dataset_path):
+        raise typer.BadParameter("--split, --limit and --dataset-path belong to --dataset", param_hint="--dataset")
     if strict and not side_effects:
         raise typer.BadParameter("side effects are not measured with --no-side-effects", param_hint="--strict")
     if min_success is not None and not evaluation:
         raise typer.BadParameter("success is not measured with --no-eval", param_hint="--min-success")
-    from ..requests import EditRequest, Probe, load_requests
+    from ..errors import RequestError
+    from ..requests import EditRequest, Probe, load_requests, read_rows
 
     if requests is not None:
-        todo = load_requests(requests)
+        try:
+            todo = load_requests(requests)
+        except RequestError as error:
+            from ..data.loading import explained
+
+            raise explained(error, next(iter(read_rows(requests)), None), requests) from None
     elif dataset is not None:
         from ..data import load_edit_dataset
 
-        todo = load_requests(load_edit_dataset(dataset, split=split, limit=limit))
+        todo = load_requests(load_edit_dataset(dataset, split=split, path=dataset_path, limit=limit))
     else:
         assert prompt is not None and target is not None
         todo = [

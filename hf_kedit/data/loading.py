@@ -12,15 +12,16 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
-from ..errors import DataError, RequestError, nearest, shown
+from ..errors import DataError, KeditError, RequestError, nearest, shown
 from ..logging import get_logger
+from ..requests import KNOWN_FIELDS
 from ..storage.records import SUFFIXES, read_all
 from .columns import Columns, check_columns, own_rows
 from .conflicts import Keep, Key, excluded_keys, select
@@ -182,6 +183,45 @@ def dataset_entry(name: str) -> DatasetEntry:
         ) from None
 
 
+def layouts_of(value: Any) -> list[str]:
+    """Names of the registered datasets whose records look most like this one.
+
+    They can be read as such, make use of a field that an `EditRequest` does not have, and leave the fewest over.
+    """
+    unknown = set(value) - KNOWN_FIELDS if isinstance(value, Mapping) else set()
+    left: dict[str, int] = {}
+    for entry in _REGISTRY.values() if unknown else ():
+        if entry.function is None:
+            continue
+        record = Record(value, 0, LoadReport("", ""))
+        try:
+            rows = list(entry.function(record, dataset=entry.name, split=entry.default_split, seed=None))
+        except Exception:  # whatever it stumbles over, this is no record of it
+            continue
+        if rows and not unknown <= set(record.rest()):
+            left[entry.name] = len(record.rest())
+    return [name for name, count in left.items() if count == min(left.values())]
+
+
+def explained(error: RequestError, first: Any, path: str | Path | None = None) -> KeditError:
+    """The error of a row, with what to do if the rows have the layout of a registered dataset.
+
+    Args:
+        error: of any row.
+        first: the first row.
+        path: where it stands.
+    """
+    names = layouts_of(first) if error.row == 0 else []
+    if not names:
+        return error
+    file = "FILE" if path is None else str(path)
+    return DataError(
+        f"{error} These rows look like those of {' or '.join(map(repr, names[:4]))}: load them with"
+        f" load_edit_dataset({names[0]!r}, path={file!r}), or on the command line --dataset {names[0]}"
+        f" --dataset-path {file}."
+    )
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Everything that decides which rows a split has; a stream carries it instead of the rows."""
@@ -220,8 +260,13 @@ class _Plan:
 
     def _own_rows(self, report: LoadReport) -> Iterator[RawRow]:
         with closing(read_all(self.located.files)) as stored:
-            values = stored if self.records is None else self.records
-            yield from each_row(own_rows(values, self.label, report, self.columns), report, self.bad_rows)
+            values = stored if self.records is None else iter(self.records)
+            first = next(values, None)
+            rows = own_rows(() if first is None else chain((first,), values), self.label, report, self.columns)
+            try:
+                yield from each_row(rows, report, self.bad_rows)
+            except RequestError as error:
+                raise (error if self.columns else explained(error, first, self.path)) from None
 
     def _source_rows(self, report: LoadReport) -> Iterable[RawRow]:
         if self.name is None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hf_kedit.data import FEATURES, dataset_entry, dataset_names, find_conflicts, load_edit_dataset, load_report
 from hf_kedit.errors import DataError, KeditError, RequestError
+from hf_kedit.evaluation.runs.plan import read_requests
 from hf_kedit.requests import EditRequest, load_requests
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -313,3 +314,30 @@ def test_lists_in_cells_of_mapped_columns(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="JSON") as caught:
             load_edit_dataset(file, columns=columns)
         assert (caught.value.row, caught.value.field) == (0, column)
+
+
+FLAT_ROW = {
+    "case_id": 1,
+    "prompt": "The capital of Chad is",
+    "subject": "Chad",
+    "target_new": "Oslo",
+    "ground_truth": "N'Djamena",
+    "rephrase_prompt": "Chad's capital is",
+    "locality_prompt": "The capital of Peru is",
+    "locality_ground_truth": "Lima",
+}
+
+
+def test_rows_of_a_known_layout_name_it(tmp_path: Path) -> None:
+    """Whoever passes a file of the field as their own learns which dataset it is."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([FLAT_ROW]))
+    said = rf"case_id.*look like those of 'counterfact_flat'.*--dataset counterfact_flat --dataset-path {file}"
+    with pytest.raises(DataError, match=said):
+        load_edit_dataset(file)
+    with pytest.raises(DataError, match=said):
+        read_requests(file, None)
+    assert load_edit_dataset("counterfact_flat", path=file)["target_new"] == ["Oslo"]
+    with pytest.raises(RequestError, match="unknown field") as caught:
+        load_edit_dataset([{"prompt": "a", "target_new": "b", "colour": "red"}])
+    assert "look like" not in str(caught.value)

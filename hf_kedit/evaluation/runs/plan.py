@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ...errors import EvaluationError, check_choice, shown
+from ...data.loading import explained
+from ...errors import EvaluationError, RequestError, check_choice, shown
 from ...requests import EditRequest, load_requests, read_rows
 from ..report.case_result import CaseResult
 
@@ -125,13 +126,19 @@ def read_requests(dataset: Any, limit: int | None) -> list[EditRequest]:
         raise EvaluationError(
             f"this is a dict of splits ({', '.join(map(str, dataset))}), not a data set; pass one of them"
         )
-    if isinstance(dataset, (str, Path)):
-        dataset = read_rows(Path(dataset))
+    path = Path(dataset) if isinstance(dataset, (str, Path)) else None
+    if path is not None:
+        dataset = read_rows(path)
     if isinstance(dataset, Iterable) and not isinstance(dataset, Mapping):
         dataset = list(itertools.islice(dataset, limit))
         if not dataset:
             raise EvaluationError("there is nothing to evaluate: the data set is empty")
-    return load_requests(dataset)
+    try:
+        return load_requests(dataset)
+    except RequestError as error:
+        if not isinstance(dataset, list):
+            raise
+        raise explained(error, dataset[0], path) from None
 
 
 def check_requests(model: EditableModel, cases: Sequence[Case], strict: bool = True) -> None:
