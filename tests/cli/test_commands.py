@@ -607,7 +607,8 @@ def test_stats_of_a_missing_file(kedit: Run) -> None:
 
 
 def test_edit_and_eval_as_a_chat(kedit: Run, tmp_path: Path, requests_file: Path) -> None:
-    words = ("edit", *MODEL, "-M", "ft-m", "--set", "lr=0.01", "--prompt-format", "chat", "--system", "Be brief.")
+    method = ("-M", "ft-m", "--set", "lr=0.01", "--set", "drift_bound=null")
+    words = ("edit", *MODEL, *method, "--prompt-format", "chat", "--system", "Be brief.")
     refused = kedit(*words, *ONE)
     assert refused.exit_code == 1 and "no chat template" in refused.stderr and not refused.stdout
     template = "{% for m in messages %}{{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"

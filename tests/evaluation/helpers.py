@@ -63,7 +63,8 @@ def tiny_t5(tokenizer, seed=0):
 
 def make_editable(base_model, tokenizer, lr=0.02, num_steps=12):
     """FT-M on the last layer, with a log of the calls that an evaluation makes."""
-    editable = EditableModel(base_model, FTMConfig(layers=[-1], lr=lr, num_steps=num_steps), tokenizer=tokenizer)
+    config = FTMConfig(layers=[-1], lr=lr, num_steps=num_steps, stop_probability=None, drift_bound=None)
+    editable = EditableModel(base_model, config, tokenizer=tokenizer)
     editable.log = []
     inner_edit, inner_rollback = editable.edit, editable.rollback
 

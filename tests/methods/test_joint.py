@@ -124,9 +124,7 @@ def test_edits_of_other_methods_stay_where_they_are() -> None:
     model.set_method("ft-m")
     model.edit(facts(1, start=4), show_progress=False)
     trained = {k: v - alone.get(k, 0) for k, v in deltas(model).items()}
-    model.set_method(
-        AutoEditConfig.for_model("world-gpt2", "memit", sequence="joint", joint_passes=3, joint_caution=5)
-    )
+    model.set_method(make().edit_config)
     edit(model, rows[2:])
     expected = make()
     edit(expected, rows)
