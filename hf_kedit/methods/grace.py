@@ -23,12 +23,14 @@ on from the value of another waits for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
+from torch.nn.utils.rnn import pad_sequence
 
 from ..books.site_book import SiteEntry
 from ..books.sites import SiteCall
@@ -192,7 +194,8 @@ class GRACE(SiteMethod):
                 steps=config.num_steps, lr=config.lr, until=config.stop_probability, fill=bench.fill,
                 watch=self._watch, description="training values (GRACE)", show_progress=bench.show_progress,
             )  # fmt: skip
-        bench.note("losses", torch.tensor(outputs.losses).squeeze(0))
+        losses = [torch.tensor(steps) for steps in outputs.losses]  # which may end at different steps
+        bench.note("losses", pad_sequence(losses, batch_first=True, padding_value=math.nan).squeeze(0))
         return outputs
 
     def _watch(self, step: int, values: torch.Tensor, gradients: torch.Tensor) -> None:

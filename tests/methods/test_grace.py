@@ -49,6 +49,18 @@ def book_of(model: EditableModel) -> Codebook:
 # ---------------------------------------------------------------------- on the fact world
 
 
+def test_facts_of_one_call_stop_when_each_of_them_holds() -> None:
+    """What the model knows already needs no step, what it does not needs several."""
+    (known, other) = facts(2)
+    known = EditRequest(prompt=known.filled_prompt, target_new=known.ground_truth[0])
+    model = EditableModel.from_pretrained(WORLD[0], GRACEConfig(num_steps=40, stop_probability=0.6))
+    model.trace = {}
+    result = model.edit([known, other])
+    steps = [int(row.isfinite().sum()) for row in model.trace["losses"]]
+    assert steps[0] == 0 < steps[1] < 40
+    assert all(edit.diagnostics["target_probability_after"] >= 0.6 for edit in result.edits)
+
+
 @pytest.mark.parametrize("name", WORLD)
 def test_edit_see_undo(name: str) -> None:
     model = EditableModel.from_pretrained(name, "grace")
