@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,9 @@ from hf_kedit.logging import disable_progress_bars
 
 torch.set_num_threads(1)
 disable_progress_bars()
+# A shell that starts the suite in the background ignores Ctrl-C for it, and many tests are about Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The suite says the same twice. `HYPOTHESIS_PROFILE=search` looks for inputs that nobody has tried yet.
 settings.register_profile("same", derandomize=True, deadline=None)
