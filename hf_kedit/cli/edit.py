@@ -154,16 +154,12 @@ def edit(
         raise typer.BadParameter("side effects are not measured with --no-side-effects", param_hint="--strict")
     if min_success is not None and not evaluation:
         raise typer.BadParameter("success is not measured with --no-eval", param_hint="--min-success")
-    from ..errors import RequestError
-    from ..requests import EditRequest, Probe, load_requests, read_rows
+    from ..requests import EditRequest, Probe, load_requests
 
     if requests is not None:
-        try:
-            todo = load_requests(requests)
-        except RequestError as error:
-            from ..data.loading import explained
+        from ..data.loading import requests_of
 
-            raise explained(error, next(iter(read_rows(requests)), None), requests) from None
+        todo = requests_of(requests)
     elif dataset is not None:
         from ..data import load_edit_dataset
 

@@ -133,9 +133,9 @@ def _facts(
     if requests is not None:
         if subject or ground_truth:
             raise typer.BadParameter("--subject and --ground-truth belong to --prompt", param_hint="--requests")
-        from ..requests import load_requests
+        from ..data.loading import requests_of
 
-        return load_requests(requests)[:limit]
+        return requests_of(requests)[:limit]
     if subject is None:
         raise typer.BadParameter("tracing corrupts the subject: give --subject", param_hint="--subject")
     from ..locate import Fact

@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from ..errors import DataError, KeditError, RequestError, nearest, shown
 from ..logging import get_logger
-from ..requests import KNOWN_FIELDS
+from ..requests import KNOWN_FIELDS, EditRequest, RequestSource, load_requests, read_rows
 from ..storage.records import SUFFIXES, read_all
 from .columns import Columns, check_columns, own_rows
 from .conflicts import Keep, Key, excluded_keys, select
@@ -201,6 +201,25 @@ def layouts_of(value: Any) -> list[str]:
         if rows and not unknown <= set(record.rest()):
             left[entry.name] = len(record.rest())
     return [name for name, count in left.items() if count == min(left.values())]
+
+
+def requests_of(source: RequestSource, path: str | Path | None = None) -> list[EditRequest]:
+    """`load_requests`; if the rows are those of a registered dataset, the error says so.
+
+    Args:
+        source: as for `load_requests`.
+        path: the file that the rows come from, if they have been read already.
+
+    Raises:
+        RequestError: naming row and field of the first bad request.
+        DataError: if there are no rows, or they have the layout of a registered dataset.
+    """
+    if isinstance(source, (str, Path)):
+        return requests_of(read_rows(Path(source)), source)
+    try:
+        return load_requests(source)
+    except RequestError as error:
+        raise explained(error, source[0] if isinstance(source, list) else source, path) from None
 
 
 def explained(error: RequestError, first: Any, path: str | Path | None = None) -> KeditError:

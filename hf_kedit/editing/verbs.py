@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..anatomy.switching import Switch, interrupted, uninterrupted
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
+from ..data.loading import requests_of
 from ..engine.access import access_to, alone, exclusively
 from ..engine.devices import PeakMemory, process_memory
 from ..engine.forward import frozen_eval
@@ -17,7 +18,7 @@ from ..journal import Edit, EditResult, Journal, new_id, now
 from ..logging import get_logger, progress, warn_once
 from ..methods.base import check_composition, method_class
 from ..methods.spread import SpreadMethod
-from ..requests import EditRequest, RequestSource, load_requests
+from ..requests import EditRequest, RequestSource
 from .edit_set import FactSet, solve_set, spread_method
 from .formats import compute, read_by
 from .state import EditedModel
@@ -80,7 +81,7 @@ class Editing(EditedModel):
         if (requests is None) == (not request):
             raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
         config = self.edit_config
-        given = load_requests(requests if requests is not None else request)
+        given = requests_of(requests if requests is not None else request)
         todo = self.journal.with_ids([r.in_format(config.prompt_format, config.system) for r in given])
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data.loading import requests_of
 from ..editors.editor import Editor
 from ..errors import RequestError
 from ..logging import get_logger, warn_once
-from ..requests import EditRequest, Probe, RequestSource, load_requests
+from ..requests import EditRequest, Probe, RequestSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ class EditFacts(torch.utils.data.Dataset[Triple]):
     """
 
     def __init__(self, facts: RequestSource, seed: int = 0, *, needs_locality: bool = True):
-        self.requests = load_requests(facts)
+        self.requests = requests_of(facts)
         self.seed = seed
         self.epoch = 0
         for number, request in enumerate(self.requests):

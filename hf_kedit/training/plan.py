@@ -22,6 +22,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, Va
 
 from ..config import coerce_fields, config_class, read_mapping
 from ..data import load_edit_dataset
+from ..data.loading import requests_of
 from ..editors.editor import editor_class
 from ..errors import ConfigError, KeditError, nearest, shown
 from ..loading import load_base, load_tokenizer
@@ -189,7 +190,7 @@ class TrainingPlan:
             share = self.data.get("weights", [1 / len(parts)] * len(parts))
             return load_requests(interleave_datasets(parts, share, seed=0, stopping_strategy="all_exhausted"))
         if Path(str(name)).is_file():
-            return load_requests(str(name))
+            return requests_of(str(name))
         if "path" in self.data:
             options["path"] = self.data["path"]
         return load_requests(load_edit_dataset(str(name), split=split, **options).remove_columns("id"))

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ...data.loading import explained
-from ...errors import EvaluationError, RequestError, check_choice, shown
-from ...requests import EditRequest, load_requests, read_rows
+from ...data.loading import requests_of
+from ...errors import EvaluationError, check_choice, shown
+from ...requests import EditRequest, read_rows
 from ..report.case_result import CaseResult
 
 if TYPE_CHECKING:
@@ -133,12 +133,7 @@ def read_requests(dataset: Any, limit: int | None) -> list[EditRequest]:
         dataset = list(itertools.islice(dataset, limit))
         if not dataset:
             raise EvaluationError("there is nothing to evaluate: the data set is empty")
-    try:
-        return load_requests(dataset)
-    except RequestError as error:
-        if not isinstance(dataset, list):
-            raise
-        raise explained(error, dataset[0], path) from None
+    return requests_of(dataset, path)
 
 
 def check_requests(model: EditableModel, cases: Sequence[Case], strict: bool = True) -> None:
