@@ -169,6 +169,16 @@ def all_likely(losses: torch.Tensor, rows: torch.Tensor, count: int, probability
     return unlikely.new_zeros(count).index_add(0, rows.to(losses.device), unlikely) == 0
 
 
+def mean_of_open(losses: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """Mean over what does not hold yet, a scalar: what holds is left alone; 0 (with a gradient) where all holds.
+
+    Args:
+        losses: of tokens or examples.
+        held: bool, same shape.
+    """
+    return losses.masked_fill(held, 0).sum() / (~held).sum().clamp_min(1)
+
+
 @torch.no_grad()
 def target_probabilities(model: Any, examples: Sequence[Example], fill: int, size: int) -> list[float]:
     """Geometric mean per token of each target's probability, teacher forced, ``size`` examples at a time."""

@@ -24,7 +24,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from ..books.site_book import SiteEntry
 from ..config import BoundedConfig, ModelProfile
 from ..engine.activations import hidden_activation
-from ..engine.examples import all_likely, row_means
+from ..engine.examples import all_likely, mean_of_open, row_means
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
 from ..engine.rows import Row, check_lengths, rewrite_row
@@ -137,7 +137,7 @@ class CaliNet(Method):
                         continue
                     done = False
                     optimiser.zero_grad()
-                    (per_row.masked_fill(held, 0).sum() / (~held).sum().clamp_min(1) + drift).backward()
+                    (mean_of_open(per_row, held) + drift).backward()
                     optimiser.step()
                 losses.append(total / len(rows))
                 bar.update(1)

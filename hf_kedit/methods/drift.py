@@ -133,14 +133,18 @@ class Restraint:
                 self.before = float(text.drift(model))
             self._start = [p.detach().clone() for p in (parameters if start is None else start)]
 
-    def penalty(self, model: Any) -> torch.Tensor | float:
-        """The term of the loss; notes how far the present state has moved."""
+    def look(self, model: Any) -> torch.Tensor | float:
+        """``D`` on the next part of the texts; notes how far the present state has moved."""
         if self.text is None:
             return 0.0
         self._step += 1
         drift = self.text.drift(model, self._step)
         self.added = float(drift.detach()) - self.before
-        return DRIFT_WEIGHT * drift
+        return drift
+
+    def penalty(self, model: Any) -> torch.Tensor | float:
+        """The term of the loss; `look` at the same time."""
+        return DRIFT_WEIGHT * self.look(model)
 
     @property
     def within(self) -> bool:

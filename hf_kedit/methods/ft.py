@@ -28,7 +28,7 @@ from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
 from ..engine.capture import top_experts
-from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, target_probabilities
+from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, mean_of_open, target_probabilities
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised, is_transposed
 from ..errors import EditFailedError, WeightError
@@ -180,7 +180,7 @@ class FineTuning(Method):
                     edited = _Substituted(bench.model, theta)
                     nll = batch.token_losses(edited)
                     per_row, held = batch.means(nll), batch.held(nll, config.stop_probability)
-                    loss = per_row.masked_fill(held, 0).sum() / (~held).sum().clamp_min(1)  # what holds is left alone
+                    loss = mean_of_open(per_row, held)
                     # the only thing that the host waits for in a step
                     *numbers, mean = torch.cat([per_row.detach(), loss.detach().unsqueeze(0)]).tolist()
                     if not math.isfinite(mean):

@@ -32,7 +32,7 @@ from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig, adam_step
 from ..engine.devices import seeded
-from ..engine.examples import Example, ExampleBatch, encode_examples, target_probabilities
+from ..engine.examples import Example, ExampleBatch, encode_examples, mean_of_open, target_probabilities
 from ..engine.forward import device_of
 from ..engine.weights import get_module, is_quantised, is_transposed
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
@@ -218,8 +218,8 @@ class _LowRankTraining(Method):
                 for chunk, batch in batches:
                     nll = batch.token_losses(bench.model)
                     held = batch.held(nll, config.stop_probability)
-                    holds = held[batch.positions.rows.to(held.device)]  # what holds is left alone
-                    loss = nll.masked_fill(holds, 0).sum() / (~holds).sum().clamp_min(1)
+                    holds = held[batch.positions.rows.to(held.device)]
+                    loss = mean_of_open(nll, holds)
                     # the only thing that the host waits for in a step
                     *numbers, mean = torch.cat([batch.means(nll).detach(), loss.detach().unsqueeze(0)]).tolist()
                     if not math.isfinite(mean):

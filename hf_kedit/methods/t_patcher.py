@@ -320,7 +320,7 @@ class TPatcher(Method):
                     logits = replay.logits({})
                     right = bool((logits.argmax(-1) == targets).all())
                     quiet = float(self._memory_loss(patches.own(), patches.activations(validation)))
-                    restraint.penalty(bench.model)
+                    restraint.look(bench.model)
                     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
                     held = bool(all_likely(nll, torch.zeros_like(targets), 1, config.stop_probability).all())
                 done = right and quiet >= best if config.stop_probability is None else held
