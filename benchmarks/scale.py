@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from benchmarks.shapes import SHAPES
+
+NAMES = ("smollm2-135m", "llama-3-8b", "llama-3-70b")
 GIB = 2**30
 BYTES = 2  # of a weight and an activation in bfloat16
 
@@ -31,8 +34,17 @@ class Shape:
     inner: int
     vocabulary: int
     kv: int
-    written: int = 5
-    last: int = 8
+    written: int
+    last: int
+
+    @classmethod
+    def of(cls, name: str) -> Shape:
+        """The Llama-like shape of this name."""
+        kind, values, edited = SHAPES[name]
+        config = kind(**values)
+        kv = 2 * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+        sizes = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size
+        return cls(*sizes, kv, written=len(edited["memit"]), last=edited["memit"][-1])
 
     @property
     def layer(self) -> float:
@@ -42,13 +54,6 @@ class Shape:
     @property
     def parameters(self) -> float:
         return self.layers * self.layer + 2 * self.vocabulary * self.width
-
-
-SHAPES = {
-    "smollm2-135m": Shape(30, 576, 1536, 49152, 384),
-    "llama-3-8b": Shape(32, 4096, 14336, 128256, 2048),
-    "llama-3-70b": Shape(80, 8192, 28672, 128256, 2048, written=5, last=20),
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def memory(shape: Shape, load: Load) -> dict[str, float]:
 def main() -> None:
     """Print one row per shape and number of GPUs."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--shape", nargs="+", default=["llama-3-8b", "llama-3-70b"], choices=sorted(SHAPES))
+    options.add_argument("--shape", nargs="+", default=["llama-3-8b", "llama-3-70b"], choices=NAMES)
     options.add_argument("--edits", type=int, default=20000)
     options.add_argument("--gpus", nargs="+", type=int, default=[1, 8, 64])
     options.add_argument("--passes", type=int, default=8)
@@ -116,7 +121,7 @@ def main() -> None:
     titles = ("shape", "GPUs", "values h", "keys h", "solves h", "all h", "GPU h", "GiB", "per model")
     print("{:14}{:>6}{:>10}{:>8}{:>10}{:>8}{:>8}{:>7}{:>11}".format(*titles))
     for name in chosen.shape:
-        shape, load = SHAPES[name], Load(chosen.edits, chosen.passes)
+        shape, load = Shape.of(name), Load(chosen.edits, chosen.passes)
         need = sum(memory(shape, load).values()) / GIB
         per_model = max(1, -int(-need // chosen.gib))
         for gpus in chosen.gpus:

@@ -70,6 +70,18 @@ SHAPES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
         {"rome": 5, "memit": [4, 5, 6, 7, 8]},
     ),
+    "llama-3-70b": (
+        LlamaConfig,
+        {
+            "num_hidden_layers": 80,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        {"rome": 12, "memit": [16, 17, 18, 19, 20]},
+    ),
 }
 
 
