@@ -437,18 +437,24 @@ def test_radii_are_those_of_the_state_that_is_returned_to() -> None:
     assert book.draft().look_up(between)[0].tolist() == [True]
 
 
-def test_a_running_sequence_forgets_the_decisions_of_edits_that_are_undone(caplog: pytest.LogCaptureFixture) -> None:
-    """Prefill with a cache, roll back, decode one token: what the unedited model says on this cache."""
+def after_the_prompt() -> tuple[EditableModel, Any, torch.Tensor, Any]:
+    """A model with two edits, what it says to the first prompt, the next token, and a copy of the cache."""
     model = EditableModel.from_pretrained(WORLD[0], GRACEConfig(num_steps=12, replacement="replace_all"))
     wanted = facts(2)
     model.edit(wanted)
     ids = model.tokenizer(wanted[0].filled_prompt, return_tensors="pt")["input_ids"]  # type: ignore[misc]
     with torch.no_grad():
         first = model(input_ids=ids, use_cache=True)
-        token = first.logits[:, -1:].argmax(-1)
-        caches = [copy.deepcopy(first.past_key_values) for _ in range(2)]
+    token = first.logits[:, -1:].argmax(-1)
+    return model, first, token, copy.deepcopy(first.past_key_values)
+
+
+def test_a_running_sequence_forgets_the_decisions_of_edits_that_are_undone() -> None:
+    """Prefill with a cache, roll back, decode one token: what the unedited model says on this cache."""
+    model, first, token, cache = after_the_prompt()
+    with torch.no_grad():
         with model.disable_edits():
-            unedited = model(input_ids=token, past_key_values=caches[0], use_cache=True).logits
+            unedited = model(input_ids=token, past_key_values=cache, use_cache=True).logits
         model.rollback(model.edits[0].id)
         after = model(input_ids=token, past_key_values=first.past_key_values, use_cache=True).logits
     assert torch.equal(after, unedited)
@@ -456,14 +462,8 @@ def test_a_running_sequence_forgets_the_decisions_of_edits_that_are_undone(caplo
 
 def test_a_running_sequence_goes_on_with_its_decision() -> None:
     """What the test above would not see: the decision of the prompt is applied at every decoded token."""
-    model = EditableModel.from_pretrained(WORLD[0], GRACEConfig(num_steps=12, replacement="replace_all"))
-    wanted = facts(2)
-    model.edit(wanted)
-    ids = model.tokenizer(wanted[0].filled_prompt, return_tensors="pt")["input_ids"]  # type: ignore[misc]
+    model, first, token, cache = after_the_prompt()
     with torch.no_grad():
-        first = model(input_ids=ids, use_cache=True)
-        token = first.logits[:, -1:].argmax(-1)
-        cache = copy.deepcopy(first.past_key_values)
         edited = model(input_ids=token, past_key_values=first.past_key_values, use_cache=True).logits
         with model.disable_edits():
             unedited = model(input_ids=token, past_key_values=cache, use_cache=True).logits
