@@ -13,7 +13,9 @@ from pathlib import Path
 from hf_kedit.testing.hub import LoopbackHub
 
 # Every request for the Hub goes to a server of this process. The libraries read its address when they are imported.
-LOOPBACK = LoopbackHub(orgs={"org": ("user",), "XiaojieGu": ("user",)}).start()
+# A program that has imported them before it starts pytest says which port they look at.
+_ORGS = {"org": ("user",), "XiaojieGu": ("user",)}
+LOOPBACK = LoopbackHub(orgs=_ORGS, port=int(os.environ.get("KEDIT_TEST_HUB_PORT", "0"))).start()
 # Where `make real` has put its models; the tests themselves start with empty caches. Workers of pytest-xdist inherit
 # what is set below, hence the note of what the shell had.
 _SHELL = {name: os.environ.get(name) for name in ("KEDIT_HOME", "HF_HOME", "XDG_CACHE_HOME")}

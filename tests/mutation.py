@@ -1,14 +1,15 @@
 """Small errors, put into the package one at a time: which of them do the tests beside them notice?
 
-    python -m tests.mutation --count 60 --seed 1 --report mutation.txt
+    python -m tests.mutation --count 100 --seed 1 --report mutation.txt
 
 Draws places where a program can be wrong (operators, signs, bounds, axes, order of arguments, negations, a statement
 that is missing) from the rooms below, the same ones for the same seed, never from docstrings, messages, annotations or
 `raise`. Each runs in a forked process whose import of that one file compiles the changed source; nothing is written
 into the package. The tests beside a file are those of its room, and of the rooms that import it, that name the file,
 what it defines, or a file that imports it; those that say most about the place first. Not part of the suite: it takes
-half an hour and more. What survives is a missing test, or an error that changes nothing: run it again with more files
-(`--only 7 --files 30`) before you believe it.
+an hour and more; what the report holds already is not run again. What survives is a missing test, or an error that
+changes nothing: run it again with more files (`--only 7 --files 30`) before you believe it. tests/mutation.md lists
+what survived, and why.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import importlib.util
 import os
 import random
 import re
+import resource
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -196,10 +200,34 @@ class _Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(name, file, loader=Loader(name, file))
 
 
-def run(mutant: Mutant | None, tests: list[Path], limit: float, log: Path) -> str:
-    """``killed``, ``survived``, ``time`` (not finished), or ``no tests``."""
+def warm_up() -> Path:
+    """Import once what every run would import for itself: all but the package; returns the Hub's cache.
+
+    The libraries of the Hub read its address when they are imported, so all runs get the Hub on the same port.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home = tempfile.mkdtemp(prefix="kedit-mutation-home-")
+    os.environ |= {"KEDIT_TEST_HUB_PORT": str(port), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": home}
+    os.environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import datasets  # noqa: F401
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM, Trainer  # noqa: F401
+
+    assert not any(name.startswith("hf_kedit") for name in sys.modules)
+    return Path(home)
+
+
+def run(mutant: Mutant | None, tests: list[Path], limit: int, log: Path, home: Path) -> str:
+    """``killed``, ``survived``, ``time`` (of the processor used up), or ``no tests``."""
     if not tests:
         return "no tests"
+    shutil.rmtree(home, ignore_errors=True)
     child = os.fork()
     if not child:
         os.setsid()
@@ -208,69 +236,73 @@ def run(mutant: Mutant | None, tests: list[Path], limit: float, log: Path) -> st
             os.dup2(file.fileno(), 2)
         import pytest
 
+        used = int(sum(os.times()[:2]))
+        resource.setrlimit(resource.RLIMIT_CPU, (used + limit, used + limit + 5))
         if mutant is not None:
             sys.meta_path.insert(0, _Finder(mutant))
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "--show-capture=no"]
-        os._exit(int(pytest.main([*options, *map(str, tests)])))
-    end = time.monotonic() + limit
+        options = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", "--show-capture=no"]
+        os._exit(int(pytest.main([*options, *(["-x"] if mutant else []), *map(str, tests)])))
+    end = time.monotonic() + 10 * limit
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return "survived" if os.waitstatus_to_exitcode(status) in (0, 5) else "killed"
+            code = os.waitstatus_to_exitcode(status)
+            return "time" if -code in (signal.SIGXCPU, signal.SIGKILL) else "survived" if code in (0, 5) else "killed"
         time.sleep(0.2)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "time"
 
 
-def _killer(log: Path) -> str:
-    """The test that failed, to see that it was the error's fault."""
+def _failed(log: Path) -> list[str]:
+    """The tests that failed, to see that it was the error's fault; else how it ended."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return (failed or lines[-2:] or ["nothing"])[0][:200]
+    return failed or lines[-2:] or ["nothing"]
 
 
 def main() -> None:
     """Draw, run, and write a line for each error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=120, help="seconds for the tests of one error")
-    parser.add_argument("--minutes", type=float, default=40, help="for the whole run")
-    parser.add_argument("--files", type=int, default=8, help="test files for one error")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of the processor for the tests of one error")
+    parser.add_argument("--minutes", type=float, default=120, help="for the whole run")
+    parser.add_argument("--files", type=int, default=4, help="test files for one error")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of errors to run again")
+    parser.add_argument("--tests", type=Path, nargs="*", help="test files to use instead of those found")
     parser.add_argument("--list", action="store_true", help="show the errors and their tests, run nothing")
     parser.add_argument("--report", type=Path, default=Path("mutation.txt"))
     arguments = parser.parse_args()
+    tests: list[Path] | None = arguments.tests and [path.resolve() for path in arguments.tests]
+    report_file: Path = arguments.report.resolve()
     os.chdir(ROOT)
-    # Imported once. Not the libraries of the Hub, which read its address when they are imported: the tests set it.
-    import torch  # noqa: F401
-
+    before = report_file.read_text(encoding="utf-8") if report_file.exists() else ""
+    done = {int(line[:3]) for line in before.splitlines() if re.match(r"[ \d]{3} \w", line)}
     log = Path(tempfile.mkdtemp()) / "log.txt"
-    started, counts = time.monotonic(), dict[str, int]()
-    with arguments.report.open("a", encoding="utf-8") as report:
+    home = Path() if arguments.list else warm_up()
+    started, counts, killers = time.monotonic(), dict[str, int](), dict[str, int]()
+    with report_file.open("a", encoding="utf-8") as report:
         for number, mutant in enumerate(drawn(arguments.count, arguments.seed)):
-            if arguments.only is not None and number not in arguments.only:
+            if number not in arguments.only if arguments.only is not None else number in done:
                 continue
             if time.monotonic() - started > 60 * arguments.minutes:
                 break
-            tests, begun = tests_beside(mutant)[: arguments.files], time.monotonic()
-            names = " ".join(str(test.relative_to(ROOT / "tests")) for test in tests)
-            outcome = "listed" if arguments.list else run(mutant, tests, arguments.limit, log)
-            if outcome == "killed" and (found := re.match(r"\w+ (\S+)", _killer(log))) and "::" in found[1]:
-                # A test that fails without the error, too, says nothing.
-                unchanged = Path(found[1])
-                outcome = (
-                    "killed"
-                    if run(None, [unchanged], arguments.limit, log.with_name("none")) != "killed"
-                    else "unclear"
-                )
+            chosen, begun = tests or tests_beside(mutant)[: arguments.files], time.monotonic()
+            outcome = "listed" if arguments.list else run(mutant, chosen, arguments.limit, log, home)
             counts[outcome] = counts.get(outcome, 0) + 1
-            line = f"{number:3} {outcome:9} {time.monotonic() - begun:5.0f} s  {mutant}"
-            line += f"\n      [{_killer(log) if outcome == 'killed' else names}]"
-            report.write(line + "\n")
+            about = " ".join(os.path.relpath(test, ROOT / "tests") for test in chosen)
+            if outcome == "killed":
+                about = _failed(log)[0][:200]
+                if (found := re.match(r"\w+ (\S+::\w+)", about)) is not None:
+                    killers[found[1]] = number
+            report.write(f"{number:3} {outcome:9} {time.monotonic() - begun:5.0f} s  {mutant}\n      [{about}]\n")
             report.flush()
         report.write(", ".join(f"{name} {count}" for name, count in sorted(counts.items())) + "\n")
+        # A test that fails without the error, too, says nothing.
+        if killers and run(None, [Path(name) for name in killers], 30 * len(killers), log, home) != "survived":
+            for line in _failed(log):
+                report.write(f"without any error: {line}\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from hf_kedit.engine.access import access_to, alone, among_others
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import EditFailedError, ModelBusyError, WeightError
+from hf_kedit.storage.repository import push_files
+from hf_kedit.testing.hub import LoopbackHub
 from tests.golden_cases import load_model
 from tests.interrupts import at_every_step, interrupted_at, steps_of
 from tests.models import tiny_model
@@ -358,6 +360,45 @@ def test_saving_goes_on_beside_calls_and_waits_for_changes(tmp_path: Path) -> No
     held.let_go()
     assert saving.result() is None
     assert (tmp_path / "a/edits.jsonl").read_bytes() == (tmp_path / "b/edits.jsonl").read_bytes()
+
+
+class Gate:
+    """Stands where the Hub takes its lock: requests have come, and are answered when it opens."""
+
+    def __init__(self) -> None:
+        self.asked, self.opened = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        self.asked.set()
+        assert self.opened.wait(PATIENCE)
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.mark.parametrize("verb", ["load_edits", "import_lora"])
+def test_nobody_waits_for_the_hub(
+    verb: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = fresh()
+    edit(there, FACTS[0])
+    there.export_lora(tmp_path / "lora")
+    there.push_to_hub("org/edits")
+    push_files("org/lora", {path.name: path for path in (tmp_path / "lora").iterdir()}, message="a LoRA")
+    model, gate = fresh(), Gate()
+    before = digest(model)
+    monkeypatch.setattr(hub, "lock", gate)
+    fetching = Work(lambda: getattr(model, verb)("org/edits" if verb == "load_edits" else "org/lora"))
+    try:
+        assert gate.asked.wait(PATIENCE)
+        assert not busy(model)
+        says(model, IDS)
+        edit(model, FACTS[1])
+        model.rollback("all")
+        assert digest(model) == before and not fetching.is_done
+    finally:
+        gate.opened.set()
+    assert not isinstance(fetching.result(), Exception)
+    assert torch.allclose(logits(model), logits(there), atol=1e-5) and digest(model) != before
 
 
 # ---------------------------------------------------------------------- edits that are switched off

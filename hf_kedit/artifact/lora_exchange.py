@@ -67,7 +67,6 @@ class LoraExchange(EditedModel):
         """
         return compile_edits(self, None if folder is None else Path(folder), rank=rank, target=target)
 
-    @exclusively
     def import_lora(
         self,
         adapter: str | Path,
@@ -75,6 +74,8 @@ class LoraExchange(EditedModel):
         **where: Any,
     ) -> EditResult:
         """Put a plain LoRA adapter on the weights as one edit (or a group of edits) that can be rolled back.
+
+        The model goes on answering other threads until the files are here.
 
         Args:
             adapter: folder or Hub id with ``adapter_config.json`` and ``adapter_model.safetensors``.

@@ -20,6 +20,7 @@ from ..anatomy.switching import uninterrupted
 from ..books.deltas import WeightDelta
 from ..books.ledger import Ledger
 from ..editing.state import EditedModel
+from ..engine.access import alone
 from ..engine.experts import ExpertSlice
 from ..engine.weights import get_module, is_transposed
 from ..errors import ArtifactError, BaseModelMismatchError, KeditError, LayerError, RequestError
@@ -63,51 +64,59 @@ def import_lora(
     def fetch(file: str) -> bytes | None:
         return read_file(adapter, f"{subfolder}/{file}" if subfolder else file, revision=revision, token=token)
 
-    deltas = read_lora(adapter, fetch, model.ledger)
+    config, tensors = _read_config(adapter, fetch), _read_tensors(adapter, fetch)
     known = requests if requests is not None else requests_of_adapter(adapter, fetch)
     if not known:
         raise RequestError(f"{adapter} does not say what it changes; give requests=[EditRequest(...)]")
-    todo = model.journal.with_ids(load_requests(known))
-    batch_id, created = new_id("batch"), now()
+    wanted = load_requests(known)
     name = Path(adapter).name if Path(adapter).exists() else adapter  # the journal travels: no path of this machine
-    edits = [Edit(str(r.id), r, IMPORTED, batch_id, created, {"adapter": name}) for r in todo]
-    with uninterrupted():
-        model.ledger.apply(batch_id, deltas, [e.id for e in edits])
-        model.journal.add(edits)
+    with alone(model.base_model, edited=True):  # nobody waited while files came from the Hub
+        deltas = read_lora(adapter, config, tensors, model.ledger)
+        todo = model.journal.with_ids(wanted)
+        batch_id, created = new_id("batch"), now()
+        edits = [Edit(str(r.id), r, IMPORTED, batch_id, created, {"adapter": name}) for r in todo]
+        with uninterrupted():
+            model.ledger.apply(batch_id, deltas, [e.id for e in edits])
+            model.journal.add(edits)
     return EditResult(edits, seconds=time.perf_counter() - started)
 
 
-def read_lora(source: str, fetch: Callable[[str], bytes | None], ledger: Ledger) -> list[WeightDelta]:
+def read_lora(
+    source: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], ledger: Ledger
+) -> list[WeightDelta]:
     """Read an adapter as the changes that it makes to the unedited model.
 
     Args:
         source: folder or repository, for messages.
-        fetch: file name → content, or ``None``.
+        config: content of ``adapter_config.json``.
+        tensors: content of ``adapter_model.safetensors``.
         ledger: of the model that the adapter is for.
 
     Raises:
-        ArtifactError: if a file is missing or damaged, or the adapter is more than a fixed change of weights.
+        ArtifactError: if they are damaged, or the adapter is more than a fixed change of weights.
         BaseModelMismatchError: if the model has no such module or parameter.
     """
-    config = _read_config(source, fetch)
     try:
-        return _read_deltas(source, config, fetch, ledger)
+        return _read_deltas(source, config, tensors, ledger)
     except KeditError:
         raise
     except (LookupError, TypeError, ValueError, RuntimeError, re.error, ArithmeticError, AttributeError) as error:
         raise ArtifactError(f"{source}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are damaged ({error!r})") from error
 
 
-def _read_deltas(
-    source: str, config: dict[str, Any], fetch: Callable[[str], bytes | None], ledger: Ledger
-) -> list[WeightDelta]:
+def _read_tensors(source: str, fetch: Callable[[str], bytes | None]) -> dict[str, torch.Tensor]:
     data = fetch(ADAPTER_WEIGHTS)
     if data is None:
         raise ArtifactError(f"{source}: {ADAPTER_WEIGHTS} is missing (adapters in pickle files are not read)")
     try:
-        tensors = load_tensors(data)
+        return load_tensors(data)
     except SafetensorError as error:
         raise ArtifactError(f"{source}: {ADAPTER_WEIGHTS} is damaged: {error}") from error
+
+
+def _read_deltas(
+    source: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], ledger: Ledger
+) -> list[WeightDelta]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     deltas = []
     for name, tensor in tensors.items():

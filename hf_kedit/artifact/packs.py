@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..anatomy.switching import uninterrupted
 from ..books.deltas import Account, Piece
@@ -19,7 +19,7 @@ from ..errors import PackError, nearest
 from ..journal import Edit, Journal
 from ..logging import get_logger
 from .layout import Artifact
-from .reading import find_artifact, read_books
+from .reading import read_books
 
 if TYPE_CHECKING:
     from ..editing.state import EditedModel
@@ -112,26 +112,30 @@ class Packs:
 
     # ------------------------------------------------------------------ changing
 
-    def load(
-        self,
-        source: str,
-        name: str | None = None,
-        *,
-        revision: str | None = None,
-        activate: bool = True,
-        on_conflict: OnConflict = "warn",
-        ignore_fingerprint: bool = False,
-        **hub: Any,
-    ) -> Pack:
-        """Read a pack; see `EditableModel.load_edits`."""
+    def free_name(self, source: str, name: str | None) -> str:
+        """The name that a new pack gets.
+
+        Raises:
+            PackError: if it is no name, or taken.
+        """
         name = name or source.rstrip("/").rpartition("/")[2]
         if not name or "/" in name:
             raise PackError(f"a pack needs a name without '/', not {name!r}: give name=")
         if name in self._packs:
             raise PackError(f"there is a pack {name!r} already; unload it first, or choose another name")
-        artifact = find_artifact(source, revision=revision, **hub)
-        if artifact is None:
-            raise PackError(f"{source!r} is a model, not a set of saved edits")
+        return name
+
+    def load(
+        self,
+        artifact: Artifact,
+        name: str | None = None,
+        *,
+        activate: bool = True,
+        on_conflict: OnConflict = "warn",
+        ignore_fingerprint: bool = False,
+    ) -> Pack:
+        """Add a pack that was read; see `EditableModel.load_edits`."""
+        name = self.free_name(artifact.source, name)
         pack = self._read(artifact, name, ignore_fingerprint)
         self._packs[name] = pack
         if activate:

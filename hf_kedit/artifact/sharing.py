@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..editing.state import EditedModel
-from ..engine.access import exclusively
-from ..errors import ConfigError
+from ..engine.access import alone, exclusively
+from ..errors import ConfigError, PackError
 from ..storage.repository import push_files
 from .layout import OWN_FILES, WHOLE_MODEL
 from .packs import OnConflict, Pack, Packs
+from .reading import find_artifact
 from .writing import artifact_files, without_local_base
 
 if TYPE_CHECKING:
@@ -75,7 +76,6 @@ class Sharing(EditedModel):
 
     # ------------------------------------------------------------------ packs
 
-    @exclusively
     def load_edits(
         self,
         source: str | Path,
@@ -88,6 +88,8 @@ class Sharing(EditedModel):
         token: Any = None,
     ) -> Pack:
         """Load saved edits beside those that the model carries, as a named pack that can be switched on and off.
+
+        The model goes on answering other threads until the files are here.
 
         Args:
             source: folder or Hub id of saved edits that were made on the same base model.
@@ -106,15 +108,14 @@ class Sharing(EditedModel):
             BaseModelMismatchError: if it was made on another base model.
         """
         hub = {} if token is None else {"token": token}
-        return self.packs.load(
-            str(source),
-            name,
-            revision=revision,
-            activate=activate,
-            on_conflict=on_conflict,
-            ignore_fingerprint=ignore_fingerprint,
-            **hub,
-        )
+        self.packs.free_name(str(source), name)  # before anything is fetched
+        artifact = find_artifact(str(source), revision=revision, **hub)
+        if artifact is None:
+            raise PackError(f"{str(source)!r} is a model, not a set of saved edits")
+        with alone(self.base_model, edited=True):
+            return self.packs.load(
+                artifact, name, activate=activate, on_conflict=on_conflict, ignore_fingerprint=ignore_fingerprint
+            )
 
     @exclusively
     def set_active(self, names: str | Sequence[str], *, on_conflict: OnConflict = "warn") -> None:
