@@ -164,6 +164,11 @@ def shown(value: Any) -> str:
     return short.repr(value)
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what another library says, or the kind of its error."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
     import difflib  # here: `import hf_kedit` reads this file and has no need of it

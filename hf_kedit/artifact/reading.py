@@ -19,7 +19,7 @@ from ..anatomy.switching import uninterrupted
 from ..books.book import Saved
 from ..config import AutoEditConfig, EditConfig
 from ..editing.state import EditedModel
-from ..errors import ArtifactError, ConfigError, HubUnreachableError, KeditError
+from ..errors import ArtifactError, ConfigError, HubUnreachableError, KeditError, reason_of
 from ..journal import Journal
 from ..loading import hub_options, is_local, load_base, load_tokenizer, model_name
 from ..logging import get_logger
@@ -222,9 +222,8 @@ def _load(
     except KeditError:
         raise
     except (OSError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ArtifactError(
-            f"{artifact.source}: the base model of the edits, {name!r}, cannot be loaded ({reason}); {give}"
+            f"{artifact.source}: the base model of the edits, {name!r}, cannot be loaded ({reason_of(error)}); {give}"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import embedded
 from ..engine.forward import device_of
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, KeditError, UnsupportedModelError, reason_of
 from ..tokens import vocabulary_size
 
 BASE = "base"
@@ -39,6 +39,7 @@ def find_counterfactual(name: str, beside: Any) -> Any:
         beside: the edited model; both must use the same tokens.
 
     Raises:
+        ConfigError: if there is none of this name.
         UnsupportedModelError: if the vocabularies differ.
     """
     model = _REGISTERED.get(name)
@@ -62,4 +63,12 @@ def _load(name: str) -> Any:
         return _KINDS[kind](name)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(embedded.resolve(name) or name, dtype="auto")
+    try:
+        return AutoModelForCausalLM.from_pretrained(embedded.resolve(name) or name, dtype="auto")
+    except (OSError, ValueError) as error:
+        if isinstance(error, KeditError):
+            raise
+        raise ConfigError(
+            f"the counterfactual model {name!r} cannot be loaded ({reason_of(error)}); name a causal language model by"
+            " its id or folder, or register_counterfactual() your own"
+        ) from error

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDINGS = "prompts.embeddings"
+_KINDS: dict[str, Any] = dict.fromkeys(("scope", "fact", "retriever", "reader", "edit_id"), str)
+_KINDS |= {"subject": str | None, "nearest_last": bool, "soft": bool}
 
 
 @dataclass(frozen=True)
@@ -228,10 +230,11 @@ class PromptBook:
         if not found <= saved.edit_ids or len(found) != len(entries):
             raise ArtifactError(f"{saved.source}: the prompts belong to other edits than edits.jsonl names")
         for name in dict.fromkeys(entry.retriever for entry in entries):
-            find_retriever(name, self.own_retriever)
-            widths = {None if e.embedding is None else len(e.embedding) for e in entries if e.retriever == name}
-            if len(widths) > 1:
-                raise ArtifactError(f"{saved.source}: the embeddings of the retriever {name!r} have unlike widths")
+            retriever, mine = find_retriever(name, self.own_retriever), [e for e in entries if e.retriever == name]
+            widths = {None if e.embedding is None else len(e.embedding) for e in mine}
+            fitting = retriever.embed([mine[0].scope]) if widths != {None} else None
+            if widths != {None if fitting is None else fitting.shape[1]}:
+                raise ArtifactError(f"{saved.source}: the embeddings are not those of the retriever {name!r}")
         for name in dict.fromkeys(entry.reader for entry in entries if entry.reader != BASE):
             find_counterfactual(name, self.model)
         return entries, found
@@ -241,8 +244,8 @@ class PromptBook:
         try:
             fields = dict(part)
             vector = fields.pop("embedding")
-            for name in ("scope", "fact", "retriever", "reader", "edit_id"):
-                if not isinstance(fields[name], str):
+            for name, kind in _KINDS.items():
+                if not isinstance(fields[name], kind):
                     raise TypeError(name)
             if not all(isinstance(text, str) for text in fields["demonstrations"]):
                 raise TypeError("demonstrations")
@@ -250,7 +253,7 @@ class PromptBook:
             fields["threshold"] = float(fields["threshold"])
             embedding = None if vector is None else saved.tensor(vector, [None])
             return PromptEntry(**fields, embedding=embedding)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"{saved.source}: damaged description of a prompt ({error!r})") from error

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import torch
 
 from .. import embedded
-from ..errors import ConfigError, require_extra
+from ..errors import ConfigError, reason_of, require_extra
 
 LEXICAL, MODEL, DENSE = "lexical", "model", "dense"
 DENSE_MODEL = "kedit/minilm-l6"
@@ -224,7 +224,10 @@ def _sentence_transformer(name: str) -> EmbeddingRetriever:
         if own is not None:
             return EmbeddingRetriever(_mean_states(own), name)
         raise require_extra("sentence-transformers", "retrieval", f"the retriever {name!r}") from error
-    encoder = SentenceTransformer(str(own or name))
+    try:
+        encoder = SentenceTransformer(str(own or name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the retriever {name!r} cannot be loaded ({reason_of(error)})") from error
     return EmbeddingRetriever(lambda texts: encoder.encode(list(texts), convert_to_tensor=True), name)
 
 

@@ -15,7 +15,7 @@ import typer
 
 from .. import logging as kedit_logging
 from ..config import EditConfig, config_class, read_mapping
-from ..errors import ArtifactError, ConfigError, KeditError
+from ..errors import ArtifactError, ConfigError, KeditError, reason_of
 from ..storage.parsing import parse_yaml
 
 if TYPE_CHECKING:
@@ -274,9 +274,7 @@ def loading(name: str) -> Iterator[None]:
     except KeditError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise ArtifactError(f"cannot load {name!r}: {reason}") from error
+        raise ArtifactError(f"cannot load {name!r}: {reason_of(error)}") from error
 
 
 def _default_device() -> str:

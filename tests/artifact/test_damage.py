@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from hf_kedit import EditableModel, PromptConfig, embedded
 from hf_kedit.artifact.layout import ADAPTER_WEIGHTS, CONFIG, JOURNAL, WEIGHTS
 from hf_kedit.artifact.reading import find_artifact
 from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import ArtifactError
+from hf_kedit.errors import ArtifactError, ConfigError, MissingExtraError
 
 from .test_files_of_0_1_0 import DATA
 
@@ -241,12 +242,41 @@ def test_embeddings_of_unlike_width(gpt2: Base, tmp_path: Path) -> None:
         model.edit(prompt="{} is a", subject=subject, target_new="plumber", show_progress=False)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    tensors["prompts.embeddings.1"] = tensors["prompts.embeddings.1"][:-1].contiguous()
-    save_file(tensors, tmp_path / WEIGHTS)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    config["files"][WEIGHTS] = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
-    (tmp_path / CONFIG).write_text(json.dumps(config))
-    gpt2.refuses(tmp_path, "unlike widths")
+    for shortened in (["prompts.embeddings.1"], list(tensors)):  # unlike each other; alike, but no states of the model
+        changed = {k: v[:-1].contiguous() if k in shortened else v for k, v in tensors.items()}
+        save_file(changed, tmp_path / WEIGHTS)
+        config = json.loads((tmp_path / CONFIG).read_text())
+        config["files"][WEIGHTS] = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+        (tmp_path / CONFIG).write_text(json.dumps(config))
+        gpt2.refuses(tmp_path, "not those of the retriever 'model'")
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x[:0], lambda x: torch.cat([x, x])])
+def test_embeddings_of_another_encoder(change: Change, gpt2: Base, tmp_path: Path) -> None:
+    gpt2.refuses(damaged("serac_gpt2", tmp_path, tensors=put("embeddings.0", change)), "not those of the retriever")
+
+
+@pytest.mark.parametrize(
+    "field", ["scope", "subject", "fact", "nearest_last", "retriever", "reader", "soft", "edit_id"]
+)
+@pytest.mark.parametrize("value", [["x"], {"value": False}, 7])
+def test_entries_of_prompts(field: str, value: Any, gpt2: Base, tmp_path: Path) -> None:
+    def change(config: Any) -> None:
+        config["books"]["prompt"]["entries"][0][field] = value
+
+    gpt2.refuses(damaged("prompt_gpt2", tmp_path, change), f"damaged description of a prompt.*{field}")
+
+
+@pytest.mark.parametrize("field", ["reader", "retriever"])
+@pytest.mark.parametrize("name", ["no-such-model", "The first language of Otto is", "../../outside", "/etc/hostname"])
+def test_models_that_prompts_need_and_nobody_has(field: str, name: str, gpt2: Base, tmp_path: Path) -> None:
+    def change(config: Any) -> None:
+        config["books"]["prompt"]["entries"][0][field] = name
+
+    folder = damaged("prompt_gpt2", tmp_path, change)
+    with pytest.raises((ConfigError, MissingExtraError), match=re.escape(name)):
+        EditableModel.from_pretrained(folder, base_model=gpt2.model, tokenizer=gpt2.tokenizer)
+    assert gpt2.state() == gpt2.before
 
 
 def test_the_description_has_a_hash(gpt2: Base, tmp_path: Path) -> None:
