@@ -108,7 +108,7 @@ def merge(
     for name, content in provenance.items():
         (output / name).write_bytes(content)
     worst = max(losses.values(), default=0.0)
-    if worst > LOSSY:
+    if worst > LOSSY and format is not Format.quiet:
         error_console().print(
             f"kedit: rounding loses up to {percent(worst, ' %')} of the change of a weight; --dtype float32 keeps it",
             style="yellow",

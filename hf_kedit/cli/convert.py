@@ -42,7 +42,7 @@ def convert_hparams(
         for key, reason in data["ignored"].items():
             error_console().print(f"not carried over: {key}: {reason}", soft_wrap=True)
 
-    emit(format, data, human=show, quiet=[text.rstrip() if output is None else str(output)])
+    emit(format, data, human=show, quiet=text.splitlines() if output is None else [str(output)])
 
 
 def _config(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

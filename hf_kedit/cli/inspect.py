@@ -54,7 +54,7 @@ def inspect(
         format,
         data,
         human=lambda c: _show_model(c, data, anatomy, everything or load),
-        quiet=[p.path for i in range(anatomy.num_layers) if (p := anatomy.layers[i].down) is not None],
+        quiet=[place.path for layer in anatomy.layers if (place := layer.down or layer.experts) is not None],
     )
 
 

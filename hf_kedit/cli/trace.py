@@ -117,6 +117,13 @@ def trace(
         "files": [str(f) for f in files],
     }
     quiet = [",".join(map(str, suggestion.layers))] if suggestion is not None else [str(f) for f in files]
+    if not quiet:  # of each kind the layer with the largest effect, at whichever token that is
+        strongest = {
+            kind: max((curve.mean for curve in curves.values()), key=lambda mean: float(mean.max()))
+            for kind, curves in report.average().items()
+            if curves
+        }
+        quiet = [f"{kind}={int(mean.argmax())}" for kind, mean in strongest.items()]
     emit(format, data, human=lambda console: _show(console, report, suggestion, files), quiet=quiet)
 
 
