@@ -13,6 +13,7 @@ from .version import __version__
 _PUBLIC = {
     "config": "AutoEditConfig EditConfig",
     "data": "load_edit_dataset",
+    "decoding": "DeCoConfig DoLaConfig decode_with",
     "editors.editor": "Editor",
     "engine.weights": "untie_head",
     "errors": "KeditError",
@@ -69,6 +70,9 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .config import AutoEditConfig as AutoEditConfig
     from .config import EditConfig as EditConfig
     from .data import load_edit_dataset as load_edit_dataset
+    from .decoding import DeCoConfig as DeCoConfig
+    from .decoding import DoLaConfig as DoLaConfig
+    from .decoding import decode_with as decode_with
     from .editors.editor import Editor as Editor
     from .engine.weights import untie_head as untie_head
     from .errors import KeditError as KeditError

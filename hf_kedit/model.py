@@ -28,6 +28,7 @@ from .engine.access import alone, among_others, exclusively
 from .engine.weights import head_kept
 from .errors import ConfigError
 from .loading import hub_options, load_base, load_tokenizer, model_name
+from .logging import get_logger
 from .statistics.corpora import Corpus
 from .storage.repository import cached_commit
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .artifact.card import HasModelIndex
+
+logger = get_logger(__name__)
 
 
 class EditableModel(Editing, Sharing, LoraExchange):
@@ -173,6 +176,10 @@ class EditableModel(Editing, Sharing, LoraExchange):
         for book in self.books.values():
             book.check_mergeable()
         self.ledger.warn_of_rounding()
+        if self.decoding_config is not None:
+            logger.warning(
+                "the plain model generates without %s; hf_kedit.decode_with goes on with it", self.decoding_config.name
+            )
         with uninterrupted():
             for book in self.books.values():
                 book.forget()
@@ -219,8 +226,8 @@ class EditableModel(Editing, Sharing, LoraExchange):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the wrapped model, edits included."""
-        with self._turn():
+        """Generate with the wrapped model, edits included, as `set_decoding` says."""
+        with self._turn(), self.as_decoded(own_thread=True):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _turn(self) -> Switch[None]:

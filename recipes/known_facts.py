@@ -2,6 +2,7 @@
 
     python recipes/known_facts.py kedit/smollm2-135m
     python recipes/known_facts.py org/model --format qa --output known.json
+    python recipes/known_facts.py kedit/smollm2-135m --decoding dola:high     # with its layers contrasted
 
 Every fact is asked twice, as the statement that an edit continues and as a question; it counts as known if the answer
 stands in the ten greedy tokens behind a statement, or the twenty behind a question, whose answer is a sentence. The
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 from datasets import concatenate_datasets
 
+from hf_kedit import decode_with
 from hf_kedit.data import load_edit_dataset
 from hf_kedit.evaluation import known_facts
 from hf_kedit.evaluation.measures.knowledge import NEW_TOKENS
@@ -32,15 +35,18 @@ def main() -> None:
     parser.add_argument(
         "--format", choices=["raw", "qa", "chat"], help="frame of the questions; default: chat if it can"
     )
+    parser.add_argument("--decoding", help="dola, dola:low, deco, deco:20,24 …")
     parser.add_argument("--output", type=Path, help="JSON file: id of the row → known as statement, as question")
     arguments = parser.parse_args()
 
     model, tokenizer = load_base(arguments.model), load_tokenizer(arguments.model)
     splits = load_edit_dataset("facts", split="all", relation=arguments.relation)
     requests = load_requests(concatenate_datasets(list(splits.values())))
-    stated = known_facts(model, tokenizer, requests)
     frame = arguments.format or ("chat" if tokenizer.chat_template else "qa")
-    asked = known_facts(model, tokenizer, requests, questions=True, prompt_format=frame, max_new_tokens=2 * NEW_TOKENS)
+    longer = {"questions": True, "prompt_format": frame, "max_new_tokens": 2 * NEW_TOKENS}
+    with decode_with(model, arguments.decoding) if arguments.decoding else nullcontext():
+        stated = known_facts(model, tokenizer, requests)
+        asked = known_facts(model, tokenizer, requests, **longer)
 
     counts: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     for request, pair in zip(requests, zip(stated, asked, strict=True), strict=True):

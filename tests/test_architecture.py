@@ -42,7 +42,7 @@ FLOORS: list[str] = [
     "storage tokens",
     "config embedded requests",
     "anatomy data journal",
-    "engine",
+    "decoding engine",
     "books editors locate statistics",
     "loading methods",
     "editing training",

@@ -78,6 +78,7 @@ _OPTIONAL: dict[str, type] = {
     "context_templates": dict,
     "books": dict,
     "machine_settings": list,
+    "decoding": dict,
 }
 
 

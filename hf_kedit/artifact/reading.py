@@ -280,6 +280,10 @@ def restore(artifact: Artifact, model: M, *, ignore_fingerprint: bool = False) -
             model.restore_method_state(state)
         except ConfigError as error:
             raise ArtifactError(f"{artifact.source}: {error}") from error
+    try:
+        model.set_decoding(described.get("decoding") or None)
+    except KeditError as error:
+        raise ArtifactError(f"{artifact.source}: {CONFIG} has no valid 'decoding': {error}") from error
     model.restore_templates(described.get("context_templates") or {})
     with uninterrupted():
         for kind, content in contents.items():

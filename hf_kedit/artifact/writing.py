@@ -217,6 +217,7 @@ def _describe(model: EditedModel, contents: _Contents) -> dict[str, Any]:
         "modules": books["weights"],
         "books": {kind: described for kind, described in books.items() if described and kind != "weights"},
         "library_versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        **({} if model.decoding_config is None else {"decoding": model.decoding_config.to_dict()}),
     }
 
 

@@ -113,6 +113,12 @@ def evaluate(
         Ask | None,
         typer.Option("--ask", help="How everything is asked: plain or chat; default: as it is edited."),
     ] = None,
+    decoding: Annotated[
+        str | None,
+        typer.Option(
+            "--decoding", metavar="NAME[:LAYERS]", help="Contrast layers in all answers: dola, dola:low, deco:18,20."
+        ),
+    ] = None,
     when: Annotated[
         list[When] | None,
         typer.Option("--when", help="Sequential: measure each edit at once, or all at the end; may be repeated."),
@@ -201,6 +207,8 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             needs_method=not no_edit,
         )
+        if decoding is not None:
+            editable.set_decoding(decoding)
         if no_edit and rows is None and not editable.edits:
             raise EvaluationError(f"{model!r} carries no saved edits, so there are no requests; give --dataset")
         report = evaluate_edits(

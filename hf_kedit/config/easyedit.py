@@ -23,8 +23,6 @@ OBJECTIVES = {"prompt_last": "ft-l", "target_new": "ft-m"}
 WAITING = {
     "dinm": "safety editing (DINM)",
     "dpo": "editing towards preferences (DPO)",
-    "deco": "decoding against hallucination (DoLa, DeCo)",
-    "dola": "decoding against hallucination (DoLa, DeCo)",
     "deepedit-api": "editing models behind an API",
     "ft-api": "editing models behind an API",
     "ike-api": "editing models behind an API",
@@ -174,6 +172,11 @@ def _method(data: Mapping[str, Any]) -> str:
         raise ConfigError("an EasyEdit hparams file needs 'alg_name', the name of the method")
     if (feature := WAITING.get(normalise(name))) is not None:
         raise UnknownMethodError(f"alg_name {name!r}: {feature} is planned and not part of this version")
+    if normalise(name) in ("dola", "deco"):
+        raise UnknownMethodError(
+            f"alg_name {name!r} is a way of decoding and edits nothing: model.decoding({normalise(name)!r}, layers=…)"
+            " around generate, or model.set_decoding(…) to save it with edits (docs/scenarios/decoding.md)"
+        )
     if normalise(name) == "ft":
         objective = str(data.get("objective_optimization", "prompt_last"))
         if objective not in OBJECTIVES:

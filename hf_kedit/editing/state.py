@@ -14,12 +14,15 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy, check_anatomy, profile_of, resolve_anatomy
+from ..anatomy.outputs import hooks
+from ..anatomy.switching import Switch
 from ..books.book import Book, all_disabled
 from ..books.ledger import Ledger
 from ..books.prompt_book import PromptBook
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import AutoEditConfig, EditConfig, ModelProfile
+from ..decoding import Decoding, decode_with, decoding_now, decoding_of
 from ..engine.access import alone, among_others, exclusively, together_with_others
 from ..engine.quantised import keep_layout
 from ..engine.weights import head_kept, model_fingerprint, tensor_digest, untie_head
@@ -86,6 +89,7 @@ class EditedModel(nn.Module):
             self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
             self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
             self.trace: dict[str, torch.Tensor] | None = None
+            self.decoding_config: Decoding | None = None
             self._start_afresh()
             self.set_method(config)
 
@@ -158,6 +162,41 @@ class EditedModel(nn.Module):
     def restore_templates(self, templates: Mapping[str, list[list[str]]]) -> None:
         """Take over the context templates of a saved edit, so that later edits use the same ones."""
         self._templates.update({key: [list(group) for group in groups] for key, groups in templates.items()})
+
+    # ------------------------------------------------------------------ decoding
+
+    def decoding(self, decoding: Decoding | str | Mapping[str, Any], **settings: Any) -> Switch[None]:
+        """Contrast the model's layers while it generates inside the block, against hallucination.
+
+        ``with model.decoding("dola", layers="low"): model.generate(...)``. What is edited inside is edited as ever.
+
+        Args:
+            decoding: ``"dola"`` (arXiv 2309.03883), ``"deco"`` (arXiv 2410.11779), or settings.
+            settings: fields of `DoLaConfig` or `DeCoConfig`.
+
+        Raises:
+            ConfigError: for an unknown decoding or setting.
+            LayerError: for a layer that the model does not have.
+            UnsupportedModelError: if the model is no decoder.
+        """
+        return decode_with(self.base_model, decoding, anatomy=self.anatomy, **settings)
+
+    def set_decoding(self, decoding: Decoding | str | Mapping[str, Any] | None, **settings: Any) -> Self:
+        """Let `generate` contrast the model's layers from now on; it is saved with the edits. ``None`` ends it.
+
+        The arguments and errors are those of `decoding`. The wrapped model by itself generates as before.
+        """
+        chosen = None if decoding is None else decoding_of(decoding, **settings)
+        if chosen is not None:
+            self.decoding(chosen)  # raises what it would raise later
+        self.decoding_config = chosen
+        return self
+
+    def as_decoded(self, *, own_thread: bool = False) -> Switch[None]:
+        """A block in which the wrapped model generates as `set_decoding` says, unless it is in one of `decoding`."""
+        if self.decoding_config is None or decoding_now(self.base_model) is not None:
+            return hooks()
+        return decode_with(self.base_model, self.decoding_config, anatomy=self.anatomy, own_thread=own_thread)
 
     # ------------------------------------------------------------------ the model and its edits
 

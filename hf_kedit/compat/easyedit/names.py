@@ -108,7 +108,8 @@ _WAYS: dict[str, str] = {
     f"{_waits('dinm')}; load_edit_dataset('safeedit') and evaluation.functional.safety_scores exist": """
         DINMHyperParams SafetyEditor apply_dinm_to_model""",
     f"{_waits('dpo')}; FT and LoRA fine-tune towards the new answer": "DPOHyperParams apply_dpo_to_model",
-    _waits("deco"): "DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams",
+    "hf_kedit.decode_with(model, 'dola' or 'deco'), around model.generate": """
+        DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
     f"{_waits('deepedit-api')}; hf_kedit.methods.ike.build_prompt makes the text to send": """
         DeepEditApiHyperParams FTApiHyperParams apply_ft_api_to_model apply_deepedit_api_to_model""",
     _waits("unke"): """

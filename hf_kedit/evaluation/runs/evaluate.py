@@ -137,7 +137,10 @@ def evaluate_edits(
     checkpoints = parse_at(at, setting, len(cases))
     if setting != SAVED:
         check_requests(model, cases, strict=on_error == "raise")
-    with alone(model.base_model, edited=True):  # nobody else is to see edits that are made to be measured
+    with (
+        alone(model.base_model, edited=True),
+        model.as_decoded(),
+    ):  # nobody else is to see edits that are made to be measured
         run = Run(
             model,
             protocols,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ...anatomy.switching import Switch
+from ...decoding import decoding_now
 from ...engine.devices import PeakMemory, synchronise
 from ...engine.forward import device_of
 from ...errors import EditFailedError, EvaluationError, RequestError
@@ -250,6 +251,7 @@ class Run:
             tuple(self.edits_before),
             self.dtype,
             str(device_of(self.base)),
+            decoding_now(self.base),
             (type(tokenizer).__name__, getattr(tokenizer, "name_or_path", ""), len(tokenizer)),
         )
 
@@ -358,6 +360,7 @@ class Run:
         else:
             config, method = json_ready(model.edit_config.to_dict()), model.method_name
         texts, abilities = self.wear.texts, self.wear.abilities
+        decoding = decoding_now(self.base)
         return {
             "setting": self.setting,
             "batch_size": batch_size,
@@ -367,6 +370,7 @@ class Run:
             "separator": self.separator,
             **({} if self.prompt_format is None else {"prompt_format": self.prompt_format}),
             **({} if self.system is None else {"system": self.system}),
+            **({} if decoding is None else {"decoding": decoding.to_dict()}),
             "token_budget": self.token_budget,
             "on_error": self.on_error,
             "changes_prompts": self.transform is not None,
