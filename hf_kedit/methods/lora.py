@@ -436,6 +436,11 @@ def injected(model: nn.Module, config: PeftConfig, paths: Sequence[str]) -> Swit
     def inject() -> BaseTuner:
         tuner: BaseTuner = types[config.peft_type](model, config, ADAPTER)
         cast_adapter_dtype(model, ADAPTER)  # trained in fp32, whatever the model's dtype
+        for name, parameter in tuner.named_parameters():
+            if tuner.prefix not in name:
+                # AdaLoRA's count of ranks, which divides ΔW: where PEFT copies it to another device or dtype it comes
+                # back trainable, so that an optimiser would move it on an accelerator and not on the CPU
+                parameter.requires_grad_(False)
         return tuner
 
     def take_out() -> None:

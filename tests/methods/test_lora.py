@@ -164,6 +164,16 @@ def test_adalora_keeps_its_bases_orthogonal() -> None:
     assert found[1] < 0.7 * found[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adalora_trains_no_count_of_ranks(dtype: torch.dtype) -> None:
+    """PEFT copies its layers to the base's device and dtype, and what it copies comes back trainable."""
+    model = EditableModel.from_pretrained("kedit/world-gpt2", AdaLoRAConfig(rank=4), dtype=dtype)
+    paths = model._method.edited_modules()
+    with injected(model.base_model, model._method.peft_config(paths, 9), paths) as tuner:  # type: ignore[attr-defined]
+        trained = {name.rsplit(".", 2)[-2] for name, p in tuner.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B", "lora_E"}
+
+
 @pytest.mark.parametrize("family", ATTENTION)
 def test_the_attention_is_found_by_structure(family: str) -> None:
     _, tokenizer = load_model("llama")
