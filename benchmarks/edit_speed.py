@@ -27,12 +27,12 @@ from hf_kedit.books.ledger import Ledger
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.replay import Replay
 from hf_kedit.engine.sweep import Sweep
-from hf_kedit.engine.values import optimise_values
 from hf_kedit.engine.weights import get_module, get_weight
 from hf_kedit.methods import locate_then_edit as locate
 from hf_kedit.statistics.collecting import collect_moments
 from hf_kedit.statistics.corpora import text_corpus
 from hf_kedit.statistics.solve import MomentFactor
+from hf_kedit.values.optimise import optimise_values
 
 WORDS = ("Some", "The", "An", "My", "Her")
 TEMPLATES = {

@@ -16,9 +16,9 @@ import torch
 from hf_kedit.engine.capture import as_rows, first, with_first
 from hf_kedit.engine.examples import Example
 from hf_kedit.engine.rows import Row
-from hf_kedit.engine.values import ValueSettings
 from hf_kedit.engine.weights import get_module, get_weight, set_weight
 from hf_kedit.tokens import pad_rows
+from hf_kedit.values.settings import ValueSettings
 
 
 def optimise(

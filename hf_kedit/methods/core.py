@@ -22,9 +22,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from ..engine.rows import Row
 from ..engine.templates import cleaned, sample_texts
-from ..engine.values import ValueSettings
-from ..errors import RequestError
+from ..errors import ConfigError, RequestError
 from ..requests import EditRequest
+from ..values.settings import ValueSettings
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
 
@@ -59,6 +59,12 @@ class COREConfig(MEMITConfig):
     context: Literal["all", "target_true", "target_new", "subject", "target_true_n_subject"] | None = None
     context_count: PositiveInt = 5
     context_length: PositiveInt = 10
+
+    def validate(self) -> None:
+        """Check that the optimiser knows the consistency term."""
+        super().validate()
+        if self.v_optimizer != "adam" and self.reg_lambda:
+            raise ConfigError("COREConfig.v_optimizer: the consistency term (reg_lambda) is known to 'adam' alone")
 
 
 @register_method

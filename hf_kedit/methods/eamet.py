@@ -28,9 +28,10 @@ from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.sweep import Sweep
-from ..engine.values import Guide, ValuePlace, Values, ValueSettings, join_values, place_path
 from ..errors import ConfigError
 from ..logging import progress_bar
+from ..values.optimise import ValuePlace, Values, join_values, place_path
+from ..values.settings import Guide, ValueSettings
 from .base import Capabilities, register_method
 from .locate_then_edit import mean_key
 from .memit import MEMIT, MEMITConfig
@@ -76,6 +77,8 @@ class EAMETConfig(MEMITConfig):
             raise ConfigError("EAMETConfig.sequence: EAMET's values depend on those before; MEMIT solves for a set")
         if self.expert_policy != "shared":
             raise ConfigError("EAMET compares keys of one matrix; use expert_policy='shared'")
+        if self.v_optimizer != "adam":
+            raise ConfigError("EAMETConfig.v_optimizer: the terms of EAMET are known to 'adam' alone")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Two layers, and the small learning rate that a start away from zero needs."""

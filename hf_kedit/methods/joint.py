@@ -35,9 +35,10 @@ import torch
 from ..books.ledger import WeightDelta
 from ..engine.forward import device_of
 from ..engine.rows import Row
-from ..engine.values import Values, ValueSettings, join_values
 from ..logging import get_logger, progress_bar
 from ..requests import EditRequest
+from ..values.optimise import Values, join_values
+from ..values.settings import ValueSettings
 from .base import Outcome
 from .first_values import FirstValue, content_key
 from .spread import Readings, SpreadMethod, members

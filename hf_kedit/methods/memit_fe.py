@@ -18,7 +18,7 @@ import torch
 from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.sweep import Sweep
-from ..engine.values import Values, place_path
+from ..values.optimise import Values, place_path
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
 from .spread import Write

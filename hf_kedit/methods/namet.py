@@ -25,7 +25,8 @@ from pydantic import NonNegativeFloat
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.values import Values, ValueSettings, place_path
+from ..values.optimise import Values, place_path
+from ..values.settings import ValueSettings
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
 

@@ -22,9 +22,10 @@ from pydantic import PositiveFloat
 from ..config import ModelProfile
 from ..engine.capture import Tap
 from ..engine.rows import Row
-from ..engine.values import ValuePlace, Values, ValueSettings, place_path
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
+from ..values.optimise import ValuePlace, Values, place_path
+from ..values.settings import ValueSettings
 from .base import Capabilities, register_method
 from .memit import MEMIT, MEMITConfig
 from .spread import Write

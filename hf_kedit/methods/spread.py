@@ -22,10 +22,10 @@ from ..books.ledger import WeightDelta
 from ..engine.capture import Tap
 from ..engine.rows import Row
 from ..engine.sweep import KEPT_BYTES, Sweep
-from ..engine.values import ValuePlace, Values, place_path
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
+from ..values.optimise import ValuePlace, Values, place_path
 from .base import Outcome, Workbench
 from .first_values import FirstValues
 from .locate_then_edit import LocateConfig, LocateMethod, mean_key, routing_diagnostics, where_routed

@@ -20,16 +20,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_kedit import EditableModel, EditRequest, MEMITConfig, ROMEConfig
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
-from hf_kedit.engine import values as values_module
 from hf_kedit.engine.capture import Tap
 from hf_kedit.engine.forward import Positions, frozen_eval
 from hf_kedit.engine.rows import Row
 from hf_kedit.engine.sweep import Sweep
-from hf_kedit.engine.value_terms import Lane
-from hf_kedit.engine.values import ValuePlace, ValueSettings, optimise_values
 from hf_kedit.statistics.collecting import collect_moments
 from hf_kedit.statistics.corpora import text_corpus
 from hf_kedit.statistics.moments import SecondMoment
+from hf_kedit.values import optimise as values_module
+from hf_kedit.values.optimise import ValuePlace, optimise_values
+from hf_kedit.values.settings import ValueSettings
+from hf_kedit.values.terms import Lane
 from tests.golden_cases import load_model
 from tests.models import LAYERS, VOCAB, tiny_model
 

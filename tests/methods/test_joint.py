@@ -15,12 +15,12 @@ from hf_kedit.editing.edit_set import FactSet
 from hf_kedit.engine.capture import Tap
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.sweep import Sweep
-from hf_kedit.engine.values import optimise_values
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ConfigError, EditFailedError, RollbackError
 from hf_kedit.methods.joint import JointSolve
 from hf_kedit.methods.locate_then_edit import mean_key
 from hf_kedit.methods.spread import SpreadMethod
+from hf_kedit.values.optimise import optimise_values
 from tests.methods.test_family import deltas, facts, says
 from tests.statistics.test_workers import run_two
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .rows import Row
+from ..engine.rows import Row
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Lane:
     template: int
 
 
-def lanes_of(rows: Sequence[Row], owner: int, *, drift: bool = True) -> list[Lane]:
+def lanes_of(rows: Sequence[Row], owner: int, *, drift: bool = True, shared: bool = True) -> list[Lane]:
     """What has to be run for the rows of one request, with or without its drift row.
 
     A drift row that is read at its fact token needs nothing behind it. Where the bare prompt begins with the same
-    tokens (it starts with the subject), its own fact token gives that distribution, and no row is needed at all.
+    tokens (it starts with the subject), its own fact token gives that distribution, and no row is needed at all; not
+    ``shared`` for who asks for the gradient of every row, and so needs a row for the drift alone.
     """
     lanes = []
     for row in rows:
@@ -54,7 +55,7 @@ def lanes_of(rows: Sequence[Row], owner: int, *, drift: bool = True) -> list[Lan
         ids = row.ids[: row.fact + 1] if row.positions == (row.fact,) else row.ids
         bare = next(k for k, lane in enumerate(lanes) if lane.template == 0)
         lane = lanes[bare]
-        if ids == lane.ids[: lane.fact + 1] and row.fact == lane.fact:
+        if shared and ids == lane.ids[: lane.fact + 1] and row.fact == lane.fact:
             lanes[bare] = replace(
                 lane,
                 positions=(row.fact, *lane.positions),
@@ -114,7 +115,12 @@ class Terms:
         self.bare = read(bare, [1.0 / cells[k][3] for k in bare])
         self.drift = read(drifting, [1.0] * len(drifting))
         self.row_slot = torch.tensor([lane.owner for lane in lanes], device=device)  # [rows]
-        self.rewriting_rows = torch.tensor([k for k, lane in enumerate(lanes) if lane.template >= 0], device=device)
+        owned = [k for k, lane in enumerate(lanes) if lane.template >= 0]
+        self.rewriting_rows = torch.tensor(owned, device=device)
+        self.drift_rows = torch.tensor([k for k, lane in enumerate(lanes) if lane.template < 0], device=device)
+        place = {id(lanes[k]): i for i, k in enumerate(owned)}
+        self._row = torch.tensor([place[id(cells[k][0])] for k in rewriting], dtype=torch.long, device=device)
+        self._templates = torch.tensor([templates[cells[k][0].owner] for k in rewriting], device=device)
 
     def _sum(self, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return torch.zeros(self.count, device=values.device, dtype=values.dtype).index_add(0, slots, values)
@@ -125,6 +131,12 @@ class Terms:
     def nll(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Mean over templates of the mean over target tokens of −log p, ``[count]``."""
         return -self._sum(self._picked(log_probs, self.rewriting), self.rewriting.slot)
+
+    def row_nll(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Mean over target tokens of −log p of every rewriting row, ``[count, rows per request]``."""
+        picked = self._picked(log_probs, self.rewriting) * self._templates
+        rows = torch.zeros(len(self.rewriting_rows), device=picked.device).index_add(0, self._row, picked)
+        return -rows.view(self.count, -1)
 
     def drift_kl(self, log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """KL(current ‖ initial) on the drift rows, ``[count]``."""

@@ -12,9 +12,10 @@ from hf_kedit import EditableModel, EditRequest, load_edit_dataset
 from hf_kedit.engine.capture import Tap, capture_at
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.rows import drift_row, rewrite_row
-from hf_kedit.engine.values import Values, ValueSettings, optimise_values, place_path
 from hf_kedit.errors import UnsupportedModelError
 from hf_kedit.tokens import pad_rows
+from hf_kedit.values.optimise import Values, optimise_values, place_path
+from hf_kedit.values.settings import ValueSettings
 
 TEMPLATES = ["{}", "The city is old. {}", "Therefore people play. {}"]
 SETTINGS = ValueSettings(20, 0.5, 0.05, 4.0, 0.0625, stop_loss=0.0, keep_path=True)

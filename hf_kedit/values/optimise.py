@@ -2,7 +2,7 @@
 
 Shared by every locate-then-edit method with a value step (ROME eq. 4, MEMIT eq. 15 and their relatives). All
 requests and context templates of a batch are optimised together, but nothing is ever averaged over requests:
-each has its own loss, its own Adam state, its own norm limit and its own stop, so that a request's result does
+each has its own loss, its own optimiser state, its own norm limit and its own stop, so that a request's result does
 not depend on its company.
 """
 
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..engine.batches import in_batches, rows_at_once
+from ..engine.capture import Tap, as_rows, listen
+from ..engine.replay import Replay, ReplayRow, Route
+from ..engine.rows import Row
 from ..errors import EditFailedError, UnsupportedModelError
 from ..logging import progress_bar
-from .batches import in_batches, rows_at_once
-from .capture import Tap, as_rows, listen
-from .replay import Replay, ReplayRow, Route
-from .rows import Row
-from .value_terms import Lane, Terms, lanes_of
+from .optimisers import Adam, GaussNewton, Measured
+from .settings import Guide, ValueSettings
+from .terms import Lane, Terms, lanes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,66 +31,6 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 ValuePlace = Literal["block", "down", "attention_out"]
-STOP_LOSS = 0.05
-_BETAS = (0.9, 0.999)
-_EPS = 1e-8
-
-
-@dataclass(frozen=True)
-class ValueSettings:
-    """How a value is optimised.
-
-    Args:
-        steps: evaluations of the loss; the last one is only measured, so there are at most ``steps - 1`` updates.
-        lr: Adam's learning rate.
-        weight_decay: factor of ``‖δ‖ / ‖a‖²``, ``a`` the activation before the edit.
-        clamp: ``‖δ‖`` is kept below ``clamp · ‖a‖``.
-        against_all_rows: measure δ by the activations ``A`` of all rows of a request, the drift row included, instead
-            of by the bare prompt's: the decay is the factor times ``√rows · ‖δ‖ / ‖A‖``, the limit ``clamp · ‖A‖``
-            (NAMET).
-        kl_factor: factor of the drift term ``KL(p_δ ‖ p_0)`` on the row "<subject> is a".
-        stop_loss: a request stops when its loss falls below.
-        holds_from: a request whose target already has this probability, before anything is added, gets a value of
-            zero; ``exp`` of minus the mean negative log-likelihood per token. Above 1: only ``stop_loss`` decides.
-        nll_factor: factor of the negative log-likelihood.
-        settled_factor: once every supervised token of a request is the model's first choice, ``nll_factor`` is
-            multiplied by this in the next step, and the request stops if its drift term is at most ``settled_kl``
-            (PMET); ``None`` switches the rule off.
-        settled_kl: see ``settled_factor``.
-        together_factor: factor of the term that pulls a fact's hidden states in different contexts together (CORE).
-        together_layers: the layers whose outputs that term compares.
-        keep_path: record δ at every step (tests).
-    """
-
-    steps: int
-    lr: float
-    weight_decay: float
-    clamp: float
-    kl_factor: float
-    against_all_rows: bool = False
-    stop_loss: float = STOP_LOSS
-    holds_from: float = 2.0
-    nll_factor: float = 1.0
-    settled_factor: float | None = None
-    settled_kl: float = 0.01
-    together_factor: float = 0.0
-    together_layers: tuple[int, ...] = ()
-    keep_path: bool = False
-
-
-@dataclass(frozen=True)
-class Guide:
-    """What a method decides about the value of one request, beyond the settings that all requests share (EAMET).
-
-    Args:
-        start: δ to begin with, ``[places, d]`` fp32.
-        limit: ``‖δ‖`` is kept below this instead of ``clamp · ‖a‖``, ``[places]``.
-        term: one more term of the loss, ``[]``, from δ ``[places, d]``; differentiable.
-    """
-
-    start: torch.Tensor
-    limit: torch.Tensor
-    term: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -201,6 +143,8 @@ def optimise_values(
     """
     if guide is not None and len(rows) != 1:
         raise ValueError(f"a guide is for one request, not for {len(rows)}")
+    if settings.optimiser == "gauss_newton" and (guide is not None or settings.together_factor):
+        raise ValueError("Gauss-Newton knows the terms of ROME's loss alone")
     wanted = (places,) if isinstance(places, str) else tuple(places)
     paths = {place: place_path(anatomy, layer, place) for place in wanted}
     taps = list(dict.fromkeys([*taps, *(Tap(p) for p in paths.values())]))
@@ -230,20 +174,22 @@ class _Losses:
         total: what is differentiated: the sum of ``parts``.
         parts: negative log-likelihood, drift, decay, and the term of CORE or of a `Guide` where there is one.
         probability: of the target on the bare prompt, geometric mean per token.
+        rows: negative log-likelihood of every rewriting row, ``[running, rows]``; empty where no optimiser asks.
         settled: whether every supervised token is the model's first choice; ``None`` where no rule asks (PMET).
     """
 
     total: torch.Tensor
     parts: list[torch.Tensor]
     probability: torch.Tensor
+    rows: torch.Tensor
     settled: torch.Tensor | None
 
 
 class Optimisation:
-    """Adam on the values of one batch, with a row for every request instead of one loss for all.
+    """The values of one batch, with a row for every request instead of one loss for all.
 
     A step is: `losses` runs the rows with ``a + δ`` at their fact tokens, `record` writes down what came out and
-    decides who goes on, `adam_step` moves the δ of those, `drop_finished` makes the next forward smaller. Requests
+    decides who goes on, `move` moves the δ of those, `drop_finished` makes the next forward smaller. Requests
     share forwards and nothing else. A request that has ended keeps its δ from then on.
 
     Tensors whose first dimension is called *running* have a row for each request in ``running``, and lose rows
@@ -268,8 +214,9 @@ class Optimisation:
         guide: Guide | None,
     ):
         self.settings, self.guide, self.places, self.modules = settings, guide, tuple(paths), list(paths.values())
+        drift, by_row = settings.kl_factor > 0, settings.optimiser == "gauss_newton"
         self.lanes = [
-            lane for i, group in enumerate(rows) for lane in lanes_of(group, i, drift=settings.kl_factor > 0)
+            lane for i, group in enumerate(rows) for lane in lanes_of(group, i, drift=drift, shared=not by_row)
         ]
         runs = [ReplayRow(lane.ids, lane.fact, lane.positions) for lane in self.lanes]
         self.replay = Replay(model, anatomy, runs, layer, self.modules, taps, fill=fill, route=route)
@@ -292,7 +239,6 @@ class Optimisation:
         self.active = torch.ones(count, dtype=torch.bool)  # [running], on the host: who takes another step
         self.offset = torch.zeros_like(self.initial)  # the final δ, filled in as requests are dropped
         self.delta = self.offset.clone()  # δ, [running, places, d]
-        self.mean, self.square = torch.zeros_like(self.delta), torch.zeros_like(self.delta)  # Adam's moments
         self.nll_factor = torch.full((count,), settings.nll_factor, device=self.device)
         # log p_0 at the drift positions; what the drift term compares with. The first step measures it, at δ = 0 …
         self.unedited: torch.Tensor | None = None
@@ -305,6 +251,10 @@ class Optimisation:
             log_probs = self.replay.base_logits.log_softmax(-1)
             self.unedited = log_probs[self.terms.drift.at]
             self.before = self.terms.bare_probability(log_probs).tolist()
+        self.optimiser: Adam | GaussNewton = Adam(self.delta, settings.lr)
+        if by_row:
+            weight = settings.nll_factor * count / len(self.terms.rewriting_rows)
+            self.optimiser = GaussNewton(self.initial, self.limit, weight, settings.stop_loss)
 
     def run(self, each_step: Callable[[int], Any] = lambda requests: None) -> Values:
         """Optimise until every request has ended or the steps are used up; the last evaluation only measures.
@@ -318,24 +268,31 @@ class Optimisation:
         for step in range(1, self.settings.steps + 1):
             last = step == self.settings.steps
             with torch.set_grad_enabled(not last):
-                delta = self.delta.detach().requires_grad_(not last)
-                losses = self.losses(delta)
+                # what is differentiated by: the δ of the requests, or of each of their rows
+                given = self.delta[self.terms.row_slot] if self.optimiser.by_row else self.delta
+                given = given.detach().requires_grad_(not last)
+                losses = self.losses(given)
             each_step(len(self.running))
             self.record(losses, first=step == 1)
             if last or not bool(self.active.any()):
                 break
-            # A sum, not a mean: a mean would scale every gradient by the size of the company, and Adam's ε with it.
-            # Ended requests get a gradient of zero.
-            moving = self.active.to(self.device)
-            self.adam_step(torch.autograd.grad((losses.total * moving).sum(), delta)[0], step)
+            self.move(losses, given)
+            if not bool(self.active.any()):
+                break
             self.drop_finished()
-        self.offset[torch.tensor(self.running, device=self.device)] = self.delta
+        self.offset[torch.tensor(self.running, device=self.device)] = self.optimiser.found(self.delta)
         return self.values()
 
-    def losses(self, delta: torch.Tensor) -> _Losses:
-        """Every request's loss with its ``delta`` ``[running, places, d]`` added at its fact tokens (ROME eq. 4)."""
+    def losses(self, given: torch.Tensor) -> _Losses:
+        """Every request's loss with its δ added at its fact tokens (ROME eq. 4).
+
+        Args:
+            given: δ, ``[running, places, d]``; or of an optimiser that wants to know the gradient of every row,
+                ``[rows, places, d]``.
+        """
         settings, terms = self.settings, self.terms
-        per_row = delta[terms.row_slot]  # all rows of a request get its δ, the drift row too; [rows, places, d]
+        # all rows of a request get its δ, the drift row too; [rows, places, d]
+        delta, per_row = (self.delta, given) if self.optimiser.by_row else (given, given[terms.row_slot])
         states: dict[Tap, torch.Tensor] = {}
         with listen(self.replay.model, self.watched, _into(states, self.replay)):
             logits = self.replay.logits({module: per_row[:, k] for k, module in enumerate(self.modules)})
@@ -355,7 +312,8 @@ class Optimisation:
             parts.append(self.guide.term(delta[0]).unsqueeze(0))
         seen = log_probs.detach()
         settled = None if settings.settled_factor is None else terms.settled(seen)
-        return _Losses(torch.stack(parts).sum(dim=0), parts, terms.bare_probability(seen), settled)
+        rows = terms.row_nll(seen) if self.optimiser.by_row else seen[:0]
+        return _Losses(torch.stack(parts).sum(dim=0), parts, terms.bare_probability(seen), rows, settled)
 
     def record(self, losses: _Losses, *, first: bool) -> None:
         """Write down what a step measured, the ``first`` one or a later one, and find out which requests have ended.
@@ -364,10 +322,12 @@ class Optimisation:
             EditFailedError: if a loss is not finite.
         """
         settings = self.settings
-        columns = [losses.total, *losses.parts, losses.probability]
+        kept = self.optimiser.judge(self.delta, losses.total.detach())
+        columns = [losses.total, *losses.parts, losses.probability, kept.float()]
         if losses.settled is not None:
             assert settings.settled_factor is not None
-            self.nll_factor = settings.nll_factor * torch.where(losses.settled, settings.settled_factor, 1.0)
+            if not self.optimiser.by_row:  # losses under different factors could not be compared
+                self.nll_factor = settings.nll_factor * torch.where(losses.settled, settings.settled_factor, 1.0)
             columns.append((losses.settled & (losses.parts[1].detach() <= settings.settled_kl)).float())
         table = torch.stack(columns, dim=1).detach().cpu()  # the only thing that the host waits for in a step
         if not bool(torch.isfinite(table[:, 0]).all()):
@@ -381,33 +341,39 @@ class Optimisation:
                 if first and self.guide is None:
                     self.before[request] = numbers[terms]
                 self.loss[request].append(tuple(numbers[:terms]))
-                self.after[request] = numbers[terms]
+                if numbers[terms + 1]:
+                    self.after[request] = numbers[terms]
                 if settings.keep_path:
                     self.path[request].append(self.delta[k].clone())
         self.active = self.active & (table[:, 0] >= settings.stop_loss)
         if first:
             self.active = self.active & ((-table[:, 1] / settings.nll_factor).exp() < settings.holds_from)
         if losses.settled is not None:
-            self.active = self.active & (table[:, -1] == 0)
+            self.active = self.active & ((table[:, -1] == 0) | (table[:, terms + 1] == 0))
 
-    def adam_step(self, gradient: torch.Tensor, step: int) -> None:
-        """Move the δ of the active requests by one step of Adam, and cut it back to its limit.
-
-        ``step`` counts from 1. It is one number for all in Adam's bias correction, because a request that is still
-        active has taken every step so far.
-        """
-        beta1, beta2 = _BETAS
-        moving = self.active.to(self.device).view(-1, 1, 1)
-        self.mean = torch.where(moving, beta1 * self.mean + (1 - beta1) * gradient, self.mean)
-        self.square = torch.where(moving, beta2 * self.square + (1 - beta2) * gradient * gradient, self.square)
-        mean, square = self.mean / (1 - beta1**step), self.square / (1 - beta2**step)
-        moved = self.delta - self.settings.lr * mean / (square.sqrt() + _EPS)
-        # ‖δ‖ is limited by projection after the step; Adam's moments do not know of it (as in the published codes)
-        length, limit = moved.norm(dim=-1, keepdim=True), self.limit.unsqueeze(-1)
-        moved = torch.where(length > limit, moved * (limit / length), moved)
-        self.delta = torch.where(moving, moved, self.delta)
+    def move(self, losses: _Losses, given: torch.Tensor) -> None:
+        """Move the δ of the active requests by one step; who has little to gain from going on ends."""
+        moving = self.active.to(self.device)
+        # A sum, not a mean: a mean would scale every gradient by the size of the company, and Adam's ε with it.
+        # Ended requests get a gradient of zero.
+        gradient = torch.autograd.grad((losses.total * moving).sum(), given)[0]
+        if self.optimiser.by_row:
+            gradient = self._in_groups(gradient)
+        total, drift, decay = (part.detach() for part in (losses.total, *losses.parts[1:3]))
+        self.delta, ended = self.optimiser.move(
+            Measured(self.delta, total, drift, decay, losses.rows, gradient, moving, self.limit)
+        )
         for request, active in zip(self.running, self.active.tolist(), strict=True):
             self.updates[request] += active
+        if ended is not None:
+            self.active = self.active & ~ended.cpu()
+
+    def _in_groups(self, by_row: torch.Tensor) -> torch.Tensor:
+        """Something of every row, by request: rewriting rows and the drift row, ``[running, rows + 1, places, d]``."""
+        terms, count = self.terms, len(self.running)
+        rewriting = by_row[terms.rewriting_rows].unflatten(0, (count, -1))
+        drift = by_row[terms.drift_rows].unsqueeze(1) if len(terms.drift_rows) else torch.zeros_like(rewriting[:, :1])
+        return torch.cat([rewriting, drift], dim=1)
 
     def drop_finished(self) -> None:
         """Stop running the rows of requests that have ended, once these are a quarter of those that run.
@@ -417,13 +383,14 @@ class Optimisation:
         if int(self.active.sum()) > 0.75 * len(self.running):
             return
         assert self.unedited is not None
-        self.offset[torch.tensor(self.running, device=self.device)] = self.delta
+        self.offset[torch.tensor(self.running, device=self.device)] = self.optimiser.found(self.delta)
         kept = self.active.nonzero().flatten().tolist()
         positions = self.replay.select(self.active.to(self.device)[self.terms.row_slot])
         self.unedited = self.unedited[positions[self.terms.drift.at]]  # before the terms are renumbered
         self.terms = self.terms.select(kept)
         picked = torch.tensor(kept, device=self.device)
-        for name in ("delta", "mean", "square", "limit", "unit", "nll_factor"):
+        self.optimiser.select(picked)
+        for name in ("delta", "limit", "unit", "nll_factor"):
             setattr(self, name, getattr(self, name)[picked])
         self.running, self.active = [self.running[k] for k in kept], self.active[kept]
 

@@ -9,11 +9,12 @@ import torch
 
 from hf_kedit import EditRequest
 from hf_kedit.anatomy import check_anatomy, resolve_anatomy
-from hf_kedit.engine import values as module
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.rows import drift_row, rewrite_row
-from hf_kedit.engine.values import Values, ValueSettings, optimise_values
 from hf_kedit.errors import EditFailedError
+from hf_kedit.values import optimise as module
+from hf_kedit.values.optimise import Values, optimise_values
+from hf_kedit.values.settings import ValueSettings
 from tests.golden_cases import load_model
 
 FACTS = [
