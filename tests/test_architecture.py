@@ -43,7 +43,7 @@ FLOORS: list[str] = [
     "config embedded requests",
     "anatomy data journal",
     "decoding engine",
-    "books editors locate statistics",
+    "books editors locate statistics values",
     "loading methods",
     "editing training",
     "artifact",
