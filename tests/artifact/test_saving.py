@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from hf_kedit import EditableModel, EditRequest, FTMConfig, MEMITConfig, load_edit_dataset
 from hf_kedit.artifact.layout import CONFIG, JOURNAL, WEIGHTS
 from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import ArtifactError, BaseModelMismatchError, KeditError
+from hf_kedit.errors import ArtifactError, BaseModelMismatchError, KeditError, WeightError
 from tests.models import tiny_model
 
 from .test_files_of_0_1_0 import DATA
@@ -297,5 +297,15 @@ def test_what_became_unsaveable_is_named(change: Any, field: str, tmp_path: Path
     model.edits[1].request.metadata = {}
     change(model.edits[1])
     with pytest.raises(ArtifactError, match=rf"'fact-1' cannot be saved: its '{field}'"):
+        model.save_pretrained(tmp_path / "edits")
+    assert not (tmp_path / "edits").exists()
+
+
+def test_weights_that_were_trained_since_are_not_saved(tmp_path: Path) -> None:
+    model = EditableModel.from_pretrained(DATA / "rome_gpt2")
+    (key,) = model.ledger.accounts
+    with torch.no_grad():
+        model.base_model.get_parameter(key)[0, 0] += 1.0
+    with pytest.raises(WeightError, match="no longer what the edits made of it"):
         model.save_pretrained(tmp_path / "edits")
     assert not (tmp_path / "edits").exists()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit.engine.forward import Positions, frozen_eval, logits_at
+from hf_kedit.engine.forward import Positions, frozen_eval, logits_at, recomputed_blocks
 from tests.models import tiny_model
 
 
@@ -51,6 +51,29 @@ def test_ctrl_c_while_flags_are_put_back_is_held_until_all_are() -> None:
         assert not any(p.requires_grad for p in model.parameters()) and not model[1].training
         armed.append(1)
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_blocks_that_were_recomputed_are_as_before(was_on: bool) -> None:
+    model = tiny_model("gpt2", resid_pdrop=0.3, attn_pdrop=0.2)
+    if was_on:
+        model.gradient_checkpointing_enable()
+    block = model.transformer.h[0]
+
+    def state() -> Any:
+        rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+        return (
+            model.is_gradient_checkpointing,
+            block.gradient_checkpointing,
+            [m.training for m in model.modules()],
+            rates,
+        )
+
+    before = state()
+    assert before[:2] == (was_on, was_on) and 0.3 in before[3]
+    with recomputed_blocks(model):
+        assert model.is_gradient_checkpointing and block.gradient_checkpointing and block.training
+    assert state() == before
 
 
 WANTED = [[4, 1, 4], [], [0, 1, 2, 3], [2]]

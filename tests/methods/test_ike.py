@@ -276,6 +276,17 @@ def test_records_can_be_deleted_in_any_order(edited: EditableModel) -> None:
     assert not {"forward", "generate"} & set(vars(edited.base_model)), "nothing stays on the model"
 
 
+def test_ids_that_are_given_by_their_place(edited: EditableModel) -> None:
+    ids, mask = edited.tokenizer(PROMPT, return_tensors="pt").values()  # type: ignore[misc]
+    with torch.no_grad():
+        by_name = edited(input_ids=ids, attention_mask=mask).logits
+        for model in (edited, edited.base_model):
+            for given in ((ids,), (ids, None, mask)):
+                assert torch.equal(model(*given).logits, by_name)
+        with edited.disable_edits():
+            assert not torch.allclose(edited(ids).logits, by_name, atol=1e-3)
+
+
 def test_the_latest_of_two_facts_about_the_same_counts(edited: EditableModel) -> None:
     edited.edit(prompt=PROMPT, subject="Mira Halvorsen", target_new="Polish", id="c")
     assert edited.build_prompt(PROMPT).startswith(f"New Fact: {PROMPT} Polish\n")

@@ -79,6 +79,19 @@ def test_it_says_the_last_edits(edited: EditableModel) -> None:
         assert edit.diagnostics["target_probability_after"] > 0.5 > edit.diagnostics["target_probability_before"]
 
 
+def test_how_probable_the_first_target_was(edited: EditableModel) -> None:
+    """The geometric mean over its tokens, by a forward of the unedited model."""
+    request = REQUESTS[0]
+    pair = encode_pair(edited.tokenizer, request.filled_prompt, request.target_new)  # type: ignore[arg-type]
+    ids = torch.tensor([[*pair.prompt_ids, *pair.target_ids]])
+    with edited.disable_edits(), torch.no_grad():
+        said = edited.base_model(input_ids=ids).logits[0].log_softmax(-1)
+    start = len(pair.prompt_ids)
+    each = [said[start - 1 + i, token] for i, token in enumerate(pair.target_ids)]
+    before = float(torch.stack(each).mean().exp())
+    assert edited.edits[0].diagnostics["target_probability_before"] == pytest.approx(before, rel=1e-3)
+
+
 def test_texts_out_of_scope_are_bit_identical(edited: EditableModel) -> None:
     """A batch that no memory answers goes through the layer untouched."""
     found = logits(edited, TEXTS)

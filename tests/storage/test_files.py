@@ -207,6 +207,15 @@ def test_the_folder_in_which_one_stands(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path.cwd() == folder and seen(Path(".")) == seen(folder) == NEW and foreign(folder) == FOREIGN
 
 
+def test_a_folder_above_the_one_in_which_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepare(tmp_path, True)
+    (folder / "deep" / "down").mkdir(parents=True)
+    monkeypatch.chdir(folder / "deep" / "down")
+    write_folder(folder, NEW, last=LAST, owned=OWNED)
+    assert Path.cwd() == folder / "deep" / "down" and os.path.samefile(".", folder / "deep" / "down")
+    assert {name: (folder / name).read_bytes() for name in NEW} == NEW
+
+
 def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="is a file"):

@@ -260,6 +260,12 @@ def test_drift_of_a_negated_weight_is_two():
         F.matrix_drift(weight, weight.T)
 
 
+def test_drift_of_a_weight_that_is_zero():
+    zero = torch.zeros(3, 2)
+    assert F.matrix_drift(zero, zero)["relative"] == 0.0
+    assert F.matrix_drift(zero, torch.ones(3, 2))["relative"] == math.inf
+
+
 @shared
 def test_golden_drift():
     model, _ = load("llama")
