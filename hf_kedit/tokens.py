@@ -96,7 +96,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, encoder_decoder
 
 
 def _encode_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
-    """Tokenise a text with all special tokens that the tokenizer adds; with one BOS, where the text brings its own."""
+    """Tokenise a text with all special tokens that the tokenizer adds; those in front once, also where it has them."""
     if not is_writable(text):
         raise RequestError(f"the text {text[:80]!r} {HALF}")
     offsets: list[tuple[int, int]] | None = None
@@ -107,10 +107,13 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
         encoded = tokenizer(text, return_special_tokens_mask=True)
     ids = [int(i) for i in encoded["input_ids"]]
     special = [bool(m) for m in encoded["special_tokens_mask"]]
-    # Chat templates write the BOS themselves. The tokenizer's goes, because the other one has a place in the text.
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
-        ids, special, offsets = ids[1:], special[1:], offsets[1:] if offsets is not None else None
+    # Chat templates write the BOS themselves, or what stands for it (GLM: [gMASK]<sop>). The tokenizer's goes, because
+    # the other one has a place in the text. A fast tokenizer's mask covers its own, a slow one's both or neither.
+    leading = next((i for i, added in enumerate(special) if not added), len(special)) if text else 0
+    slow = (leading // 2, int(ids[:1] == [tokenizer.bos_token_id])) if offsets is None else ()
+    for count in (leading, *slow):
+        if count and ids[:count] == ids[count : 2 * count]:
+            return EncodedText(ids[count:], offsets[count:] if offsets is not None else None, special[count:])
     return EncodedText(ids, offsets, special)
 
 

@@ -21,6 +21,10 @@ GEMMA = (
     + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim }}"
     "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+MISTRAL = (
+    "{{ bos_token }}" + TURNS + "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
 QWEN3 = CHATML.replace(
     "'<|im_start|>assistant\n' }}",
     "'<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,7 @@ from hf_kedit.tokens import (
     separator_between,
     span_tokens,
 )
+from tests.chat_templates import GEMMA, LLAMA3, MISTRAL, QWEN3
 
 CORPUS = [
     "The capital of France is Paris. Ada Lovelace plays the violin.",
@@ -189,19 +192,66 @@ def test_any_subject_span_is_covered_by_its_tokens(kind: str, before: str, subje
     assert all(b <= len(before) or a >= len(before) + len(subject) for a, b in outside)
 
 
+@pytest.mark.parametrize("mask", ["its own", "all", "none"])
+@pytest.mark.parametrize(("front", "bos"), [(["[gMASK]", "<sop>"], None), (["<s>"], None), (["<s>"], "<s>")])
+def test_what_a_tokenizer_puts_in_front_stands_there_once(front: list[str], bos: str | None, mask: str) -> None:
+    """GLM begins with two special tokens and names no BOS; slow tokenizers mask what they like."""
+    words = ["<unk>", "<s>", "[gMASK]", "<sop>", "[INST]", "[/INST]", "hi", "there"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(words[1:6])
+    own = [words.index(word) for word in front]
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join([*front, "$A"]), special_tokens=list(zip(front, own, strict=True))
+    )
+    tok: Any = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token=bos)
+    if mask != "its own":
+        tok = _Slow(tok, masked=range(1, 6) if mask == "all" else ())
+    chat = [words.index(word) for word in ("[INST]", "hi", "[/INST]")]
+    plain, rendered = "[INST] hi [/INST]", "".join(front) + "[INST] hi [/INST]"
+    known = mask != "none" or bos is not None  # nothing tells such a tokenizer's BOS from a word
+    for text in (plain, rendered) if known else (plain,):
+        assert prompt_ids(tok, text, encoder_decoder=True) == [*own, *chat]
+        assert encode_pair(tok, text, "there").ids == [*own, *chat, words.index("there")]
+    assert prompt_ids(tok, f"hi {rendered}", encoder_decoder=True) == [*own, words.index("hi"), *own, *chat]
+
+
+@pytest.mark.parametrize("template", [LLAMA3, GEMMA, MISTRAL, QWEN3], ids=["llama-3", "gemma", "mistral", "qwen3"])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("kind", ["bpe-trim", "spm"])
+def test_a_rendered_chat_is_read_as_the_template_tokenises_it(kind: str, adds: bool, template: str) -> None:
+    """Whether or not the tokenizer adds a BOS (Qwen3 has been given one here)."""
+    tok = copy.deepcopy(tokenizer(kind))
+    tok.chat_template = template
+    one = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.bos_token_id)])
+    tok.backend_tokenizer.post_processor = one if adds else processors.ByteLevel(trim_offsets=False)
+    turns = [{"role": "user", "content": "The capital of France is"}]
+    text = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    right = tok(text, add_special_tokens=False)["input_ids"]
+    if adds and not text.startswith("<s>"):
+        right = [tok.bos_token_id, *right]
+    pair = encode_pair(tok, text, "Paris", separator="")
+    assert pair.prompt_ids == right and prompt_ids(tok, text) == right
+    assert right.count(tok.bos_token_id) == (adds or text.startswith("<s>"))
+    assert tok.decode(pair.target_ids).strip() == "Paris"
+
+
 class _Slow:
     """A tokenizer without offsets around a fast one."""
 
     is_fast = False
 
-    def __init__(self, inner: Any):
-        self._inner = inner
+    def __init__(self, inner: Any, masked: Sequence[int] | None = None):
+        self._inner, self._masked = inner, masked
         self.all_special_ids = inner.all_special_ids
         self.bos_token, self.bos_token_id = inner.bos_token, inner.bos_token_id
 
     def __call__(self, text: str, **kwargs: Any) -> Any:
         assert "return_offsets_mapping" not in kwargs
-        return self._inner(text, **kwargs)
+        found = self._inner(text, **kwargs)
+        if self._masked is not None:
+            found["special_tokens_mask"] = [int(i in self._masked) for i in found["input_ids"]]
+        return found
 
 
 @pytest.mark.parametrize("kind", ["bpe-trim", "spm", "world-llama"])
