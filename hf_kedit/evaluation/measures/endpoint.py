@@ -78,13 +78,15 @@ class ChatEndpoint:
             except _Passing as failure:
                 problem = str(failure)
             except httpx2.TransportError as failure:
-                problem = self._remark(failure)
+                problem = self._remark(_named(failure))
             except TimeoutError:
                 problem = f"no complete answer within {self.timeout:g} seconds"
             except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as failure:
                 if isinstance(failure, EvaluationError):
                     raise
-                raise EvaluationError(f"the judge at {self.shown} cannot be asked: {self._remark(failure)}") from None
+                raise EvaluationError(
+                    f"the judge at {self.shown} cannot be asked: {self._remark(_named(failure))}"
+                ) from None
             if attempt < self.retries:
                 time.sleep(self.wait * 2**attempt)
         # What was raised inside may name the key: it is not chained.
@@ -100,12 +102,12 @@ class ChatEndpoint:
             httpx2.AsyncClient(timeout=None, follow_redirects=False) as client,
             client.stream("POST", self._url, json=content, headers=headers) as response,
         ):
-            status = f"{response.status_code} {printable(response.reason_phrase)[:_LONGEST_REMARK]}".strip()
+            status = self._remark(f"{response.status_code} {response.reason_phrase}")  # which may repeat the key
             if response.status_code in _MAY_PASS or response.status_code >= 500:
                 raise _Passing(status)
             if response.status_code != 200:  # a redirection, too: it would hand the key to another server
                 raise EvaluationError(f"the judge at {self.shown} answered {status}")
-            if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            if response.headers.get("Content-Encoding", "").strip().lower() not in ("", "identity"):
                 raise EvaluationError(f"the judge at {self.shown} answered in an encoding that was not asked for")
             body = bytearray()
             async for chunk in response.aiter_raw():
@@ -140,13 +142,16 @@ class ChatEndpoint:
             )
         return {"Authorization": f"Bearer {key}"}
 
-    def _remark(self, error: Exception) -> str:
-        """What an error of the client says, without secrets."""
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    def _remark(self, text: str) -> str:
+        """What the client or the server says, short and without secrets."""
         for secret in (os.environ.get(self.api_key_env or ""), self._url.username, self._url.password):
             if secret:
                 text = text.replace(secret, "…")
         return printable(" ".join(text.split()))[:_LONGEST_REMARK]
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _checked(base_url: str) -> tuple[httpx2.URL, str]:

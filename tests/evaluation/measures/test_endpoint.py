@@ -54,6 +54,22 @@ BAD = {
     "no content": sized(b"", head=b"HTTP/1.1 204 No Content\r\n"),
     "redirection": sized(b"", head=b"HTTP/1.1 301 Moved\r\n", more=b"Location: http://127.0.0.1:1/\r\n"),
     "refusal": sized(b"no", head=b"HTTP/1.1 403 \x1b]0;title\x07\r\n"),
+    "partial": sized(GOOD, head=b"HTTP/1.1 206 Partial Content\r\n"),
+    "no number of HTTP": sized(b"", head=b"HTTP/1.1 099 What\r\n"),
+    "another protocol asked for": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nabc",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "TLS": b"\x15\x03\x01\x00\x02\x02\x0a",
+    "too many headers": HEAD + b"X: y\r\n" * 50_000,
+    "endless chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 200_000,
+    "huge chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n",
+    "coded transfer": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "no character in a header": HEAD + b"X: a\x00b\r\n\r\n" + GOOD,
+    "UTF-16": sized(GOOD.decode().encode("utf-16")),
+    "no number": sized(b'{"choices": NaN}'),
+    "a stream of events": sized(b'data: {"choices": [{"delta": {"content": "A"}}]}\n\ndata: [DONE]\n\n'),
+    "content as object": said({"text": "A"}),
+    "message as text": sized(b'{"choices": [{"message": "A"}]}'),
+    "an error in a good answer": sized(b'{"error": {"message": "busy"}}'),
     "broken": sized(b"", head=b"HTTP/1.1 500 Oh\r\n"),
 }
 
@@ -114,7 +130,8 @@ def test_a_bad_answer_is_an_error_of_ours_or_the_fallback(name):
 def test_a_good_answer_in_many_forms():
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD)
     until_the_end = HEAD + b"Connection: close\r\n\r\n" + GOOD
-    for answer in (sized(GOOD), chunked, until_the_end):
+    plain = sized(GOOD, more=b"Content-Encoding: \r\nX: \xe9\r\n")
+    for answer in (sized(GOOD), chunked, until_the_end, plain, sized(b"\xef\xbb\xbf" + GOOD)):
         with server(lambda connection, _, answer=answer: connection.sendall(answer)) as url:
             assert judge(url)("q", ["a"], "b") == 1.0
             assert asyncio.run(asked_inside_a_loop(judge(url))) == 1.0
@@ -122,6 +139,15 @@ def test_a_good_answer_in_many_forms():
 
 async def asked_inside_a_loop(judge):
     return judge("q", ["a"], "b")
+
+
+def test_provisional_answers_do_not_hold_a_request():
+    def flood(connection, done):
+        while not done.is_set():
+            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    with server(flood) as url, pytest.raises(EvaluationError, match=r"within 0\.4 seconds"):
+        judge(url, timeout=0.4)("q", ["a"], "b")
 
 
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nX: ", HEAD + b"Content-Length: 100000\r\n\r\n"])
@@ -191,13 +217,20 @@ def test_numbers_are_checked(numbers):
 
 def test_no_message_holds_a_secret(monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret")
-    with server(lambda connection, _: connection.sendall(BAD["broken"])) as url:
+    told = b" Incorrect API key provided: sk-secret\r\n"
+    with (
+        server(lambda connection, _: connection.sendall(BAD["broken"])) as url,
+        server(lambda connection, _: connection.sendall(sized(b"", head=b"HTTP/1.1 401" + told))) as echo,
+        server(lambda connection, _: connection.sendall(sized(b"", head=b"HTTP/1.1 503" + told))) as busy,
+    ):
         with_user = url.replace("http://", "http://me:pass-word@") + "?token=hidden"
         for problem in (
             lambda: judge(with_user)("q", ["a"], "b"),
             lambda: judge(with_user, api_key_env="MY_KEY"),
             lambda: judge(url, api_key_env="MY_KEY")("q", ["a"], "b"),
             lambda: judge("http://me:pass-word@host:bad/v1"),
+            lambda: judge(echo, api_key_env="MY_KEY")("q", ["a"], "b"),
+            lambda: judge(busy, api_key_env="MY_KEY")("q", ["a"], "b"),
         ):
             with pytest.raises(EvaluationError) as caught:
                 problem()
