@@ -157,6 +157,10 @@ class EvaluationError(KeditError, ValueError):
     """An evaluation was asked for something impossible."""
 
 
+class TuneError(KeditError, ValueError):
+    """Settings cannot be searched for: the method has none to search, or the model knows too little to be asked."""
+
+
 def shown(value: Any) -> str:
     """A value as a message names it: short, however long or deep it is."""
     short = reprlib.Repr()

@@ -27,7 +27,7 @@ from ..storage.files import first_time
 from ..text.chat import TextFormat
 from ..text.scripts import HALF, is_writable
 from .easyedit import convert_hparams
-from .hparams import find_hparams, read_mapping
+from .hparams import find_hparams, is_own, place_of, read_mapping
 
 logger = get_logger(__name__)
 CONFIG_NAME = "edit_config.json"
@@ -189,6 +189,19 @@ class EditConfig(metaclass=_OldNames):
         """
         return {}
 
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Return other values worth trying on a model that nobody has tuned the method for, by field.
+
+        `hf_kedit.tuning` asks a complete config. A field's best guess stands first; the config's own value may be
+        among them. Empty where nothing can be searched.
+
+        Args:
+            profile: of the model.
+            traced: where causal tracing finds facts: one layer for a method that edits one, else a range; empty where
+                it finds nothing.
+        """
+        return {}
+
     @classmethod
     def published(cls) -> dict[str, Any]:
         """Return the values with which the method does as published, of fields whose default may mean another.
@@ -205,12 +218,16 @@ class EditConfig(metaclass=_OldNames):
         values = {f.name: (getattr(self, f.name), _default(f)) for f in fields(self)}
         return {name: value for name, (value, default) in values.items() if name in named or value != default}
 
-    def complete(self: C, profile: ModelProfile) -> C:
+    def complete(self: C, profile: ModelProfile, *, files: bool = True) -> C:
         """Return a copy in which every model-dependent field has a value; all its fields count as given.
 
-        The user's own values win, then the packaged file of the model, then the derivation and the class defaults.
-        A model-dependent field that is set to ``None`` is an open one. Without a packaged file, `cautious` values come
-        before class defaults. The user is told once where the values came from.
+        The user's own values win, then the file of the model, then the derivation and the class defaults. A
+        model-dependent field that is set to ``None`` is an open one. Without a file, `cautious` values come before
+        class defaults. The user is told once where the values came from.
+
+        Args:
+            profile: of the model.
+            files: look for a file; otherwise nothing is said either.
 
         Raises:
             ConfigError: if a layer does not exist in the model.
@@ -218,13 +235,16 @@ class EditConfig(metaclass=_OldNames):
         dependent = self.model_dependent_fields()
         given = {name for name, value in self.given.items() if value is not None or name not in dependent}
         chosen: dict[str, Any] = {}
-        packaged = find_hparams(self.edit_type, profile.name)
+        packaged = find_hparams(self.edit_type, profile.name) if files else None
         if packaged is not None:
             path, values = packaged
             known = type(self)._known(values, str(path))
             chosen = {name: value for name, value in known.items() if name not in given and value is not None}
             if chosen:
-                info_once(logger, f"{self.edit_type}: hyperparameters for {profile.name!r} from {path.name}")
+                # What a user made is easily forgotten: it is said aloud, once on a machine.
+                aloud = is_own(path) and first_time(f"own hparams: {path}")
+                told_by = warn_once if aloud else info_once
+                told_by(logger, f"{self.edit_type}: hyperparameters for {profile.name!r} from {place_of(path)}")
         careful = {n: v for n, v in self.cautious(profile).items() if packaged is None and n not in self.given}
         rest = [n for n in dict.fromkeys((*dependent, *careful)) if n not in given and n not in chosen]
         if rest:
@@ -233,16 +253,18 @@ class EditConfig(metaclass=_OldNames):
                 derived["layers"] = profile.with_mlp(derived["layers"])
             chosen.update({n: derived[n] for n in rest if n in derived})
             told = ", ".join(f"{n}={chosen[n]}" for n in rest if n in chosen)
-            if told and packaged is None:
+            if told and files and packaged is None:
                 look = f"kedit inspect {shlex.quote(profile.name)} --method {self.edit_type}"
                 where = f"`{look}` shows all of them" if profile.name else "model.edit_config holds all of them"
+                tune = f"`kedit tune {shlex.quote(profile.name)} --method {self.edit_type}`"
                 new = logger.isEnabledFor(logging.WARNING) and (
                     not profile.name or first_time(f"no hparams file: {profile.name}")
                 )
                 (warn_once if new else info_once)(
                     logger,
                     f"{self.edit_type}: there is no hparams file for {profile.name or 'this model'!r}; derived from"
-                    f" its depth: {told}. {where}; set these fields of {type(self).__name__} to choose yourself.",
+                    f" its depth: {told}. {where}; set these fields of {type(self).__name__} to choose yourself, or"
+                    f" let {tune if profile.name else '`hf_kedit.calibrate`'} find them.",
                 )
         full = dataclasses.replace(self, **chosen)
         if full.layers is not None:

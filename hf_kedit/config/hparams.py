@@ -1,13 +1,15 @@
-"""Files of hyperparameters: one is read, and the packaged one of a method and a model is found.
+"""Files of hyperparameters: one is read, and that of a method and a model is found.
 
-The files live in the top-level folder ``hparams/<METHOD>/<model>.yaml``; a wheel carries them as
+The packaged files live in the top-level folder ``hparams/<METHOD>/<model>.yaml``; a wheel carries them as
 ``hf_kedit/hparams``. Each names the models that it is for as patterns on the last part of the model's name. The
-folder ``TRAINING`` holds plans for training editors instead.
+folder ``TRAINING`` holds plans for training editors instead. A user's own files, which ``kedit tune`` writes, lie in
+the same order in `user_hparams` and come first.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,30 +29,53 @@ def hparams_root() -> Path | None:
     return None
 
 
+def user_hparams() -> Path:
+    """Return the folder of the user's own files: ``$KEDIT_HOME/hparams``, else ``~/.config/kedit/hparams``.
+
+    They lie where settings do and not in the cache, which may be deleted at will.
+    """
+    if home := os.environ.get("KEDIT_HOME"):
+        return Path(home) / "hparams"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "kedit" / "hparams"
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file that was found is one of the user's."""
+    return user_hparams() in path.parents
+
+
+def place_of(path: Path) -> str:
+    """How a file that was found is named to people: a packaged one as in the source tree."""
+    return str(path) if is_own(path) else f"hparams/{path.parent.name}/{path.name}"
+
+
 @cache
-def _files(method: str) -> tuple[tuple[Path, tuple[str, ...], dict[str, Any]], ...]:
-    root = hparams_root()
-    if root is None:
-        return ()
-    files = []
+def _packaged(method: str) -> list[tuple[Path, tuple[str, ...], dict[str, Any]]]:
+    return _files(hparams_root(), method)
+
+
+def _files(root: Path | None, method: str) -> list[tuple[Path, tuple[str, ...], dict[str, Any]]]:
+    files: list[tuple[Path, tuple[str, ...], dict[str, Any]]] = []
+    if root is None or not os.path.isdir(root):
+        return files
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and folder.name.lower() == method.lower():
             for path in sorted(folder.glob("*.yaml")):
                 data = read_mapping(path)
                 patterns = tuple(str(p).lower() for p in data.pop("match", [path.stem]))
                 files.append((path, patterns, data))
-    return tuple(files)
+    return files
 
 
 def find_hparams(method: str, model_name: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return path and values of the file of ``method`` whose pattern matches the model, or ``None``.
+    """Return path and values of the file of ``method`` whose pattern matches the model, or ``None``; own files first.
 
     Args:
         method: ``edit_type`` of the method.
         model_name: id or local path; only its last part is compared, regardless of case.
     """
     last = model_name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].lower()
-    for path, patterns, values in _files(method):
+    for path, patterns, values in (*_files(user_hparams(), method), *_packaged(method)):
         if any(fnmatch.fnmatchcase(last, pattern) for pattern in patterns):
             return path, dict(values)
     return None

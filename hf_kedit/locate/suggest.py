@@ -91,6 +91,7 @@ def suggest_layers(
     *,
     anatomy: Anatomy | None = None,
     report: TraceReport | None = None,
+    default: Sequence[int] | None = None,
     **tracing: Any,
 ) -> LayerSuggestion:
     """Suggest the layers for a method by tracing facts that the model knows.
@@ -103,6 +104,7 @@ def suggest_layers(
         anatomy: of a transformers model; ``None``: resolved here.
         report: a trace made before, instead of tracing now; it needs the kinds ``hidden`` and ``mlp``, for
             methods with a range of layers also ``hidden_without_mlp``.
+        default: layers that the method would take; ``None``: those of its config.
         tracing: for `causal_trace` (``samples``, ``window``, ``seed`` …).
 
     Returns:
@@ -114,7 +116,7 @@ def suggest_layers(
     base, tokenizer, anatomy, name = unpack(model, tokenizer, anatomy)
     if anatomy.is_encoder_decoder:
         raise ConfigError("layers are suggested for decoder-only models; causal_trace works on encoder-decoders too")
-    default = config_class(method)().complete(profile_of(base, anatomy, name)).layers
+    default = default or config_class(method)().complete(profile_of(base, anatomy, name)).layers
     if not default:
         raise ConfigError(f"{method} has no layers to choose by tracing; rome and memit do")
     kinds = ("hidden", "mlp") if len(default) == 1 else ("hidden", "mlp", "hidden_without_mlp")

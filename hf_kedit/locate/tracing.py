@@ -18,6 +18,7 @@ All cells of a table use the same noise. Nothing here depends on a family of mod
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ def causal_trace(
     noise: torch.Tensor | None = None,
     seed: int = 1,
     known_only: bool = True,
+    last_subject_only: bool = False,
     batch_size: int | None = None,
     show_progress: bool = True,
 ) -> TraceReport:
@@ -82,6 +84,8 @@ def causal_trace(
         noise: ``[samples, subject tokens, H]`` standard normal noise to use instead of drawing it (one fact only).
         seed: of the noise; each fact starts from it.
         known_only: skip facts whose ground truth the model does not give; otherwise their first answer is traced.
+        last_subject_only: restore states at the last token of the subject only, which is all that `suggest_layers`
+            looks at; the tables of the other tokens hold NaN.
         batch_size: rows in one forward; ``None``: 128 on a CPU, 512 elsewhere, less when memory runs out.
         show_progress: show a bar.
 
@@ -116,7 +120,7 @@ def causal_trace(
         texts = [_Text.of(base, tokenizer, fact) for fact in known]
         level = noise_level if noise_level is not None else NOISE_FACTOR * _embedding_std(base, anatomy, texts)
         report.noise_level = float(level)
-        tracer = _Tracer(base, tokenizer, anatomy, width, batch_size)
+        tracer = _Tracer(base, tokenizer, anatomy, width, batch_size, last_subject_only)
         for fact, text in progress(list(zip(known, texts, strict=True)), "tracing facts", show=show_progress or None):
             reason = tracer.clean(text, fact.answers, known_only)
             if reason is not None:
@@ -233,8 +237,10 @@ class _Tracer:
         anatomy: Anatomy,
         window: int,
         batch_size: int | None,
+        last_subject_only: bool,
     ):
         self.model, self.tokenizer, self.anatomy, self.window = model, tokenizer, anatomy, window
+        self.last_subject_only = last_subject_only
         self.device = device_of(model)
         self.fill = pad_id(tokenizer)
         self.rows = batch_size or (128 if self.device.type == "cpu" else 512)
@@ -293,11 +299,13 @@ class _Tracer:
         layers, tokens = self.anatomy.num_layers, len(text.ids)
         # Before the subject nothing is corrupted, so restoring changes nothing (unless attention looks ahead).
         positions = range(0 if text.decoder_start is not None else text.subject[0], tokens)
+        if self.last_subject_only:
+            positions = range(text.subject[1] - 1, text.subject[1])
         scores = {}
         for kind in kinds:
             cells = [self._cell(kind, position, layer) for position in positions for layer in range(layers)]
-            table = torch.full((tokens, layers), low)
-            table[positions.start :] = self._run(text, noise, cells, corrupted).view(len(positions), layers)
+            table = torch.full((tokens, layers), math.nan if self.last_subject_only else low)
+            table[positions.start : positions.stop] = self._run(text, noise, cells, corrupted).view(-1, layers)
             scores[kind] = table[: text.prompt_tokens]
         names = [str(self.tokenizer.decode([i])) for i in text.ids[: text.prompt_tokens]]
         answer = str(self.tokenizer.decode(text.answer_ids))

@@ -12,13 +12,15 @@ are saved with them, and rolling an edit back takes its keys away too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat
 
+from ..config import ModelProfile
 from ..engine.devices import where_there_is_room
 from ..logging import get_logger, info_once, warn_once
 from ..statistics.nullspace import KeySpace, null_space
@@ -49,6 +51,10 @@ class AlphaEditConfig(LocateConfig):
     nullspace_threshold: PositiveFloat | None = None
     nullspace_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     L2: PositiveFloat | None = None
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Those of the value, and how many directions are free."""
+        return super().search_space(profile, traced) | {"nullspace_fraction": [0.1, 0.02, 0.25]}
 
 
 @register_method

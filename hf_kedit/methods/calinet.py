@@ -23,6 +23,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import BoundedConfig, ModelProfile
+from ..config.search import layer_windows, times
 from ..engine.activations import hidden_activation
 from ..engine.examples import all_likely, mean_of_open, row_means
 from ..engine.neurons import NeuronGroup
@@ -60,6 +61,16 @@ class CaliNetConfig(BoundedConfig):
     gated: bool | None = None
     context_templates: list[str] | None = None
     context_lengths: list[tuple[int, int]] = field(default_factory=lambda: [(5, 2)])
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which layer, how fast, how many neurons, and where training ends."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "lr": times(self.lr, 3.0, 0.3),
+            "slots": [16, 4],
+            "drift_bound": times(self.drift_bound, 4.0, 0.25),
+            "stop_probability": [0.9],
+        }
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The last layer, as published for T5-base."""

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
+from ..config import ModelProfile
+from ..config.search import times
 from ..engine.rows import Row
 from ..engine.templates import cleaned, sample_texts
 from ..errors import ConfigError, RequestError
@@ -65,6 +67,10 @@ class COREConfig(MEMITConfig):
         super().validate()
         if self.v_optimizer != "adam" and self.reg_lambda:
             raise ConfigError("COREConfig.v_optimizer: the consistency term (reg_lambda) is known to 'adam' alone")
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """MEMIT's, and the weight of the consistency term."""
+        return super().search_space(profile, traced) | {"reg_lambda": times(self.reg_lambda, 0.1, 0.3, 3.0)}
 
 
 @register_method

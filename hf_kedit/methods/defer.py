@@ -27,6 +27,7 @@ from ..books.book import Saved
 from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memory
 from ..books.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile
+from ..config.search import layer_windows, times
 from ..engine.examples import Example
 from ..engine.weights import compute_device, get_module, weight_shape
 from ..errors import ConfigError, RollbackError
@@ -55,6 +56,15 @@ class DEFERConfig(SiteConfig):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     key_token: Literal["prompt", "sequence"] = "prompt"
     seed: int = 0
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which layer defers, how its map is trained, and when."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "lr": times(self.lr, 10.0, 100.0),
+            "num_steps": [30, 200],
+            "threshold": [0.8, 0.95],
+        }
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Most of the way up the stack, as in the published configurations."""

@@ -80,6 +80,14 @@ class EAMETConfig(MEMITConfig):
         if self.v_optimizer != "adam":
             raise ConfigError("EAMETConfig.v_optimizer: the terms of EAMET are known to 'adam' alone")
 
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """MEMIT's with smaller steps, and how strongly values are aligned and held to a length."""
+        return super().search_space(profile, traced) | {
+            "v_lr": [0.1, 0.5],
+            "cs_factor": [0.5, 0.0],
+            "length_rule": ["norm"],
+        }
+
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Two layers, and the small learning rate that a start away from zero needs."""
         first = round(0.1 * profile.num_layers)

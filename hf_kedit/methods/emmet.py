@@ -13,6 +13,7 @@ ROME's closed form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,6 +48,10 @@ class EMMETConfig(LocateConfig):
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """Fields filled from an hparams file or the model's depth."""
         return (*super().model_dependent_fields(), "mom2_update_weight")
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Those of the value; a single fact is written exactly, whatever λ, but for a penalty on its size."""
+        return super().search_space(profile, traced) | {"update_norm_lambda": [0.1, 1.0]}
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """One layer, where ROME edits, as in all published configurations."""

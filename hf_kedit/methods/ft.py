@@ -27,6 +27,7 @@ from torch.func import functional_call
 from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
+from ..config.search import layer_windows, times
 from ..engine.capture import top_experts
 from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, mean_of_open, target_probabilities
 from ..engine.experts import ExpertSlice, parameter_name
@@ -78,6 +79,15 @@ class FTConfig(BoundedConfig, WeightConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Two thirds up the stack, as in most published configurations."""
         return {"layers": [min(round(0.66 * profile.num_layers), profile.num_layers - 1)], "lr": 5e-4}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which matrix, how fast, and where training ends."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "lr": times(self.lr, 3.0, 0.3, 10.0),
+            "drift_bound": times(self.drift_bound, 4.0, 0.25),
+            "stop_probability": [0.9, 0.97],
+        }
 
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """Lower, where facts are read: high in the stack a matrix serves every prompt that ends alike."""

@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..books.site_book import SiteEntry
 from ..books.sites import SiteCall
 from ..config import ModelProfile, StoppingConfig
+from ..config.search import layer_windows
 from ..engine.capture import Tap
 from ..engine.examples import Example, ExampleBatch
 from ..engine.forward import logits_at
@@ -78,6 +79,15 @@ class GRACEConfig(StoppingConfig, SiteConfig):
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """Fields filled from an hparams file or the model's depth."""
         return ("layers", "num_steps")
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Where keys are compared, how far an entry reaches (in the model's own scale), and how its value is found."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "eps": [3.0, 10.0, 20.0, 40.0],
+            "num_steps": [100, 30],
+            "lr": [0.3, 3.0],
+        }
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Two thirds up the stack: high enough for keys that mean something, with layers above to use the value."""

@@ -27,7 +27,7 @@ from pydantic import NonNegativeInt
 from ..books.prompt_book import PromptEntry
 from ..books.prompting import Prefix, Prompter
 from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
-from ..config import EditConfig
+from ..config import EditConfig, ModelProfile
 from ..data import load_edit_dataset
 from ..data.demonstrations import language_of, packaged_demonstrations
 from ..engine.examples import encode_examples, target_probabilities
@@ -68,6 +68,10 @@ class InContextConfig(EditConfig):
         if self.layers is not None:
             raise ConfigError(f"{type(self).__name__}.layers: edits in prompts have no layers")
 
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which prompts an edit is put in front of; nothing else of a context is a number."""
+        return {"threshold": [0.6, 0.7, 0.8, 0.4]}
+
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """None."""
@@ -107,6 +111,10 @@ class IKEConfig(PromptConfig):
     demonstrations: str | list[dict[str, Any]] | None = None
     k: NonNegativeInt = 32
     order: Literal["records", "sentences"] = "records"
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """PROMPT's, and what is shown before."""
+        return super().search_space(profile, traced) | {"k": [0, 8, 16], "order": ["sentences"]}
 
 
 class InContext(Method):

@@ -87,6 +87,17 @@ class KNConfig(WeightConfig):
         """Fields filled from an hparams file or by `derive`; the layers are all that there are."""
         return ("adaptive_threshold",)
 
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which neurons count, where they are looked for, and how much is put into them."""
+        half, layers = profile.num_layers // 2, range(profile.num_layers)
+        return {
+            "layers": [profile.with_mlp(layers[half:]), profile.with_mlp(layers[:half])],
+            "adaptive_threshold": [0.3, 0.1, 0.5],
+            "lambda_new": [4.0, 2.0],
+            "lambda_old": [0.5, 0.0],
+            "refine": [True],
+        }
+
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The paper's threshold."""
         return {"adaptive_threshold": 0.2}

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..config import EditConfig, ModelProfile
+from ..config.search import layer_windows, times
 from ..engine.capture import Tap, top_experts
 from ..engine.experts import expert_index
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
@@ -128,6 +129,15 @@ class LocateConfig(EditConfig):
             "v_lr": 0.5,
             "v_weight_decay": 1e-3 if rms else 0.5,
             "clamp_norm_factor": 4.0 if rms else 0.75,
+        }
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Where a value is written, how far it may go, and how hard it is sought."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "clamp_norm_factor": times(self.clamp_norm_factor, 0.5, 2.0, 0.25, 4.0),
+            "v_weight_decay": [0.05, 0.5, 1e-3],
+            "v_lr": [0.2, 0.5, 0.1],
         }
 
     def value_settings(self, *, keep_path: bool = False) -> ValueSettings:

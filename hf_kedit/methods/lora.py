@@ -31,6 +31,7 @@ from ..anatomy.switching import Switch, switched
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig, adam_step
+from ..config.search import layer_windows, times
 from ..engine.devices import seeded
 from ..engine.examples import Example, ExampleBatch, encode_examples, mean_of_open, target_probabilities
 from ..engine.forward import device_of
@@ -90,6 +91,16 @@ class LoRAConfig(BoundedConfig, WeightConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """Query and value projections of every layer, as in both papers."""
         return {"target_modules": [ATTENTION]}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which matrices, how fast, how many directions, and how far general text may move."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "target_modules": [[MLP], [ATTENTION]],
+            "lr": times(self.lr, 3.0, 0.3, 10.0),
+            "rank": [2, 16],
+            "drift_bound": times(self.drift_bound, 4.0, 0.25),
+        }
 
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """The MLPs where facts are read (as MEMIT's layers), small steps, and as many as it takes.

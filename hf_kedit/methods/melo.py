@@ -32,6 +32,7 @@ from ..books.book import Saved
 from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memory
 from ..books.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile, StoppingConfig
+from ..config.search import layer_windows, times
 from ..engine.capture import Tap
 from ..engine.examples import Example, ExampleBatch
 from ..engine.nearest import SAME_PROMPT, distances
@@ -74,6 +75,15 @@ class MELOConfig(StoppingConfig, SiteConfig):
     lr: PositiveFloat = 1e-3
     lr_step: PositiveInt = 20
     seed: int = 0
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Where keys are compared, how far a block reaches (whose scale is the model's), and how it is trained."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "radius": [2.0, 8.0, 20.0, 40.0],
+            "lr": times(self.lr, 3.0, 0.3),
+            "rank": [8],
+        }
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The query two thirds up the stack, with room for the blocks above."""

@@ -13,6 +13,7 @@ The loop over the layers is `SpreadMethod.compute`; this file holds the solution
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +21,7 @@ import torch
 from pydantic import Field, PositiveFloat
 
 from ..config import ModelProfile
+from ..config.search import times
 from ..errors import ConfigError
 from ..statistics.solve import ridge_columns
 from .base import Capabilities, register_method
@@ -66,6 +68,12 @@ class MEMITConfig(LocateConfig):
     def published(cls) -> dict[str, Any]:
         """Each batch is solved as if it were the first."""
         return super().published() | {"keep_edited_keys": False}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Those of the value, and how much old knowledge weighs."""
+        return super().search_space(profile, traced) | {
+            "mom2_update_weight": times(self.mom2_update_weight, 0.25, 3.0, 0.05, 10.0)
+        }
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """λ by the width of the model.

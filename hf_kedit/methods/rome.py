@@ -53,6 +53,10 @@ class ROMEConfig(LocateConfig):
                 " its relatives have one (EMMET with a single layer comes nearest)"
             )
 
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Those of the value, and what keeps the subject what it is."""
+        return super().search_space(profile, traced) | {"kl_factor": [0.25, 1.0]}
+
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """One layer, and the limit of published configurations."""
         return super().derive(profile) | {"layers": [single_layer(profile)], "clamp_norm_factor": 4.0}

@@ -76,10 +76,14 @@ class SimIEConfig(WeightConfig):
         """None of its own; the base method's are filled by `complete`."""
         return ()
 
-    def complete(self, profile: ModelProfile) -> SimIEConfig:
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """How much earlier edits count (keys have the model's scale), and whose edits are smoothed."""
+        return {"ridge": [1e3, 1e2, 1e1, 1e0], "base": [{"edit_type": "memit"}, {"edit_type": "alphaedit"}]}
+
+    def complete(self, profile: ModelProfile, *, files: bool = True) -> SimIEConfig:
         """Fill in the base method's config as well."""
-        full = super().complete(profile)
-        return dataclasses.replace(full, base=full.base_config.complete(profile).to_dict())
+        full = super().complete(profile, files=files)
+        return dataclasses.replace(full, base=full.base_config.complete(profile, files=files).to_dict())
 
 
 @register_method

@@ -12,12 +12,14 @@ for every update ``ΔW`` of AlphaEdit. Its rank stays, so that single facts can 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
+from ..config import ModelProfile
 from ..engine.weights import get_module, get_weight
 from .alphaedit import AlphaEdit, AlphaEditConfig
 from .base import Capabilities, register_method
@@ -36,6 +38,10 @@ class SPHEREConfig(AlphaEditConfig):
 
     sphere_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     sphere_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """AlphaEdit's, and how much is taken out."""
+        return super().search_space(profile, traced) | {"sphere_strength": [0.25, 0.8]}
 
 
 def principal_directions(weight: torch.Tensor, fraction: float) -> torch.Tensor:

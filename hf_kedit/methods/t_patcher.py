@@ -26,6 +26,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import BoundedConfig, ModelProfile
+from ..config.search import layer_windows, times
 from ..engine.activations import hidden_activation
 from ..engine.capture import Tap, stream_states
 from ..engine.examples import Example, all_likely, encode_examples
@@ -94,6 +95,15 @@ class TPatcherConfig(BoundedConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The last layer."""
         return {"layers": [profile.num_layers - 1]}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which layer, how fast, and how far a patch stays from memorised text."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "lr": times(self.lr, 3.0, 0.3),
+            "memory_margin": [3.0, 10.0],
+            "amplify": [3.0, 10.0],
+        }
 
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """A short training beside as many memories as the packaged text has, looked at often.

@@ -24,6 +24,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig
+from ..config.search import layer_windows, times
 from ..engine.examples import Example, ExampleBatch, encode_examples
 from ..engine.forward import device_of
 from ..engine.gradients import signals
@@ -96,9 +97,18 @@ class UltraEditConfig(BoundedConfig, WeightConfig):
         last = max(n - 2, 0)
         third = range(min(round(0.65 * n), last), last + 1)
         layers = [i for i in third if i in profile.mlp_layers] or profile.with_mlp(third)
-        if len(layers) == layers[-1] - layers[0] + 1:
-            return {"edit_modules": [f"down.{{{layers[0]}-{layers[-1]}}}"]}
-        return {"edit_modules": [f"down.{{{i}}}" for i in layers]}
+        return {"edit_modules": _down(layers)}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which layers, the first step, and how far general text may move."""
+        width = max(round(0.25 * profile.num_layers), 2)
+        windows = layer_windows(profile, range(width), traced)
+        return {
+            "edit_modules": [_down(window) for window in windows],
+            "lr": times(self.lr, 10.0, 0.1, 100.0),
+            "drift_bound": times(self.drift_bound, 4.0, 0.25),
+            "stop_probability": [0.9, 0.6],
+        }
 
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """A small first η, and a few general texts to compare with.
@@ -109,16 +119,23 @@ class UltraEditConfig(BoundedConfig, WeightConfig):
         careful = {"lr": float(f"{0.05 * profile.hidden_size**-1.5:.1g}"), "first_texts": 16}
         return super().cautious(profile) | careful
 
-    def complete(self, profile: ModelProfile) -> UltraEditConfig:
+    def complete(self, profile: ModelProfile, *, files: bool = True) -> UltraEditConfig:
         """Fill in the modules; layers without modules mean the projections out of their MLPs."""
         if self.layers is not None and self.edit_modules is None:
             follows = UltraEditConfig(**{**self.given, "edit_modules": ["down"]})
-            return super(UltraEditConfig, follows).complete(profile)
+            return super(UltraEditConfig, follows).complete(profile, files=files)
         if self.layers is None and any(_follows_layers(e) for e in self.edit_modules or []):
             raise ConfigError(
                 "UltraEditConfig: edit_modules has an entry without layers; set `layers`, or write {5-9}"
             )
-        return super().complete(profile)
+        return super().complete(profile, files=files)
+
+
+def _down(layers: Sequence[int]) -> list[str]:
+    """Entries for the projections out of the MLPs of some layers."""
+    if len(layers) == layers[-1] - layers[0] + 1:
+        return [f"down.{{{layers[0]}-{layers[-1]}}}"]
+    return [f"down.{{{i}}}" for i in layers]
 
 
 def _follows_layers(entry: str) -> bool:

@@ -23,6 +23,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import ModelProfile, StoppingConfig
+from ..config.search import layer_windows
 from ..engine.activations import Activation, hidden_activation
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
@@ -126,6 +127,16 @@ class WISEConfig(StoppingConfig, SiteConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """High in the stack, as published for the 32-layer models (27)."""
         return {"layers": [min(round(0.84 * profile.num_layers), profile.num_layers - 1)]}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """Which layer, how fast, and which prompts the side memory answers (distances have the model's scale)."""
+        return {
+            "layers": layer_windows(profile, self.layers, traced),
+            "lr": [0.1, 0.3],
+            "act_margin": [[2.0, 8.0, 4.0], [1.0, 4.0, 2.0], [10.0, 40.0, 20.0]],
+            "act_ratio": [0.95, 0.75],
+            "irrelevant_per_edit": [8],
+        }
 
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """Half the steps: where the margins are too wide for a model, the rest of them changes little."""

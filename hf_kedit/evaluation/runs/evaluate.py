@@ -8,7 +8,7 @@ and the run is planned; `Run` carries it out.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ from .plan import (
     SETTINGS,
     Case,
     Setting,
+    StepResult,
     check_requests,
     make_plan,
     make_units,
@@ -69,6 +70,7 @@ def evaluate_edits(
     abilities: Sequence[Ability] = (),
     output_dir: str | Path | None = None,
     shard: str | None = None,
+    after_step: Callable[[StepResult], None] | None = None,
 ) -> EvaluationReport:
     """Apply the edits of a data set and measure what they did.
 
@@ -107,6 +109,8 @@ def evaluate_edits(
             because later ones build on them).
         shard: ``"2/4"``: only the second of four parts of a ``single`` or ``batch`` run, with its own file in
             ``output_dir`` (`collect_report` puts the parts together). ``"auto"``: as torchrun or accelerate says.
+        after_step: called with what was measured after every edit, batch or checkpoint; what it raises ends the run,
+            and the edits are undone.
 
     Returns:
         The report, with one record per case, protocol and time.
@@ -162,7 +166,7 @@ def evaluate_edits(
         if folder is not None:
             run.done = folder.done
         by_number = {case.number: case for case in cases}
-        run.folder = folder
+        run.folder, run.after_step = folder, after_step
         began = time.perf_counter()
         todo = [step for step in mine if step.number not in run.done]
         if todo or keep_edits:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class Run:
         prompt_format: how questions are asked; ``None``: as each request is edited, of ``"both"`` plain.
         system: system prompt of chats without one; ``None``: as in the model's edit config.
         folder: where results are kept.
+        after_step: called with the results of every step as soon as they are there.
         done: step → its results.
         pre: (protocol, batches) → outputs of the unedited model.
         costs: number of a case → what its edit took.
@@ -101,6 +102,7 @@ class Run:
     prompt_format: TextFormat | None = None
     system: str | None = None
     folder: RunFolder | None = None
+    after_step: Callable[[StepResult], None] | None = None
     done: dict[int, StepResult] = field(default_factory=dict)
     pre: dict[tuple[str, str | None], Outputs] = field(default_factory=dict)
     costs: dict[int, Cost] = field(default_factory=dict)
@@ -176,6 +178,8 @@ class Run:
         self.done[step.number] = result
         if self.folder is not None:
             self.folder.write(step.number, result)
+        if self.after_step is not None:
+            self.after_step(result)
 
     def _wears_at(self, step: Step) -> bool:
         """Where edits pile up, drift is always measured; after a batch, only if texts or abilities were asked for."""
