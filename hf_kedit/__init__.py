@@ -52,8 +52,9 @@ _PUBLIC = {
     "model": "EditableModel",
     "requests": "EditRequest Probe load_requests",
     "training": "EditTrainer EditTrainingArguments",
+    "tuning": "calibrate",
 }
-_MODULES = ("data", "embedded", "errors", "evaluation", "locate", "logging", "methods", "training")
+_MODULES = ("data", "embedded", "errors", "evaluation", "locate", "logging", "methods", "training", "tuning")
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
 __all__ = ["__version__", *_MODULES, *_HOME]
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from . import logging as logging
     from . import methods as methods
     from . import training as training
+    from . import tuning as tuning
     from .config import AutoEditConfig as AutoEditConfig
     from .config import EditConfig as EditConfig
     from .data import load_edit_dataset as load_edit_dataset
@@ -125,6 +127,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .requests import load_requests as load_requests
     from .training import EditTrainer as EditTrainer
     from .training import EditTrainingArguments as EditTrainingArguments
+    from .tuning import calibrate as calibrate
 
 
 def __getattr__(name: str) -> Any:

@@ -49,7 +49,7 @@ FLOORS: list[str] = [
     "artifact",
     "hub model",
     "evaluation",
-    "compat",
+    "compat tuning",
     "cli",
 ]
 EVALUATION_FLOORS: list[str] = [

@@ -22,6 +22,7 @@ from . import (
     stats,
     trace,
     train,
+    tune,
 )
 
 app = typer.Typer(
@@ -66,6 +67,7 @@ app.command("precompute", hidden=True)(stats.stats)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("convert-editor")(convert_editor.convert_editor)
 app.command("metrics")(metrics.metrics)
 

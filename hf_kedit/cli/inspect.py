@@ -190,7 +190,7 @@ def _describe_model(source: str, model: Any, anatomy: Anatomy, method: str | Non
     if method is not None:
         from ..anatomy import profile_of
         from ..config import AutoEditConfig
-        from ..config.hparams import find_hparams
+        from ..config.hparams import find_hparams, place_of
         from ..methods import method_class
 
         config = AutoEditConfig.for_method(method).complete(profile_of(model, anatomy, source))
@@ -200,7 +200,7 @@ def _describe_model(source: str, model: Any, anatomy: Anatomy, method: str | Non
         data["method"] = capabilities.name
         data["config"] = full
         data["settings"] = {key: value for key, value in full.items() if value != defaults[key]}
-        data["hparams_file"] = None if file is None else f"hparams/{file[0].parent.name}/{file[0].name}"
+        data["hparams_file"] = None if file is None else place_of(file[0])
         data["does"] = capabilities.summary
         moments = "stats_tokens" in full and full.get("mom2_adjustment", True)
         needs = {
@@ -230,7 +230,8 @@ def _show_model(console: Console, data: dict[str, Any], anatomy: Anatomy, everyt
         "at": ", ".join(data["edited_modules"]),
         "needs": "; ".join(data["needs"]),
         "settings": ", ".join(f"{key}={value}" for key, value in data["settings"].items() if key != "edit_type"),
-        "from": data["hparams_file"] or "defaults and the model's depth; there is no file for this model",
+        "from": data["hparams_file"]
+        or "defaults and the model's depth; there is no file for this model (kedit tune finds better settings)",
     }
     for name, text in rows.items():
         if text:

@@ -23,7 +23,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import BoundedConfig, ModelProfile
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.activations import hidden_activation
 from ..engine.examples import all_likely, mean_of_open, row_means
 from ..engine.neurons import NeuronGroup

@@ -21,7 +21,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
 from ..config import ModelProfile
-from ..config.search import times
+from ..config.spaces import times
 from ..engine.rows import Row
 from ..engine.templates import cleaned, sample_texts
 from ..errors import ConfigError, RequestError

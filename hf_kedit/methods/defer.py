@@ -27,7 +27,7 @@ from ..books.book import Saved
 from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memory
 from ..books.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.examples import Example
 from ..engine.weights import compute_device, get_module, weight_shape
 from ..errors import ConfigError, RollbackError

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.capture import top_experts
 from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, mean_of_open, target_probabilities
 from ..engine.experts import ExpertSlice, parameter_name

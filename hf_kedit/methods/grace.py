@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..books.site_book import SiteEntry
 from ..books.sites import SiteCall
 from ..config import ModelProfile, StoppingConfig
-from ..config.search import layer_windows
+from ..config.spaces import layer_windows
 from ..engine.capture import Tap
 from ..engine.examples import Example, ExampleBatch
 from ..engine.forward import logits_at

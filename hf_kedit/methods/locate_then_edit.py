@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..config import EditConfig, ModelProfile
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.capture import Tap, top_experts
 from ..engine.experts import expert_index
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row

@@ -31,7 +31,7 @@ from ..anatomy.switching import Switch, switched
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig, adam_step
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.devices import seeded
 from ..engine.examples import Example, ExampleBatch, encode_examples, mean_of_open, target_probabilities
 from ..engine.forward import device_of

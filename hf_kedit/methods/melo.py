@@ -32,7 +32,7 @@ from ..books.book import Saved
 from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memory
 from ..books.sites import Frame, SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile, StoppingConfig
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.capture import Tap
 from ..engine.examples import Example, ExampleBatch
 from ..engine.nearest import SAME_PROMPT, distances

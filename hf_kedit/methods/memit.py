@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, PositiveFloat
 
 from ..config import ModelProfile
-from ..config.search import times
+from ..config.spaces import times
 from ..errors import ConfigError
 from ..statistics.solve import ridge_columns
 from .base import Capabilities, register_method

@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import BoundedConfig, ModelProfile
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.activations import hidden_activation
 from ..engine.capture import Tap, stream_states
 from ..engine.examples import Example, all_likely, encode_examples

@@ -24,7 +24,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig
-from ..config.search import layer_windows, times
+from ..config.spaces import layer_windows, times
 from ..engine.examples import Example, ExampleBatch, encode_examples
 from ..engine.forward import device_of
 from ..engine.gradients import signals

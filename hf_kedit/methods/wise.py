@@ -23,7 +23,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.site_book import SiteEntry
 from ..config import ModelProfile, StoppingConfig
-from ..config.search import layer_windows
+from ..config.spaces import layer_windows
 from ..engine.activations import Activation, hidden_activation
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
