@@ -303,7 +303,10 @@ class _Search:
                 over = True
             done = self._ranked(left, size)
             if pool[0] not in done:
-                raise TuneError("there was not even time to try the derived settings; give more minutes")
+                raise TuneError(
+                    "there was not even time to try the derived settings; repeat the call with more minutes: what was"
+                    " measured so far is kept"
+                )
             ranked, compared = done + [c for c in ranked if c not in done], size
             left = [pool[0], *(c for c in done[:keep] if c.number)]
             if over or len(left) == 1:

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import AutoEditConfig, EditableModel, calibrate
+from hf_kedit import AutoEditConfig, EditableModel, calibrate, load_edit_dataset, load_requests
 from hf_kedit.config import ModelProfile
 from hf_kedit.config.hparams import find_hparams, user_hparams
 from hf_kedit.errors import TuneError
+from hf_kedit.evaluation import generate_answers
 from hf_kedit.methods import registered_methods
 from hf_kedit.methods.grace import GRACEConfig
 from hf_kedit.tuning import Calibration, TuneScore, search_settings
-from hf_kedit.tuning.facts import ChosenFacts
+from hf_kedit.tuning.facts import choose_facts
 from hf_kedit.tuning.logbook import Logbook
 from hf_kedit.tuning.scores import GENERAL
 from hf_kedit.tuning.trials import Stopwatch, Trials
@@ -26,7 +27,7 @@ SMALL: dict[str, Any] = {
     "first_facts": 2,
     "search_facts": 4,
     "held_out": 4,
-    "facts": "world",
+    "facts": load_requests(load_edit_dataset("world", split="validation", limit=16)),
     "packaged": False,
     "show_progress": False,
 }
@@ -107,6 +108,7 @@ def test_a_file_says_what_a_second_measurement_says(
         assert numbers[0] == f"{100 * value:.1f}", name
     assert again.figures["reliability, likelihood"] > 0 and "Source: kedit tune" in text
     assert model.base_fingerprint() in text
+    model.set_method("memit")
 
 
 def test_a_killed_search_goes_on_to_the_same_result(
@@ -214,8 +216,12 @@ def test_what_cannot_be_tuned(
 
 
 def test_a_model_that_knows_too_little_or_carries_edits(world_gpt2: EditableModel, tmp_path: Path) -> None:
-    with pytest.raises(TuneError, match=r"knows too few facts .*\(0 of 470 packaged facts\)"):
-        search_settings(world_gpt2, "rome", folder=tmp_path, **SMALL | {"facts": "facts"})
+    strange = [
+        {"prompt": "{} lies in", "subject": f"City {i}", "target_new": "Rome", "ground_truth": "Spain"}
+        for i in range(9)
+    ]
+    with pytest.raises(TuneError, match=r"knows too few facts .*\(0 of 9 given facts\)"):
+        search_settings(world_gpt2, "rome", folder=tmp_path, **SMALL | {"facts": strange})
     world_gpt2.edit(prompt="By profession {} is a", subject="Tarosk Boayond", target_new="plumber")
     with pytest.raises(TuneError, match="without edits"):
         search_settings(world_gpt2, "rome", folder=tmp_path, **SMALL)
@@ -238,7 +244,17 @@ def test_every_space_holds_values_that_its_method_takes() -> None:
     assert tunable >= set(SEARCHED) and tunable - set(SEARCHED) <= {"qlora", "serac"}
 
 
-def test_the_facts_are_those_that_the_model_knows(searched: tuple[Calibration, Any, Any]) -> None:
+def test_facts_that_the_model_knows_are_chosen_by_themselves(world_llama: EditableModel) -> None:
     """Without a word about facts, the world is taken: of the real facts an embedded model knows none."""
-    facts: ChosenFacts = searched[0].facts
-    assert facts.source == "packaged world" and 8 <= facts.known <= facts.asked
+    asked = []
+    facts = choose_facts(world_llama, None, 4, 4, seed=0, logbook=Logbook(None), asked=asked.append)
+    assert facts.source == "packaged world" and len(facts.search) == len(facts.held_out) == 4
+    assert 8 <= facts.known <= facts.asked < 40 and sum(asked) > 470
+    answers = generate_answers(
+        world_llama.base_model, world_llama.tokenizer, [f.filled_prompt for f in facts.held_out], 10
+    )
+    for fact, answer in zip(facts.held_out, answers, strict=True):
+        assert fact.ground_truth[0] in answer.text and fact.target_new not in fact.ground_truth
+    again = choose_facts(world_llama, "world", 4, 4, seed=0, logbook=Logbook(None))
+    other = choose_facts(world_llama, "world", 4, 4, seed=1, logbook=Logbook(None))
+    assert again.search == facts.search and other.search != facts.search
