@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hf_kedit import AutoEditConfig, EditableModel
 from hf_kedit.config.hparams import find_hparams
-from hf_kedit.tuning import Calibration, PairedGain, TuneScore, search_settings
+from hf_kedit.tuning import PairedGain, TuneResult, TuneScore, search_settings
 from hf_kedit.tuning.logbook import Logbook
 from hf_kedit.tuning.trials import Stopwatch, Trials
 
@@ -56,7 +56,7 @@ def main() -> None:
             found.write(chosen.write / found.method / found.place().name)
 
 
-def row(model: EditableModel, found: Calibration) -> str:
+def row(model: EditableModel, found: TuneResult) -> str:
     """A line of the table."""
     shown = [found.method]
     for score in (found.check_derived, found.check_best):

@@ -13,7 +13,7 @@ from .models import DeviceOption, DtypeOption, RevisionOption, SeedOption, Trust
 from .output import DebugOption, Format, FormatOption, command, emit
 
 if TYPE_CHECKING:
-    from ..tuning import Calibration, TuneScore
+    from ..tuning import TuneResult, TuneScore
 
 
 @command
@@ -86,7 +86,7 @@ def tune(
     emit(format, data, human=lambda console: _show(console, found, file, output is None), quiet=[str(file)])
 
 
-def _show(console: Console, found: Calibration, file: Path, by_name: bool) -> None:
+def _show(console: Console, found: TuneResult, file: Path, by_name: bool) -> None:
     console.print(
         f"{found.method} on {found.model}: {len(found.tried)} settings tried, {found.edits} edits,"
         f" {found.seconds / 60:.1f} minutes",

@@ -27,7 +27,7 @@ from ..storage.files import first_time
 from ..text.chat import TextFormat
 from ..text.scripts import HALF, is_writable
 from .easyedit import convert_hparams
-from .hparams import find_hparams, is_own, place_of, read_mapping
+from .hparams import find_hparams, is_users, place_of, read_mapping
 
 logger = get_logger(__name__)
 CONFIG_NAME = "edit_config.json"
@@ -242,7 +242,7 @@ class EditConfig(metaclass=_OldNames):
             chosen = {name: value for name, value in known.items() if name not in given and value is not None}
             if chosen:
                 # What a user made is easily forgotten: it is said aloud, once on a machine.
-                aloud = is_own(path) and first_time(f"own hparams: {path}")
+                aloud = is_users(path) and first_time(f"own hparams: {path}")
                 told_by = warn_once if aloud else info_once
                 told_by(logger, f"{self.edit_type}: hyperparameters for {profile.name!r} from {place_of(path)}")
         careful = {n: v for n, v in self.cautious(profile).items() if packaged is None and n not in self.given}

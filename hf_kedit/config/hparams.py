@@ -39,14 +39,14 @@ def user_hparams() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")) / "kedit" / "hparams"
 
 
-def is_own(path: Path) -> bool:
+def is_users(path: Path) -> bool:
     """Whether a file that was found is one of the user's."""
     return user_hparams() in path.parents
 
 
 def place_of(path: Path) -> str:
     """How a file that was found is named to people: a packaged one as in the source tree."""
-    return str(path) if is_own(path) else f"hparams/{path.parent.name}/{path.name}"
+    return str(path) if is_users(path) else f"hparams/{path.parent.name}/{path.name}"
 
 
 @cache

@@ -6,8 +6,8 @@ config = calibrate(EditableModel.from_pretrained("org/model", "rome"), "rome")
 
 from __future__ import annotations
 
-from .calibration import Calibration, Measured
+from .result import Measured, TuneResult
 from .scores import PairedGain, TuneScore
 from .search import calibrate, search_settings
 
-__all__ = ["Calibration", "Measured", "PairedGain", "TuneScore", "calibrate", "search_settings"]
+__all__ = ["TuneResult", "Measured", "PairedGain", "TuneScore", "calibrate", "search_settings"]

@@ -20,7 +20,7 @@ _MUTATED = 0.3
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TuneCandidate:
     """Settings to try.
 
     Args:
@@ -55,19 +55,19 @@ class Inventor:
         self._random = random.Random(f"hf_kedit tuning candidates {seed}")
         self._numbers, self._known = count(), set[str]()
 
-    def start(self, known: EditConfig | None = None) -> list[Candidate]:
+    def start(self, known: EditConfig | None = None) -> list[TuneCandidate]:
         """The derived settings, and others that are known already (a packaged file's)."""
         candidates = [self._enter(self.derived)]
         return [c for c in (*candidates, self._enter(known) if known is not None else None) if c is not None]
 
-    def first(self, wanted: int) -> list[Candidate]:
+    def first(self, wanted: int) -> list[TuneCandidate]:
         """Candidates that change one field, the best guesses of all fields first, then some that change several."""
         turns = range(max(map(len, self.space.values()), default=0))
         single = iter([{f: values[i]} for i in turns for f, values in self.space.items() if i < len(values)])
         alone = self._invent(lambda: next(single, None), wanted - wanted // 3)
         return alone + self._invent(self._mixture, wanted - len(alone))
 
-    def crossed(self, parents: Sequence[Candidate], wanted: int) -> list[Candidate]:
+    def crossed(self, parents: Sequence[TuneCandidate], wanted: int) -> list[TuneCandidate]:
         """Candidates that take every field from one of some good ones, sometimes with something new."""
         return self._invent(lambda: self._cross(parents), wanted)
 
@@ -75,7 +75,7 @@ class Inventor:
         fields = self._random.sample(list(self.space), min(self._random.choice((2, 3)), len(self.space)))
         return {field: self._random.choice(self.space[field]) for field in fields}
 
-    def _cross(self, parents: Sequence[Candidate]) -> dict[str, Any]:
+    def _cross(self, parents: Sequence[TuneCandidate]) -> dict[str, Any]:
         one, other = self._random.choices(parents, k=2)
         changes = {}
         for field in dict.fromkeys((*one.changes, *other.changes)):
@@ -87,9 +87,9 @@ class Inventor:
             changes[field] = self._random.choice(self.space[field])
         return changes
 
-    def _invent(self, propose: Any, wanted: int) -> list[Candidate]:
+    def _invent(self, propose: Any, wanted: int) -> list[TuneCandidate]:
         """Up to ``wanted`` new candidates from proposals; ``None`` ends them."""
-        invented: list[Candidate] = []
+        invented: list[TuneCandidate] = []
         tries = 0
         while len(invented) < wanted and tries < _TRIES and (changes := propose()) is not None:
             candidate = self._made(changes)
@@ -97,20 +97,20 @@ class Inventor:
             invented += [candidate] if candidate else []
         return invented
 
-    def _made(self, changes: Mapping[str, Any]) -> Candidate | None:
+    def _made(self, changes: Mapping[str, Any]) -> TuneCandidate | None:
         try:
             return self._enter(self.derived.changed(changes).complete(self.profile, files=False))
         except ConfigError:  # two values that do not go together
             return None
 
-    def _enter(self, config: EditConfig) -> Candidate | None:
+    def _enter(self, config: EditConfig) -> TuneCandidate | None:
         """Give a number to settings that are not there yet."""
         old, new = self.derived.to_dict(), config.to_dict()
-        candidate = Candidate(0, config, {k: v for k, v in new.items() if v != old[k]})
+        candidate = TuneCandidate(0, config, {k: v for k, v in new.items() if v != old[k]})
         if candidate.key in self._known:
             return None
         self._known.add(candidate.key)
-        return Candidate(next(self._numbers), config, candidate.changes)
+        return TuneCandidate(next(self._numbers), config, candidate.changes)
 
 
 def rungs(candidates: int, first_facts: int, all_facts: int) -> Iterator[tuple[int, int]]:

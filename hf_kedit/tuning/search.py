@@ -31,10 +31,10 @@ from ..requests import EditRequest, RequestSource
 from ..statistics.store import FEW_TOKENS_PER_WIDTH
 from ..storage.files import cache_home, json_ready
 from ..version import __version__
-from .calibration import Calibration, Measured
-from .candidates import Candidate, Inventor, rungs
+from .candidates import Inventor, TuneCandidate, rungs
 from .facts import ASKED_AT_ONCE, LEAST_FACTS, choose_facts
 from .logbook import Logbook, digest_of
+from .result import Measured, TuneResult
 from .scores import FactFigures, PairedGain, TuneScore
 from .trials import OutOfTime, Stopwatch, Trials, quiet_trials
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ..model import EditableModel
 
 logger = get_logger(__name__)
-CANDIDATES, FIRST_FACTS, SEARCH_FACTS, HELD_OUT = 18, 4, 16, 16
+_CANDIDATES, _FIRST_FACTS, _SEARCH_FACTS, _HELD_OUT = 18, 4, 16, 16
 _SEARCH_SHARE = 0.7
 """Part of the budget after which the search ends, so that there is time for the check."""
 _CHECKED_AT_ONCE = 4
@@ -81,17 +81,17 @@ def search_settings(
     *,
     facts: RequestSource | str | None = None,
     minutes: float | None = None,
-    candidates: int = CANDIDATES,
-    first_facts: int = FIRST_FACTS,
-    search_facts: int = SEARCH_FACTS,
-    held_out: int = HELD_OUT,
+    candidates: int = _CANDIDATES,
+    first_facts: int = _FIRST_FACTS,
+    search_facts: int = _SEARCH_FACTS,
+    held_out: int = _HELD_OUT,
     packaged: bool = True,
     seed: int = 0,
     folder: str | Path | None = None,
     fresh: bool = False,
     show_progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
-) -> Calibration:
+) -> TuneResult:
     """Search for settings of a method, and check what was found.
 
     Args:
@@ -180,7 +180,7 @@ class _Search:
         search_facts: int,
         held_out: int,
         packaged: bool,
-    ) -> Calibration:
+    ) -> TuneResult:
         """All steps; see the head of this file."""
         model, watch = self.model, self.watch
         planned = _edits(candidates, first_facts, search_facts)
@@ -205,7 +205,7 @@ class _Search:
         tried, size = self._halve(pool, inventor, candidates - len(pool), facts.search, first_facts)
         winner, by_number = tried[0], sorted(tried, key=lambda c: c.number)
         check = self._check(winner, facts.held_out)
-        return Calibration(
+        return TuneResult(
             best_config=winner.config,
             derived_config=self.derived,
             method=method_class(self.derived).capabilities.name,
@@ -259,7 +259,7 @@ class _Search:
             return None
         return AutoEditConfig.for_method(self.derived.edit_type).complete(profile)
 
-    def _share_moments(self, pool: Sequence[Candidate]) -> None:
+    def _share_moments(self, pool: Sequence[TuneCandidate]) -> None:
         """Collect the second moments of all layers that candidates edit in one pass over the text."""
         if "stats_tokens" not in self.derived.to_dict():
             return
@@ -279,8 +279,13 @@ class _Search:
     # ------------------------------------------------------------------ the trials
 
     def _halve(
-        self, pool: list[Candidate], inventor: Inventor, crossed: int, facts: Sequence[EditRequest], first_facts: int
-    ) -> tuple[list[Candidate], int]:
+        self,
+        pool: list[TuneCandidate],
+        inventor: Inventor,
+        crossed: int,
+        facts: Sequence[EditRequest],
+        first_facts: int,
+    ) -> tuple[list[TuneCandidate], int]:
         """Successive halving; after the first rung's candidates come some that cross the best of them.
 
         Returns:
@@ -289,7 +294,7 @@ class _Search:
         Raises:
             TuneError: if there was not even time for the derived settings.
         """
-        ranked, left, compared, over = list[Candidate](), pool, 0, False
+        ranked, left, compared, over = list[TuneCandidate](), pool, 0, False
         for size, keep in rungs(len(pool) + crossed, first_facts, len(facts)):
             try:
                 self._try(left, facts[:size])
@@ -313,7 +318,7 @@ class _Search:
                 break
         return ranked, compared
 
-    def _try(self, candidates: Sequence[Candidate], facts: Sequence[EditRequest]) -> None:
+    def _try(self, candidates: Sequence[TuneCandidate], facts: Sequence[EditRequest]) -> None:
         """Let candidates edit facts; those that the model cannot be edited with drop out."""
         for place, candidate in enumerate(candidates, start=1):
             self.watch.say(f"settings {place} of {len(candidates)} on {len(facts)} facts")
@@ -327,17 +332,17 @@ class _Search:
                     raise
                 logger.info("%s cannot be tried: %s", about, error)
 
-    def _ranked(self, candidates: Sequence[Candidate], size: int) -> list[Candidate]:
+    def _ranked(self, candidates: Sequence[TuneCandidate], size: int) -> list[TuneCandidate]:
         """Those that have edited so many facts, the best first: no harm, then the harmonic mean, then seniority."""
         done = [c for c in candidates if len(self.figures.get(c.key, ())) >= size]
         scores = {c.number: self._score(c, size) for c in done}
         return sorted(done, key=lambda c: (scores[c.number].harms(scores[0]), -scores[c.number].harmonic, c.number))
 
-    def _score(self, candidate: Candidate, size: int) -> TuneScore:
+    def _score(self, candidate: TuneCandidate, size: int) -> TuneScore:
         return TuneScore.of(self.figures[candidate.key][:size])
 
-    def _check(self, winner: Candidate, facts: Sequence[EditRequest]) -> dict[str, Any]:
-        """The derived settings and the winner on facts that no candidate was tried on; fields of a `Calibration`."""
+    def _check(self, winner: TuneCandidate, facts: Sequence[EditRequest]) -> dict[str, Any]:
+        """The derived settings and the winner on facts that no candidate was tried on; fields of a `TuneResult`."""
         derived, best = list[FactFigures](), list[FactFigures]()
         self.watch.plan((2 if winner.number else 1) * len(facts))
         self.watch.say(f"check on {len(facts)} facts that the search never saw")

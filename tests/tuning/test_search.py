@@ -16,7 +16,7 @@ from hf_kedit.errors import TuneError
 from hf_kedit.evaluation import generate_answers
 from hf_kedit.methods import registered_methods
 from hf_kedit.methods.grace import GRACEConfig
-from hf_kedit.tuning import Calibration, TuneScore, search_settings
+from hf_kedit.tuning import TuneResult, TuneScore, search_settings
 from hf_kedit.tuning.facts import choose_facts
 from hf_kedit.tuning.logbook import Logbook
 from hf_kedit.tuning.scores import GENERAL
@@ -51,13 +51,13 @@ def subjects(facts: Any) -> set[str]:
     return {str(fact.subject) for fact in facts}
 
 
-def told(found: Calibration) -> dict[str, Any]:
+def told(found: TuneResult) -> dict[str, Any]:
     """Everything that a search says but how long it took."""
     return {name: value for name, value in found.to_dict().items() if name != "seconds"}
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Calibration, EditableModel, dict[str, torch.Tensor]]:
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneResult, EditableModel, dict[str, torch.Tensor]]:
     """GRACE, whose edits take no time, on world-gpt2; the model, and its bits before."""
     model = EditableModel.from_pretrained("kedit/world-gpt2", "memit")
     before = bits(model)
@@ -65,14 +65,14 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Calibration, Edi
     return found, model, before
 
 
-def test_the_model_is_as_it_was(searched: tuple[Calibration, EditableModel, dict[str, torch.Tensor]]) -> None:
+def test_the_model_is_as_it_was(searched: tuple[TuneResult, EditableModel, dict[str, torch.Tensor]]) -> None:
     found, model, before = searched
     assert found.edits > 20
     assert same_bits(bits(model), before)
     assert model.method_name == "memit" and not model.edits and not model.ledger.accounts
 
 
-def test_nothing_of_the_search_is_in_the_check(searched: tuple[Calibration, Any, Any]) -> None:
+def test_nothing_of_the_search_is_in_the_check(searched: tuple[TuneResult, Any, Any]) -> None:
     facts = searched[0].facts
     assert len(facts.search) == len(facts.held_out) == 4
     assert not subjects(facts.search) & subjects(facts.held_out)
@@ -81,7 +81,7 @@ def test_nothing_of_the_search_is_in_the_check(searched: tuple[Calibration, Any,
 
 
 def test_the_derived_settings_are_the_first_and_never_beaten_by_the_result(
-    searched: tuple[Calibration, EditableModel, Any],
+    searched: tuple[TuneResult, EditableModel, Any],
 ) -> None:
     found, model, _ = searched
     assert not found.tried[0].changes and len(found.tried) == SMALL["candidates"]
@@ -93,7 +93,7 @@ def test_the_derived_settings_are_the_first_and_never_beaten_by_the_result(
 
 
 def test_a_file_says_what_a_second_measurement_says(
-    searched: tuple[Calibration, EditableModel, Any], tmp_path: Path
+    searched: tuple[TuneResult, EditableModel, Any], tmp_path: Path
 ) -> None:
     """The figures in the header are measured again, with nothing of the first measurement at hand."""
     found, model, _ = searched
@@ -112,7 +112,7 @@ def test_a_file_says_what_a_second_measurement_says(
 
 
 def test_a_killed_search_goes_on_to_the_same_result(
-    searched: tuple[Calibration, EditableModel, Any], tmp_path: Path
+    searched: tuple[TuneResult, EditableModel, Any], tmp_path: Path
 ) -> None:
     """Interrupted in the middle of an edit, its log cut off in the middle of a line; then the same call again."""
     whole, model, before = searched

@@ -37,7 +37,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class TuneResult:
     """What a search has found.
 
     Args:
