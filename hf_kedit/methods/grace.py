@@ -84,7 +84,7 @@ class GRACEConfig(StoppingConfig, SiteConfig):
         """Where keys are compared, how far an entry reaches (in the model's own scale), and how its value is found."""
         return {
             "layers": layer_windows(profile, self.layers, traced),
-            "eps": [3.0, 10.0, 20.0, 40.0],
+            "eps": [20.0, 5.0, 80.0],
             "num_steps": [100, 30],
             "lr": [0.3, 3.0],
         }

@@ -80,7 +80,7 @@ class MELOConfig(StoppingConfig, SiteConfig):
         """Where keys are compared, how far a block reaches (whose scale is the model's), and how it is trained."""
         return {
             "layers": layer_windows(profile, self.layers, traced),
-            "radius": [2.0, 8.0, 20.0, 40.0],
+            "radius": [20.0, 5.0, 80.0],
             "lr": times(self.lr, 3.0, 0.3),
             "rank": [8],
         }
