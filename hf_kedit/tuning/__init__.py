@@ -6,8 +6,8 @@ config = calibrate(EditableModel.from_pretrained("org/model", "rome"), "rome")
 
 from __future__ import annotations
 
-from .result import Measured, TuneResult
+from .result import TriedSettings, TuneResult
 from .scores import PairedGain, TuneScore
 from .search import calibrate, search_settings
 
-__all__ = ["TuneResult", "Measured", "PairedGain", "TuneScore", "calibrate", "search_settings"]
+__all__ = ["TuneResult", "TriedSettings", "PairedGain", "TuneScore", "calibrate", "search_settings"]

@@ -24,7 +24,7 @@ from .scores import LEAST_FIGURE, LEAST_KEPT, PairedGain, TuneScore
 
 
 @dataclass(frozen=True)
-class Measured:
+class TriedSettings:
     """Settings with what they reached.
 
     Args:
@@ -67,12 +67,12 @@ class TuneResult:
     revision: str | None
     fingerprint: str
     facts: ChosenFacts
-    derived: Measured
-    best: Measured
+    derived: TriedSettings
+    best: TriedSettings
     check_derived: TuneScore | None
     check_best: TuneScore | None
     gain: PairedGain | None
-    tried: Sequence[Measured] = field(repr=False)
+    tried: Sequence[TriedSettings] = field(repr=False)
     traced: Sequence[int]
     seconds: float
     seed: int
@@ -120,7 +120,7 @@ class TuneResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
 
-        def told(measured: Measured) -> dict[str, Any]:
+        def told(measured: TriedSettings) -> dict[str, Any]:
             return {"changes": dict(measured.changes), **measured.score.to_dict()}
 
         return {

@@ -34,7 +34,7 @@ from ..version import __version__
 from .candidates import Inventor, TuneCandidate, rungs
 from .facts import ASKED_AT_ONCE, LEAST_FACTS, choose_facts
 from .logbook import Logbook, digest_of
-from .result import Measured, TuneResult
+from .result import TriedSettings, TuneResult
 from .scores import FactFigures, PairedGain, TuneScore
 from .trials import OutOfTime, Stopwatch, Trials, quiet_trials
 
@@ -213,10 +213,10 @@ class _Search:
             revision=model.base_model_revision,
             fingerprint=model.base_fingerprint(),
             facts=facts,
-            derived=Measured({}, self._score(by_number[0], size)),
-            best=Measured(winner.changes, self._score(winner, size)),
+            derived=TriedSettings({}, self._score(by_number[0], size)),
+            best=TriedSettings(winner.changes, self._score(winner, size)),
             **check,
-            tried=[Measured(c.changes, TuneScore.of(self.figures[c.key])) for c in by_number],
+            tried=[TriedSettings(c.changes, TuneScore.of(self.figures[c.key])) for c in by_number],
             traced=traced,
             seconds=watch.seconds,
             seed=self.seed,
