@@ -14,6 +14,7 @@ import pytest
 
 from hf_kedit import AutoEditConfig, EditConfig, FTLConfig, MEMITConfig, ROMEConfig
 from hf_kedit.config import ModelProfile
+from hf_kedit.config.hparams import user_hparams
 from hf_kedit.errors import ConfigError, LayerError, UnknownMethodError
 
 GPT2XL = ModelProfile("openai-community/gpt2-xl", 48, 1600, "layer", "gpt2")
@@ -104,6 +105,7 @@ def test_a_missing_hparams_file_is_said_once_per_model_and_machine(
     monkeypatch.setenv("KEDIT_HOME", str(tmp_path / "home"))
     (text,) = said("org/some model", ROMEConfig())
     assert "`kedit inspect 'org/some model' --method rome`" in text and "layers=" in text
+    assert "`kedit tune 'org/some model' --method rome`" in text  # tests/cli/test_tune.py runs this command
     assert said("org/some model", ROMEConfig()) == [] == said("org/some model", FTLConfig())
     assert len(said("org/another", FTLConfig())) == 1
     for _ in range(2):  # a model without a name is any model
@@ -119,6 +121,30 @@ def test_a_missing_hparams_file_is_said_once_per_model_and_machine(
     for home in (tmp_path / "file", tmp_path / "file" / "below"):  # nothing can be kept there
         monkeypatch.setenv("KEDIT_HOME", str(home))
         assert len(said("org/some model", ROMEConfig())) == 1 == len(said("org/some model", ROMEConfig()))
+
+
+def test_own_files_come_before_packaged_ones_and_say_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found at once by the last part of the name, also for a model with a packaged file; a broken one is named."""
+    gpt2 = ModelProfile(name="openai-community/gpt2-xl", num_layers=48, hidden_size=1600)
+    packaged = ROMEConfig().complete(gpt2)
+    monkeypatch.setenv("KEDIT_HOME", str(tmp_path))
+    assert ROMEConfig().complete(gpt2) == packaged and user_hparams() == tmp_path / "hparams"
+    file = user_hparams() / "ROME" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("match: [gpt2-xl]\nlayers: [3]\nv_lr: 0.25\n", encoding="utf-8")
+    own = ROMEConfig(v_lr=0.5).complete(gpt2)
+    assert own.layers == [3] and own.v_lr == 0.5 and packaged.layers == [17]
+    assert [str(file) in r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [True]
+    ROMEConfig().complete(gpt2)
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
+    without = ROMEConfig().complete(gpt2, files=False)
+    assert without.layers not in ([3], [17]) and without.layers is not None
+    assert FTLConfig().complete(gpt2).layers == [0]  # of another method, the packaged one
+    file.write_text("match: [gpt2-xl", encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(str(file))):
+        ROMEConfig().complete(gpt2)
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,17 @@ def fake_report(*traces: Trace) -> TraceReport:
     return TraceReport(list(traces), [], ("hidden",), 1, 1, 0.1, 1, "m", 3)
 
 
+def test_the_last_token_of_the_subject_alone(world_gpt2: EditableModel) -> None:
+    """The same row of the table as when all tokens are traced, and nothing where nothing was restored."""
+    (whole,) = causal_trace(world_gpt2, PROMPT, samples=3).traces
+    (part,) = causal_trace(world_gpt2, PROMPT, samples=3, last_subject_only=True).traces
+    last = whole.subject_range[1] - 1
+    for kind, table in whole.scores.items():
+        torch.testing.assert_close(part.scores[kind][last], table[last])
+        others = [i for i in range(len(whole.tokens)) if i != last]
+        assert part.scores[kind][others].isnan().all()
+
+
 def test_classes_of_tokens() -> None:
     assert fake_trace(8, (1, 5), 0, 0).classes == [
         None,
