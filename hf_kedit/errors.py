@@ -145,6 +145,10 @@ class DownloadError(KeditError, OSError):
     """A model that comes from PyPI cannot be fetched, or is not the one that was expected."""
 
 
+class ModelFileError(KeditError, ValueError):
+    """A GGUF file is missing, damaged, or holds nothing that can be read as a model."""
+
+
 class MissingExtraError(KeditError, ImportError):
     """An optional dependency is needed for this call."""
 

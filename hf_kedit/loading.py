@@ -1,4 +1,7 @@
-"""Loading a base model and its tokenizer by name, with the right AutoModel class."""
+"""Loading a base model and its tokenizer by name, with the right AutoModel class.
+
+A name is a Hub id, a folder, an embedded name, or a GGUF file (a path, or ``org/name/file.gguf``).
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from . import embedded
 from .errors import UnsupportedModelError
+from .gguf import reading as gguf_reading
 from .statistics.corpora import Corpus
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def model_name(name: str | Path) -> str:
-    """A model's name as it is recorded: folders absolute, so that they are found from everywhere; ids as they are."""
+    """A model's name as it is recorded: folders and files absolute, so that they are found from everywhere."""
     text = str(name)
     if text.startswith(embedded.PREFIX):
         return text.rstrip("/")
     folder = Path(text).expanduser()
-    if text and folder.is_dir():
+    if text and (folder.is_dir() or (folder.is_file() and gguf_reading.is_gguf(text))):
         return os.path.abspath(folder)
     return text if text.startswith(("/", ".", "~")) else text.rstrip("/")
 
 
 def is_local(name: str) -> bool:
-    """Whether the name of a model means a folder of one machine, whether it is there or not."""
+    """Whether the name of a model means a folder or a file of one machine, whether it is there or not."""
     return name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_absolute()
 
 
@@ -37,51 +41,77 @@ def load_base(
     """Load a model with a language-model head: causal, encoder-decoder or image-text.
 
     Args:
-        name: Hub id, local folder, or embedded name.
+        name: Hub id, local folder, embedded name, or GGUF file.
         revision: branch, tag or commit.
         trust_remote_code: allow code from the repository.
         kwargs: for ``from_pretrained``.
 
     Raises:
         UnsupportedModelError: if the model is of another kind.
+        ModelFileError: if a GGUF file is missing, damaged, or of a kind that transformers does not read.
+        MissingExtraError: if it takes a package that is not installed to read it.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForSeq2SeqLM,
-    )
+    if gguf_reading.is_gguf(name):
+        file = gguf_reading.locate(model_name(name), revision=revision, **hub_options(kwargs))
+        return gguf_reading.read_model(file, lambda config: _loader_of(config, name), **kwargs)
+    shared: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(name, **shared, **hub_options(kwargs))
+    model: PreTrainedModel = _loader_of(config, name).from_pretrained(_source(name), **shared, **kwargs)
+    return model
 
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **hub: Any
+) -> PretrainedConfig:
+    """Load the config of a model by the same name; ``hub`` as in `hub_options`.
+
+    Raises:
+        ModelFileError: if a GGUF file is missing, damaged, or of a kind that transformers does not read.
+        MissingExtraError: if it takes a package that is not installed to read it.
+    """
+    if gguf_reading.is_gguf(name):
+        return gguf_reading.read_config(gguf_reading.locate(model_name(name), revision=revision, **hub))
+    from transformers import AutoConfig
+
+    shared: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config: PretrainedConfig = AutoConfig.from_pretrained(_source(name), **shared, **hub)
+    return config
+
+
+def _source(name: str) -> str:
+    """What transformers loads under a name: a folder, or a Hub id."""
     local = embedded.resolve(name)
-    source = str(local) if local is not None else model_name(name)
-    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(source, **shared, **hub_options(kwargs))
+    return str(local) if local is not None else model_name(name)
+
+
+def _loader_of(config: Any, name: str) -> Any:
+    """The class that loads a model with such a config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
     if getattr(config, "is_encoder_decoder", False):
-        loader: Any = AutoModelForSeq2SeqLM
-    elif type(config) in AutoModelForImageTextToText._model_mapping:
-        loader = AutoModelForImageTextToText
-    elif type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+        return AutoModelForSeq2SeqLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     ):
-        loader = AutoModelForCausalLM
-    else:
-        raise UnsupportedModelError(
-            f"{name!r} is a {config.model_type} model without a language-model head that transformers can load;"
-            " load it yourself and pass it to EditableModel(model, ...)"
-        )
-    model: PreTrainedModel = loader.from_pretrained(source, **shared, **kwargs)
-    return model
+        return AutoModelForCausalLM
+    raise UnsupportedModelError(
+        f"{name!r} is a {config.model_type} model without a language-model head that transformers can load;"
+        " load it yourself and pass it to EditableModel(model, ...)"
+    )
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, **hub: Any
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model by the same name; ``hub`` as in `hub_options`."""
+    if gguf_reading.is_gguf(name):
+        return gguf_reading.read_tokenizer(gguf_reading.locate(model_name(name), revision=revision, **hub))
     from transformers import AutoTokenizer
 
-    local = embedded.resolve(name)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        str(local) if local is not None else model_name(name),
+        _source(name),
         revision=revision,
         trust_remote_code=trust_remote_code,
         **hub,

@@ -16,6 +16,7 @@ import torch
 
 from . import embedded
 from .anatomy.switching import Switch, uninterrupted
+from .artifact.gguf_export import GgufExport
 from .artifact.layout import Artifact
 from .artifact.lora_exchange import LoraExchange
 from .artifact.packs import Packs
@@ -27,6 +28,7 @@ from .editing import Editing
 from .engine.access import alone, among_others, exclusively
 from .engine.weights import head_kept
 from .errors import ConfigError
+from .gguf.reading import forget_origin, inside, is_gguf
 from .loading import hub_options, load_base, load_tokenizer, model_name
 from .logging import get_logger
 from .statistics.corpora import Corpus
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class EditableModel(Editing, Sharing, LoraExchange):
+class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
     """A transformers model together with the edits that it carries.
 
     Args:
@@ -102,6 +104,7 @@ class EditableModel(Editing, Sharing, LoraExchange):
         anatomy: Mapping[str, str] | None = None,
         revision: str | None = None,
         base_model_revision: str | None = None,
+        gguf_file: str | None = None,
         ignore_fingerprint: bool = False,
         trust_remote_code: bool = False,
         untie: bool = False,
@@ -110,14 +113,17 @@ class EditableModel(Editing, Sharing, LoraExchange):
         """Load a base model to edit, or a saved edit together with its base model.
 
         Args:
-            model_or_edits: Hub id, local folder, or embedded name (``"kedit/world-gpt2"``) of a model; or folder or
-                Hub id of saved edits (recognised by its ``edit_config.json``), or what `find_artifact` read there.
+            model_or_edits: Hub id, local folder, or embedded name (``"kedit/world-gpt2"``) of a model, or a GGUF file
+                (a path, or ``org/name/file.gguf``); or folder or Hub id of saved edits (recognised by its
+                ``edit_config.json``), or what `find_artifact` read there.
             config: method config or name; for saved edits ``None`` continues with the saved one.
-            base_model: instead of the one that the saved edit names: a model in memory, a folder, or a Hub id.
+            base_model: instead of the one that the saved edit names: a model in memory, or a name as above.
             tokenizer: instead of the model's own.
             anatomy: overrides of the structural resolver.
             revision: of the repository that is named.
             base_model_revision: of the base model, when saved edits are loaded.
+            gguf_file: a GGUF file in the folder or repository that is named; it is turned into plain numbers, float32
+                without ``dtype``.
             ignore_fingerprint: put saved edits on a base with other weights than they were made on.
             trust_remote_code: allow code from the model's repository to run.
             untie: give a tied head a weight of its own, so that it can be edited; saved edits remember it.
@@ -128,9 +134,14 @@ class EditableModel(Editing, Sharing, LoraExchange):
         Raises:
             ArtifactError: if saved edits are damaged or of an unknown format.
             BaseModelMismatchError: if the base model has other weights than the edits were made on.
+            ModelFileError: if a GGUF file is missing, damaged, or of a kind that transformers does not read.
         """
         artifact = model_or_edits if isinstance(model_or_edits, Artifact) else None
         name = "" if isinstance(model_or_edits, Artifact) else model_name(model_or_edits)
+        if gguf_file is not None:
+            if artifact is not None:
+                raise ConfigError("gguf_file= belongs to a model; saved edits take base_model=, also a file")
+            name = inside(name, gguf_file)
         if artifact is None and embedded.resolve(name) is None:
             artifact = find_artifact(name, revision=revision, **hub_options(model_kwargs))
         if artifact is not None:
@@ -143,6 +154,7 @@ class EditableModel(Editing, Sharing, LoraExchange):
                 base_model_revision=base_model_revision,
                 trust_remote_code=trust_remote_code,
                 untie=untie,
+                ignore_fingerprint=ignore_fingerprint,
                 model_kwargs=model_kwargs,
             )
             with alone(arguments["base_model"]), head_kept(arguments["base_model"]):
@@ -154,7 +166,7 @@ class EditableModel(Editing, Sharing, LoraExchange):
             name, revision=revision, trust_remote_code=trust_remote_code, **hub_options(model_kwargs)
         )
         commit = None
-        if base_model is None and embedded.resolve(name) is None:
+        if base_model is None and embedded.resolve(name) is None and not is_gguf(name):  # which knows its own
             commit = cached_commit(name, "config.json", revision=revision, cache_dir=model_kwargs.get("cache_dir"))
         return cls(
             loaded, config, tokenizer, anatomy=anatomy, base_model_id=name, base_model_revision=commit, untie=untie
@@ -184,6 +196,8 @@ class EditableModel(Editing, Sharing, LoraExchange):
             for book in self.books.values():
                 book.forget()
             self.packs.forget()
+            forget_origin(self.base_model)
+            self.gguf = None
             self._method.load_state_dict({})
             self._start_afresh()
             self.set_method(self.edit_config)  # with statistics and templates of the model as it is now

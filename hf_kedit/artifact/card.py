@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from .. import embedded
 from ..errors import HubError
+from ..gguf.reading import inside_repository
 from ..journal import Edit
 from ..loading import is_local
 from ..logging import get_logger
@@ -138,7 +139,7 @@ An earlier version of a repository is loaded with `from_pretrained(…, revision
 
 ## What it was made on
 
-- base model: {markdown_code(_shown(base))}, {_revision(config["base_model_revision"])}, {config["base_dtype"]}
+- base model: {markdown_code(_shown(base))}, {_revision(config["base_model_revision"])}, {_numbers_of(config)}
 - method: {markdown_text(config["method"])} (hyperparameters in `edit_config.json`)
 - changed weights (checked by their SHA-256 when the edits are loaded):
 {touched}
@@ -220,7 +221,7 @@ def _shown(base: str) -> str:
 
 def _origin(base: str, revision: str | None, relation: str) -> dict[str, Any]:
     """What the head of a card says of the base model; its licence is the licence of what was made from it."""
-    named = {"base_model": base, "base_model_relation": relation} if _is_hub_id(base) else {}
+    named = {"base_model": inside_repository(base)[0], "base_model_relation": relation} if _is_hub_id(base) else {}
     return named | base_licence(base, revision)
 
 
@@ -228,9 +229,10 @@ def base_licence(base: str, revision: str | None) -> dict[str, str]:
     """``license``, ``license_name`` and ``license_link`` of a model's card; those that it gives.
 
     Args:
-        base: folder or Hub id.
+        base: folder or Hub id, or a file there.
         revision: of the repository.
     """
+    base = inside_repository(base)[0]
     if not _is_hub_id(base) and not Path(base or "/nowhere").is_dir():
         return {}
     try:
@@ -268,6 +270,8 @@ def _edit_table(edits: Sequence[Edit]) -> str:
 def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingProxyType({})) -> str:
     example = next(iter(singles.values()), "")
     load = f'PeftModel.from_pretrained(base, {python_text(here)}, subfolder="{example}")'
+    repo, file = inside_repository(_shown(base) if base else "the base model")
+    place = f"{python_text(repo)}, gguf_file={python_text(file)}" if file else python_text(repo)
     alone = f"Each edit alone is an adapter too: {markdown_code(load)}.\n"
     return f"""Without `hf_kedit`, the same edits are a LoRA adapter of scaling 1:
 
@@ -275,7 +279,7 @@ def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingP
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({python_text(_shown(base) if base else "the base model")})
+base = AutoModelForCausalLM.from_pretrained({place})
 model = PeftModel.from_pretrained(base, {python_text(here)})
 ```
 {alone if singles else ""}"""
@@ -346,6 +350,12 @@ gives the edited weights. Two such adapters are added with
 
 Editing a fact can change others. Measure it on your own questions before you rely on it.
 """
+
+
+def _numbers_of(config: Mapping[str, Any]) -> str:
+    """The number format of the base model, and the GGUF file that its numbers were read from, if there is one."""
+    gguf, dtype = config.get("base_model_gguf"), str(config["base_dtype"])
+    return f"{dtype} out of the GGUF file with the SHA-256 {markdown_code(str(gguf.get('sha256')))}" if gguf else dtype
 
 
 def _revision(commit: str | None) -> str:

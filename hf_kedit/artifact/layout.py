@@ -72,6 +72,7 @@ _OPTIONAL: dict[str, type] = {
     "base_model_folder": str,
     "base_model_class": str,
     "base_dtype": str,
+    "base_model_gguf": dict,
     "quantization_config": dict,
     "head_tied": bool,
     "anatomy": dict,

@@ -119,7 +119,7 @@ def _assemble(
     for module in adapter.whole:  # such a module brings its edited bias and weight along
         adapter.biases.pop(module, None)
     if target == "vllm":
-        _check_vllm(adapter)
+        check_factors_only(adapter, "vLLM")
     _choose_rank(adapter, target, rank)
     _cover(adapter, model, [*modules, *adapter.biases])
     return adapter
@@ -198,8 +198,12 @@ def _add_whole(adapter: Adapter, model: EditedModel, path: str) -> None:
     adapter.whole[path] = values
 
 
-def _check_vllm(adapter: Adapter) -> None:
-    """Raise for what vLLM refuses in an adapter."""
+def check_factors_only(adapter: Adapter, server: str) -> None:
+    """Raise for what vLLM and llama.cpp refuse in an adapter: all but factors of single matrices.
+
+    Raises:
+        ExportError: naming the modules.
+    """
     problems = []
     if adapter.whole:
         problems.append(f"full-rank changes (of {', '.join(adapter.whole)}); give a rank to approximate them")
@@ -208,7 +212,7 @@ def _check_vllm(adapter: Adapter) -> None:
     if adapter.experts:
         problems.append(f"changes of fused experts ({', '.join(adapter.experts)}); merge the edits into the model")
     if problems:
-        raise ExportError("vLLM does not load adapters with " + ", nor with ".join(problems))
+        raise ExportError(f"{server} does not load adapters with {', nor with '.join(problems)}")
 
 
 def _choose_rank(adapter: Adapter, target: LoraTarget, rank: int | None) -> None:

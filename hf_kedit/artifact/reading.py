@@ -19,7 +19,16 @@ from ..anatomy.switching import uninterrupted
 from ..books.book import Saved
 from ..config import AutoEditConfig, EditConfig
 from ..editing.state import EditedModel
-from ..errors import ArtifactError, ConfigError, HubUnreachableError, KeditError, reason_of
+from ..errors import (
+    ArtifactError,
+    BaseModelMismatchError,
+    ConfigError,
+    HubUnreachableError,
+    KeditError,
+    reason_of,
+    shown,
+)
+from ..gguf.reading import is_gguf, origin_of
 from ..journal import Journal
 from ..loading import hub_options, is_local, load_base, load_tokenizer, model_name
 from ..logging import get_logger
@@ -62,6 +71,8 @@ def find_artifact(name: str, *, revision: str | None = None, **hub: Any) -> Arti
         ArtifactError: if it is a saved edit but damaged, or an existing folder without model or edits.
         HubError: if the repository is missing, closed, or neither cached nor reachable.
     """
+    if is_gguf(name):
+        return None
     source = FileSource(name, revision=revision, **hub)
     config_file = _edit_config(source)
     while config_file is not None:
@@ -76,7 +87,7 @@ def find_artifact(name: str, *, revision: str | None = None, **hub: Any) -> Arti
 
 def holds_edits(name: str) -> bool:
     """Whether `find_artifact` would find saved edits; reads nothing but their ``edit_config.json``."""
-    return _edit_config(FileSource(name)) is not None
+    return not is_gguf(name) and _edit_config(FileSource(name)) is not None
 
 
 def _edit_config(source: FileSource) -> bytes | None:
@@ -148,6 +159,7 @@ def arguments_of(
     base_model_revision: str | None,
     trust_remote_code: bool,
     untie: bool,
+    ignore_fingerprint: bool,
     model_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """What an `EditableModel` for saved edits is built with; loads base model and tokenizer where they are not given.
@@ -156,6 +168,7 @@ def arguments_of(
 
     Raises:
         ArtifactError: if the base model cannot be found or loaded, naming it.
+        BaseModelMismatchError: if it is read from another GGUF file than the one that the edits were made on.
     """
     described = artifact.config
     recorded = described["base_model_name_or_path"]
@@ -169,6 +182,8 @@ def arguments_of(
         elif base_model is None:  # None, if given, asks for the unquantised model
             model_kwargs.setdefault("quantization_config", _quantisation_from(artifact.source, quantised))
         base_model = _load(artifact, name, revision, trust_remote_code, model_kwargs)
+    if not ignore_fingerprint:
+        _check_file(artifact, base_model)
     if tokenizer is None:
         tokenizer = _tokenizer(name, base_model, revision, trust_remote_code, hub_options(model_kwargs))
     chosen = config if config is not None else AutoEditConfig.for_method(described["method"])
@@ -193,12 +208,12 @@ def arguments_of(
 
 
 def _base_of(artifact: Artifact) -> str:
-    """Name of the base model of saved edits: a folder of this machine where it is one; empty if none is recorded."""
+    """Name of the base model of saved edits: a folder or file of this machine where it is one; empty if none is."""
     recorded = artifact.config["base_model_name_or_path"]
     folder = Path(artifact.source).expanduser()
     beside = artifact.config.get("base_model_relative_path") or (recorded if recorded.startswith(".") else None)
-    if not Path(recorded).expanduser().is_dir() and isinstance(beside, str) and (folder / beside).is_dir():
-        return model_name(folder / beside)  # both folders were moved together
+    if not Path(recorded).expanduser().exists() and isinstance(beside, str) and (folder / beside).exists():
+        return model_name(folder / beside)  # both were moved together
     return model_name(recorded)
 
 
@@ -210,12 +225,12 @@ def _load(
     Raises:
         ArtifactError: saying how another one is given.
     """
-    give = "give it with base_model= (a model, a folder or a Hub id), or on the command line with --base"
+    give = "give it with base_model= (a model, a folder, a GGUF file or a Hub id), or on the command line with --base"
     if not name:
         where = artifact.config.get("base_model_folder")
-        made_on = f"in the folder {where!r} of another machine" if where else "in memory"
+        made_on = f"in {_kind_of(where)} {where!r} of another machine" if where else "in memory"
         raise ArtifactError(f"{artifact.source}: the edits were made on a model {made_on}; {give}")
-    if is_local(name) and not Path(name).expanduser().is_dir():
+    if is_local(name) and not Path(name).expanduser().exists():
         raise ArtifactError(f"{artifact.source}: the edits were made on {name!r}, which is not there; {give}")
     try:
         return load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
@@ -225,6 +240,27 @@ def _load(
         raise ArtifactError(
             f"{artifact.source}: the base model of the edits, {name!r}, cannot be loaded ({reason_of(error)}); {give}"
         ) from error
+
+
+def _kind_of(name: str) -> str:
+    return "the file" if is_gguf(name) else "the folder"
+
+
+def _check_file(artifact: Artifact, base_model: PreTrainedModel) -> None:
+    """Raise if edits were made on one GGUF file and the base model was read from another.
+
+    A base model that comes from somewhere else is judged by its weights alone.
+
+    Raises:
+        BaseModelMismatchError: naming both files.
+    """
+    made_on, here = artifact.config.get("base_model_gguf"), origin_of(base_model)
+    if made_on and here is not None and here.sha256 != made_on.get("sha256"):
+        raise BaseModelMismatchError(
+            f"{artifact.source}: the edits were made on the GGUF file {shown(made_on.get('file'))} with the SHA-256"
+            f" {shown(made_on.get('sha256'))}, and {str(here.path)!r} is another one ({here.sha256}). Give that file"
+            " with base_model= or --base, or accept the difference with ignore_fingerprint=True"
+        )
 
 
 def _tokenizer(

@@ -18,6 +18,7 @@ from safetensors.torch import save as dump_tensors
 from ..editing.state import EditedModel
 from ..engine.access import together_with_others
 from ..errors import ArtifactError, ExportError
+from ..gguf.reading import GgufFile
 from ..journal import Edit
 from ..loading import is_local
 from ..logging import get_logger
@@ -156,13 +157,13 @@ def merged_files(model: EditedModel) -> dict[str, bytes]:
 
 
 def without_local_base(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Files for others: the base model's folder on this machine means nothing there, and is nobody's business.
+    """Files for others: where the base model is on this machine means nothing there, and is nobody's business.
 
     Args:
         files: name → content, an ``edit_config.json`` among them.
 
     Returns:
-        The same files; where the base model is a folder, its name stays and the way to it goes.
+        The same files; where the base model is a folder or a file, its name stays and the way to it goes.
     """
     config = parse_json(files[CONFIG], CONFIG, ArtifactError)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
@@ -170,7 +171,7 @@ def without_local_base(files: Mapping[str, bytes]) -> dict[str, bytes]:
         return dict(files)
     folder = re.split(r"[\\/]", base.rstrip("/\\"))[-1]
     logger.warning(
-        "the base model is a folder of this machine (%s): whoever loads the edits has to give it, with base_model= or"
+        "the base model is on this machine alone (%s): whoever loads the edits has to give it, with base_model= or"
         " --base. Push the model too, and make the edits on the pushed one, to spare them that",
         base,
     )
@@ -208,6 +209,7 @@ def _describe(model: EditedModel, contents: _Contents) -> dict[str, Any]:
         "task_type": "SEQ_2_SEQ_LM" if model.anatomy.is_encoder_decoder else "CAUSAL_LM",
         "mergeable": not contents.beside,
         "base_dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        **({} if model.gguf is None else {"base_model_gguf": _file_of(model.gguf)}),
         "quantization_config": _quantisation_of(base),
         "head_tied": model.anatomy.head_tied,
         "anatomy": model.anatomy_overrides,
@@ -219,6 +221,11 @@ def _describe(model: EditedModel, contents: _Contents) -> dict[str, Any]:
         "library_versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         **({} if model.decoding_config is None else {"decoding": model.decoding_config.to_dict()}),
     }
+
+
+def _file_of(gguf: GgufFile) -> dict[str, str]:
+    """What tells the GGUF file of a base model from others, wherever it lies."""
+    return {"file": gguf.path.name, "sha256": gguf.sha256}
 
 
 def _quantisation_of(base: PreTrainedModel) -> dict[str, Any] | None:

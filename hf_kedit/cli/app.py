@@ -15,6 +15,7 @@ from . import (
     demo,
     edit,
     evaluate,
+    gguf,
     hub,
     inspect,
     methods,
@@ -60,6 +61,7 @@ app.command("rollback")(artifacts.rollback)
 app.command("merge")(artifacts.merge)
 app.command("push")(hub.push)
 app.command("export-lora")(artifacts.export_lora)
+app.command("export-gguf")(gguf.export_gguf)
 app.command("convert-hparams")(convert.convert_hparams)
 app.command("list-methods")(methods.list_methods)
 app.command("stats")(stats.stats)

@@ -22,7 +22,10 @@ _SHOWN = 50
 @command
 def inspect(
     source: Annotated[
-        str, typer.Argument(metavar="EDITS_OR_MODEL", help="Folder or Hub id of saved edits, or of a model.")
+        str,
+        typer.Argument(
+            metavar="EDITS_OR_MODEL", help="Folder or Hub id of saved edits, or of a model; or a GGUF file."
+        ),
     ],
     method: MethodOption = None,
     load: Annotated[
@@ -144,17 +147,13 @@ def _show_edits(console: Console, data: dict[str, Any]) -> None:
 
 def _build(source: str, load: bool, revision: str | None, trust_remote_code: bool) -> Any:
     """The model: with its weights, or on the meta device from its config alone."""
-    from .. import embedded
-    from ..loading import load_base
+    from ..loading import load_base, load_config
 
     if not load:
         import torch
         import transformers
 
-        local = embedded.resolve(source)
-        config = transformers.AutoConfig.from_pretrained(
-            str(local) if local is not None else source, revision=revision, trust_remote_code=trust_remote_code
-        )
+        config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
         # The class that the checkpoint was saved from; remote code and headless checkpoints take the other way.
         cls = getattr(transformers, (config.architectures or [""])[0], None)
         if cls is not None and cls.can_generate():

@@ -35,8 +35,8 @@ class Dtype(StrEnum):
 _MODEL: Any = typer.Option(
     "--model",
     "-m",
-    help="Hub id or folder of a model, one of ours (kedit/world-gpt2, kedit/world-llama, kedit/smollm2-135m), or saved"
-    " edits.",
+    help="Hub id or folder of a model, a GGUF file, one of ours (kedit/world-gpt2, kedit/world-llama,"
+    " kedit/smollm2-135m), or saved edits.",
 )
 ModelOption = Annotated[str, _MODEL]
 OptionalModelOption = Annotated[str | None, _MODEL]
@@ -86,8 +86,8 @@ BaseOption = Annotated[
     str | None,
     typer.Option(
         "--base",
-        help="Base model (folder or Hub id) of saved edits, instead of the one that they name; for edits of a"
-        " quantised model also the unquantised one.",
+        help="Base model (folder, GGUF file or Hub id) of saved edits, instead of the one that they name; for edits of"
+        " a quantised model also the unquantised one.",
         show_default=False,
     ),
 ]

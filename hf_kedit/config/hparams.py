@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,11 @@ def find_hparams(method: str, model_name: str) -> tuple[Path, dict[str, Any]] | 
 
     Args:
         method: ``edit_type`` of the method.
-        model_name: id or local path; only its last part is compared, regardless of case.
+        model_name: id or local path; only its last part is compared, regardless of case, and of a GGUF file's name
+            without the number format (``.Q4_K_M.gguf``).
     """
     last = model_name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].lower()
+    last = re.sub(r"([.-](i?q\d\w*|b?f16|f32))?\.gguf$", "", last)
     for path, patterns, values in (*_files(user_hparams(), method), *_packaged(method)):
         if any(fnmatch.fnmatchcase(last, pattern) for pattern in patterns):
             return path, dict(values)

@@ -27,6 +27,7 @@ from ..engine.access import alone, among_others, exclusively, together_with_othe
 from ..engine.quantised import keep_layout
 from ..engine.weights import head_kept, model_fingerprint, tensor_digest, untie_head
 from ..errors import ConfigError
+from ..gguf.reading import GgufFile, origin_of
 from ..journal import Edit, Journal
 from ..loading import embedded_corpus, model_name
 from ..methods.base import Capabilities, Method, Workbench, method_class
@@ -72,8 +73,11 @@ class EditedModel(nn.Module):
             raise ConfigError("this model is an EditableModel already; call its edit(), or use set_method()")
         self.base_model = base_model
         self.tokenizer = tokenizer
-        self.base_model_id = model_name(base_model_id or getattr(base_model.config, "name_or_path", "") or "")
-        self.base_model_revision = base_model_revision or getattr(base_model.config, "_commit_hash", None)
+        self.gguf: GgufFile | None = origin_of(base_model)
+        own = self.gguf.name if self.gguf is not None else getattr(base_model.config, "name_or_path", "")
+        self.base_model_id = model_name(base_model_id or own or "")
+        commit = self.gguf.commit if self.gguf is not None else getattr(base_model.config, "_commit_hash", None)
+        self.base_model_revision = base_model_revision or commit
         self.anatomy_overrides = dict(anatomy or {})
         with alone(base_model), head_kept(base_model):
             if untie:

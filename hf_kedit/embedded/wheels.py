@@ -10,7 +10,6 @@ hf_kedit.embedded.wheels`` sets all of them up, for a machine that will be offli
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -24,7 +23,8 @@ from pathlib import Path
 import huggingface_hub
 from filelock import FileLock
 
-from ..errors import DownloadError, require_extra
+from ..errors import DownloadError
+from ..gguf.reading import locate, read_model
 from ..logging import get_logger
 from ..storage.files import cache_home
 
@@ -65,25 +65,11 @@ class WheelModel:
 
 
 def _from_gguf(directory: Path, file: str, target: Path) -> None:
-    """Turn a GGUF file into a plain float32 checkpoint.
-
-    What transformers loads from GGUF still calls itself quantised and refuses to be saved; hence a second model with a
-    config that does not, and the same weights.
-    """
-    if importlib.util.find_spec("gguf") is None:  # with which transformers reads such files
-        raise require_extra("gguf", "real", f"reading {file}")
-    import torch
+    """Turn a GGUF file into a plain float32 checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(str(directory), gguf_file=file, dtype=torch.float32)
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(read)(config)
-    plain.load_state_dict(read.state_dict())
-    plain.tie_weights()
-    plain.generation_config = read.generation_config
-    plain.save_pretrained(target)
+    read_model(locate(str(directory / file)), lambda config: AutoModelForCausalLM).save_pretrained(target)
+    # As transformers reads it, which splits no digits: what was measured on this model was measured so.
     AutoTokenizer.from_pretrained(str(directory), gguf_file=file).save_pretrained(target)
 
 

@@ -105,6 +105,32 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
         raise ArtifactError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which takes the place of ``path`` when the block ends well; else nothing is left.
+
+    Raises:
+        ArtifactError: if there is a folder of this name, or the file cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ArtifactError(f"{str(path)!r} is a folder; give the name of a file")
+    draft = target.with_name(f".{target.name}{_MARK}{secrets.token_hex(8)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        with draft.open("rb") as handle:
+            os.fsync(handle.fileno())
+        if target.exists():
+            _look_like(draft, target)
+        os.replace(draft, target)
+    except OSError as error:
+        raise ArtifactError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
 def _replace_whole(target: Path, files: Mapping[str, bytes], owned: Collection[str]) -> None:
     """Make the new folder beside the old one and let them change names; nothing has changed on any error."""
     new = target.with_name(f".{target.name}{_MARK}{secrets.token_hex(8)}")
