@@ -15,8 +15,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_kedit import EditRequest, load_edit_dataset
+from hf_kedit import EditRequest, embedded, load_edit_dataset
 from hf_kedit.data.world_text import world_text
+from hf_kedit.loading import load_base, load_tokenizer
+
+REAL = "smollm2"
+"""The shape that stands for the weights of SmolLM2-135M, where `make real` has put them."""
 
 SHAPES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     # name: (config class, config, editing layers)
@@ -85,6 +89,19 @@ SHAPES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+SHAPES[REAL] = SHAPES["smollm2-135m"]
+
+
+def is_real(shape: str) -> bool:
+    """Whether a shape is a model with its own weights and tokenizer."""
+    return shape == REAL and embedded.is_there("kedit/smollm2-135m")
+
+
+def tokenizer_of(shape: str) -> Any:
+    """The tokenizer that goes with a shape."""
+    return load_tokenizer("kedit/smollm2-135m") if is_real(shape) else tokenizer()
+
+
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on generated text; small, so that its ids fit every shape."""
@@ -99,7 +116,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model of the shape with random weights, scaled so that losses really fall."""
+    """A model of the shape with random weights, scaled so that losses really fall; or the real one (`is_real`)."""
+    if is_real(shape):
+        return load_base("kedit/smollm2-135m", torch_dtype=dtype).to(device).eval()
     kind, values, _ = SHAPES[shape]
     torch.manual_seed(seed)
     with torch.device(device):
@@ -111,8 +130,17 @@ def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
     return model.eval()
 
 
-def requests(count: int) -> list[EditRequest]:
-    """Edit requests with short prompts, subjects of a few tokens and targets of a few tokens."""
+def requests(count: int, path: str | None = None, skip: int = 0) -> list[EditRequest]:
+    """Edit requests with short prompts, subjects of a few tokens and targets of a few tokens.
+
+    Args:
+        count: how many.
+        path: of the rows of `counterfact_flat`; ``None``: of the fact world.
+        skip: so many rows of the file are left out.
+    """
+    if path is not None:
+        rows = load_edit_dataset("counterfact_flat", path=path, limit=skip + count)
+        return [EditRequest.from_dict(rows[i]) for i in range(skip, len(rows))]
     rows = load_edit_dataset("world", split="test", limit=min(count, 1000))
     made = [EditRequest.from_dict(rows[i % len(rows)]) for i in range(count)]
     return [r.with_id(f"bench-{i}") for i, r in enumerate(made)]

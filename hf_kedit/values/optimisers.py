@@ -29,10 +29,11 @@ MOST_STEPS = 10
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
 # Found on SmolLM2 and the models of the fact world; the outcome hardly depends on them.
+_FIRST_RADIUS = 2.0
 _FIRST_PART = 0.25  # the first step asks for this part of the loss: nothing is known yet of how far the model holds
 _RIGHT, _WRONG = 0.6, 0.25  # parts of a predicted gain from which on, and up to which, the radius changes
 _GROWTH, _CAREFUL_GROWTH, _SHRINKAGE = 2.0, 1.15, 0.4  # careful: once a step was too long
-_SMALL_GAIN, _SMALL_GAINS = 0.1, 3  # so many evaluations in a row that gain less than this part end a request
+_SMALL_GAIN, _SMALL_GAINS = 0.1, 3  # so many small gains in a row, at a radius that does not grow, end a request
 _DAMPINGS, _DAMPING_FACTOR = 60, 0.6
 _LEAST = 1e-6  # a smaller −log p has no log-odds in float32
 
@@ -112,7 +113,7 @@ class GaussNewton:
     """Steps of Gauss-Newton on the log-odds of every row, each within a radius that is learnt (see the module).
 
     Args:
-        initial: the activations before the edit, ``[requests, places, d]``; the first radius is their length.
+        initial: the activations before the edit, ``[requests, places, d]``; the first radius is twice their length.
         limit: of ``‖δ‖``, ``[requests, places]``.
         weight: of a row in the loss.
         stop_loss: at which a request ends; steps aim at half of it.
@@ -128,7 +129,7 @@ class GaussNewton:
         self.gained = torch.zeros_like(self.total, dtype=torch.bool)  # whether the last evaluation was the best
         self.gain = torch.zeros_like(self.total)  # by which part of the loss
         self.predicted = torch.zeros_like(self.total)  # what the model said of the δ that is measured next
-        self.radius = torch.minimum(initial.flatten(1).norm(dim=1), limit.norm(dim=1))
+        self.radius = torch.minimum(_FIRST_RADIUS * initial.flatten(1).norm(dim=1), limit.norm(dim=1))
         self.growth = torch.full_like(self.total, _GROWTH)
         self.few = torch.zeros_like(self.total)  # evaluations in a row with small gains
         # around the best δ: the log-odds of the rows, the root of the drift, and their gradients, the drift's last
@@ -141,19 +142,22 @@ class GaussNewton:
         self.gained = first | (total < before)
         gain = torch.where(self.gained, before - total, 0.0)
         if not bool(first.all()):
-            self._learn_radius((delta - self.best).flatten(1).norm(dim=1), before - total, before - self.predicted)
-            self.few = torch.where(gain < _SMALL_GAIN * before, self.few + 1, 0.0)
+            length = (delta - self.best).flatten(1).norm(dim=1)
+            freer = self._learn_radius(length, before - total, before - self.predicted)
+            self.few = torch.where((gain < _SMALL_GAIN * before) & ~freer, self.few + 1, 0.0)
         self.best = torch.where(self.gained.view(-1, 1, 1), delta, self.best)
         self.total = torch.where(self.gained, total, self.total)
         return self.gained
 
-    def _learn_radius(self, length: torch.Tensor, gain: torch.Tensor, hoped: torch.Tensor) -> None:
+    def _learn_radius(self, length: torch.Tensor, gain: torch.Tensor, hoped: torch.Tensor) -> torch.Tensor:
+        """Draw a lesson from a step of a length, and return for whom the radius has grown, ``[running]`` bool."""
         larger = (gain > _RIGHT * hoped) & (length > 0.8 * self.radius)
         smaller = gain < _WRONG * hoped
         self.growth = torch.where(gain < 0, _CAREFUL_GROWTH, self.growth)
         self.radius = torch.where(
             larger, self.growth * self.radius, torch.where(smaller, _SHRINKAGE * length, self.radius)
         )
+        return larger
 
     def found(self, delta: torch.Tensor) -> torch.Tensor:
         """The outcome: the best δ that was measured."""
