@@ -197,7 +197,7 @@ class Setting:
         return max(found, default=0.0)
 
     def theirs(self, count: int | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """By the straightforward path: values of all requests, or of the first so many, and the same weight changes."""
+        """By the straightforward path: values of all requests, or of the first ``count``; the same weight changes."""
         settings, batches = self.inner.value_settings(), self.rows if count is None else self.first(count)
         with frozen_eval(self.base):
             if self.method == "rome":
