@@ -24,6 +24,7 @@ _PUBLIC = {
     "methods.calinet": "CaliNetConfig",
     "methods.core": "COREConfig",
     "methods.defer": "DEFERConfig",
+    "methods.dinm": "DINMConfig",
     "methods.eamet": "EAMETConfig",
     "methods.emmet": "EMMETConfig",
     "methods.ft": "FTLConfig FTMConfig",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .methods.calinet import CaliNetConfig as CaliNetConfig
     from .methods.core import COREConfig as COREConfig
     from .methods.defer import DEFERConfig as DEFERConfig
+    from .methods.dinm import DINMConfig as DINMConfig
     from .methods.eamet import EAMETConfig as EAMETConfig
     from .methods.emmet import EMMETConfig as EMMETConfig
     from .methods.ft import FTLConfig as FTLConfig

@@ -21,7 +21,6 @@ METHODS = {"ice": "ike", "tpatcher": "t-patcher"}
 OBJECTIVES = {"prompt_last": "ft-l", "target_new": "ft-m"}
 # Methods of theirs that are none of ours yet → the part of the library that they wait for.
 WAITING = {
-    "dinm": "safety editing (DINM)",
     "dpo": "editing towards preferences (DPO)",
     "deepedit-api": "editing models behind an API",
     "ft-api": "editing models behind an API",
@@ -41,6 +40,8 @@ RENAMED = {
     "densities": "density",
     "sentence_model_name": "retriever",
     "cedit": "edit_weight",
+    "kl_factor": "edit_weight",
+    "suffix_system_prompt": "suffix_prompt",
     "cloc": "locality_weight",
     "loc_coef": "locality_weight",
     "batch_size": "rows_per_step",

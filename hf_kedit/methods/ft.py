@@ -182,12 +182,12 @@ class FineTuning(Method):
         backward_passes = 0
         began = time.perf_counter()
         before = self._probability(teacher_forced, {}, size)
-        restraint = self.restraint(list(theta.values()), _Substituted(bench.model, theta))
+        restraint = self.restraint(list(theta.values()), Substituted(bench.model, theta))
         with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
                 done = True
                 for chunk, batch in chunks:
-                    edited = _Substituted(bench.model, theta)
+                    edited = Substituted(bench.model, theta)
                     nll = batch.token_losses(edited)
                     per_row, held = batch.means(nll), batch.held(nll, config.stop_probability)
                     loss = mean_of_open(per_row, held)
@@ -210,7 +210,7 @@ class FineTuning(Method):
                 epoch_losses.append(sum(row[-1] for row in losses) / len(losses))
                 if done or (epoch_losses[-1] < config.stop_loss and restraint.within):
                     break
-        restraint.settle(lambda: _Substituted(bench.model, theta))
+        restraint.settle(lambda: Substituted(bench.model, theta))
         bench.note("epoch_losses", torch.tensor(epoch_losses))
         after = self._probability(teacher_forced, theta, size)
         drift = self.drift_report(restraint, after)
@@ -238,7 +238,7 @@ class FineTuning(Method):
         )
 
     def _probability(self, examples: Sequence[Example], theta: dict[str, torch.Tensor], size: int) -> list[float]:
-        return target_probabilities(_Substituted(self.bench.model, theta), examples, self.bench.fill, size)
+        return target_probabilities(Substituted(self.bench.model, theta), examples, self.bench.fill, size)
 
     def _project(self, theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> None:
         """Keep every element within ``norm_constraint`` of where the call found it."""
@@ -257,7 +257,7 @@ class FineTuning(Method):
                     self.bench.note(f"grad_{'first' if step == 1 else 'second'}/{key}", value.grad)
 
 
-class _Substituted:
+class Substituted:
     """The model with some parameters replaced by trained copies, for one call; the model itself is not touched.
 
     Of a weight that is quantised or offloaded, the difference between the copy and the weight runs beside it.

@@ -42,6 +42,7 @@ HPARAMS = {
     "ft": "FTHyperParams",
     "grace": "GraceHyperParams",
     "ike": "IKEHyperParams",
+    "dinm": "DINMHyperParams",
     "ke": "KEHyperParams",
     "kn": "KNHyperParams",
     "lora": "LoRAHyperParams",
@@ -105,8 +106,8 @@ def _waits(method: str) -> str:
 
 # The way that we have instead → names that EasyEdit has.
 _WAYS: dict[str, str] = {
-    f"{_waits('dinm')}; load_edit_dataset('safeedit') and evaluation.functional.safety_scores exist": """
-        DINMHyperParams SafetyEditor apply_dinm_to_model""",
+    "BaseEditor edits with DINMHyperParams (docs/methods/dinm.md); load_edit_dataset('safeedit') and"
+    " evaluation.functional.safety_scores measure": "SafetyEditor",
     f"{_waits('dpo')}; FT and LoRA fine-tune towards the new answer": "DPOHyperParams apply_dpo_to_model",
     "hf_kedit.decode_with(model, 'dola' or 'deco'), around model.generate": """
         DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
@@ -149,7 +150,7 @@ _WAYS: dict[str, str] = {
 }
 ABSENT = {name: way for way, names in _WAYS.items() for name in names.split()}
 
-_MODELS = [*HPARAMS, *"dinm dpo deco dola deepedit_api ft_api ft_uns lora_uns unke unke_ARE".split()]
+_MODELS = [*HPARAMS, *"dpo deco dola deepedit_api ft_api ft_uns lora_uns unke unke_ARE".split()]
 _FILES = {"alphaedit": "AlphaEdit"}  # where the files of a folder are spelt otherwise
 _INSIDE = {
     "models": "ike.util rome.layer_stats wise.WISE grace.GRACE melo.melo defer.DEFER kn.knowledge_neurons"
