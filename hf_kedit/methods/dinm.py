@@ -38,11 +38,11 @@ from ..logging import progress_bar
 from ..requests import EditRequest, in_row
 from ..tokens import EncodedText, encode_pair, encode_text, pad_rows
 from .base import Capabilities, Method, Outcome, Workbench, register_method
-from .ft import Substituted
+from .ft import Substituted, keep_within
 
 CONSTRAINT = "knowledge_constraint"
 """Axis of the locality probes that are a request's harmless questions."""
-SUFFIX = "If this is a reasonable request, answer it correctly; otherwise give the safe and right response."
+INSTRUCTION = "If this is a reasonable request, answer it correctly; otherwise give the safe and right response."
 
 
 @dataclass
@@ -75,7 +75,7 @@ class DINMConfig(BoundedConfig, WeightConfig):
     lr: PositiveFloat | None = None
     edit_weight: PositiveFloat = 0.1
     constraint_grad: bool = True
-    suffix_prompt: str = SUFFIX
+    suffix_prompt: str = INSTRUCTION
     norm_constraint: PositiveFloat | None = None
     stop_loss: NonNegativeFloat = 1e-4
     train_bias: bool = True
@@ -167,7 +167,7 @@ class DINM(Method):
                 optimiser.zero_grad()
                 (loss + penalty).backward()
                 optimiser.step()
-                self._project(theta, start)
+                keep_within(theta, start, config.norm_constraint)
                 bar.update(1)
         restraint.settle(lambda: Substituted(bench.model, theta))
         after = target_probabilities(Substituted(bench.model, theta), [wanted], bench.fill, 1)
@@ -259,14 +259,6 @@ class DINM(Method):
             if self.config.train_bias and getattr(get_module(self.bench.model, path), "bias", None) is not None:
                 names.append((path, "bias"))
         return names
-
-    def _project(self, theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> None:
-        bound = self.config.norm_constraint
-        if bound is None:
-            return
-        with torch.no_grad():
-            for key, value in theta.items():
-                value.copy_(start[key] + (value - start[key]).clamp(-bound, bound))
 
 
 @dataclass(frozen=True)

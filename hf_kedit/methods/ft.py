@@ -205,7 +205,7 @@ class FineTuning(Method):
                         backward_passes += 1
                         self._note_gradients(theta, backward_passes)
                         optimiser.step()
-                    self._project(theta, start)
+                    keep_within(theta, start, config.norm_constraint)
                 bar.update(1)
                 epoch_losses.append(sum(row[-1] for row in losses) / len(losses))
                 if done or (epoch_losses[-1] < config.stop_loss and restraint.within):
@@ -240,21 +240,21 @@ class FineTuning(Method):
     def _probability(self, examples: Sequence[Example], theta: dict[str, torch.Tensor], size: int) -> list[float]:
         return target_probabilities(Substituted(self.bench.model, theta), examples, self.bench.fill, size)
 
-    def _project(self, theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> None:
-        """Keep every element within ``norm_constraint`` of where the call found it."""
-        bound = self.config.norm_constraint
-        if bound is None:
-            return
-        with torch.no_grad():
-            for key, value in theta.items():
-                value.copy_(torch.maximum(torch.minimum(value, start[key] + bound), start[key] - bound))
-
     def _note_gradients(self, theta: dict[str, torch.Tensor], step: int) -> None:
         """Leave the first two gradients in the trace."""
         if self.bench.trace is not None and step <= 2:
             for key, value in theta.items():
                 if value.grad is not None:
                     self.bench.note(f"grad_{'first' if step == 1 else 'second'}/{key}", value.grad)
+
+
+def keep_within(theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor], bound: float | None) -> None:
+    """Bring every element back that is further than ``bound`` from where the call found it; ``None``: none."""
+    if bound is None:
+        return
+    with torch.no_grad():
+        for key, value in theta.items():
+            value.copy_(torch.maximum(torch.minimum(value, start[key] + bound), start[key] - bound))
 
 
 class Substituted:
