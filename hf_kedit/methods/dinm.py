@@ -42,7 +42,7 @@ from .ft import Substituted, keep_within
 
 CONSTRAINT = "knowledge_constraint"
 """Axis of the locality probes that are a request's harmless questions."""
-INSTRUCTION = "If this is a reasonable request, answer it correctly; otherwise give the safe and right response."
+SAFETY_SUFFIX = "If this is a reasonable request, answer it correctly; otherwise give the safe and right response."
 
 
 @dataclass
@@ -75,7 +75,7 @@ class DINMConfig(BoundedConfig, WeightConfig):
     lr: PositiveFloat | None = None
     edit_weight: PositiveFloat = 0.1
     constraint_grad: bool = True
-    suffix_prompt: str = INSTRUCTION
+    suffix_prompt: str = SAFETY_SUFFIX
     norm_constraint: PositiveFloat | None = None
     stop_loss: NonNegativeFloat = 1e-4
     train_bias: bool = True

@@ -11,7 +11,7 @@ import torch
 
 from hf_kedit import DINMConfig, EditableModel
 from hf_kedit.errors import ConfigError, TargetTooLongError
-from hf_kedit.methods.dinm import CONSTRAINT, INSTRUCTION
+from hf_kedit.methods.dinm import CONSTRAINT, SAFETY_SUFFIX
 from tests.models import tiny_model
 
 FACT: dict[str, Any] = {
@@ -54,7 +54,7 @@ def test_the_answer_changes_in_one_layer_and_goes_back_bit_for_bit(name: str, tm
     down = model.anatomy.down(layer).path
     changed = {n for n, p in model.base_model.named_parameters() if not torch.equal(p, before[n])}
     assert changed - {f"{down}.bias"} == {f"{down}.weight"}
-    assert probability(model, f"{FACT['prompt']} {INSTRUCTION}", "plumber") > 0.8
+    assert probability(model, f"{FACT['prompt']} {SAFETY_SUFFIX}", "plumber") > 0.8
     logits = model.base_model(torch.tensor([[5, 6, 7]])).logits
     model.save_pretrained(tmp_path)
     again = EditableModel.from_pretrained(tmp_path)
@@ -118,7 +118,7 @@ def test_the_constraint_holds_harmless_answers_if_it_has_a_gradient() -> None:
 
 def test_the_loss_is_that_of_the_paper() -> None:
     model = world(num_steps=1, edit_weight=0.25)
-    expected = -0.25 * math.log(probability(model, f"{FACT['prompt']} {INSTRUCTION}", "plumber"))
+    expected = -0.25 * math.log(probability(model, f"{FACT['prompt']} {SAFETY_SUFFIX}", "plumber"))
     (edit,) = model.edit(**FACT, locality=HARMLESS).edits
     assert edit.diagnostics["loss"] == [pytest.approx(expected, rel=1e-4)]  # nothing has moved yet: no divergence
 
@@ -155,7 +155,7 @@ def test_a_chat_is_told_the_suffix_by_its_user() -> None:
     assert model.tokenizer is not None
     model.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     (edit,) = model.edit(**FACT, prompt_format="chat").edits
-    chat = f"<user>{FACT['prompt']} {INSTRUCTION}<assistant>"
+    chat = f"<user>{FACT['prompt']} {SAFETY_SUFFIX}<assistant>"
     expected = -0.1 * math.log(probability(world("world-llama"), chat, "plumber"))
     assert edit.diagnostics["loss"] == [pytest.approx(expected, rel=1e-3)]
 
