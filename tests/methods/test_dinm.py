@@ -23,14 +23,9 @@ HARMLESS = {CONSTRAINT: [{"prompt": "The capital of Quigraistan is", "ground_tru
 
 
 def world(name: str = "world-gpt2", **settings: Any) -> EditableModel:
-    settings = {
-        "lr": 3e-3,
-        "num_steps": 60,
-        "edit_weight": 1.0,
-        "stop_probability": 0.9,
-        "drift_bound": None,
-    } | settings
-    return EditableModel.from_pretrained(f"kedit/{name}", DINMConfig(**settings))
+    usual: dict[str, Any] = {"lr": 3e-3, "num_steps": 60, "edit_weight": 1.0, "stop_probability": 0.9}
+    usual |= {"drift_bound": None, "suffix_prompt": SAFETY_SUFFIX}
+    return EditableModel.from_pretrained(f"kedit/{name}", DINMConfig(**usual | settings))
 
 
 def probability(model: EditableModel, prompt: str, target: str) -> float:
@@ -151,7 +146,7 @@ def test_entries_stay_within_the_bound() -> None:
 
 
 def test_a_chat_is_told_the_suffix_by_its_user() -> None:
-    model = EditableModel.from_pretrained("kedit/world-llama", DINMConfig(num_steps=1, lr=1e-4))
+    model = world("world-llama", num_steps=1, edit_weight=0.1)
     assert model.tokenizer is not None
     model.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     (edit,) = model.edit(**FACT, prompt_format="chat").edits
