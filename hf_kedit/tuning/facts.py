@@ -117,12 +117,8 @@ def _pools(source: Any, seed: int) -> tuple[list[EditRequest], list[EditRequest]
 
 
 def _shuffled(requests: Sequence[EditRequest], rng: random.Random) -> list[EditRequest]:
-    """In random order, facts with and without conclusions in turns: the first few should have some of both."""
-    mixed = rng.sample(list(requests), len(requests))
-    halves = [[r for r in mixed if bool(r.portability) is has] for has in (True, False)]
-    pairs = min(map(len, halves))
-    turns = [request for pair in zip(halves[0][:pairs], halves[1][:pairs], strict=True) for request in pair]
-    return turns + halves[0][pairs:] + halves[1][pairs:]
+    """In random order, those with conclusions first: the others have no portability, which is then known badly."""
+    return sorted(rng.sample(list(requests), len(requests)), key=lambda request: not request.portability)
 
 
 def _choose(

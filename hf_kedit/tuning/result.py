@@ -176,7 +176,7 @@ class TuneResult:
             f"Facts: {facts.source}, of which the model knew {facts.known} of {facts.asked}; single edits of"
             f" {len(facts.search)} to search with, of {len(facts.held_out)} others to check with; seed {self.seed}.",
             f"Protocol: greedy generation of a few tokens, and likelihood; harmonic mean of all figures (none counted"
-            f" below {LEAST_FIGURE:g}); at least {LEAST_KEPT:g} of the general answers stay, or as many as derived.",
+            f" below {LEAST_FIGURE:g}); at least {LEAST_KEPT:g} of the general answers stay (or about as derived).",
             f"Tried: {len(self.tried)} settings, {self.edits} edits, {self.seconds / 60:.1f} minutes.",
         ]
 

@@ -26,6 +26,8 @@ GENERAL = "General text"
 LEAST_FIGURE = 0.1
 """No figure counts for less in the harmonic mean: where no conclusion is ever drawn, all settings would be equal."""
 LEAST_KEPT = SMALLEST_KEPT["general"]
+_CHANCE = 0.05
+"""Where the derived settings keep fewer general answers than that, others may keep less by so much: that is chance."""
 _PARTS = {"rewrite": "reliability", "rephrase": "paraphrases", "locality": "locality", "portability": "portability"}
 FactFigures = dict[str, float]
 """Name of a figure → its value for one edited fact; names that the fact has no probes for are missing."""
@@ -101,7 +103,7 @@ class TuneScore:
         """Whether general answers change more than an edit may, and more than under the derived settings."""
         if self.general is None or derived.general is None:
             return False
-        return self.general < min(LEAST_KEPT, derived.general)
+        return self.general < (LEAST_KEPT if derived.general >= LEAST_KEPT else derived.general - _CHANCE)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

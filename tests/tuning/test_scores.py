@@ -62,7 +62,8 @@ def test_the_harmonic_mean_leaves_general_answers_out_and_has_a_floor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("general", "derived", "harms"), [(0.95, 1.0, False), (0.85, 1.0, True), (0.85, 0.8, False), (0.75, 0.8, True)]
+    ("general", "derived", "harms"),
+    [(0.95, 1.0, False), (0.85, 1.0, True), (0.85, 0.92, True), (0.77, 0.8, False), (0.7, 0.8, True)],
 )
 def test_an_edit_that_breaks_general_text_harms(general: float, derived: float, harms: bool) -> None:
     assert TuneScore({"a": 1.0}, general, 4).harms(TuneScore({"a": 0.1}, derived, 4)) is harms

@@ -67,7 +67,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuneResult, Edit
 
 def test_the_model_is_as_it_was(searched: tuple[TuneResult, EditableModel, dict[str, torch.Tensor]]) -> None:
     found, model, before = searched
-    assert found.edits > 20
+    assert found.edits >= 16
     assert same_bits(bits(model), before)
     assert model.method_name == "memit" and not model.edits and not model.ledger.accounts
 
