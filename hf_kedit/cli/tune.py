@@ -81,12 +81,13 @@ def tune(
         seed=seed or 0,
         fresh=fresh,
     )
-    file = found.write(output)
-    data = {**found.to_dict(), "file": str(file)}
-    emit(format, data, human=lambda console: _show(console, found, file, output is None), quiet=[str(file)])
+    file = found.write(output) if found.is_news or output is not None else None
+    data = {**found.to_dict(), "file": None if file is None else str(file)}
+    quiet = [] if file is None else [str(file)]
+    emit(format, data, human=lambda console: _show(console, found, file, output is None), quiet=quiet)
 
 
-def _show(console: Console, found: TuneResult, file: Path, by_name: bool) -> None:
+def _show(console: Console, found: TuneResult, file: Path | None, by_name: bool) -> None:
     console.print(
         f"{found.method} on {found.model}: {len(found.tried)} settings tried, {found.edits} edits,"
         f" {found.seconds / 60:.1f} minutes",
@@ -108,6 +109,9 @@ def _show(console: Console, found: TuneResult, file: Path, by_name: bool) -> Non
         table.add_row("general answers kept", *("-" if g is None else f"{100 * g:.1f}" for g in general))
         console.print(table)
     console.print(found.verdict, soft_wrap=True)
+    if file is None:
+        console.print("nothing was written: the file that there is for the model stays")
+        return
     console.print(f"written to {file}", soft_wrap=True)
     if by_name:
         name = found.method.lower()

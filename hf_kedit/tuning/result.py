@@ -58,6 +58,7 @@ class TuneResult:
         seconds: of the search.
         seed: of everything random in it.
         edits: so many edits were measured.
+        has_file: there is a file for the model, whose settings were tried, too.
     """
 
     best_config: EditConfig
@@ -77,6 +78,7 @@ class TuneResult:
     seconds: float
     seed: int
     edits: int
+    has_file: bool
 
     @property
     def config(self) -> EditConfig:
@@ -87,6 +89,11 @@ class TuneResult:
     def replaced(self) -> bool:
         """Whether the settings are others than the derived ones."""
         return not self._refused
+
+    @property
+    def is_news(self) -> bool:
+        """Whether the settings should be found by name: derived ones must not take the place of a file's."""
+        return self.replaced or not self.has_file
 
     @property
     def _refused(self) -> str:

@@ -70,8 +70,8 @@ def calibrate(model: EditableModel, method: str | None = None, *, save: bool = T
         TuneError: if the method has nothing to search, or the model knows too few facts.
     """
     found = search_settings(model, method, **options)
-    if save:
-        logger.warning("%s Written to %s", found.verdict, found.write())
+    place = found.write() if save and found.is_news else None
+    logger.warning("%s%s", found.verdict, "" if place is None else f" Written to {place}")
     return found.config
 
 
@@ -199,7 +199,8 @@ class _Search:
         space = self.derived.search_space(model.profile, traced)
         inventor = Inventor(self.derived, space, model.profile, self.seed)
         watch.plan(_edits(candidates, first_facts, len(facts.search)) + 2 * len(facts.held_out))
-        pool = inventor.start(self._known() if packaged else None)
+        known = self._known() if packaged else None
+        pool = inventor.start(known)
         pool += inventor.first(max(candidates - candidates // 3 - len(pool), 0))
         self._share_moments(pool)
         tried, size = self._halve(pool, inventor, candidates - len(pool), facts.search, first_facts)
@@ -221,6 +222,7 @@ class _Search:
             seconds=watch.seconds,
             seed=self.seed,
             edits=self.trials.count,
+            has_file=known is not None,
         )
 
     # ------------------------------------------------------------------ before the trials

@@ -188,6 +188,23 @@ def test_settings_are_found_by_name_afterwards(monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "home" / "tune").is_dir()
 
 
+def test_derived_settings_do_not_take_the_place_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file's settings are tried, too; where neither they nor others are better, the file stays what is found."""
+    monkeypatch.setenv("KEDIT_HOME", str(tmp_path))
+    packaged = AutoEditConfig.for_model("world-gpt2", "grace")
+    monkeypatch.setattr(GRACEConfig, "search_space", lambda self, profile, traced: {"lr": [1e-6]})
+    monkeypatch.setattr("hf_kedit.tuning.scores.TuneScore.harmonic", 0.5)
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "rome")
+    options = SMALL | {"candidates": 3, "first_facts": 1, "search_facts": 1, "held_out": 1, "packaged": True}
+    config = calibrate(model, "grace", **options)
+    assert config == GRACEConfig().complete(model.profile, files=False) != packaged.complete(model.profile)
+    assert "no other settings were better" in caplog.text and not user_hparams().exists()
+    log = next((tmp_path / "tune").glob("*/logbook.jsonl")).read_text(encoding="utf-8")
+    assert f'"eps": {packaged.eps}' in log  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SEARCHED)
 def test_every_method_can_be_tuned(method: str, tmp_path: Path) -> None:
