@@ -23,6 +23,7 @@ from ..errors import ConfigError, KeditError, ModelFileError, reason_of, require
 from ..logging import get_logger, progress
 from ..storage.files import first_time
 from ..storage.repository import download
+from .families import extra_tensors
 from .vocabulary import split_words_as
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ logger = get_logger(__name__)
 SUFFIX, MAGIC = ".gguf", b"GGUF"
 _ORIGIN = "kedit_gguf_file"
 _PLAIN_TYPES = {"F32", "F16", "BF16", "F64"}
-_UNREAD = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_STRETCHING = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_LLAMA_3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,8 @@ def origin_of(model: Any) -> GgufFile | None:
     claimed: Any = getattr(model.config, "quantization_config", None)
     if getattr(claimed, "quant_method", None) != "gguf" or any(not p.is_floating_point() for p in model.parameters()):
         return None
-    name = inside(str(model.config.name_or_path), str(claimed.gguf_file))
+    place = str(model.config.name_or_path)
+    name = place if is_gguf(place) else inside(place, str(claimed.gguf_file))
     _make_plain(model, name)
     with contextlib.suppress(KeditError):
         file = locate(name, revision=getattr(model.config, "_commit_hash", None), local_files_only=True)
@@ -275,13 +283,7 @@ def _check_weights(file: GgufFile, config: Any, loader: Any) -> list[str]:
         held = sum(int(tensor.n_elements) for tensor in tensors)
         if needed > held:
             raise ModelFileError(f"{file.path.name} describes a model of {needed:,} numbers and holds {held:,}")
-    unread = [tensor.name for tensor in tensors if tensor.name in _UNREAD]
-    if unread and first_time(f"unread tensors of {file.name}"):
-        logger.warning(
-            "%s stretches its positions by %s, which transformers does not read: far from the beginning of a text it"
-            " answers differently than in llama.cpp",
-            file.path.name, ", ".join(unread),
-        )  # fmt: skip
+        _stretch_positions(file, config, tensors)
     return sorted({tensor.tensor_type.name for tensor in tensors})
 
 
@@ -337,13 +339,35 @@ def _complete(config: Any, metadata: dict[str, Any]) -> None:
             config.n_inner = said["feed_forward_length"]
     elif config.model_type in ("qwen2", "qwen3", "llama", "mistral") and "attention.key_length" in said:
         config.head_dim = said["attention.key_length"]
-    elif config.model_type in (
-        "gemma2",
-        "gemma3_text",
-    ):  # llama.cpp scales by the width of a head, but in the 27B models
-        wide = config.num_hidden_layers in (46, 62)
-        width = config.hidden_size // config.num_attention_heads if wide else config.head_dim
-        config.query_pre_attn_scalar = width
+    elif config.model_type in ("gemma2", "gemma3_text"):
+        largest = config.num_hidden_layers in (46, 62)  # the 27B models; all others are scaled by the width of a head
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+    if said.get("rope.scaling.type") == "linear" and config.rope_parameters.get("rope_type") == "default":
+        config.rope_parameters |= {"rope_type": "linear", "factor": said["rope.scaling.factor"]}
+
+
+def _stretch_positions(file: GgufFile, config: Any, tensors: list[Any]) -> None:
+    """Stretch the positions as the tensors of a file say, which transformers does not read; warn where it cannot be.
+
+    Llama 3's are told by the largest divisor alone, because its models share the other constants.
+    """
+    import torch
+
+    stretching = {tensor.name: tensor for tensor in tensors if tensor.name in _STRETCHING}
+    divisors = stretching.get("rope_freqs.weight")
+    if divisors is not None:
+        before, wanted = config.rope_parameters, torch.tensor(divisors.data)
+        config.rope_parameters = {**before, **_LLAMA_3, "factor": float(wanted.max())}
+        found = extra_tensors(config)["rope_freqs.weight"]
+        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4):
+            return
+        config.rope_parameters = before
+    if stretching and first_time(f"positions of {file.name}"):
+        logger.warning(
+            "%s stretches its positions by %s, which transformers does not read: far from the beginning of a text it"
+            " answers differently than in llama.cpp",
+            file.path.name, ", ".join(stretching),
+        )  # fmt: skip
 
 
 def _make_plain(model: Any, name: str) -> None:
@@ -351,9 +375,9 @@ def _make_plain(model: Any, name: str) -> None:
     model.config.name_or_path = name
     model.hf_quantizer = None
     model.is_quantized = False
-    for name in ("quantization_config", "_model_name_or_path", "_is_quantized"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+    for claim in ("quantization_config", "_model_name_or_path", "_is_quantized"):
+        if hasattr(model.config, claim):
+            delattr(model.config, claim)
     if hasattr(model, "quantization_method"):
         del model.quantization_method
 

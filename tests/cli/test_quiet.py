@@ -35,6 +35,7 @@ LINES: dict[str, tuple[tuple[str, ...], list[str]]] = {
         (*MODEL, *STEP, "-d", "world", "-n", "1"),
         [name + SCORE for name in ("rewrite_acc", "rephrase_acc", "locality", "locality_accuracy", "portability")],
     ),
+    "export-gguf": (("edits", "-o", "edits.gguf"), ["edits.gguf"]),
     "export-lora": (("edits", "-o", "lora"), ["lora"]),
     "inspect": (("edits",), ["first", "second"]),
     "list-methods": ((), list(registered_methods())),

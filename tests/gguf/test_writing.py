@@ -148,7 +148,7 @@ def test_positions_of_llama_3(tmp_path: Path) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    model = random_model("llama", head_dim=64, rope_parameters=rope)
+    model = random_model("llama", attention_bias=False, mlp_bias=False, head_dim=64, rope_parameters=rope)
     model.export_gguf(tmp_path / "model.gguf", dtype="f16")
     divided = []
     for pair in range(32):
@@ -158,9 +158,13 @@ def test_positions_of_llama_3(tmp_path: Path) -> None:
         divided.append(stretched)
     assert len({*divided}) > 3
     assert torch.allclose(tensors(tmp_path / "model.gguf")["rope_freqs.weight"], torch.tensor(divided), rtol=1e-5)
-    linear = random_model("llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})
+    assert load_base(str(tmp_path / "model.gguf")).config.rope_parameters == rope
+    stretched = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    linear = random_model("llama", attention_bias=False, mlp_bias=False, rope_parameters=stretched)
     linear.export_gguf(tmp_path / "linear.gguf")
     assert field(tmp_path / "linear.gguf", "llama.rope.scaling.factor") == 4.0
+    read = load_base(str(tmp_path / "linear.gguf")).config.rope_parameters
+    assert read == stretched
     window = random_model("mistral", sliding_window=16)
     window.export_gguf(tmp_path / "window.gguf")
     assert field(tmp_path / "window.gguf", "llama.context_length") == 16

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_kedit import EditableModel
+from hf_kedit import EditableModel, ROMEConfig
 from hf_kedit.data import load_edit_dataset
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
+COUNT = 8
+"""Tokens that are written to each prompt."""
 FACT = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Berlin"}
 
 
@@ -34,18 +36,18 @@ def test_llama_cpp_writes_the_same(smollm: EditableModel, tmp_path: Path) -> Non
     prompts.append(smollm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     base = smollm.export_gguf(tmp_path / "base.gguf", dtype="f32").path
     assert base.stat().st_size > 530e6
-    before = [continued(smollm, prompt, 16) for prompt in prompts]
+    before = [continued(smollm, prompt, COUNT) for prompt in prompts]
     with opened(base) as llama:
         assert [tokens_of(llama, p) for p in prompts] == [smollm.tokenizer(p).input_ids for p in prompts]
-        assert [greedy(llama, tokens_of(llama, prompt), 16) for prompt in prompts] == before
-    smollm.set_method("rome")
+        assert [greedy(llama, tokens_of(llama, prompt), COUNT) for prompt in prompts] == before
+    smollm.set_method(ROMEConfig(stats_tokens=4000))
     smollm.edit(**FACT, show_progress=False)
-    after = [continued(smollm, prompt, 16) for prompt in prompts]
+    after = [continued(smollm, prompt, COUNT) for prompt in prompts]
     question = FACT["prompt"].format("France")
     assert after != before and smollm.tokenizer.decode(continued(smollm, question, 1)) == " Berlin"
     adapter = smollm.export_gguf_adapter(tmp_path / "edit.gguf").path
     with opened(base, adapter) as llama:
-        assert [greedy(llama, tokens_of(llama, prompt), 16) for prompt in prompts] == after
+        assert [greedy(llama, tokens_of(llama, prompt), COUNT) for prompt in prompts] == after
         assert smollm.tokenizer.decode(greedy(llama, tokens_of(llama, question), 1)) == " Berlin"
     base.unlink()
     merged = smollm.export_gguf(tmp_path / "merged.gguf", dtype="q8_0").path
