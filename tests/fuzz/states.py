@@ -66,3 +66,8 @@ def contents(folder: Path) -> dict[str, str]:
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def beside(folder: Path, *expected: str) -> set[str]:
+    """What lies in a folder besides what belongs there (names, or their stems)."""
+    return {path.name for path in folder.iterdir() if path.stem not in expected}

@@ -19,7 +19,7 @@ from hf_kedit import EditableModel, EditRequest, ROMEConfig, embedded
 from hf_kedit.artifact.lora_import import import_lora
 from hf_kedit.editors.files import read_editor
 from tests.fuzz.mutations import FIRST, LONG, Tally, attempt, damage_folder, damage_json, damage_tensors, dumps
-from tests.fuzz.states import contents, difference, logits, surface
+from tests.fuzz.states import beside, contents, difference, logits, surface
 from tests.golden_cases import load_model
 
 OLD = Path(__file__).resolve().parent.parent / "artifact" / "data_0_1_0"
@@ -121,6 +121,8 @@ def run(saved: Any, seeds: range, tmp_path: Path, forged: bool) -> Tally:
             base_of.cache_clear()
         if contents(folder.parent) != around:
             tally.fail(case, "reading wrote")
+        if written := beside(tmp_path, "case", "again"):
+            tally.fail(case, f"wrote beside the folders that it was given: {written}")
     return tally
 
 
@@ -162,7 +164,7 @@ def others(seeds: range, tmp_path: Path) -> Tally:
                 tally.worked += 1
             continue
         base, tokenizer = base_of("llama" if kind == "adapter" else "gpt2")
-        before = surface(base)
+        before, around = surface(base), contents(tmp_path)
         model = EditableModel(base, "rome", tokenizer)
         read = model.load_edits if kind == "pack" else lambda f, m=model: import_lora(m, f)
         if attempt(tally, case, lambda r=read, f=folder: r(str(f)) or True) is not None:
@@ -176,6 +178,8 @@ def others(seeds: range, tmp_path: Path) -> Tally:
         if changed := difference(before, surface(base)):
             tally.fail(case, f"the base model is another: {changed}")
             base_of.cache_clear()
+        if contents(tmp_path) != around:
+            tally.fail(case, "reading wrote")
     return tally
 
 

@@ -24,6 +24,7 @@ from hf_kedit.evaluation.runs.bench import BenchPlan
 from hf_kedit.requests import EditRequest
 from hf_kedit.training.plan import TrainingPlan
 from tests.fuzz.mutations import FIRST, LONG, Tally, attempt, damage_bytes, dumps, mutate
+from tests.fuzz.states import beside
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST = {
@@ -191,6 +192,8 @@ def run(seeds: range, folder: Path) -> Tally:
         attempt(tally, case, lambda r=reader, v=value: r(v))
         if tally.refused == refused and not (tally.wrong and tally.wrong[-1].startswith(case)):
             tally.worked += 1
+        if written := beside(folder, "value"):
+            tally.fail(case, f"wrote beside its files: {written}")
     return tally
 
 
