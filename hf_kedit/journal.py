@@ -224,19 +224,21 @@ class Journal:
 
 
 def _line(edit: dict[str, Any]) -> str:
-    if _json_problem(edit) is None:
-        return json.dumps(edit, ensure_ascii=False) + "\n"
-    name, problem = next((n, problem) for n, value in edit.items() if (problem := _json_problem(value)) is not None)
+    line = _as_json(edit)
+    if isinstance(line, str):
+        return line + "\n"
+    name, problem = next((n, found) for n, value in edit.items() if not isinstance(found := _as_json(value), str))
     raise ArtifactError(f"the edit {edit['edit_id']!r} cannot be saved: its {name!r} is no JSON ({problem})")
 
 
-def _json_problem(value: Any) -> Exception | None:
-    """Why a value cannot be written as JSON in UTF-8; ``None`` if it can."""
+def _as_json(value: Any) -> str | Exception:
+    """A value as JSON that can be written in UTF-8, or why it cannot."""
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         return error
-    return None
+    return text
 
 
 def new_id(prefix: str) -> str:

@@ -105,7 +105,11 @@ def _loader_of(config: Any, name: str) -> Any:
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, **hub: Any
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model by the same name; ``hub`` as in `hub_options`."""
+    """Load the tokenizer of a model by the same name; ``hub`` as in `hub_options`.
+
+    Raises:
+        UnsupportedModelError: if it has none, where transformers makes an empty one out of nothing.
+    """
     if gguf_reading.is_gguf(name):
         return gguf_reading.read_tokenizer(gguf_reading.locate(model_name(name), revision=revision, **hub))
     from transformers import AutoTokenizer
@@ -116,6 +120,8 @@ def load_tokenizer(
         trust_remote_code=trust_remote_code,
         **hub,
     )
+    if getattr(tokenizer, "vocab_size", None) == 0:
+        raise UnsupportedModelError(f"{name!r} has no tokenizer; give one with tokenizer=")
     return tokenizer
 
 

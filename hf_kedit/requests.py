@@ -366,9 +366,10 @@ class EditRequest:
             self._fail(f"must be a dict of axis → probes, not {type(value).__name__}", name)
         for axis, entries in probes.items():
             self._check_text(name, axis)
+            place = f"{name}[{axis!r}]"
             for probe in entries:
                 for text in (probe.prompt, *probe.answers, *([probe.image] if probe.image is not None else [])):
-                    self._check_text(f"{name}[{axis!r}]", text)
+                    self._check_text(place, text)
         return {axis: entries for axis, entries in probes.items() if entries}
 
     def _axis(self, name: str, entries: Any) -> Iterator[Probe]:

@@ -176,6 +176,10 @@ def _factors(
     a, b = parts["Aweight"], parts["Bweight"]
     if a.dim() != 2 or b.dim() != 2:
         raise ArtifactError(f"{source}: {ADAPTER_WEIGHTS} is damaged: the factors of {module} are no matrices")
+    if a.shape[0] != b.shape[1]:
+        raise ArtifactError(
+            f"{source}: {ADAPTER_WEIGHTS} is damaged: the factors of {module} have {a.shape[0]} and {b.shape[1]} ranks"
+        )
     scaling = _scaling(config, module)
     name = _bank_parameter(config, module)
     if name is not None:

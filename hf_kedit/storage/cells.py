@@ -68,7 +68,8 @@ def check_plain(name: str, value: Any, fail: Callable[[str, str], None], level: 
         for key, part in value.items():
             if not isinstance(key, str):
                 fail(f"the key {shown(key)} would come back from a file as text; write it as text", name)
-            check_plain(name, key, fail)
+            elif not is_writable(key):
+                fail(HALF, name)
             check_plain(f"{name}.{key}", part, fail, level + 1)
     elif isinstance(value, list):
         for i, part in enumerate(value):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,15 +129,38 @@ def as_mapping(value: Any, what: str, error: type[KeditError]) -> dict[str, Any]
 def checked(value: Any, what: str, error: type[KeditError], most: int | None = None) -> Any:
     """The value, if it is plain (see the head of this module) and stands for ``most`` values or fewer.
 
-    Raises:
-        error: if it is not, saying why.
+    Args:
+        value: what a parser of JSON made, where ``most`` is not given.
+        what: its name, for messages.
+        error: raised if it is not plain, saying why.
+        most: number of values.
     """
     try:
-        if _extent(value, 0, {})[1] > (most or sys.maxsize):
+        if most is None:
+            _check_json(value)
+        elif _extent(value, 0, {})[1] > most:
             raise ValueError(f"it stands for more than {most:,} values")
     except ValueError as reason:
         raise error(f"{what}: {reason}") from reason
     return value
+
+
+def _check_json(value: Any) -> None:
+    """Raise a `ValueError` for what JSON can hold and is not plain: as `_extent`, in a fraction of its time."""
+    level, depth = [[value]], -1  # all lists and mappings of one level; nothing is shared, and every name is text
+    while level:
+        if depth == LEVELS:
+            raise ValueError(f"it is nested more than {LEVELS} levels deep")
+        below: list[Any] = []
+        for holder in level:
+            parts: Iterable[Any] = holder.values() if isinstance(holder, dict) else holder
+            for part in parts:
+                kind = type(part)
+                if kind is dict or kind is list:
+                    below.append(part)
+                elif kind is int and not -_LARGEST < part < _LARGEST:
+                    raise ValueError("a number has more than 300 digits")
+        level, depth = below, depth + 1
 
 
 def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -30,6 +30,8 @@ HALF = "holds half of a surrogate pair, which cannot be written to a file: the t
 
 def is_writable(text: str) -> bool:
     """Whether a text can be written as UTF-8: a lone surrogate (``"\\ud83d"``) cannot; see `HALF`."""
+    if text.isascii():  # which Python knows without looking
+        return True
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -149,7 +149,7 @@ class TrainingPlan:
                 raise ConfigError(f"EditTrainingArguments has no field {name!r}.{nearest(name, known)}")
         try:
             return EditTrainingArguments(**self.training)
-        except (TypeError, ValueError, ImportError) as error:
+        except (TypeError, ValueError, ImportError, ArithmeticError, RecursionError) as error:
             if isinstance(error, KeditError):
                 raise
             raise ConfigError(f"TrainingPlan.training: {error}") from error

@@ -18,7 +18,7 @@ from hf_kedit import EditableModel, FTMConfig, embedded
 from hf_kedit.artifact.layout import CONFIG
 from hf_kedit.cli import app
 from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import ArtifactError, ConfigError, KeditError
+from hf_kedit.errors import ArtifactError, ConfigError, KeditError, UnsupportedModelError
 from hf_kedit.hub import push_folder
 from hf_kedit.testing.hub import LoopbackHub
 
@@ -185,3 +185,20 @@ def test_a_refused_load_leaves_the_callers_model_as_it_was(tmp_path: Path) -> No
     with pytest.raises(KeditError):
         EditableModel(base, FTMConfig(layers=[99]), tokenizer, untie=True)
     assert base.lm_head.weight is base.transformer.wte.weight
+
+
+def test_a_base_model_without_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its edits are loaded; why nothing more can be edited is said."""
+    folder = embedded.path("world-gpt2")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match="tokenizer="):
+        EditableModel.from_pretrained(tmp_path / "base", QUICK)
+    model = EditableModel.from_pretrained(tmp_path / "base", QUICK, tokenizer=tokenizer)
+    model.edit(prompt="Otto is a", target_new="cook", show_progress=False)
+    model.save_pretrained(tmp_path / "edits")
+    caplog.clear()
+    loaded = EditableModel.from_pretrained(tmp_path / "edits")
+    assert loaded.tokenizer is None and torch.equal(logits(loaded), logits(model))
+    (said,) = [r.getMessage() for r in caplog.records if "tokenizer" in r.getMessage()]
+    assert said.startswith("no tokenizer could be loaded from ") and repr(str(tmp_path / "base")) in said

@@ -117,6 +117,8 @@ def _change_tensors(folder: Path, change: Any) -> None:
         (lambda f: (f / ADAPTER_CONFIG).write_text("[" * 100_000), "nested"),
         (lambda f: _change_tensors(f, lambda t: t.reshape(-1)[0]), "damaged"),
         (lambda f: _change_tensors(f, lambda t: t[:-1]), "damaged|is .* the weight"),
+        (lambda f: _change_tensors(f, lambda t: t[:-1] if t.shape[0] < t.shape[1] else t), "damaged.* ranks"),
+        (lambda f: _change_tensors(f, lambda t: t if t.shape[0] < t.shape[1] else t[:, :-1]), "damaged.* ranks"),
     ],
 )
 def test_adapters_that_are_refused(damage: Any, message: str, tmp_path: Path) -> None:

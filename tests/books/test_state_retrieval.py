@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModel, AutoTokenizer
 
-from hf_kedit import EditableModel, EditConfig, FTMConfig, IKEConfig, PromptConfig, SERACConfig
-from hf_kedit.books.retrieval import EmbeddingRetriever, Passage, find_retriever, register_retriever
+from hf_kedit import EditableModel, EditConfig, FTMConfig, IKEConfig, PromptConfig, SERACConfig, embedded
+from hf_kedit.books.retrieval import EmbeddingRetriever, Passage, _mean_states, find_retriever, register_retriever
 from hf_kedit.errors import ConfigError
 from tests.methods.at_sites import facts, learnt, prompt_logits, says
 
@@ -128,3 +129,15 @@ def test_bad_names_are_refused_before_anything_changes() -> None:
         register_retriever(EmbeddingRetriever(lambda texts: torch.zeros(len(texts), 1), "model:2"))
     with pytest.raises(ConfigError, match="none here"):
         find_retriever("model").similarity(["a"], [Passage("b")], None)
+
+
+def test_sentences_are_the_means_of_their_states() -> None:
+    """Each alone, its own tokens only, whatever it is batched with; of length 1, and none of no text."""
+    folder = embedded.path("world-gpt2")
+    texts = ["Otto is a cook.", "The old bridge beside the river is closed today.", "Rome"]
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        rows = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts]
+        encode = _mean_states(folder)
+        assert torch.allclose(encode(texts), torch.stack([row / row.norm() for row in rows]), atol=1e-5)
+        assert encode([]).shape == (0, model.config.hidden_size)

@@ -9,7 +9,15 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from hf_kedit import EditableModel
-from hf_kedit.engine.weights import get_module, get_weight, model_digest, model_fingerprint, set_weight, tied_names
+from hf_kedit.engine.weights import (
+    get_module,
+    get_weight,
+    model_digest,
+    model_fingerprint,
+    set_weight,
+    tied_names,
+    weight_shape,
+)
 from hf_kedit.errors import LayerError, WeightError
 from hf_kedit.methods.ft import FTMConfig
 from tests.models import tiny_model
@@ -23,6 +31,7 @@ def test_round_trip(family: str) -> None:
     path = "transformer.h.1.mlp.c_proj" if family == "gpt2" else "model.layers.1.mlp.down_proj"
     module = get_module(model, path)
     weight = get_weight(module)
+    assert weight_shape(module) == tuple(weight.shape) == (32, 128 if family == "gpt2" else 80)
     x = torch.randn(2, weight.shape[1])
     bias = module.bias if getattr(module, "bias", None) is not None else 0
     assert torch.allclose(module(x), x @ weight.T + bias, atol=1e-5)

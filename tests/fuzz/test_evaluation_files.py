@@ -143,6 +143,9 @@ def test_plans_with_deep_values_are_refused() -> None:
     deep: Any = 0
     for _ in range(3000):
         deep = [deep]
+    for name in ("name", "setting", "label", "when", "at", "batch_size", "limit"):
+        with pytest.raises(KeditError):
+            BenchPlan.from_dict({**PLAN, "settings": [{"name": "single", name: deep}]})
     names = ("scorer", "aliases", "prompt_format", "stop_strings", "max_new_tokens", "cut_at_newline", "tokenizer")
     for name in names:
         for protocol in ("teacher_forced", "generation", "likelihood", "fluency", "judge"):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from hf_kedit import EditableModel, EditRequest
 from hf_kedit.data import load_edit_dataset
 from hf_kedit.engine.weights import get_module, get_weight
-from hf_kedit.errors import ConfigError, RequestError, RollbackError
+from hf_kedit.errors import ConfigError, NonFiniteError, RequestError, RollbackError
 from hf_kedit.methods.wise import WISEConfig
-from hf_kedit.methods.wise_site import WiseSite
+from hf_kedit.methods.wise_site import TrainedEdit, WiseSite
 from hf_kedit.requests import load_requests
 from hf_kedit.tokens import encode_pair
 
@@ -90,6 +90,21 @@ def test_how_probable_the_first_target_was(edited: EditableModel) -> None:
     each = [said[start - 1 + i, token] for i, token in enumerate(pair.target_ids)]
     before = float(torch.stack(each).mean().exp())
     assert edited.edits[0].diagnostics["target_probability_before"] == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_side_memory_that_is_not_finite_is_refused(edited: EditableModel, value: float) -> None:
+    memory = site(edited)
+    before, shape = memory.snapshot(), memory.state.candidates[0].delta.shape
+    good, bad = torch.zeros(shape), torch.full(shape, value)
+    mask = torch.ones(shape, dtype=torch.bool)
+    changes = [TrainedEdit("a", "b", None, 1.0, delta, mask, 4) for delta in (good, bad)]
+    try:
+        with pytest.raises(NonFiniteError, match="WISE"):
+            memory.apply("batch", changes, ["x", "y"])
+        assert memory.snapshot() is before, "nothing of the batch is taken over"
+    finally:
+        memory.restore(before)
 
 
 def test_texts_out_of_scope_are_bit_identical(edited: EditableModel) -> None:

@@ -216,6 +216,23 @@ def test_a_folder_above_the_one_in_which_one_stands(tmp_path: Path, monkeypatch:
     assert {name: (folder / name).read_bytes() for name in NEW} == NEW
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_killed_writers_have_left_is_cleared(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare(tmp_path, True)
+    if not exchange:
+        monkeypatch.setattr(storage, "_exchange", no_exchange)
+    drafts = [tmp_path / ".edits.kedit-0123456789abcdef", folder / ".kedit-0123456789abcdef"]
+    others = [tmp_path / ".edits2.kedit-0123456789abcdef", tmp_path / ".edits"]
+    for place in (*drafts, *others):
+        (place / "inside").mkdir(parents=True)
+        (place / "inside" / "weights").write_bytes(b"half")
+    write_folder(folder, NEW, last=LAST, owned=OWNED)
+    assert seen(folder) == NEW and foreign(folder) == FOREIGN
+    assert not any(place.exists() for place in drafts) and all((place / "inside/weights").exists() for place in others)
+
+
 def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="is a file"):

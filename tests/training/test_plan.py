@@ -50,7 +50,10 @@ def test_a_wrong_entry_is_named(change: dict[str, Any], named: str) -> None:
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize("training", [{"output_dir": 5}, {"lr_scheduler_type": "nope"}, {"learning_rates": 1}])
+@pytest.mark.parametrize(
+    "training",
+    [{"output_dir": 5}, {"lr_scheduler_type": "nope"}, {"learning_rates": 1}, {"logging_steps": float("inf")}],
+)
 def test_wrong_training_arguments_are_named(training: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         TrainingPlan(**PLAN | {"training": training}).arguments()

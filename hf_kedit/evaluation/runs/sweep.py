@@ -221,8 +221,9 @@ def _setting(entry: Any) -> Part:
         check_choice("setting", entry, SETTINGS[:3])
         return Part(entry, entry, {"setting": entry})
     _check_keys("'settings'", entry, _SETTING_KEYS)
-    name = str(entry.get("setting") or entry.get("name"))
-    check_choice("setting", name, SETTINGS[:3])
+    given = entry.get("setting") or entry.get("name")
+    check_choice("setting", given, SETTINGS[:3])
+    name = str(given)
     options = {str(k): v for k, v in entry.items() if k in _SETTING_OPTIONS}
     for key in ("batch_size", "limit"):
         if key in options:

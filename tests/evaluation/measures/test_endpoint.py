@@ -208,6 +208,7 @@ def test_an_address_is_checked_when_the_judge_is_made(url):
         {"retries": -1},
         {"wait": -1.0},
         {"max_tokens": 0},
+        {"max_workers": 0},
     ],
 )
 def test_numbers_are_checked(numbers):
