@@ -155,7 +155,6 @@ def _replace_inside(target: Path, files: Mapping[str, bytes], last: str, owned: 
     for pending in _pending(target):
         _settle(target, pending)
     draft = target / f"{_MARK}{secrets.token_hex(8)}"
-    os.mkdir(draft)
     try:
         for name in (name for name in files if name != last):
             _write_file(draft / "files" / name, files[name], like=target / name)
