@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from hf_kedit.statistics.collecting import collect_moments
 from hf_kedit.statistics.corpora import text_corpus
 from hf_kedit.statistics.solve import MomentFactor
 from hf_kedit.values.optimise import optimise_values
+from hf_kedit.values.settings import ValueSettings
 
 WORDS = ("Some", "The", "An", "My", "Her")
 TEMPLATES = {
@@ -181,7 +183,7 @@ class Setting:
         The first step of Adam moves every coordinate by the learning rate in the direction of its gradient's sign.
         Where a gradient is as small as rounding, two float32 computations part there, however exact both are.
         """
-        settings = self.inner.value_settings()
+        settings = self.published()
         paths = self.paths if self.method == "rome" else self._plan().sites
         sites = {"rome": "down", "pmet": ("down", "attention_out")}.get(self.method, "block")
         rows, found = [group for batch in self.rows for group in batch], []
@@ -198,13 +200,18 @@ class Setting:
 
     def theirs(self, count: int | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """By the straightforward path: values of all requests, or of the first ``count``; the same weight changes."""
-        settings, batches = self.inner.value_settings(), self.rows if count is None else self.first(count)
+        settings, batches = self.published(), self.rows if count is None else self.first(count)
         with frozen_eval(self.base):
             if self.method == "rome":
                 (rows,) = batches
                 found = [reference.rome(self.base, g, self.paths[0], settings, self.moments[0]) for g in rows]
                 return [value for value, _ in found], [change for _, change in found]
             return reference.spread(self.base, batches, settings, self._plan())
+
+    def published(self) -> ValueSettings:
+        """How values are optimised as published, whatever the optimiser of ours is."""
+        settings: ValueSettings = replace(self.inner.config, v_optimizer="adam").value_settings()
+        return settings
 
     def _plan(self) -> reference.Plan:
         anatomy, top, count = self.model.anatomy, self.layers[-1], len(self.layers)
