@@ -12,11 +12,13 @@ batches.
 
 With ``--reference N`` the straightforward path edits the first N requests only, which says as much of its seconds per
 edit as all of them; every side runs once. Vectors of another optimiser than the published one are not those of the
-reference, and are judged by what they reach: evaluations, lowest loss, and what is then said (``--quality N``).
+reference, and are judged by what they reach: evaluations, lowest loss, and what is then said (``--quality N``). Rows
+of the same commit that the ``--json`` file holds are not measured again.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -57,6 +59,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 SEQUENCE = 3
 SKIPPED = 300  # rows of a file that settings were chosen on
+IDENTITY = ("shape", "method", "edits", "dtype", "reference")  # of a row in a file, beside its optimiser
 APART = 1e-4  # values that differ by more are compared in float64 too
 
 
@@ -270,6 +273,7 @@ def run(options: Any, shape: str, method: str, edits: int) -> list[dict[str, Any
                 "method": method,
                 "edits": edits,
                 "optimizer": optimiser,
+                "reference": options.reference,
                 "steps": setting.inner.value_settings().steps,
                 "evaluations": statistics.mean(counts),
                 "loss": statistics.mean(float(losses.min()) for losses in setting.losses),
@@ -332,7 +336,6 @@ def once(options: Any, setting: Setting, edits: int, before: dict[str, Any] | No
         "values_apart": 0,
         "values_apart_in_float64": 0.0,
         **(_apart(changes, wanted, "largest") if comparable else {"largest_difference": math.nan}),
-        "reference_edits": count,
         "megabytes": 0.0,
         "megabytes_reference": 0.0,
         "stages": _shares(seconds),
@@ -383,11 +386,16 @@ def main() -> None:
         ],
         chosen.json,
     )
-    for shape in chosen.shape:
-        for method in chosen.method:
-            for edits in chosen.edits:
-                for row in run(chosen, shape, method, edits):
-                    table.add(row)
+    known = table.measured(environment(chosen.device)["commit"])
+    for shape, method, edits in itertools.product(chosen.shape, chosen.method, chosen.edits):
+        what = (shape, method, edits, chosen.dtype, chosen.reference)
+        had = {r.get("optimizer"): r for r in known if tuple(r.get(name) for name in IDENTITY) == what}
+        if set(chosen.optimizer) <= set(had):
+            for optimiser in chosen.optimizer:
+                table.show(had[optimiser])
+        else:
+            for row in run(chosen, shape, method, edits):
+                table.add(row)
 
 
 if __name__ == "__main__":

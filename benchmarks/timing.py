@@ -207,10 +207,19 @@ class Table:
     def _width(title: str, how: str) -> int:
         return max(len(title), int("".join(c for c in how.split(".")[0] if c.isdigit()) or 0))
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Print and write one row."""
+    def measured(self, commit: str | None) -> list[dict[str, Any]]:
+        """The rows that the file holds already, of this commit."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else []
+        return [row for row in map(json.loads, lines) if row["commit"] == commit]
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Print one row."""
         cells = (f"{row[key]:{how}}".rjust(self._width(title, how)) for title, key, how in self.columns)
         print("  ".join(cells), flush=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Print and write one row."""
+        self.show(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
