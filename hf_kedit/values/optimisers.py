@@ -33,7 +33,8 @@ _FIRST_RADIUS = 2.0
 _FIRST_PART = 0.25  # the first step asks for this part of the loss: nothing is known yet of how far the model holds
 _RIGHT, _WRONG = 0.6, 0.25  # parts of a predicted gain from which on, and up to which, the radius changes
 _GROWTH, _CAREFUL_GROWTH, _SHRINKAGE = 2.0, 1.15, 0.4  # careful: once a step was too long
-_SMALL_GAIN, _SMALL_GAINS = 0.1, 3  # so many small gains in a row, at a radius that does not grow, end a request
+_SMALL_GAIN, _SMALL_GAINS = 0.1, 3  # so many small gains in a row, at a radius that does not grow, end a request …
+_NEAR = 8.0  # … one fewer below so many times the goal
 _DAMPINGS, _DAMPING_FACTOR = 60, 0.6
 _LEAST = 1e-6  # a smaller −log p has no log-odds in float32
 
@@ -144,7 +145,8 @@ class GaussNewton:
         if not bool(first.all()):
             length = (delta - self.best).flatten(1).norm(dim=1)
             freer = self._learn_radius(length, before - total, before - self.predicted)
-            self.few = torch.where((gain < _SMALL_GAIN * before) & ~freer, self.few + 1, 0.0)
+            small = ((gain < _SMALL_GAIN * before) & ~freer) | (gain < self.goal)
+            self.few = torch.where(small, self.few + 1, 0.0)
         self.best = torch.where(self.gained.view(-1, 1, 1), delta, self.best)
         self.total = torch.where(self.gained, total, self.total)
         return self.gained
@@ -187,7 +189,7 @@ class GaussNewton:
         self.root = torch.where(self.gained, root, self.root)
         self.decay = torch.where(self.gained, at.decay, self.decay)
         step, self.predicted = self._step()
-        ended = self.few >= _SMALL_GAINS
+        ended = self.few >= torch.where(self.total < _NEAR * self.goal, _SMALL_GAINS - 1, _SMALL_GAINS)
         stays = (ended | ~at.moving).view(-1, 1, 1)
         return torch.where(stays, self.best, within(self.best + step, at.limit)), ended
 
