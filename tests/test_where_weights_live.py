@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import EditableModel, EditRequest, FTMConfig, load_edit_dataset, untie_head
+from hf_kedit import CaliNetConfig, EditableModel, EditRequest, FTMConfig, load_edit_dataset, untie_head
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import TiedWeightError
 
@@ -50,6 +50,27 @@ def test_an_edit_of_offloaded_weights(where: str, tmp_path: Path) -> None:
     assert torch.allclose(logits(loaded), logits(edited), atol=1e-5)
     edited.rollback("all")
     assert torch.equal(logits(edited), before) and model_digest(model) == digest
+
+
+def test_neurons_beside_offloaded_layers(tmp_path: Path) -> None:
+    """They are made where the layers compute, not where these have no values; PEFT's layers likewise."""
+    from accelerate import cpu_offload
+    from peft import PeftModel
+
+    config = CaliNetConfig(num_steps=4)
+    plain = EditableModel.from_pretrained("kedit/world-gpt2", config)
+    plain.edit(fact())
+    model: Any = EditableModel.from_pretrained("kedit/world-gpt2").base_model
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    edited = EditableModel(model, config, plain.tokenizer, base_model_id="kedit/world-gpt2")
+    before = logits(edited)
+    edited.edit(fact())
+    assert torch.allclose(logits(edited), logits(plain), atol=1e-4)
+    assert not torch.allclose(logits(edited), before, atol=1e-3)
+    edited.save_pretrained(tmp_path)
+    edited.rollback("all")
+    assert torch.equal(logits(edited), before)
+    assert torch.allclose(logits(PeftModel.from_pretrained(model, tmp_path)), logits(plain), atol=1e-4)
 
 
 def test_an_edit_of_a_compiled_model() -> None:

@@ -24,6 +24,7 @@ from ..artifact.site_adapter import ADAPTER_KINDS, peft_type
 from ..books.book import Saved
 from ..books.site_book import memory_kind
 from ..books.sites import SiteCall, SiteFunction, Sites
+from ..engine.weights import compute_device
 from ..errors import MergeError
 
 
@@ -111,7 +112,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter: SiteAdapter, path: str) -> None:
         """Make room for an adapter's tensors."""
-        device = next(self.base_layer.parameters()).device
+        device = compute_device(self.base_layer)
         for name, shape in adapter.config.tensor_shapes[path].items():
             dtype = getattr(torch, adapter.config.tensor_dtypes.get(name, "float32"))
             if not hasattr(self, name):

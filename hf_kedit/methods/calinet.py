@@ -29,6 +29,7 @@ from ..engine.examples import all_likely, mean_of_open, row_means
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
 from ..engine.rows import Row, check_lengths, rewrite_row
+from ..engine.weights import compute_device
 from ..errors import EditFailedError
 from ..logging import progress_bar
 from ..requests import EditRequest
@@ -206,7 +207,7 @@ class CaliNet(Method):
         width = bench.anatomy.hidden_size
         groups = {}
         for path, layer in self.paths.items():
-            device = next(bench.model.get_submodule(path).parameters()).device
+            device = compute_device(bench.model.get_submodule(path))
             gated = bench.anatomy.layer(layer).gated if config.gated is None else config.gated
             keys, gates = (torch.randn(config.slots, width, generator=generator) * width**-0.5 for _ in range(2))
             values = torch.zeros(config.slots, width, device=device)

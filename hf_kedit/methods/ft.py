@@ -191,7 +191,7 @@ class FineTuning(Method):
                     nll = batch.token_losses(edited)
                     per_row, held = batch.means(nll), batch.held(nll, config.stop_probability)
                     loss = mean_of_open(per_row, held)
-                    # the only thing that the host waits for in a step
+                    # all that the host waits for in a step, but for the drift
                     *numbers, mean = torch.cat([per_row.detach(), loss.detach().unsqueeze(0)]).tolist()
                     if not math.isfinite(mean):
                         raise EditFailedError("the loss became NaN or infinite while fine-tuning; lower lr")

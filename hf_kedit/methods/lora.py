@@ -231,15 +231,16 @@ class _LowRankTraining(Method):
                     held = batch.held(nll, config.stop_probability)
                     holds = held[batch.positions.rows.to(held.device)]
                     loss = mean_of_open(nll, holds)
-                    # the only thing that the host waits for in a step
-                    *numbers, mean = torch.cat([batch.means(nll).detach(), loss.detach().unsqueeze(0)]).tolist()
+                    # all that the host waits for in a step, but for the drift
+                    read = [batch.means(nll), loss.unsqueeze(0), held.all().unsqueeze(0).to(loss.dtype)]
+                    *numbers, mean, all_held = torch.cat(read).tolist()
                     if not math.isfinite(mean):
                         raise EditFailedError("the loss became NaN or infinite while training; lower lr")
                     for i, value in zip(chunk, numbers, strict=True):
                         losses[i].append(value)
                     batch_losses.append(mean)
                     drift = restraint.penalty(bench.model)
-                    if bool(held.all()) and restraint.allows(bench.model):
+                    if all_held and restraint.allows(bench.model):
                         continue
                     done = False
                     optimiser.zero_grad()

@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from hf_kedit.methods import registered_methods
+from tests.devices.rehearsal import NOT_HERE
+
 PROBE = """
 import torch
 from tests.devices import standin
@@ -38,7 +41,7 @@ print("checked")
 
 def run(*arguments: str) -> str:
     """A process of its own, as a stand-in cannot be taken away again."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -48,9 +51,17 @@ def test_the_stand_in_refuses_what_an_accelerator_refuses() -> None:
 
 
 @pytest.mark.slow
-def test_methods_on_a_spread_model_give_what_they_give_on_the_cpu() -> None:
-    methods = ["ft-m", "rome", "grace", "mend"]
-    lines = run("-m", "tests.devices.rehearsal", "split", *methods).splitlines()
+@pytest.mark.parametrize(
+    ("mode", "methods"),
+    [
+        ("split", [method for method in registered_methods() if method not in NOT_HERE]),
+        ("disk", list(registered_methods())),
+        ("turned", ["adalora", "alphaedit", "defer", "ft-m", "melo", "wise"]),
+        ("one:bfloat16", ["adalora", "ft-m", "grace", "rome", "serac"]),
+    ],
+)
+def test_methods_give_on_a_device_what_they_give_on_the_cpu(mode: str, methods: list[str]) -> None:
+    lines = run("-m", "tests.devices.rehearsal", mode, *methods).splitlines()
     assert [line for line in lines if line.split()[:1] and line.split()[0] in methods] == [
         f"{method} same" for method in methods
     ]
