@@ -121,7 +121,7 @@ def test_a_slice_is_read_and_written_in_functional_orientation(family: str) -> N
 def test_rome_puts_a_fact_into_the_expert_that_reads_it(family: str) -> None:
     model = build(family, ROMEConfig(**ROME, mom2_adjustment=False))
     before = {n: p.detach().clone() for n, p in model.base_model.named_parameters()}
-    digest = model_digest(model.base_model)
+    digest, fingerprint = model_digest(model.base_model), model.base_fingerprint()
     model.trace = {}
     (edit,) = model.edit(FACTS[0]).edits
     (account,) = model.ledger.accounts.values()
@@ -136,6 +136,7 @@ def test_rome_puts_a_fact_into_the_expert_that_reads_it(family: str) -> None:
     reached = capture_at(model.base_model, pad_rows([row.ids]), torch.tensor([row.fact]), [tap])[tap][0]
     assert torch.allclose(reached, model.trace["v_star.0"], atol=1e-3), "the expert must now give v*"
     assert edit.diagnostics["loss"][-1] < edit.diagnostics["loss"][0]
+    assert model.ledger.base_fingerprint() == fingerprint != model.fingerprint()
     model.rollback("all")
     assert model_digest(model.base_model) == digest
 

@@ -27,6 +27,7 @@ from hf_kedit.artifact.layout import CONFIG, WEIGHTS
 from hf_kedit.config import EditConfig, ModelProfile
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ArtifactError, ConfigError, RequestError, RollbackError, StatisticsError
+from hf_kedit.methods.memit import MEMIT
 from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.tokens import encode_pair
 
@@ -500,3 +501,14 @@ def test_emmet_weighs_the_second_moment_against_the_size_of_the_update() -> None
     r = r if r.shape[0] == total.shape[0] else r.T  # [d_out, n]
     expected = r @ columns.T
     assert (total.double() - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_each_layer_has_its_own_weight_of_old_knowledge_and_a_joint_solve_its_caution() -> None:
+    model = EditableModel.from_pretrained(
+        "kedit/world-gpt2", MEMITConfig(layers=[0, 2], layer_weights=[10.0, 20.0], mom2_update_weight=5.0)
+    )
+    method = model._method
+    assert isinstance(method, MEMIT)
+    method.caution = 3.0
+    weights = [method.weight_of(f"transformer.h.{layer}.mlp.c_proj") for layer in (0, 1, 2)]
+    assert weights == [30.0, 15.0, 60.0]

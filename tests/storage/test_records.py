@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,21 @@ def test_any_list_is_read_back_in_pieces_of_any_size(
         patch.setattr(records, "_CHUNK", chunk)
         assert list(read_records(write(folder / "a.json", text))) == rows
         assert list(read_records(write(folder / "a.jsonl", lines))) == rows
+
+
+@pytest.mark.parametrize("chunk", range(1, 12))
+def test_a_number_goes_on_in_the_next_piece(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    rows = [1.5, 20, 3e300, -0.25, 12.75, 1e-7]
+    assert list(read_records(write(tmp_path / "a.json", json.dumps(rows)))) == rows
+
+
+def test_no_more_is_read_than_the_next_record_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may be larger than the memory: what follows a record is read when it is asked for."""
+    monkeypatch.setattr(records, "_CHUNK", 64)
+    text = io.StringIO("[" + ", ".join(f'{{"number": {i}}}' for i in range(1000)) + "]")
+    found = records._array(text.read(64), text, "x")
+    assert [next(found)["number"] for _ in range(10)] == list(range(10)) and text.tell() < 500
 
 
 @settings(max_examples=60, deadline=None)
