@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import CaliNetConfig, EditableModel, EditRequest, FTMConfig, load_edit_dataset, untie_head
+from hf_kedit import (
+    AdaLoRAConfig,
+    CaliNetConfig,
+    EditableModel,
+    EditRequest,
+    FTMConfig,
+    LoRAConfig,
+    load_edit_dataset,
+    untie_head,
+)
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import TiedWeightError
 
@@ -71,6 +80,24 @@ def test_neurons_beside_offloaded_layers(tmp_path: Path) -> None:
     edited.rollback("all")
     assert torch.equal(logits(edited), before)
     assert torch.allclose(logits(PeftModel.from_pretrained(model, tmp_path)), logits(plain), atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(num_steps=3), AdaLoRAConfig(num_steps=3)])
+def test_adapters_trained_beside_offloaded_layers(config: LoRAConfig) -> None:
+    """PEFT puts an adapter where the weight is, and an offloaded weight is nowhere."""
+    from accelerate import cpu_offload
+
+    plain = EditableModel.from_pretrained("kedit/world-gpt2", config)
+    plain.edit(fact())
+    model: Any = EditableModel.from_pretrained("kedit/world-gpt2").base_model
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    edited = EditableModel(model, config, plain.tokenizer, base_model_id="kedit/world-gpt2")
+    before = logits(edited)
+    edited.edit(fact())
+    assert torch.allclose(logits(edited), logits(plain), atol=1e-4)
+    assert not torch.allclose(logits(edited), before, atol=1e-3)
+    edited.rollback("all")
+    assert torch.equal(logits(edited), before)
 
 
 def test_an_edit_of_a_compiled_model() -> None:

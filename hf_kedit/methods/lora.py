@@ -15,6 +15,7 @@ the edits that the model carries already.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -439,6 +440,7 @@ def _attention_inputs(where: LayerAnatomy) -> list[str]:
 
 def injected(model: nn.Module, config: PeftConfig, paths: Sequence[str]) -> Switch[BaseTuner]:
     """PEFT's layers around some modules inside the block; the very same modules are back behind it."""
+    from accelerate.utils import align_module_device
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
@@ -446,7 +448,10 @@ def injected(model: nn.Module, config: PeftConfig, paths: Sequence[str]) -> Swit
     modules = {path: get_module(model, path) for path in paths}
 
     def inject() -> BaseTuner:
-        tuner: BaseTuner = types[config.peft_type](model, config, ADAPTER)
+        with contextlib.ExitStack() as brought:  # PEFT puts an adapter where the weight is: offloaded ones are nowhere
+            for module in modules.values():
+                brought.enter_context(align_module_device(module))
+            tuner: BaseTuner = types[config.peft_type](model, config, ADAPTER)
         cast_adapter_dtype(model, ADAPTER)  # trained in fp32, whatever the model's dtype
         for name, parameter in tuner.named_parameters():
             if tuner.prefix not in name:
