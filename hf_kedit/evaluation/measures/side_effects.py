@@ -142,6 +142,19 @@ class SideEffectReport:
             sentences.append(f"the model repeats itself: {after:.0%} of word pairs are distinct, {before:.0%} before")
         return sentences
 
+    def __str__(self) -> str:
+        """One question of each kind with both answers (one that changed, where it should not), counts, and the harm."""
+        lines = []
+        for kind in (*REACH, "neighbour", "same subject"):
+            answers = self.of(kind)  # type: ignore[arg-type]
+            if answers:
+                shown = next((a for a in answers if kind not in REACH and not a.good), answers[0])
+                texts = (shown.question.prompt, f"    before: {shown.before}", f"    after:  {shown.after}")
+                lines += [" ".join(text.splitlines()) for text in texts]
+        counts = {kind: self.of(kind) for kind in (*REACH, *KEEP) if self.of(kind)}
+        as_it_should = (f"{kind} {sum(a.good for a in answers)} of {len(answers)}" for kind, answers in counts.items())
+        return "\n".join([*lines, f"good: {', '.join(as_it_should)}", f"harm: {'; '.join(self.harm) or 'none'}"])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: shares by kind, distinctness, echo, harm, and every answer."""
         before, after = self.distinct
