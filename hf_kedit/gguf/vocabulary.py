@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError, shown
+from ..storage.parsing import parse_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -77,7 +78,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(f"{type(tokenizer).__name__} has no backend that could be written as GGUF")
-    parts = json.loads(backend.to_str())
+    parts = parse_json(backend.to_str(), "tokenizer", ExportError)
     model = parts["model"]
     if model["type"] != "BPE":
         raise ExportError(
@@ -151,7 +152,11 @@ def split_words_as(tokenizer: PreTrainedTokenizerBase, cut: str) -> None:
     from tokenizers import Regex, pre_tokenizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or cut not in _CUTS or json.loads(backend.to_str())["model"].get("byte_fallback"):
+    if (
+        backend is None
+        or cut not in _CUTS
+        or parse_json(backend.to_str(), "tokenizer", ExportError)["model"].get("byte_fallback")
+    ):
         return
     steps: list[Any] = []
     for step in _CUTS[cut]:

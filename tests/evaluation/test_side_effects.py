@@ -121,3 +121,20 @@ def test_of_many_requests_some_are_asked_about() -> None:
     effects.before(model.base_model, model.tokenizer, many)
     facts = [a.question.prompt for a in effects.after(model.base_model).of("fact")]
     assert facts == [f"Person {i} is a" for i in range(0, 100, 5)]
+
+
+def test_a_report_prints_one_question_of_each_kind_the_changed_one_where_it_should_not() -> None:
+    fact = Answered(EffectQuestion("fact", "By profession A is a", wanted="plumber"), "cook", "plumber\nand more")
+    kept = Answered(EffectQuestion("neighbour", "By profession B is a"), "cook", "cook")
+    lost = Answered(EffectQuestion("neighbour", "By profession C is a"), "cook", "plumber")
+    general = Answered(EffectQuestion("general", "It is"), "so", "so")
+    assert str(SideEffectReport((fact, kept, lost, general), ("plumber",))).splitlines() == [
+        "By profession A is a",
+        "    before: cook",
+        "    after:  plumber and more",
+        "By profession C is a",
+        "    before: cook",
+        "    after:  plumber",
+        "good: fact 1 of 1, neighbour 1 of 2, general 1 of 1",
+        "harm: none",
+    ]

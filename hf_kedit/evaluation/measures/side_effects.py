@@ -143,7 +143,7 @@ class SideEffectReport:
         return sentences
 
     def __str__(self) -> str:
-        """One question of each kind with both answers (one that changed, where it should not), counts, and the harm."""
+        """One question of each kind with both answers (a changed one, where it should not), counts, and the harm."""
         lines = []
         for kind in (*REACH, "neighbour", "same subject"):
             answers = self.of(kind)  # type: ignore[arg-type]
