@@ -146,7 +146,7 @@ class SideEffectReport:
         """One question of each kind with both answers (a changed one, where it should not), counts, and the harm."""
         lines = []
         for kind in (*REACH, "neighbour", "same subject"):
-            answers = self.of(kind)  # type: ignore[arg-type]
+            answers = self.of(kind)
             if answers:
                 shown = next((a for a in answers if kind not in REACH and not a.good), answers[0])
                 texts = (shown.question.prompt, f"    before: {shown.before}", f"    after:  {shown.after}")
