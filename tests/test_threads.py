@@ -233,10 +233,16 @@ def changes() -> list[str]:
 
 
 @pytest.mark.parametrize("name", changes())
-def test_changes_wait_for_calls_that_run_and_calls_for_them(name: str) -> None:
+def test_changes_wait_for_calls_that_run_and_calls_for_them(name: str, tmp_path: Path) -> None:
     model = fresh()
+    files = {"load_edits": "source", "import_lora": "adapter"}  # what they read before they take the model
+    if name in files:
+        other = fresh()
+        edit(other, FACTS[0])
+        other.save_pretrained(tmp_path)
     held = Held(lambda: among_others(model.base_model))
-    arguments = {} if name in ("unload", "merge_and_unload", "resolve_all") else {"a": 1}
+    arguments: dict[str, Any] = {} if name in ("unload", "merge_and_unload", "resolve_all") else {"a": 1}
+    arguments = {files[name]: tmp_path} if name in files else arguments
     changing = Work(lambda: getattr(model, name)(**arguments))
     assert waits(model, changing)
     asking = Work(lambda: logits(model))

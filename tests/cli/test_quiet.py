@@ -15,6 +15,7 @@ from tests.models import tiny_model
 
 from .conftest import FACT, Run
 from .test_train import PLAN
+from .test_tune import SMALL
 
 MODEL = ("-m", "kedit/world-gpt2")
 ONE = ("-p", FACT["prompt"], "--subject", FACT["subject"], "-t", FACT["target_new"])
@@ -45,6 +46,7 @@ LINES: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "rollback": (("edits", "--last", "1", "-o", "left"), ["second"]),
     "stats": (("-m", "kedit/world-gpt2", "-o", "stats", "-n", "3000"), [rf"stats/{HEX}{{24}}"]),
     "trace": ((*MODEL, *ONE[:4], "--samples", "1", "--kind", "hidden"), [r"hidden=[0-5]"]),
+    "tune": (("kedit/world-gpt2", "-M", "grace", *SMALL, "-o", "found.yaml"), [r"found\.yaml"]),
     "train": (("plan.yaml", "-o", "editor"), ["editor"]),
 }
 OTHERS = [
@@ -62,6 +64,7 @@ OTHERS = [
 def folder(tmp_path: Path, saved: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the commands run, with everything that they read."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEDIT_HOME", str(tmp_path / "kedit"))
     (tmp_path / "easy.yaml").write_text(
         "alg_name: ROME\nmodel_name: gpt2\nlayers: [5]\nv_lr: 0.5\ndevice: 0\n", encoding="utf-8"
     )

@@ -22,6 +22,7 @@ from tests.golden_cases import Case, need
 
 from .conftest import FACT, SECOND
 from .test_train import PLAN
+from .test_tune import SMALL
 
 MODEL = ("-m", "kedit/world-gpt2")
 LLAMA = ("-m", "kedit/world-llama")
@@ -45,6 +46,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "stats": (*LLAMA, "-o", "stats", "-n", "3000"),
     "trace": (*MODEL, *ONE[:4], "--samples", "2", "--suggest", "rome"),
     "train": ("plan.yaml", "-o", "editor"),
+    "tune": ("kedit/world-gpt2", "-M", "grace", *SMALL, "-o", "found.yaml"),
 }
 MORE = [
     ("demo", *LLAMA, "--no-reload"),
