@@ -62,7 +62,8 @@ class DINMConfig(BoundedConfig, WeightConfig):
         edit_weight: ``c``, weight of the new answer's loss (``kl_factor`` in the published files).
         constraint_grad: whether ``L_c`` has a gradient. The published code computes it without one, so that it only
             decides when training ends.
-        suffix_prompt: ``s``; empty: none.
+        suffix_prompt: ``s``, for requests that name a ``target_neg``; empty: none. A plain fact would only be learnt
+            together with the instruction.
         norm_constraint: no entry moves further than this; ``None``: unconstrained.
         stop_loss: training ends when ``L`` falls below.
         train_bias: train the projection's bias too, where it has one.
@@ -191,7 +192,8 @@ class DINM(Method):
 
     def _examples(self, request: EditRequest) -> list[Example]:
         """The new answer behind its prompt, then the harmless ones behind theirs."""
-        suffix = f" {self.config.suffix_prompt.strip()}" if self.config.suffix_prompt.strip() else ""
+        instruction = self.config.suffix_prompt.strip() if request.metadata.get("target_neg") else ""
+        suffix = f" {instruction}" if instruction else ""
         pairs = [(request.in_context("{}" + suffix.replace("{}", ""))[0], request.target_new)]
         for probe in request.locality.get(CONSTRAINT, ()):
             pairs += [(probe.prompt + suffix, answer) for answer in probe.answers[:1]]

@@ -130,6 +130,12 @@ def test_without_an_unwanted_answer_it_is_what_the_model_says_now() -> None:
     assert found == pytest.approx(named, rel=1e-4)
 
 
+def test_a_plain_fact_is_learnt_without_the_instruction() -> None:
+    model = world()
+    model.edit(prompt=FACT["prompt"], target_new="plumber")
+    assert probability(model, FACT["prompt"], "plumber") > 0.8
+
+
 def test_layers_that_are_set_are_trained_and_nothing_is_located() -> None:
     model = world(layers=[1], suffix_prompt="")
     (edit,) = model.edit(**FACT).edits
