@@ -61,12 +61,10 @@ def test_an_edit_of_offloaded_weights(where: str, tmp_path: Path) -> None:
     assert torch.equal(logits(edited), before) and model_digest(model) == digest
 
 
-def test_neurons_beside_offloaded_layers(tmp_path: Path) -> None:
-    """They are made where the layers compute, not where these have no values; PEFT's layers likewise."""
+def in_memory_and_offloaded(config: Any) -> tuple[EditableModel, EditableModel, torch.Tensor]:
+    """One edit of a model in memory and of the same one offloaded, which agree, and the latter's logits before it."""
     from accelerate import cpu_offload
-    from peft import PeftModel
 
-    config = CaliNetConfig(num_steps=4)
     plain = EditableModel.from_pretrained("kedit/world-gpt2", config)
     plain.edit(fact())
     model: Any = EditableModel.from_pretrained("kedit/world-gpt2").base_model
@@ -76,26 +74,25 @@ def test_neurons_beside_offloaded_layers(tmp_path: Path) -> None:
     edited.edit(fact())
     assert torch.allclose(logits(edited), logits(plain), atol=1e-4)
     assert not torch.allclose(logits(edited), before, atol=1e-3)
+    return plain, edited, before
+
+
+def test_neurons_beside_offloaded_layers(tmp_path: Path) -> None:
+    """They are made where the layers compute, not where these have no values; PEFT's layers likewise."""
+    from peft import PeftModel
+
+    plain, edited, before = in_memory_and_offloaded(CaliNetConfig(num_steps=4))
     edited.save_pretrained(tmp_path)
     edited.rollback("all")
     assert torch.equal(logits(edited), before)
-    assert torch.allclose(logits(PeftModel.from_pretrained(model, tmp_path)), logits(plain), atol=1e-4)
+    peft = PeftModel.from_pretrained(edited.base_model, tmp_path)
+    assert torch.allclose(logits(peft), logits(plain), atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [LoRAConfig(num_steps=3), AdaLoRAConfig(num_steps=3)])
 def test_adapters_trained_beside_offloaded_layers(config: LoRAConfig) -> None:
     """PEFT puts an adapter where the weight is, and an offloaded weight is nowhere."""
-    from accelerate import cpu_offload
-
-    plain = EditableModel.from_pretrained("kedit/world-gpt2", config)
-    plain.edit(fact())
-    model: Any = EditableModel.from_pretrained("kedit/world-gpt2").base_model
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    edited = EditableModel(model, config, plain.tokenizer, base_model_id="kedit/world-gpt2")
-    before = logits(edited)
-    edited.edit(fact())
-    assert torch.allclose(logits(edited), logits(plain), atol=1e-4)
-    assert not torch.allclose(logits(edited), before, atol=1e-3)
+    _, edited, before = in_memory_and_offloaded(config)
     edited.rollback("all")
     assert torch.equal(logits(edited), before)
 

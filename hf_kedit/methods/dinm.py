@@ -30,7 +30,7 @@ from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
 from ..engine.capture import Tap, as_rows, listen
 from ..engine.examples import Example, ExampleBatch, target_probabilities
-from ..engine.forward import device_of, logits_at, model_inputs
+from ..engine.forward import device_of, model_inputs
 from ..engine.rows import check_length
 from ..engine.weights import get_module, get_weight
 from ..errors import EditFailedError, UnsupportedModelError
@@ -38,6 +38,7 @@ from ..logging import progress_bar
 from ..requests import EditRequest, in_row
 from ..tokens import EncodedText, encode_pair, encode_text, pad_rows
 from .base import Capabilities, Method, Outcome, Workbench, register_method
+from .drift import divergences, log_probs_of
 from .ft import Substituted, keep_within
 
 CONSTRAINT = "knowledge_constraint"
@@ -282,11 +283,10 @@ class _Constraint:
         if not examples:
             return cls(None, torch.zeros(0))
         batch = ExampleBatch.of(model, examples, fill)
-        return cls(batch, logits_at(model, batch.inputs, batch.positions).float().log_softmax(-1))
+        return cls(batch, log_probs_of(model, batch))
 
     def divergence(self, model: Any) -> torch.Tensor:
         """``L_c``: the mean over questions of the mean over their answers' tokens, a scalar."""
         if self.batch is None:
             return torch.zeros(())
-        log_q = logits_at(model, self.batch.inputs, self.batch.positions).float().log_softmax(-1)
-        return self.batch.means((self.log_p.exp() * (self.log_p - log_q)).sum(-1)).mean()
+        return self.batch.means(divergences(self.log_p, log_probs_of(model, self.batch))).mean()

@@ -64,7 +64,7 @@ class GeneralText:
         parts = [
             ExampleBatch.of(model, chunk, fill) for i in range(WATCHED_PARTS) if (chunk := examples[i::WATCHED_PARTS])
         ]
-        return cls(parts, [_log_probs(model, part).half() for part in parts])
+        return cls(parts, [log_probs_of(model, part).half() for part in parts])
 
     def drift(self, model: Any, part: int | None = None) -> torch.Tensor:
         """``D`` of a model, a differentiable scalar.
@@ -76,14 +76,19 @@ class GeneralText:
         if part is None:
             return torch.stack([self.drift(model, i) for i in range(len(self.parts))]).mean()
         part %= len(self.parts)
-        now = _log_probs(model, self.parts[part])
+        now = log_probs_of(model, self.parts[part])
         before = self.log_probs[part].to(now)
-        return (before.exp() * (before - now)).sum(-1).mean()
+        return divergences(before, now).mean()
 
 
-def _log_probs(model: Any, batch: ExampleBatch) -> torch.Tensor:
+def log_probs_of(model: Any, batch: ExampleBatch) -> torch.Tensor:
     """Log-probabilities at all positions, ``[tokens, vocab]`` fp32."""
     return logits_at(model, batch.inputs, batch.positions).float().log_softmax(-1)
+
+
+def divergences(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """``KL(before ‖ now)`` of log-probabilities ``[tokens, vocab]``, ``[tokens]``."""
+    return (before.exp() * (before - now)).sum(-1)
 
 
 def general_examples(
