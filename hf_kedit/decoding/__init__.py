@@ -11,7 +11,7 @@ switch.py       `decode_with`: inside its block every logit that the model retur
 """
 
 from .settings import DECODINGS, DeCoConfig, Decoding, DoLaConfig, decoding_of
-from .switch import decode_with, decoding_now, undecoded
+from .switch import decode_with, decoding_now
 
 __all__ = [
     "DECODINGS",
@@ -21,5 +21,4 @@ __all__ = [
     "decode_with",
     "decoding_now",
     "decoding_of",
-    "undecoded",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .settings import DoLaConfig
@@ -30,7 +32,7 @@ def dola_scores(final: torch.Tensor, premature: torch.Tensor, config: DoLaConfig
         else:
             log_q = log_each[distance.argmax(0), torch.arange(len(final), device=final.device)]
     # The adaptive plausibility constraint: a ratio of two tiny probabilities says nothing.
-    plausible = log_p >= log_p.amax(-1, keepdim=True) + torch.tensor(config.alpha).log().item()
+    plausible = log_p >= log_p.amax(-1, keepdim=True) + math.log(config.alpha)
     return (log_p - log_q).masked_fill(~plausible, -torch.inf)
 
 

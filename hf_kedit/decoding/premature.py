@@ -91,7 +91,7 @@ class PrematureLogits:
             self._after(own.float()), logits.to(own.device).float(), rtol=1e-2, atol=1e-3
         ):
             raise UnsupportedModelError("the model changes its logits behind the head in a way that is not known")
-        self._here.head = None  # from here on the head is ours
+        self._here.states = self._here.head = None  # nothing is kept, and nothing of what the head does for us is seen
         found = []
         for layer in sorted(states):
             state = slice_logits_to_keep(states[layer], logits_to_keep).to(own.device)

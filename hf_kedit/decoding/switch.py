@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy, resolve_anatomy
 from ..anatomy.outputs import hooks
 from ..anatomy.switching import Switch, switched, together
+from ..engine.forward import is_measured
 from ..errors import ConfigError, UnsupportedModelError
 from .deco import deco_scores
 from .dola import dola_scores
 from .premature import PrematureLogits
 from .settings import DeCoConfig, Decoding, DoLaConfig, decoding_of
 
-_off = threading.local()
 _OPEN: WeakKeyDictionary[PreTrainedModel, Decoding] = WeakKeyDictionary()
 
 
@@ -86,18 +86,6 @@ def _announced(model: PreTrainedModel, decoding: Decoding) -> Switch[None]:
     return switched(change, put_back)
 
 
-def undecoded() -> Switch[None]:
-    """A block in which this thread gets the model's own logits, `decode_with` or not: for measuring and editing."""
-
-    def change() -> None:
-        _off.depth = getattr(_off, "depth", 0) + 1
-
-    def put_back() -> None:
-        _off.depth -= 1
-
-    return switched(change, put_back)
-
-
 class _Contrast:
     """The hooks around the model's forward."""
 
@@ -107,7 +95,7 @@ class _Contrast:
 
     @property
     def _is_on(self) -> bool:
-        return not getattr(_off, "depth", 0) and self._thread in (None, threading.get_ident())
+        return not is_measured() and self._thread in (None, threading.get_ident())
 
     @torch.compiler.disable
     def before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from ..anatomy.switching import Switch, interrupted, uninterrupted
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
 from ..data.loading import requests_of
-from ..decoding import undecoded
 from ..engine.access import access_to, alone, exclusively
 from ..engine.devices import PeakMemory, process_memory
 from ..engine.forward import frozen_eval
@@ -182,12 +181,7 @@ class Editing(EditedModel):
         if not chosen.facts:
             return EditResult([])
         created = {e.id: e.created for e in staying}
-        with (
-            _AllOrNothing(self),
-            frozen_eval(self.base_model),
-            undecoded(),
-            all_disabled([self.prompts, self.sites]),
-        ):
+        with _AllOrNothing(self), frozen_eval(self.base_model), all_disabled([self.prompts, self.sites]):
             check_composition("weights", self.books)
             memory = PeakMemory(self.base_model)
             solved = solve_set(
@@ -235,7 +229,7 @@ class Editing(EditedModel):
         # Weight methods measure the weights: what other books add at run time is switched off meanwhile.
         on_weights = method.capabilities.kind == "weights"
         beside: list[Book] = [self.prompts, *([self.sites] if on_weights else [])]
-        with frozen_eval(self.base_model), undecoded(), all_disabled(beside):
+        with frozen_eval(self.base_model), all_disabled(beside):
             check_composition(method.capabilities.kind, self.books)
             read = {request.id: request for request in read_by(method, todo)}
             method.check(list(read.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -195,8 +196,33 @@ def recomputed_blocks(model: PreTrainedModel) -> Switch[None]:
     return switched(change, put_back)
 
 
+_measuring = threading.local()
+
+
+def is_measured() -> bool:
+    """Whether this thread measures a model, so that nothing may stand between it and the model's own logits."""
+    return bool(getattr(_measuring, "depth", 0))
+
+
+def generating() -> Switch[None]:
+    """A block inside `frozen_eval` in which a model answers as it does for people, `decode_with` included."""
+    depths: list[int] = []
+
+    def change() -> None:
+        depths.append(getattr(_measuring, "depth", 0))
+        _measuring.depth = 0
+
+    def put_back() -> None:
+        if depths:
+            _measuring.depth = depths.pop()
+
+    return switched(change, put_back)
+
+
 class frozen_eval(alone):
     """Evaluation mode without weight gradients, alone with the model; every flag is put back afterwards.
+
+    What is measured inside are the model's own logits (`is_measured`), but for what is `generating`.
 
     If the block fails, so are the hooks and torch's gradient mode: whoever sets one of them without a `Switch`
     (``torch.no_grad`` too) may have been interrupted before it took note of it.
@@ -207,10 +233,13 @@ class frozen_eval(alone):
         self._model = model
         self._eval: Switch[None] | None = None
         self._trainable: list[torch.nn.Parameter] = []
+        self._counted = False
 
     def change(self) -> None:
         """Wait for other threads, note the hooks, and set the flags."""
         super().change()
+        _measuring.depth = getattr(_measuring, "depth", 0) + 1
+        self._counted = True
         self._grad, self._hooks = torch.is_grad_enabled(), {id(held): set(held) for held in _hooks(self._model)}
         self._eval = evaluating(self._model)
         self._eval.__enter__()
@@ -220,6 +249,9 @@ class frozen_eval(alone):
 
     def put_back(self, failed: bool) -> None:
         """Set the flags as they were; take off what hooks are left of a block that failed."""
+        if self._counted:
+            _measuring.depth -= 1
+            self._counted = False
         try:
             if self._eval is not None:
                 self._put_back_flags(failed)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_kedit.anatomy import resolve_anatomy
-from hf_kedit.decoding import DeCoConfig, DoLaConfig, decode_with, decoding_of, undecoded
+from hf_kedit.decoding import DeCoConfig, DoLaConfig, decode_with, decoding_of
+from hf_kedit.engine.forward import frozen_eval, generating
 from hf_kedit.errors import ConfigError, LayerError, UnsupportedModelError
 from tests.models import FAMILIES, tiny_model
 
@@ -194,7 +195,10 @@ def test_behind_the_block_the_model_is_as_before_whatever_happened() -> None:
     before = model(ids).logits
     with pytest.raises(ZeroDivisionError), decode_with(model, "dola"):
         assert not torch.equal(model(ids).logits, before)
-        with undecoded():
+        with frozen_eval(model):  # where models are measured, their own logits are
+            assert torch.equal(model(ids).logits, before)
+            with generating():
+                assert not torch.equal(model(ids).logits, before)
             assert torch.equal(model(ids).logits, before)
         raise ZeroDivisionError
     assert torch.equal(model(ids).logits, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from hf_kedit.errors import ArtifactError, ConfigError, LayerError, UnknownMetho
 FACT: dict[str, Any] = {"prompt": "By profession {} is a", "subject": "Tarosk Boayond", "target_new": "plumber"}
 FAR: dict[str, Any] = {"layers": [1], "weight": 40.0, "top_p": 1.0}
 """So far from the model's own answers that a test sees the difference."""
+
+TEXT = "The capital of Quigraistan is Flicihoport. The city of Wohoport lies in Doloia."
 
 
 def world(method: str = "rome") -> EditableModel:
@@ -101,6 +104,16 @@ def test_generations_of_an_evaluation_are_decoded_and_scores_are_not() -> None:
     with plain.decoding("deco", **FAR):
         report = evaluate_edits(plain, [FACT], protocol="generation", progress=False)
     assert [(text["pre"], text["post"]) for text in report.cases[0]["texts"]] == texts[1]
+
+
+def test_perplexity_and_the_state_of_a_worn_model_are_of_its_own_logits() -> None:
+    worn = []
+    for model in (world(), world().set_decoding("deco", **FAR)):
+        report = evaluate_edits(
+            model, [FACT], "sequential", at=[1], collapse_text=TEXT, protocol="generation", progress=False
+        )
+        worn.append([(c["perplexity_before"], c["perplexity"], c["state"]) for c in report.checkpoints])
+    assert worn[0] and worn[0] == worn[1] and all(math.isfinite(before) for before, *_ in worn[0])
 
 
 def test_another_thread_that_asks_the_stock_model_is_left_alone() -> None:

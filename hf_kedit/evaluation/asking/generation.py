@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ...anatomy.switching import Switch, switched
-from ...engine.forward import device_of, frozen_eval
+from ...engine.forward import device_of, frozen_eval, generating
 from ...errors import ChatTemplateError, EvaluationError, shown
 from ...text.chat import chat_text
 from ...tokens import context_length, pad_id, pad_rows, prompt_ids
@@ -130,7 +130,7 @@ def generate_answers(
         rows[prompt], cuts[prompt] = cut_left(tokenizer, ids, len(ids) + 1, room)
     config = _greedy_config(model, tokenizer, max_new_tokens)
     results: dict[str, Continuation] = {}
-    with frozen_eval(model), torch.inference_mode(), _generation_config(model, config):
+    with frozen_eval(model), generating(), torch.inference_mode(), _generation_config(model, config):
         for group in make_batches(
             rows, lambda p: len(rows[p]) + max_new_tokens, token_budget, max_rows=max_batch_rows
         ):

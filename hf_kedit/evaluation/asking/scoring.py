@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...books.sites import prompt_lengths
-from ...decoding import undecoded
 from ...engine.forward import Positions, accepts, device_of, frozen_eval, gather_logits
 from ...errors import EvaluationError, RequestError
 from ...tokens import (
@@ -181,7 +180,7 @@ def try_score_pairs(
         positions=positions,
         max_positions=LOGIT_BUDGET // vocabulary_size(model),
     )
-    with frozen_eval(model), undecoded(), torch.inference_mode():
+    with frozen_eval(model), torch.inference_mode():
         for group in batches:
             for pair, score in zip(group, _score_batch(model, tokenizer, group, rows), strict=True):
                 results[pair] = score

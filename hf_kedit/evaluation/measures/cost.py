@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...engine.devices import synchronise
-from ...engine.forward import device_of, frozen_eval
+from ...engine.forward import device_of, frozen_eval, generating
 from ...errors import EvaluationError
 from ...tokens import prompt_ids
 from ..asking.batching import stock_model
@@ -107,7 +107,7 @@ def edit_cost(
         return (time.perf_counter() - began) / new_tokens
 
     edited, unedited = [], []
-    with frozen_eval(base), torch.inference_mode():
+    with frozen_eval(base), generating(), torch.inference_mode():
         for _ in range(repetitions + 1):  # the first warms up
             edited.append(continued())
             with model.disable_edits():
