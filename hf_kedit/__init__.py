@@ -25,6 +25,7 @@ _PUBLIC = {
     "methods.core": "COREConfig",
     "methods.defer": "DEFERConfig",
     "methods.dinm": "DINMConfig",
+    "methods.dpo": "DPOConfig",
     "methods.eamet": "EAMETConfig",
     "methods.emmet": "EMMETConfig",
     "methods.ft": "FTLConfig FTMConfig",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .methods.core import COREConfig as COREConfig
     from .methods.defer import DEFERConfig as DEFERConfig
     from .methods.dinm import DINMConfig as DINMConfig
+    from .methods.dpo import DPOConfig as DPOConfig
     from .methods.eamet import EAMETConfig as EAMETConfig
     from .methods.emmet import EMMETConfig as EMMETConfig
     from .methods.ft import FTLConfig as FTLConfig

@@ -47,8 +47,8 @@ class EditRequest:
         image: path of an image relative to an image root.
         id: a name for the edit, unique within a model; made up when missing.
         separator: text between prompt and target, where this fact needs another one than the config's.
-        metadata: anything else that JSON can hold. No method reads it, except that WISE takes an irrelevant text from
-            ``loc_prompt``.
+        metadata: anything else that JSON can hold. Methods read two texts of it: DINM and DPO the answer that is to go
+            (``target_neg``), WISE an irrelevant text (``loc_prompt``).
         messages: the conversation that the fact is a part of, as ``[{"role": "system", "content": …}, …]``; what the
             user says last is the prompt, which may then be left out, and other wordings and probes are asked in its
             place.

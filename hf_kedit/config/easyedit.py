@@ -21,7 +21,6 @@ METHODS = {"ice": "ike", "tpatcher": "t-patcher"}
 OBJECTIVES = {"prompt_last": "ft-l", "target_new": "ft-m"}
 # Methods of theirs that are none of ours yet → the part of the library that they wait for.
 WAITING = {
-    "dpo": "editing towards preferences (DPO)",
     "deepedit-api": "editing models behind an API",
     "ft-api": "editing models behind an API",
     "ike-api": "editing models behind an API",
@@ -46,6 +45,7 @@ RENAMED = {
     "loc_coef": "locality_weight",
     "batch_size": "rows_per_step",
     "n_blocks": "num_blocks",
+    "alpha": "likelihood_weight",
     "lamHyper": "ridge",
     "init_model": "from_original",
 }
@@ -92,7 +92,7 @@ NOT_CARRIED_OVER = {
     "batch_size": "here it is an argument of edit(requests, batch_size=...)",
 }
 # Methods whose own batch_size means our rows_per_step: requests (or points) in one pass.
-_OWN_BATCH = ("ft-l", "ft-m", "lora", "qlora", "adalora", "kn", "ultraedit")
+_OWN_BATCH = ("ft-l", "ft-m", "dpo", "lora", "qlora", "adalora", "kn", "ultraedit")
 # Their QLoRA trains towards the target alone, shifted against the prompt; one or two steps of that say nothing here.
 _OTHER_OBJECTIVE = "their QLoRA trains on another objective; steps of it are no steps of this one"
 

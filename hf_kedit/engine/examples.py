@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..requests import EditRequest, in_row
-from ..tokens import encode_pair, encode_target, pad_rows, prompt_ids
+from ..tokens import encode_pair, encode_target, pad_id, pad_rows, prompt_ids
 from .forward import Positions, device_of, logits_at, model_inputs
 from .rows import check_length
 
@@ -165,7 +165,8 @@ def all_likely(losses: torch.Tensor, rows: torch.Tensor, count: int, probability
     """
     if probability is None:
         return torch.zeros(count, dtype=torch.bool, device=losses.device)
-    unlikely = (losses.detach() > -math.log(probability)).to(losses.dtype)
+    # "not at most", so that what is not a number does not hold
+    unlikely = (~(losses.detach() <= -math.log(probability))).to(losses.dtype)
     return unlikely.new_zeros(count).index_add(0, rows.to(losses.device), unlikely) == 0
 
 
@@ -187,3 +188,19 @@ def target_probabilities(model: Any, examples: Sequence[Example], fill: int, siz
         chunk = examples[i : i + size]
         probabilities.extend((-ExampleBatch.of(model, chunk, fill).losses(model)).exp().tolist())
     return probabilities
+
+
+def present_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> str:
+    """What the model says now, as many tokens as the new answer has."""
+    both = bool(model.config.is_encoder_decoder)
+    asked = torch.tensor([prompt_ids(tokenizer, request.filled_prompt, encoder_decoder=both)], device=device_of(model))
+    length = len(tokenizer(request.target_new, add_special_tokens=False)["input_ids"])
+    said = model.generate(  # type: ignore[operator]
+        asked,
+        attention_mask=torch.ones_like(asked),
+        max_new_tokens=length,
+        do_sample=False,
+        pad_token_id=pad_id(tokenizer),
+    )
+    start = 0 if both else asked.shape[1]
+    return str(tokenizer.decode(said[0, start:], skip_special_tokens=True)).strip()

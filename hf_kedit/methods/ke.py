@@ -36,14 +36,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from ..editors.editor import Editor, EditorConfig, register_editor
 from ..editors.output import mean_of_groups
-from ..engine.forward import device_of
+from ..engine.examples import present_answer
 from ..engine.gradients import LowRank
 from ..engine.supervised import IGNORE, Batch, Scores, logits_where, score_logits
 from ..engine.weights import get_module, is_transposed
 from ..errors import ConfigError
 from ..logging import get_logger
 from ..requests import EditRequest
-from ..tokens import pad_id, pad_rows, prompt_ids
+from ..tokens import pad_id, pad_rows
 from .base import Capabilities, register_method
 from .trained_editor import HyperMethod
 
@@ -230,22 +230,6 @@ class KEEditor(Editor):
         if hasattr(self, "multiplier") and metrics["edit_success"] > config.margin_success:
             self.margin.mul_(config.margin_decay).clamp_(min=config.margin_min)
             logger.info("KE's margin is now %.2e", float(self.margin))
-
-
-def present_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> str:
-    """What the model says now, as many tokens as the new answer has."""
-    both = bool(model.config.is_encoder_decoder)
-    asked = torch.tensor([prompt_ids(tokenizer, request.filled_prompt, encoder_decoder=both)], device=device_of(model))
-    length = len(tokenizer(request.target_new, add_special_tokens=False)["input_ids"])
-    said = model.generate(  # type: ignore[operator]
-        asked,
-        attention_mask=torch.ones_like(asked),
-        max_new_tokens=length,
-        do_sample=False,
-        pad_token_id=pad_id(tokenizer),
-    )
-    start = 0 if both else asked.shape[1]
-    return str(tokenizer.decode(said[0, start:], skip_special_tokens=True)).strip()
 
 
 def _embeddings(model: PreTrainedModel) -> torch.Tensor:

@@ -19,7 +19,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -47,6 +47,9 @@ if TYPE_CHECKING:  # PEFT takes seconds to import: only when an adapter is train
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner
 
+ChunkLoss = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Number of a chunk of requests, negative log-likelihoods of its target tokens ``[tokens]``, which of its requests
+hold already ``[requests]`` → the loss, a scalar."""
 ADAPTER = "edit"
 ATTENTION, MLP = "attention", "mlp"
 _QUERY_OR_VALUE = re.compile(r"(w?[qv]|query|value)(_(proj|lin|linear))?")
@@ -184,9 +187,11 @@ class _LowRankTraining(Method):
         chunks = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
         began = time.perf_counter()
         before = target_probabilities(bench.model, examples, bench.fill, size)
+        batches = [ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill) for part in chunks]
+        objective = self.objective(requests, chunks, batches)
         adapter = self.peft_config(paths, len(chunks) * config.num_steps)
         with seeded(config.seed, bench.model), injected(bench.model, adapter, paths) as tuner:
-            losses, restraint = self._train(tuner, examples, chunks)
+            losses, restraint = self._train(tuner, chunks, batches, objective)
             tuner.eval()  # the fresh layers only (dropout): the model itself is in evaluation mode already
             after = target_probabilities(bench.model, examples, bench.fill, size)
             deltas = []
@@ -214,24 +219,26 @@ class _LowRankTraining(Method):
 
     @torch.enable_grad()
     def _train(
-        self, tuner: BaseTuner, examples: Sequence[Example], chunks: Sequence[Sequence[int]]
+        self,
+        tuner: BaseTuner,
+        chunks: Sequence[Sequence[int]],
+        batches: Sequence[ExampleBatch],
+        objective: ChunkLoss,
     ) -> tuple[list[list[float]], Restraint]:
         """Adam over the adapter's parameters; returns the losses of each example, step by step, and what held it."""
         bench, config = self.bench, self.config
         trained = [p for p in tuner.parameters() if p.requires_grad]
         optimiser = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
-        batches = [(part, ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill)) for part in chunks]
-        losses: list[list[float]] = [[] for _ in examples]
+        losses: list[list[float]] = [[] for chunk in chunks for _ in chunk]
         batch_losses: list[float] = []
         restraint = self.restraint(trained)
         with progress_bar(config.num_steps, "training the adapter", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
                 done = config.stop_probability is not None
-                for chunk, batch in batches:
+                for number, (chunk, batch) in enumerate(zip(chunks, batches, strict=True)):
                     nll = batch.token_losses(bench.model)
                     held = batch.held(nll, config.stop_probability)
-                    holds = held[batch.positions.rows.to(held.device)]
-                    loss = mean_of_open(nll, holds)
+                    loss = objective(number, nll, held)
                     # all that the host waits for in a step, but for the drift
                     read = [batch.means(nll), loss.unsqueeze(0), held.all().unsqueeze(0).to(loss.dtype)]
                     *numbers, mean, all_held = torch.cat(read).tolist()
@@ -259,7 +266,25 @@ class _LowRankTraining(Method):
     def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
         return encode_examples(self.bench.model, self.bench.tokenizer, requests, separator=self.config.separator)
 
-    # ------------------------------------------------------------------ where the two differ
+    # ------------------------------------------------------------------ what a method decides
+
+    def objective(
+        self, requests: Sequence[EditRequest], chunks: Sequence[Sequence[int]], batches: Sequence[ExampleBatch]
+    ) -> ChunkLoss:
+        """What is minimised: the mean over the target tokens of requests that do not hold yet.
+
+        Called while the model is as it was before the edit, without an adapter.
+
+        Args:
+            requests: of the edit.
+            chunks: the requests of each step, as indices.
+            batches: their targets.
+        """
+
+        def likelihood(number: int, nll: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+            return mean_of_open(nll, held[batches[number].positions.rows.to(held.device)])
+
+        return likelihood
 
     def peft_config(self, paths: Sequence[str], steps: int) -> PeftConfig:
         """PEFT's config of an adapter on these modules, trained for so many steps at most."""

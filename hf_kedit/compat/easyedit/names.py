@@ -37,6 +37,7 @@ HPARAMS = {
     "alphaedit": "AlphaEditHyperParams",
     "core": "COREHyperParams",
     "defer": "DeferHyperParams",
+    "dpo": "DPOHyperParams",
     "eamet": "EAMETHyperParams",
     "emmet": "EMMETHyperParams",
     "ft": "FTHyperParams",
@@ -108,7 +109,6 @@ def _waits(method: str) -> str:
 _WAYS: dict[str, str] = {
     "BaseEditor edits with DINMHyperParams (docs/methods/dinm.md); load_edit_dataset('safeedit') and"
     " evaluation.functional.safety_scores measure": "SafetyEditor",
-    f"{_waits('dpo')}; FT and LoRA fine-tune towards the new answer": "DPOHyperParams apply_dpo_to_model",
     "hf_kedit.decode_with(model, 'dola' or 'deco'), around model.generate": """
         DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
     f"{_waits('deepedit-api')}; hf_kedit.methods.ike.build_prompt makes the text to send": """
@@ -150,7 +150,7 @@ _WAYS: dict[str, str] = {
 }
 ABSENT = {name: way for way, names in _WAYS.items() for name in names.split()}
 
-_MODELS = [*HPARAMS, *"dpo deco dola deepedit_api ft_api ft_uns lora_uns unke unke_ARE".split()]
+_MODELS = [*HPARAMS, *"deco dola deepedit_api ft_api ft_uns lora_uns unke unke_ARE".split()]
 _FILES = {"alphaedit": "AlphaEdit"}  # where the files of a folder are spelt otherwise
 _INSIDE = {
     "models": "ike.util rome.layer_stats wise.WISE grace.GRACE melo.melo defer.DEFER kn.knowledge_neurons"
