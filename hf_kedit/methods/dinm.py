@@ -28,6 +28,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
+from ..config.spaces import layer_windows, times
 from ..engine.capture import Tap, as_rows, listen
 from ..engine.examples import Example, ExampleBatch, target_probabilities
 from ..engine.forward import device_of, model_inputs
@@ -90,6 +91,15 @@ class DINMConfig(BoundedConfig, WeightConfig):
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """As published for GPT-2 XL and Llama 2."""
         return {"lr": 5e-4}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """How fast, where instead of the layer that is located, and how far the new answer outweighs the harmless."""
+        return {
+            "lr": times(self.lr, 3.0, 0.3, 10.0),
+            "layers": layer_windows(profile, self.layers, traced),
+            "edit_weight": times(self.edit_weight, 10.0, 3.0),
+            "drift_bound": times(self.drift_bound, 4.0, 0.25),
+        }
 
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """Smaller steps, and more of them."""
