@@ -120,6 +120,10 @@ class EditRequest:
         """What the model reads before the answer: the plain prompt, or the chat that it is the last turn of."""
         return self.plain_prompt if self._chat is None else self._chat.text(self.plain_prompt)
 
+    def posed(self, text: str) -> str:
+        """What the model reads of another text in the place of the prompt: the text, or the chat with it."""
+        return text if self._chat is None else self._chat.text(text)
+
     @property
     def _chat(self) -> ChatFrame | None:
         return self.frame if self.prompt_format == "chat" else None

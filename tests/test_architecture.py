@@ -56,6 +56,7 @@ EVALUATION_FLOORS: list[str] = [
     "asking",
     "measures",
     "functional protocols report",
+    "scenarios",
     "runs",
     "evaluate_modules",
     "hub_metrics",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +113,25 @@ def evaluate(
         Ask | None,
         typer.Option("--ask", help="How everything is asked: plain or chat; default: as it is edited."),
     ] = None,
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            "--scenario",
+            help="Measure what a scenario asks, such as safety; --list-scenarios lists them.",
+            metavar="NAME",
+        ),
+    ] = None,
+    scenario_option: Annotated[
+        list[str] | None,
+        typer.Option("--scenario-option", metavar="KEY=VALUE", help="Option of the scenario; may be repeated."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", metavar="NAME", help="Classifier of the scenario: folder or Hub name."),
+    ] = None,
+    list_scenarios: Annotated[
+        bool, typer.Option("--list-scenarios", help="List the scenarios with their options, and run nothing.")
+    ] = False,
     decoding: Annotated[
         str | None,
         typer.Option(
@@ -165,14 +184,18 @@ def evaluate(
     measured against their base model, by default on their own requests. With --output-dir, an interrupted command is
     continued by repeating it; with --shard, several processes share the folder and --collect puts the parts together.
     """
+    if list_scenarios:
+        return _list_scenarios(format)
     if collect:
         if output_dir is None:
             raise typer.BadParameter("name the folder of the parts", param_hint="--output-dir")
     elif model is None:
         raise typer.BadParameter("name a model", param_hint="--model")
-    elif dataset is None and not no_edit:
+    elif dataset is None and not no_edit and not (scenario and dataset_path):
         raise typer.BadParameter("name a dataset or a file", param_hint="--dataset")
-    if dataset is None and (dataset_path or dataset_option):
+    if (scenario_option or judge) and scenario is None:
+        raise typer.BadParameter("name the scenario that this belongs to", param_hint="--scenario")
+    if dataset is None and scenario is None and (dataset_path or dataset_option):
         raise typer.BadParameter("name the dataset whose file or options these are", param_hint="--dataset")
     if no_edit and (method or config or set_ or layers or seed is not None or prompt_format):
         raise typer.BadParameter("with --no-edit no method is used; leave its options out", param_hint="--no-edit")
@@ -183,7 +206,12 @@ def evaluate(
             raise typer.BadParameter(f"{file} is a folder; name a file", param_hint=option)
     counts = _counts(at)
     from ..data import load_edit_dataset
-    from ..evaluation import collect_report, evaluate_edits
+    from ..evaluation import collect_report, evaluate_edits, load_scenario
+
+    chosen = None
+    if scenario is not None and not collect:
+        options = parse_settings(scenario_option, "--scenario-option") | ({} if judge is None else {"judge": judge})
+        chosen = load_scenario(scenario, **options)
 
     if collect or model is None:
         assert output_dir is not None
@@ -191,9 +219,10 @@ def evaluate(
     else:
         arguments = parse_settings(dataset_option, "--dataset-option")
         rows = None
-        if dataset is not None:
+        if dataset is not None or dataset_path is not None:
             given = {"split": split, "limit": limit, "skip": skip, "path": dataset_path}
-            rows = load_edit_dataset(dataset, **{**given, **arguments})
+            read = load_edit_dataset if chosen is None else chosen.read
+            rows = read(dataset, **{**given, **arguments})
         editable = open_model(
             model,
             method,
@@ -216,7 +245,7 @@ def evaluate(
             rows,
             "saved" if no_edit else setting.value,
             batch_size,
-            list(dict.fromkeys(protocol or ["teacher_forced"])),
+            list(dict.fromkeys(protocol)) if protocol else None,
             [entry.value for entry in when or [When.final]],
             limit,
             at=counts,
@@ -225,9 +254,10 @@ def evaluate(
             system=system,
             output_dir=output_dir,
             shard=shard,
+            scenario=chosen,
         )
-        if dataset is not None:
-            report.meta["dataset"] = dataset
+        if rows is not None:
+            report.meta["dataset"] = dataset or Path(dataset_path or "").name
     files = [file for file in (output, html) if file is not None]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -240,8 +270,35 @@ def evaluate(
         format,
         data,
         human=lambda console: _show(console, report, files),
-        quiet=[f"{name}={value}" for name, value in data["post"].items() if isinstance(value, float)],
+        quiet=list(_quiet(data["post"])),
     )
+
+
+def _list_scenarios(format: Format) -> None:
+    from ..evaluation import SCENARIOS
+
+    rows = {name: cls.describe() for name, cls in sorted(SCENARIOS.items())}
+
+    def show(console: Console) -> None:
+        for name, about in rows.items():
+            console.print(name, style="cyan")
+            console.print(f"  {about['question']}", soft_wrap=True)
+            for label in ("options", "reads", "layouts"):
+                if about[label]:
+                    console.print(f"  {label}: {', '.join(about[label])}", style="dim", soft_wrap=True)
+            if about["standin"]:
+                console.print(f"  without a judge: {about['standin']}", style="dim", soft_wrap=True)
+
+    emit(format, {"scenarios": rows}, human=show, quiet=list(rows))
+
+
+def _quiet(post: Mapping[str, Any]) -> Iterator[str]:
+    """One line per mean."""
+    for name, value in post.items():
+        if isinstance(value, float):
+            yield f"{name}={value}"
+        elif isinstance(value, dict) and name != "per_axis":
+            yield from (f"{name}/{key}={number}" for key, number in value.items())
 
 
 def _counts(text: str | None) -> list[int]:
@@ -259,6 +316,7 @@ def _result(report: EvaluationReport, dataset: str | None, split: str | None, ou
     return {
         "model": report.meta.get("model"),
         "method": report.meta.get("method"),
+        "scenario": report.meta.get("scenario"),
         "dataset": dataset,
         "split": split,
         "setting": report.meta.get("setting"),

@@ -7,13 +7,14 @@ report.summary()["post"]
 
 from __future__ import annotations
 
-from . import functional
+from . import functional, scenarios
 from .asking.generation import Continuation, Sampling, generate_answers
 from .asking.scoring import PairScore, Unscored, score_pairs, try_score_pairs
 from .hub_metrics import list_metrics, load_metric, write_space
-from .measures import metrics, scenarios
+from .measures import metrics
 from .measures.abilities import ABILITIES as ABILITIES
 from .measures.abilities import Ability, AbilityTask, load_ability
+from .measures.classifiers import SafetyJudge, make_judge
 from .measures.distributions import locality_divergence, perplexity
 from .measures.drift import weight_drift
 from .measures.harness import HarnessTask
@@ -31,6 +32,7 @@ from .runs.cache import PreEditCache
 from .runs.evaluate import BeforeAndAfter, evaluate_edits
 from .runs.folder import collect_report
 from .runs.sweep import BenchPlan
+from .scenarios import SCENARIOS, Scenario, load_scenario, register_scenario
 
 __all__ = [
     "ABILITIES",
@@ -56,6 +58,9 @@ __all__ = [
     "PreEditCache",
     "Protocol",
     "Sampling",
+    "SCENARIOS",
+    "SafetyJudge",
+    "Scenario",
     "SideEffectReport",
     "SideEffects",
     "TeacherForced",
@@ -69,10 +74,13 @@ __all__ = [
     "list_metrics",
     "load_ability",
     "load_metric",
+    "load_scenario",
     "locality_divergence",
+    "make_judge",
     "metrics",
     "perplexity",
     "register_protocol",
+    "register_scenario",
     "run_bench",
     "scenarios",
     "score_pairs",

@@ -28,6 +28,10 @@ PREFIX_TOKENS = "prefix_tokens"
 Output = PairScore | Continuation | Unscored
 
 
+Numbers = dict[tuple[str, str], float]
+"""(Section of the record, key in it) → number; `measures.catalogue` says what they are."""
+
+
 class Query(NamedTuple):
     """What a model is asked.
 
@@ -132,8 +136,16 @@ class Protocol(ABC):
     def settings(self) -> dict[str, Any]:
         """Everything that decides the outputs, JSON-ready; part of the key under which outputs are cached."""
 
-    def details(self, question: Question, outputs: Sequence[Any], score: float) -> dict[tuple[str, str], float]:
-        """Further numbers for a question whose `accuracy` is ``score``, by (section of the record, key in it)."""
+    def details(self, question: Question, outputs: Sequence[Any], score: float | None) -> Numbers:
+        """Further numbers for a question whose `accuracy` is ``score``.
+
+        Questions of the standard sections are asked for them where they have a score; questions of a section of the
+        protocol's own always, and only what exists before and after the edit counts.
+        """
+        return {}
+
+    def changes(self, question: Question, before: Sequence[Any], after: Sequence[Any]) -> Numbers:
+        """Further numbers that the outputs before and after an edit give together; they stand behind the edit."""
         return {}
 
     def why_unscored(self, question: Question) -> str:

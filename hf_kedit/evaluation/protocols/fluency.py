@@ -11,7 +11,7 @@ from ...tokens import context_length, encode_text
 from ..asking.batching import TOKEN_BUDGET, is_encoder_decoder, stock_model
 from ..asking.generation import Continuation, Sampling, generate_answers
 from ..measures.texts import clean_for_fluency, ngram_entropy, word_tokenizer
-from .base import Output, Protocol, Query, Question, register_protocol
+from .base import Numbers, Output, Protocol, Query, Question, register_protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,10 +98,8 @@ class Fluency(Protocol):
         # The question's own prompt: what a method puts before it is not the model's text.
         return ngram_entropy(clean_for_fluency(question.prompt + outputs[0].text), self.tokenizer)
 
-    def details(
-        self, question: Question, outputs: Sequence[Continuation], score: float
-    ) -> dict[tuple[str, str], float]:
-        return {("fluency", "ngram_entropy"): score}
+    def details(self, question: Question, outputs: Sequence[Continuation], score: float | None) -> Numbers:
+        return {} if score is None else {("fluency", "ngram_entropy"): score}
 
     def agreement(self, before: Sequence[Continuation], after: Sequence[Continuation]) -> float:
         return float(before[0].text == after[0].text)

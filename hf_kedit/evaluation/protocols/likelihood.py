@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from ...errors import EvaluationError, shown
 from ..asking.scoring import PairScore
 from ..measures.likelihoods import COUNTERFACT_NAMES, counterfact_pair
-from .base import PairProtocol, Query, Question, register_protocol
+from .base import Numbers, PairProtocol, Query, Question, register_protocol
 
 _KINDS = {"rewrite": "rewrite", "rephrase": "paraphrase", "locality": "neighborhood"}
 SECTION = "counterfact"
@@ -46,7 +46,9 @@ class Likelihood(PairProtocol):
     def accuracy(self, question: Question, outputs: Sequence[PairScore]) -> float | None:
         return _scores(question, outputs)[0]
 
-    def details(self, question: Question, outputs: Sequence[PairScore], score: float) -> dict[tuple[str, str], float]:
+    def details(self, question: Question, outputs: Sequence[PairScore], score: float | None) -> Numbers:
+        if score is None:
+            return {}
         kind = _KINDS[question.section]
         success, magnitude = COUNTERFACT_NAMES[kind]
         return {

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ...storage.display import percent
+from ..measures.catalogue import SHARE, Metric
 from .estimates import Estimate
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart, without black and yellow.
@@ -37,43 +37,40 @@ class Bar:
     mark: str = ""
 
 
-def bars(rows: Sequence[Bar], *, bits: bool = False, colours: Mapping[str, int] | None = None) -> str:
+def bars(rows: Sequence[Bar], *, metric: Metric = SHARE, colours: Mapping[str, int] | None = None) -> str:
     """One horizontal bar per run, below its name, its interval, n and value.
 
     Args:
         rows: what is shown.
-        bits: the values are entropies, not fractions of 1.
+        metric: what the values are.
         colours: label → index of its colour, so that a run has the same one in all charts; default: the row. With
             more runs than colours, all bars have the same.
     """
     alike = len(colours if colours is not None else rows) > len(COLOURS)
     known = [abs(v) for row in rows for v in (row.before, row.after) if v is not None]
-    top = max([*known, 1e-9]) * 1.05 if bits or any(v > 1 for v in known) else 1.0
+    top = max([*known, 1e-9]) * 1.05 if metric.unit != "percent" or any(v > 1 for v in known) else 1.0
 
     def place(value: float) -> float:
         return 100 * max(0.0, min(1.0, value / top))
-
-    def text(value: float) -> str:
-        return f"{value:.2f}" if bits else percent(value)
 
     parts = []
     for index, row in enumerate(rows):
         drawn, number, about = "", "–", ""
         if row.after is not None:
-            number = text(row.after)
+            number = metric.text(row.after)
             ink = colour(0 if alike else _place(colours, row.label, index))
             drawn = f'<span class="fill" style="width:{place(row.after):.1f}%;background:{ink}"></span>'
         if row.rests_on is not None:
             about = f"n {row.rests_on.n}"
             if row.rests_on.interval is not None:
                 low, high = row.rests_on.interval
-                about = f"{text(low)} to {text(high)}, {about}"
+                about = f"{metric.text(low)} to {metric.text(high)}, {about}"
                 width = place(high) - place(low)
                 drawn += f'<span class="sure" style="left:{place(low):.1f}%;width:{width:.1f}%"></span>'
         old = ""
         if row.before is not None:
             drawn += f'<span class="before" style="left:{place(row.before):.1f}%"></span>'
-            old = f' title="before: {text(row.before)}"'
+            old = f' title="before: {metric.text(row.before)}"'
         value = f'<span class="{row.mark}">{number}</span>' if row.mark else number
         parts.append(
             f'<div class="bar"{old}><span class="words"><span class="name">{escape(row.label)}</span>'

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from ...storage.display import percent
+from ..measures.catalogue import metric_of
 from .charts import Bar, bars
 from .estimates import destroyed, estimates, places
 from .groups import Group
 from .page import number_table
 from .results import Results
-from .summaries import SHORT, formatted, in_charts, label_of, means_by_axis, means_by_name
+from .summaries import SHORT, AxisKey, formatted, in_charts, label_of, means_by_axis, means_by_name
 
 _PROTOCOLS = {
     "generation": ("By generation", "The model writes freely, and its text is compared with the answer."),
@@ -26,9 +27,9 @@ _PROTOCOLS = {
 }
 """Protocol → heading, and what its numbers are."""
 READING = (
-    "Percentages, entropies in bits; n is the number of edits with such probes. The thin line in a bar, and the grey"
-    " range, hold the true value 95 times in 100 (Wilson's interval for shares, a bootstrap over the edits for"
-    " entropies and S). The stroke across a bar, and the number in brackets: before the edits."
+    "Percentages, and other numbers with their unit; ↓: less is better. n is the number of edits with such probes. The"
+    " thin line in a bar, and the grey range, hold the true value 95 times in 100 (Wilson's interval for shares, a"
+    " bootstrap over the edits for all else). The stroke across a bar, and the number in brackets: before the edits."
 )
 MARKS = (
     "▲ best, ▼ worst; green only where no axis of the locality was destroyed, which is where less than half of it is"
@@ -53,7 +54,7 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
     lost = {label: _lost(group.reports[label], when) for label in summaries}
     columns = list(dict.fromkeys(key for row in by_run.values() for key in row))
     marks = {
-        key: places({label: row[key][1] for label, row in by_run.items() if key in row})
+        key: places({label: row[key][1] for label, row in by_run.items() if key in row}, metric_of(*key).better)
         for key in columns
         if in_charts(*key)
     }
@@ -64,7 +65,7 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
             before, after = row.get(key, (None, None))
             mark = _mark(marks[key].get(label), lost[label])
             rows.append(Bar(label, before, after, rests[label].get(key), mark))
-        chart = bars(rows, bits=key[0] == "fluency", colours=colours)
+        chart = bars(rows, metric=metric_of(*key), colours=colours)
         panels.append(f'<div class="panel"><strong>{escape(label_of(*key))}</strong>{chart}</div>')
     body = []
     for label, row in by_run.items():
@@ -74,7 +75,7 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
         for key in columns:
             mark = _mark(marks.get(key, {}).get(label), lost[label])
             before, after = row.get(key, (None, None))
-            cells.append(mean_cell(key[0], before, after, mark))
+            cells.append(mean_cell(*key, before, after, mark))
         cells.append(f'<td class="n">{seconds(summary["seconds_edit"])}</td>')
         if any(lost.values()):
             cells.append(f'<td class="down">{escape(", ".join(map(_words, lost[label])))}</td>')
@@ -83,9 +84,15 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
     last = "destroyed axes" if any(lost.values()) else ""
     return (
         f"<h2>{_heading(group, protocol, next(iter(summaries.values()))['scorer'], when)}</h2>"
-        f'<p class="note">{_PROTOCOLS.get(protocol, ("", ""))[1]}</p>'
+        f'<p class="note">{_PROTOCOLS.get(protocol, ("", _explained(columns)))[1]}</p>'
         f'<div class="panels">{"".join(panels)}</div>{number_table(head, body, last)}{_axes(summaries)}'
     )
+
+
+def _explained(columns: Sequence[AxisKey]) -> str:
+    """What the numbers are that say so themselves."""
+    about = ((label_of(*key), metric_of(*key).about) for key in columns)
+    return "<br>".join(f"<strong>{escape(label)}</strong>: {escape(text)}." for label, text in about if text)
 
 
 def _lost(report: Results, when: str) -> list[str]:
@@ -130,10 +137,10 @@ def _words(axis: str) -> str:
     return axis.replace("_", " ")
 
 
-def mean_cell(section: str, before: float | None, after: float | None, mark: str = "") -> str:
+def mean_cell(section: str, name: str, before: float | None, after: float | None, mark: str = "") -> str:
     """A cell with a mean, and in brackets what it was before the edits."""
-    old = "" if before is None else f' <span class="soft">({formatted(section, before)})</span>'
-    number = formatted(section, after)
+    old = "" if before is None else f' <span class="soft">({formatted(section, name, before)})</span>'
+    number = formatted(section, name, after)
     return f'<td class="n">{f"<span class={chr(34)}{mark}{chr(34)}>{number}</span>" if mark else number}{old}</td>'
 
 

@@ -77,7 +77,8 @@ def _compared(runs: Runs[Any]) -> str:
     data = dict.fromkeys(str(r.meta["dataset"]) for r in reports if r.meta.get("dataset"))
     many = f"{next(iter(counts))} " if len(counts) == 1 else ""
     edits = f"{many}{_listed(settings)} edit{'' if many == '1 ' else 's'}".replace("  ", " ")
-    return f"{methods} on {_listed(models)}: {edits}{' of ' + _listed(data) if data else ''}"
+    about = "".join(f"{name}, " for name in dict.fromkeys(r.scenario for r in reports) if name)
+    return f"{methods} on {_listed(models)}: {about}{edits}{' of ' + _listed(data) if data else ''}"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -199,7 +200,9 @@ def _abilities(group: Group[Any], colours: Mapping[str, int]) -> str:
     for label in group.reports:
         scores = {name: dict(points[name][label]) for name in names}
         for count in sorted({n for by_count in scores.values() for n in by_count} - {0}):
-            cells = "".join(mean_cell("abilities", scores[name].get(0), scores[name].get(count)) for name in names)
+            cells = "".join(
+                mean_cell("abilities", name, scores[name].get(0), scores[name].get(count)) for name in names
+            )
             rows.append((label, f'<td class="n">{count}</td>{cells}'))
     title = f"{group.title}: general" if group.title else "General"
     return (

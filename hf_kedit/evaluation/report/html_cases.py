@@ -230,14 +230,12 @@ def _score_rows(result: CaseResult) -> Iterable[str]:
             yield _score_row(LABELS[name], axis or "", old.get(axis), scores)
     for section, numbers in result.post.numbers.items():
         for key, values in numbers.items():
-            yield _score_row(section, key, result.pre.numbers.get(section, {}).get(key), values, section)
+            yield _score_row(section, key, result.pre.numbers.get(section, {}).get(key), values, key)
 
 
-def _score_row(
-    label: str, axis: str, before: Sequence[float] | None, after: Sequence[float], section: str = ""
-) -> str:
+def _score_row(label: str, axis: str, before: Sequence[float] | None, after: Sequence[float], key: str = "") -> str:
     def text(scores: Sequence[float] | None) -> str:
-        return "–" if not scores else ", ".join(formatted(section, s) for s in scores)
+        return "–" if not scores else ", ".join(formatted(label, key, s) for s in scores)
 
     return (
         f"<tr><td>{escape(label)}</td><td>{_words(axis)}</td>"

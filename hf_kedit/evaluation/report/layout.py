@@ -103,6 +103,12 @@ class LabelLayout(TypedDict):
     setting: str
 
 
+class ScenarioLayout(TypedDict):
+    """The scenario of a run, with its options."""
+
+    name: str
+
+
 class MetaLayout(TypedDict):
     """What was run."""
 
@@ -116,6 +122,7 @@ class MetaLayout(TypedDict):
     seconds: NotRequired[Number]
     seconds_pre: NotRequired[Number]
     seconds_setup: NotRequired[Number]
+    scenario: NotRequired[ScenarioLayout]
 
 
 def read_json(path: Path, what: str, version: int) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def _means(group: Group[Any], protocol: str, when: str) -> list[str]:
         cells = [label, str(summary["n"])]
         for section, name in columns:
             before, after = means[label].get((section, name), (None, None))
-            text = formatted(section, after)
-            cells.append(text if before is None else f"{text} ({formatted(section, before)})")
+            text = formatted(section, name, after)
+            cells.append(text if before is None else f"{text} ({formatted(section, name, before)})")
         seconds = summary["seconds_edit"]
         body.append([*cells, "–" if seconds is None else f"{seconds:.3g}"])
     head = ["", "edits", *(label_of(s, n) for s, n in columns), "s / edit"]

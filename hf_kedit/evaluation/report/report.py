@@ -13,6 +13,7 @@ from ...errors import DataError
 from ...storage.display import percent, printable
 from ...storage.files import json_ready
 from ...storage.shapes import of_type
+from ..measures.catalogue import metric_of
 from . import html, markdown
 from .case_result import CaseResult
 from .groups import Runs
@@ -206,14 +207,17 @@ class EvaluationReport(Results):
             for key, value in post[section].items():
                 before = pre.get(section, {}).get(key)
                 number = str(counts.get(f"{section}/{key}", ""))
-                rows.append((f"{section} {key}", formatted(section, before), formatted(section, value), number))
+                less = " ↓" if metric_of(section, key).better == "lower" else ""
+                texts = formatted(section, key, before), formatted(section, key, value)
+                rows.append((f"{section} {key}{less}", *texts, number))
         return rows
 
     def title(self, protocol: str | None = None, when: str | None = None) -> str:
         """One line that says what the numbers of the summary are."""
         s = self.summary(protocol, when)
+        about = f"{self.scenario}, " if self.scenario else ""
         return (
-            f"{self.label} on {self.meta.get('model') or 'model'}: {s['n']} edits, setting {s['setting']},"
+            f"{self.label} on {self.meta.get('model') or 'model'}: {about}{s['n']} edits, setting {s['setting']},"
             f" {s['when']}, protocol {s['protocol']} ({s['scorer']})"
         )
 

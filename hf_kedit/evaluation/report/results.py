@@ -12,9 +12,10 @@ from typing import Any
 
 from ...errors import EvaluationError, nearest
 from ..measures import metrics
+from ..measures.catalogue import metric_of
 from ..measures.cost import efficiency
 from .case_result import CaseResult
-from .summaries import look_up, means_of, refuse_mixture
+from .summaries import extra_sections, look_up, means_of, refuse_mixture
 
 
 @dataclass
@@ -45,6 +46,12 @@ class Results:
     def failed(self) -> list[dict[str, Any]]:
         """The edits that could not be made, each with ``case_id`` and ``reason``."""
         return list(self.meta.get("failed") or ())
+
+    @property
+    def scenario(self) -> str | None:
+        """Name of the scenario; ``None`` for edits of facts."""
+        about = self.meta.get("scenario")
+        return str(about["name"]) if about else None
 
     @property
     def label(self) -> str:
@@ -95,7 +102,8 @@ class Results:
 
         Returns:
             ``{"pre": {...}, "post": {"rewrite_acc", "rephrase_acc", "locality", "locality_accuracy",
-            "portability", "per_axis": {"locality": {axis: mean}, "portability": {axis: mean}}}, "n": cases,
+            "portability", "per_axis": {"locality": {axis: mean}, "portability": {axis: mean}}, section: {key: mean}},
+            "metrics": {"section/key": {"unit", "better", "about"}} of these sections, "n": cases,
             "n_per_entry": {...}, "protocol", "scorer", "setting", "when"}``.
 
         Raises:
@@ -109,6 +117,11 @@ class Results:
         return {
             "pre": pre,
             "post": post,
+            "metrics": {
+                f"{section}/{key}": metric_of(section, key).describe()
+                for section in extra_sections(post)
+                for key in post[section]
+            },
             "n": len(results),
             "n_per_entry": counts,
             "n_failed": len(self.failed),

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import EvaluationError, require_extra
-from ...storage.display import percent
 from ..measures import metrics
-from ..measures.likelihoods import harmonic_score
+from ..measures.catalogue import combined_of, metric_of, metrics_of
 from .case_result import AXES, CaseResult, Half
 
 NAMES = {
@@ -36,8 +35,6 @@ SHORT = {
     "portability": "portability",
 }
 """Short names of the means for charts and wide tables."""
-SUCCESSES = ("ES", "PS", "NS")
-"""CounterFact's success rates, whose harmonic mean is its score S."""
 AxisKey = tuple[str, str]
 """Section of a number that only some protocols have (else empty), and its name."""
 
@@ -81,10 +78,10 @@ def _means_of_numbers(halves: Sequence[Half]) -> tuple[dict[str, dict[str, float
             if value is not None:
                 means.setdefault(section, {})[key] = value
                 counts[f"{section}/{key}"] = n
-    successes = [means.get("counterfact", {}).get(name) for name in SUCCESSES]
-    known = [value for value in successes if value is not None]
-    if len(known) == 3:  # the harmonic mean of the means, not a mean over cases
-        means["counterfact"]["S"] = harmonic_score(known)
+    for section, of_section in means.items():
+        of_section |= combined_of(section, of_section)
+        order = list(dict.fromkeys([*metrics_of(section), *of_section]))
+        means[section] = {key: of_section[key] for key in order if key in of_section}
     return means, counts
 
 
@@ -145,20 +142,22 @@ def means_by_axis(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 
 
 def label_of(section: str, name: str) -> str:
-    """Name of a mean for people."""
-    if section in ("counterfact", "fluency"):
-        return name.replace("_", " ")
-    return f"{section} {name}" if section else SHORT[name]
+    """Name of a mean for people; an arrow where less is better."""
+    if not section:
+        return SHORT[name]
+    metric = metric_of(section, name)
+    label = f"{section} {name}" if metric.label is None else metric.label
+    return f"{label} ↓" if metric.better == "lower" else label
 
 
 def in_charts(section: str, name: str) -> bool:
-    """Whether a mean gets a chart of its own; the magnitudes and exact matches stand in the table only."""
-    return section != "counterfact" or name in (*SUCCESSES, "S")
+    """Whether a mean gets a chart of its own, or stands in the table only."""
+    return metric_of(section, name).chart
 
 
-def formatted(section: str, value: float | None) -> str:
-    """A number of a section for people: a percentage, except for entropies."""
-    return f"{value:.2f} bits" if section == "fluency" and value is not None else percent(value)
+def formatted(section: str, name: str, value: float | None) -> str:
+    """A number for people, in its unit."""
+    return metric_of(section, name).text(value)
 
 
 # ---------------------------------------------------------------------- rows

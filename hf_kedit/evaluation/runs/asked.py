@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,16 +149,40 @@ class Asked:
             if before is not None and after is not None:
                 result.pre.add_score("locality_accuracy", axis, before)
                 result.post.add_score("locality_accuracy", axis, after)
-        elif before is None or after is None:
-            return protocol.why_unscored(question)
         elif question.section in STANDARD:
+            if before is None or after is None:
+                return protocol.why_unscored(question)
             result.pre.add_score(question.section, question.axis, before)
             result.post.add_score(question.section, question.axis, after)
+        else:
+            return self._count(exchange, result, old, new, (before, after))
         for half, outputs, score in ((result.pre, old, before), (result.post, new, after)):
             if score is not None:
                 for (section, key), value in protocol.details(question, outputs, score).items():
                     half.add_number(section, key, value)
         return ""
+
+    def _count(
+        self,
+        exchange: Exchange,
+        result: CaseResult,
+        old: Sequence[Any],
+        new: Sequence[Any],
+        scores: tuple[float | None, float | None],
+    ) -> str:
+        """`_score` for a question of a section of the protocol's own: its numbers before, after, and of both."""
+        protocol, question = self.protocol, exchange.question
+        before, after = (
+            protocol.details(question, outputs, score) for outputs, score in zip((old, new), scores, strict=True)
+        )
+        changes = protocol.changes(question, old, new)
+        both = [place for place in before if place in after]
+        for place in both:
+            result.pre.add_number(*place, before[place])
+            result.post.add_number(*place, after[place])
+        for place, value in changes.items():
+            result.post.add_number(*place, value)
+        return "" if both or changes else protocol.why_unscored(question)
 
 
 def _tell_unanswered(question: Question, protocol: Protocol) -> None:

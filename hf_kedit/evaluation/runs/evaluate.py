@@ -20,6 +20,7 @@ from ..measures.abilities import Ability
 from ..protocols.base import Protocol, resolve_protocols
 from ..report.case_result import Cost
 from ..report.report import EvaluationReport
+from ..scenarios.base import Scenario, load_scenario
 from .asked import PromptTransform
 from .cache import PRE_EDIT_CACHE, PreEditCache
 from .folder import RunFolder, assemble
@@ -52,7 +53,7 @@ def evaluate_edits(
     dataset: Any = None,
     setting: Setting = "single",
     batch_size: int | None = None,
-    protocol: str | Protocol | Sequence[str | Protocol] = "teacher_forced",
+    protocol: str | Protocol | Sequence[str | Protocol] | None = None,
     when: str | Sequence[str] = ("final",),
     limit: int | None = None,
     progress: bool = True,
@@ -71,6 +72,7 @@ def evaluate_edits(
     output_dir: str | Path | None = None,
     shard: str | None = None,
     after_step: Callable[[StepResult], None] | None = None,
+    scenario: str | Scenario | None = None,
 ) -> EvaluationReport:
     """Apply the edits of a data set and measure what they did.
 
@@ -83,7 +85,8 @@ def evaluate_edits(
             ``saved``: edit nothing; measure the edits that the model carries, "before" being the model without them.
         batch_size: edits made together; default: all in ``batch``, 1 in ``sequential``.
         protocol: ``teacher_forced``, ``generation``, ``likelihood``, ``fluency``, a `Protocol` object with its own
-            settings, or several of them; each gets its own numbers.
+            settings, or several of them; each gets its own numbers. ``None``: teacher forced, or the protocols of the
+            scenario; beside a scenario, further ones.
         when: in ``sequential``: ``immediate`` (each edit right after it was made), ``final`` (all after the last
             edit), or both. In the other settings the two coincide.
         limit: evaluate the first so many rows only.
@@ -111,13 +114,15 @@ def evaluate_edits(
             ``output_dir`` (`collect_report` puts the parts together). ``"auto"``: as torchrun or accelerate says.
         after_step: called with what was measured after every edit, batch or checkpoint; what it raises ends the run,
             and the edits are undone.
+        scenario: name of a scenario (``safety`` …), or one with its options (`load_scenario`): what is asked and
+            measured beyond single facts. The path of a data set may then be a file in one of its layouts.
 
     Returns:
         The report, with one record per case, protocol and time.
 
     Raises:
         ChatTemplateError: if questions are chats and the tokenizer has no template for them; nothing is edited then.
-        EvaluationError: for an unknown setting, protocol or time, an empty data set, or arguments that
+        EvaluationError: for an unknown setting, protocol, scenario or time, an empty data set, or arguments that
             contradict each other; nothing is edited then.
         RequestError: if a row is not a usable request; nothing is edited then.
         DataError: if a file cannot be read.
@@ -128,7 +133,8 @@ def evaluate_edits(
     if prompt_format is not None:
         check_choice("prompt_format", prompt_format, ("plain", "chat"))
     whens = parse_when(when, setting)
-    protocols = resolve_protocols(protocol)
+    chosen = None if scenario is None else load_scenario(scenario)
+    protocols = protocols_of(chosen, protocol)
     part = parse_shard(shard, setting)
     _check_arguments(setting, batch_size, limit, keep_edits, collapse_text is not None or bool(abilities))
     check_count("token_budget", token_budget)
@@ -137,7 +143,7 @@ def evaluate_edits(
     texts = [collapse_text] if isinstance(collapse_text, str) else collapse_text
     if texts is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise EvaluationError("collapse_text must be a text or a list of texts, not an empty list or something else")
-    cases = _cases(model, dataset, setting, limit)
+    cases = _cases(model, dataset, setting, limit, chosen)
     checkpoints = parse_at(at, setting, len(cases))
     if setting != SAVED:
         check_requests(model, cases, strict=on_error == "raise")
@@ -161,6 +167,8 @@ def evaluate_edits(
         units = make_units(cases, setting, batch_size)
         plan = make_plan(units, setting, whens, checkpoints)
         settings = run.settings(cases, batch_size, whens, checkpoints)
+        if chosen is not None:
+            settings["scenario"] = chosen.settings()
         mine = [step for step in plan if step.unit % part[1] == part[0] - 1] if part[1] > 1 else plan
         folder = None if output_dir is None else RunFolder(output_dir, settings, plan, part)
         if folder is not None:
@@ -194,6 +202,22 @@ def evaluate_edits(
                 **stored,
             }
         return assemble({s.number: run.done[s.number] for s in mine}, [meta], [step.when for step in mine])
+
+
+def protocols_of(
+    scenario: Scenario | None, protocol: str | Protocol | Sequence[str | Protocol] | None
+) -> list[Protocol]:
+    """The protocols of a scenario, then those that are asked for beside it; a named one takes the scenario's place.
+
+    Raises:
+        EvaluationError: for an unknown name, or one that is named twice.
+    """
+    if protocol is None:
+        return resolve_protocols("teacher_forced" if scenario is None else scenario.protocols())
+    named = resolve_protocols(protocol)
+    names = {entry.name for entry in named}
+    own = [] if scenario is None else scenario.protocols()
+    return [*(entry for entry in own if entry.name not in names), *named]
 
 
 class BeforeAndAfter:
@@ -272,7 +296,9 @@ def _check_arguments(
         )
 
 
-def _cases(model: EditableModel, dataset: Any, setting: str, limit: int | None) -> list[Case]:
+def _cases(
+    model: EditableModel, dataset: Any, setting: str, limit: int | None, scenario: Scenario | None
+) -> list[Case]:
     """The cases in order; those of saved edits lose their ids, which the model's journal holds already."""
     if dataset is None and setting != SAVED:
         raise EvaluationError("give the edits: a data set, a list of requests or the path of a file")
@@ -280,7 +306,11 @@ def _cases(model: EditableModel, dataset: Any, setting: str, limit: int | None) 
         raise EvaluationError(
             f"{model.base_model_id!r} carries no edits, so there are no requests to measure; give a data set"
         )
+    if scenario is not None and isinstance(dataset, (str, Path)):
+        dataset = scenario.read(dataset)
     requests = read_requests([edit.request for edit in model.edits] if dataset is None else dataset, limit)
+    if scenario is not None:
+        requests = scenario.requests(requests)
     if setting == SAVED:
         requests = [replace(request, id=None) for request in requests]
     return [Case(number, request) for number, request in enumerate(requests)]
