@@ -30,8 +30,8 @@ def from_easyedit(
         target_new: likewise.
         ground_truth: one old answer (or list of answers) per request; None or ``"<|endoftext|>"``: unknown.
         rephrase_prompts: one text, list of texts, or None per request.
-        locality_inputs: axis → ``{"prompt": […], "ground_truth": […]}`` with one text, list of texts, or None
-            (no such probe) per request.
+        locality_inputs: axis → ``{"prompt": […], "ground_truth": […]}`` with one text, list of texts, or None or an
+            empty text (no such probe) per request.
         portability_inputs: likewise.
         subject: one per request.
 
@@ -177,10 +177,12 @@ def _probes(inputs: Any, count: int, name: str, single: bool) -> list[dict[str, 
         where = f"{name}[{axis!r}]"
         if not isinstance(value, Mapping) or "prompt" not in value:
             raise RequestError("must be a dict with 'prompt' and 'ground_truth'", field=where)
+        if isinstance(value["prompt"], Sequence) and not value["prompt"]:
+            continue  # an axis without probes
         prompts = _per_request(value["prompt"], count, where, single)
         answers = _per_request(value.get("ground_truth"), count, where, single)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            if prompt is None:
+            if prompt is None or prompt == "":  # what scripts fill gaps with
                 continue
             several = [prompt] if isinstance(prompt, str) else _sequence(prompt, where)
             if isinstance(prompt, str):
@@ -194,7 +196,7 @@ def _probes(inputs: Any, count: int, name: str, single: bool) -> list[dict[str, 
             probes = [
                 Probe.from_value({"prompt": p, "ground_truth": a}, field_name=where, row=i)
                 for p, a in zip(several, values, strict=True)
-                if p is not None
+                if p is not None and p != ""
             ]
             if probes:
                 rows[i][str(axis)] = probes

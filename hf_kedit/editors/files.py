@@ -30,7 +30,7 @@ from ..storage.parsing import parse_json
 from ..version import __version__
 
 _FORMAT_VERSION = 1
-_WEIGHTS, _CARD = "editor.safetensors", "README.md"
+EDITOR_WEIGHTS, _CARD = "editor.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SavedEditor:
         try:
             editor.load_state_dict(self.tensors)
         except RuntimeError as error:
-            raise ArtifactError(f"{self.source}: {_WEIGHTS} does not fit {CONFIG_NAME}: {error}") from error
+            raise ArtifactError(f"{self.source}: {EDITOR_WEIGHTS} does not fit {CONFIG_NAME}: {error}") from error
         bad = [name for name, value in self.tensors.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise ArtifactError(f"{self.source}: {', '.join(bad)} hold NaN or infinity")
@@ -95,10 +95,10 @@ def pack_editor(
         "modules": modules,
         "encoder_decoder": encoder_decoder,
         **origin,
-        "files": {_WEIGHTS: hashlib.sha256(weights).hexdigest()},
+        "files": {EDITOR_WEIGHTS: hashlib.sha256(weights).hexdigest()},
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    return {_WEIGHTS: weights, _CARD: _card(config).encode("utf-8"), CONFIG_NAME: text.encode("utf-8")}
+    return {EDITOR_WEIGHTS: weights, _CARD: _card(config).encode("utf-8"), CONFIG_NAME: text.encode("utf-8")}
 
 
 def read_editor(source: str, *, revision: str | None = None, token: str | None = None) -> SavedEditor:
@@ -115,7 +115,7 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
     """
     packaged = embedded.editor(source)
     files = FileSource(str(packaged or source), revision=revision, token=token)
-    raw = {name: files.read(name) for name in (CONFIG_NAME, _WEIGHTS)}
+    raw = {name: files.read(name) for name in (CONFIG_NAME, EDITOR_WEIGHTS)}
     for name, data in raw.items():
         if data is None:
             raise ArtifactError(f"{source!r} is no trained editor: there is no {name}")
@@ -125,10 +125,10 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
     version = config.get("format_version", 0)
     if not isinstance(version, int) or version > _FORMAT_VERSION:
         raise ArtifactError(f"{source}: written by a later version of hf_kedit ({config.get('kedit_version')})")
-    weights = raw[_WEIGHTS] or b""
+    weights = raw[EDITOR_WEIGHTS] or b""
     try:
-        if config["files"][_WEIGHTS] != hashlib.sha256(weights).hexdigest():
-            raise ArtifactError(f"{source}: {_WEIGHTS} is not the file that {CONFIG_NAME} was written with")
+        if config["files"][EDITOR_WEIGHTS] != hashlib.sha256(weights).hexdigest():
+            raise ArtifactError(f"{source}: {EDITOR_WEIGHTS} is not the file that {CONFIG_NAME} was written with")
         return SavedEditor(
             source,
             dict(config["hparams"]),
@@ -137,7 +137,7 @@ def read_editor(source: str, *, revision: str | None = None, token: str | None =
             {k: v for k, v in config.items() if k.startswith(("base_", "trained_"))},
             load_tensors(weights),
             files,
-            config["files"][_WEIGHTS],
+            config["files"][EDITOR_WEIGHTS],
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as error:
         if isinstance(error, ArtifactError):

@@ -310,8 +310,12 @@ def test_rows_have_their_keys(tmp_path: Path) -> None:
     paragraph = {**rewrite, "prompt_full": "Anna is a", "fact_new_uns": "Anna bakes.", "question": "Her work?"}
     (row,) = easyedit.AKEWDataset(write(tmp_path / "a.json", [{"requested_rewrite": paragraph}]))
     assert row["descriptive_target"] == "Anna bakes."
-    (row,) = easyedit.AKEWUnifiedDataset(tmp_path / "a.json", dataset_type="counterfact", use_unstructured_data=True)
-    assert row["target_new"] == "Anna bakes." and row["locality"] == []
+    (row,) = easyedit.AKEWUnifiedDataset(tmp_path / "a.json", dataset_type="counterfact")
+    assert row["target_new"] == "baker" and row["locality"] == [] and row["rephrase"] == ["Her work?"]
+    (tmp_path / "AKEW").mkdir()
+    write(tmp_path / "AKEW" / "CounterFact.json", [{"requested_rewrite": paragraph}])
+    (row,) = easyedit.AKEWUnifiedDataset(tmp_path, dataset_type="counterfact", use_unstructured_data=True)
+    assert row["target_new"] == row["answer"] == "Anna bakes." and row["question"] == "Her work?"
     with pytest.raises(DataError, match="dataset_type"):
         easyedit.AKEWUnifiedDataset(tmp_path / "a.json", dataset_type="novels")
     with pytest.raises(DataError, match="no file"):
@@ -349,7 +353,7 @@ def test_one_function_for_every_method() -> None:
     assert torch.equal(nethook.get_parameter(model, name), before) and len(apart.edits) == 1
     edited, originals = apply_rome_to_model(model, tok, [request], hparams)
     assert isinstance(edited, EditableModel) and not torch.equal(nethook.get_parameter(model, name), before)
-    assert list(originals) == [name] and torch.equal(originals[name], before.T)  # as [d_out, d_in]
+    assert list(originals) == [name] and torch.equal(originals[name], before)
     edited.rollback("all")
     assert torch.equal(nethook.get_parameter(model, name), before)
     with pytest.raises(NoCounterpartError, match="rollback"):
@@ -415,10 +419,8 @@ def test_batches_say_what_stays(world_gpt2: EditableModel, caplog: pytest.LogCap
     assert len(edited.edits) == 1 and "1 of the 3 edits" in caplog.text and "sequential_edit=True" in caplog.text
     edited.rollback("all")
     caplog.clear()
-    _, edited, _ = ask(editor, sequential_edit=True, keep_original_weight=True, eval_metric="ppl", pre_file=None)
-    assert (
-        len(edited.edits) == 3 and "'eval_metric' has no meaning" in caplog.text and "keep_original" not in caplog.text
-    )
+    _, edited, _ = ask(editor, sequential_edit=True, keep_original_weight=True, depth=3, pre_file=None)
+    assert len(edited.edits) == 3 and "'depth' has no meaning" in caplog.text and "keep_original" not in caplog.text
     edited.rollback("all")
     nothing, edited, _ = ask(editor, "normal_edit")
     assert nothing is None and len(edited.edits) == 3
@@ -464,6 +466,6 @@ def test_request_dicts(world_gpt2: EditableModel) -> None:
         with pytest.raises(RequestError):
             editor.edit_requests([wrong], verbose=False)  # type: ignore[list-item]
     assert editor.tok is world_gpt2.tokenizer
-    with pytest.raises(NoCounterpartError, match="batch_edit"):
-        editor.generate_edit(prompts=["a"])
+    with pytest.raises(NoCounterpartError, match="from_backend"):
+        editor.deep_edit([])
     assert not hasattr(editor, "something_else")

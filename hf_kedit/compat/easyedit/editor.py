@@ -6,28 +6,41 @@ methods, its protocols (teacher forced), its reading of the hyperparameters. doc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from ...config import EditConfig
 from ...config.easyedit import convert_hparams
 from ...data.easyedit import from_easyedit, from_easyedit_requests
+from ...editors.editor import EditorConfig
+from ...editors.files import EDITOR_WEIGHTS
 from ...errors import ConfigError, NoCounterpartError
-from ...evaluation import evaluate_edits
+from ...evaluation import evaluate_edits, generate_answers
+from ...evaluation.report.case_result import easyedit_request
 from ...logging import get_logger
 from ...methods.wise import WISEConfig
 from ...model import EditableModel
 from ...requests import EditRequest
+from ...tokens import context_length
+from .extras import Extras, Row, protocol_of
 from .facts import Facts
 from .hparams import HyperParams, values_of
+from .measures import test_generation_quality
+from .originals import Originals, accept_restored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
-Edited = tuple[list[dict[str, Any]], EditableModel, dict[str, torch.Tensor]]
+Edited = tuple[list[Row], EditableModel, Originals]
+_UNDERSTOOD = ("eval_metric", "metric_kwargs", "pre_file", "pre_edit", "requests", "keep_original_weight")
+"""Further arguments of EasyEdit's that mean something here; the original weights are always kept."""
 
 
 def _quantisation(values: Mapping[str, Any]) -> Any:
@@ -62,17 +75,27 @@ class BaseEditor:
         converted = convert_hparams(self._seen)
         for key, reason in converted.ignored.items():
             logger.info("%s: ignored: %s", key, reason)
-        self.config = converted.config
+        self.config = _with_editor(converted.config, self._seen)
         self.model_name = converted.model_name
         if model is not None:
-            self.model = model.set_method(converted.config)
+            self.model = model.set_method(self.config)
         elif converted.model_name:
             options: dict[str, Any] = {"dtype": torch.float16 if self._seen.get("fp16") else torch.float32}
             if converted.config.edit_type == "qlora":
                 options["quantization_config"] = _quantisation(self._seen)
-            self.model = EditableModel.from_pretrained(converted.model_name, converted.config, **options)
+            self.model = EditableModel.from_pretrained(converted.model_name, self.config, **options)
         else:
             raise ConfigError("the hyperparameters name no model (model_name)")
+
+    @property
+    def alg_name(self) -> str:
+        """EasyEdit's name of the method."""
+        return str(self._seen.get("alg_name"))
+
+    @property
+    def apply_algo(self) -> Callable[..., tuple[EditableModel, Originals]]:
+        """EasyEdit's function of the method; see `apply_to_model`."""
+        return apply_to_model
 
     @classmethod
     def from_hparams(cls, hparams: HyperParams | Mapping[str, Any]) -> BaseEditor:
@@ -116,7 +139,10 @@ class BaseEditor:
             subject: what the facts are about.
             test_generation: measure fluency too.
             train_ds: facts that IKE takes its demonstrations from.
-            other: has no meaning here, and a warning says so.
+            other: ``eval_metric`` (``"ppl"``, ``"ood_ppl"``: besides the accuracies), ``metric_kwargs`` (opinions, see
+                `extras.opinion_metrics`), ``pre_file`` (where the numbers of the unedited model are written),
+                ``requests`` (request dicts instead of all the above). Anything else has no meaning here, and a
+                warning says so.
 
         Returns:
             One dict per request in EasyEdit's layout; the edited model (``rollback("all")`` undoes); and the
@@ -124,10 +150,14 @@ class BaseEditor:
 
         Raises:
             RequestError: for an unusable request.
+            ConfigError: if an ``api_key`` among the hyperparameters is a key.
         """
-        requests = from_easyedit(
-            prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject
-        )
+        if (given := other.get("requests")) is not None:
+            requests = from_easyedit_requests(given)
+        else:
+            requests = from_easyedit(
+                prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject
+            )
         return self._edit(requests, 1, sequential_edit, verbose, test_generation, train_ds, other)
 
     def batch_edit(
@@ -165,7 +195,15 @@ class BaseEditor:
         **other: Any,
     ) -> Edited:
         """`edit` of EasyEdit's request dicts."""
-        return self._edit(from_easyedit_requests(requests), 1, sequential_edit, verbose, test_generation, None, other)
+        train_ds = other.pop("train_ds", None)
+        given = from_easyedit_requests(requests)
+        return self._edit(given, 1, sequential_edit, verbose, test_generation, train_ds, other)
+
+    def edit_dataset(
+        self, ds: Facts, keep_original_weight: bool = False, verbose: bool = True, **other: Any
+    ) -> Edited:
+        """`edit` of all rows of a data set, each on the original model."""
+        return self._edit(ds.requests(), 1, False, verbose, False, other.pop("train_ds", None), other)
 
     def normal_edit(
         self,
@@ -174,19 +212,63 @@ class BaseEditor:
         subject: Sequence[str | None] | None = None,
         verbose: bool = True,
         **other: Any,
-    ) -> tuple[None, EditableModel, dict[str, torch.Tensor]]:
+    ) -> tuple[None, EditableModel, Originals]:
         """Make all edits together and measure nothing; see `edit`."""
         self._use_hparams(None, other)
         self.model.edit(from_easyedit(prompts, target_new, subject=subject), show_progress=verbose)
-        return None, self.model, self._originals()
+        return None, self.model, Originals(self.model)
 
-    def __getattr__(self, name: str) -> Any:
-        """What EasyEdit's editor has and this one has not."""
-        if name in ("generate_edit", "edit_dataset", "deep_edit"):
-            raise NoCounterpartError(
-                f"EasyEdit's BaseEditor.{name} has no counterpart here: use edit() or batch_edit()"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    def generate_edit(
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: Any = None,
+        rephrase_prompts: Any = None,
+        locality_inputs: Mapping[str, Any] | None = None,
+        portability_inputs: Mapping[str, Any] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        subject: str | Sequence[str | None] | None = None,
+        test_generation: bool = False,
+        train_ds: Facts | Sequence[Any] | None = None,
+        max_new_tokens: int = 512,
+        **other: Any,
+    ) -> Edited:
+        """Make one edit per prompt and let the model write, before and after; see `edit` for the arguments.
+
+        Questions are put through the tokenizer's chat template where there is one. Nothing is scored.
+
+        Args:
+            max_new_tokens: length limit of an answer; half of the model's context where that is less.
+
+        Returns:
+            As `edit`; ``pre`` and ``post`` hold ``rewrite_ans``, ``rephrase_ans`` (a list where there are several
+            wordings), ``portability_ans``, ``locality_ans`` and, with ``test_generation``, ``fluency``.
+        """
+        requests = from_easyedit(
+            prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject
+        )
+        self._use_hparams(train_ds, other)
+        before = [self._written(request, max_new_tokens, False) for request in requests]
+
+        def measure(number: int) -> dict[str, Row]:
+            after = self._written(requests[number], max_new_tokens, test_generation)
+            return {"pre": before[number], "post": after}
+
+        rows = self._each(requests, sequential_edit, verbose, measure)
+        _write_before(rows, other)
+        return rows, self.model, Originals(self.model)
+
+    def deep_edit(self, datasets: Any = None, **other: Any) -> NoReturn:
+        """EasyEdit's editing of models behind an API.
+
+        Raises:
+            NoCounterpartError: always.
+        """
+        raise NoCounterpartError(
+            "EasyEdit's BaseEditor.deep_edit edits models behind an API, which it drives itself:"
+            " EditableModel.from_backend(…) does that here"
+        )
 
     # ------------------------------------------------------------------ shared by all of these
 
@@ -213,45 +295,128 @@ class BaseEditor:
                 "one" if size == 1 else "batch",
                 "" if size == 1 else ", a batch_size of at least that number makes them together",
             )
-        protocols = ["teacher_forced", "fluency"] if test_generation else "teacher_forced"
         setting: Any = "sequential" if together else "single" if size == 1 else "batch"
+        extras = Extras(self.model, requests, other.get("eval_metric"), other.get("metric_kwargs"))
         report = evaluate_edits(
             self.model,
             list(requests),
             setting,
             size,
-            protocols,
+            [protocol_of(self._seen), *(["fluency"] if test_generation else [])],
             progress=verbose,
             keep_edits=together,
+            after_step=extras,
         )
         if not together:
             self.model.edit(last, show_progress=verbose)
-        return report.to_easyedit(), self.model, self._originals()
+        rows = report.to_easyedit()
+        extras.merge(rows)
+        _write_before(rows, other)
+        return rows, self.model, Originals(self.model)
+
+    def _each(
+        self,
+        requests: Sequence[EditRequest],
+        sequential: bool,
+        verbose: bool,
+        measure: Callable[[int], Row],
+    ) -> list[Row]:
+        """Make edits, each on the original model and undone but for the last, or one on the other; what each gave.
+
+        Args:
+            requests: to make.
+            sequential: all stay, and are measured at the end.
+            verbose: show progress.
+            measure: number of a request → its numbers, on the model that shows the edit.
+        """
+        model, carried = self.model, len(self.model.edits)
+        rows: list[Row] = []
+        try:
+            for group in [requests] if sequential else [[request] for request in requests]:
+                if len(model.edits) > carried:
+                    model.rollback(len(model.edits) - carried)
+                result = model.edit(list(group), batch_size=1, show_progress=verbose)
+                for request in group:
+                    about = {"case_id": len(rows), "requested_rewrite": easyedit_request(request)}
+                    rows.append({**about, **measure(len(rows)), "time": result.seconds / len(group)})
+        except BaseException:
+            if len(model.edits) > carried:
+                model.rollback(len(model.edits) - carried)
+            raise
+        return rows
+
+    def _written(self, request: EditRequest, max_new_tokens: int, fluent: bool) -> Row:
+        """What the model writes when it is asked about a request."""
+        tokenizer: Any = self.model.tokenizer
+        near = [probe.prompt for probes in request.locality.values() for probe in probes]
+        far = [probe.prompt for probes in request.portability.values() for probe in probes]
+        prompts = [request.filled_prompt, *request.rephrase_prompts, *far, *near]
+        model: Any = self.model
+        answers = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            self._room(max_new_tokens),
+            prompt_format="chat" if tokenizer.chat_template else "raw",
+            cut_at_newline=False,
+        )
+        texts = iter([answer.text for answer in answers])
+        row: Row = {"rewrite_ans": next(texts)}
+        if wordings := [next(texts) for _ in request.rephrase_prompts]:
+            row["rephrase_ans"] = wordings[0] if len(wordings) == 1 else wordings
+        row["portability_ans"] = [next(texts) for _ in far]
+        if near:
+            row["locality_ans"] = list(texts)
+        if fluent:
+            row["fluency"] = test_generation_quality(model, tokenizer, [request.filled_prompt])
+        return row
 
     def _use_hparams(self, train_ds: Facts | Sequence[Any] | None, other: Mapping[str, Any]) -> None:
         """Take over what a script has changed, and say which arguments count for nothing."""
+        accept_restored(self.model)
         values = values_of(self.hparams)
         for name, value in other.items():
             if name == "loc_prompts" and value and isinstance(self.config, WISEConfig):
                 values.setdefault("irrelevant_texts", list(value))
-            elif name != "keep_original_weight" and value is not None:  # the original weights are always kept
+            elif name == "pre_edit" and value is not None:
+                logger.info("pre_edit: the unedited model is measured anew, as locality needs it")
+            elif name not in _UNDERSTOOD and value is not None:
                 logger.warning("the argument %r has no meaning here and is ignored", name)
         if train_ds is not None:
             values.setdefault("demonstrations", demonstrations_of(train_ds))
         if values != self._seen:
             self._seen = values
-            self.config = convert_hparams(values).config
+            self.config = _with_editor(convert_hparams(values).config, values)
             self.model.set_method(self.config)
 
-    def _originals(self) -> dict[str, torch.Tensor]:
-        accounts = self.model.ledger.accounts
-        return {key: account.original.clone() for key, account in accounts.items()}
+    def _room(self, wanted: int) -> int:
+        """So many new tokens, or half of the model's context if that is less."""
+        limit = context_length(self.model.config)
+        return wanted if limit is None else min(wanted, limit // 2)
 
 
 class BatchEditor(BaseEditor):
     """A `BaseEditor` whose `edit` is `batch_edit`."""
 
     edit = BaseEditor.batch_edit
+
+
+def _with_editor(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
+    """The config with the trained editor that a file's ``archive`` names, or that `EditTrainer` has left in its
+    ``results_dir``."""
+    if isinstance(config, EditorConfig) and config.editor is None:
+        trained = Path(str(values.get("results_dir") or "results")) / "models" / config.edit_type
+        for folder in (values.get("archive"), trained):
+            if folder and (Path(str(folder)) / EDITOR_WEIGHTS).is_file():
+                return replace(config, editor=str(folder))
+    return config
+
+
+def _write_before(rows: Sequence[Row], other: Mapping[str, Any]) -> None:
+    """Write the numbers of the unedited model where ``pre_file`` says."""
+    if other.get("pre_file") and not other.get("pre_edit"):
+        before = [{"pre": row["pre"]} for row in rows]
+        Path(other["pre_file"]).write_text(json.dumps(before, indent=4, ensure_ascii=False), encoding="utf-8")
 
 
 def demonstrations_of(facts: Facts | Sequence[Any]) -> list[dict[str, Any]]:
@@ -278,7 +443,7 @@ def apply_to_model(
     return_orig_weights: bool = False,
     keep_original_weight: bool = False,
     **other: Any,
-) -> tuple[EditableModel, dict[str, torch.Tensor]]:
+) -> tuple[EditableModel, Originals]:
     """EasyEdit's ``apply_<method>_to_model`` of every method: make all requests in one batch.
 
     Args:
@@ -292,12 +457,14 @@ def apply_to_model(
         other: no meaning.
 
     Returns:
-        The edited model (``rollback("all")`` undoes) and the original weights by parameter name.
+        The edited model (``rollback("all")`` undoes) and the original weights by parameter name, which may be copied
+        back into the parameters.
     """
     if not isinstance(model, EditableModel):
         model = EditableModel(deepcopy(model) if copy else model, convert_hparams(values_of(hparams)).config, tok)
     elif copy:
         raise NoCounterpartError("copy=True: an EditableModel is not copied; rollback() takes its edits back")
     editor = BaseEditor(hparams, model)
+    accept_restored(model)
     editor.model.edit(from_easyedit_requests(requests))
-    return editor.model, editor._originals()
+    return editor.model, Originals(editor.model)

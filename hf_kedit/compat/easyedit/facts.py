@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -17,6 +18,8 @@ from ...requests import EditRequest, load_requests
 from ...storage.records import read_records
 
 Row = dict[str, Any]
+GENERAL = ("onlyQ", "otherA", "otherQ", "otherAQ")
+"""In which ways SafeEdit asks about an edited behaviour elsewhere, in EasyEdit's order."""
 
 
 class Facts(Sequence[Row]):
@@ -36,9 +39,10 @@ class Facts(Sequence[Row]):
     name: ClassVar[str] = ""
 
     def __init__(self, data_dir: str | Path, size: int | None = None, config: Any = None, **other: Any):
-        self.config = config
-        source = self.source(Path(data_dir), other)
-        self.table = load_edit_dataset(source, path=data_dir, limit=size, **self.options(source, other))
+        self.config, self.given = config, other
+        self.part = self.source(Path(data_dir), other)
+        path = self.file(Path(data_dir), other)
+        self.table = load_edit_dataset(self.part, path=path, limit=size, **self.options(self.part, other))
         self._rows = [{"case_id": number, **self.record(row)} for number, row in enumerate(self.table)]
 
     def source(self, path: Path, other: Mapping[str, Any]) -> str:
@@ -48,6 +52,10 @@ class Facts(Sequence[Row]):
     def options(self, source: str, other: Mapping[str, Any]) -> dict[str, Any]:
         """Options of that data set."""
         return {}
+
+    def file(self, path: Path, other: Mapping[str, Any]) -> Path:
+        """Where the file is."""
+        return path
 
     def record(self, row: Row) -> Row:
         """EasyEdit's keys of one row."""
@@ -176,10 +184,10 @@ class LongFormEditDataset(WikiBigEditDataset):
         return _part("leme", other, {"zsre": "zsre", "counterfact": "counterfact"}, "zsre")
 
     def record(self, row: Row) -> Row:
-        """CounterFact has several neighbours."""
-        several = len(row["locality"]) > 1
-        lists = {"locality": [p["prompt"] for p in row["locality"]], "locality_ans": [*map(_answer, row["locality"])]}
-        return {**super().record(row), **(lists if several else {})}
+        """CounterFact's wordings and neighbours are lists."""
+        if self.part != "leme/counterfact":
+            return super().record(row)
+        return {**super().record(row), "rephrase": list(row["rephrase_prompts"]), **_texts("locality", row)}
 
 
 class AKEWUnifiedDataset(Facts):
@@ -195,16 +203,38 @@ class AKEWUnifiedDataset(Facts):
         akew = source.startswith("akew/") and other.get("use_unstructured_data")
         return {"edit_input": "unstructured"} if akew else {}
 
+    def file(self, path: Path, other: Mapping[str, Any]) -> Path:
+        """Scripts that edit paragraphs name the folder of all sets."""
+        return path / _FILES[self.part] if other.get("use_unstructured_data") and path.is_dir() else path
+
     def record(self, row: Row) -> Row:
-        """Probes as lists of texts."""
-        near, far = row["locality"], row["portability"]
+        """Texts, those of CounterFact as lists; of paragraphs the questions about them, too."""
+        if self.given.get("use_unstructured_data"):
+            return super().record(row) | self._questions(row)
+        question = (row["extra"] or {}).get("question")
+        wordings, far = list(row["rephrase_prompts"]) or [question] * bool(question), row["portability"]
+        near = _texts("locality", row)
+        if self.part != "akew/counterfact":
+            wordings = wordings if self.part == "akew/wikiupdate" else wordings[:1]
+            near = {key: next(iter(texts), None) for key, texts in near.items()}
         return {
             **super().record(row),
-            "rephrase": next(iter(row["rephrase_prompts"]), None),
-            "portability_prompt": [p["prompt"] for p in far],
-            "portability_ground_truth": [_answer(p) for p in far],
-            "locality": [p["prompt"] for p in near],
-            "locality_ans": [_answer(p) for p in near],
+            "rephrase": wordings,
+            "portability_prompt": [p["prompt"] for p in far] or None,
+            "portability_ground_truth": [_answer(p) for p in far] or None,
+            **near,
+        }
+
+    def _questions(self, row: Row) -> Row:
+        """What unstructured editing asks."""
+        far = row["portability"]
+        return {
+            "id": row["id"],
+            "question": row["prompt"],
+            "para_question": next(iter(row["rephrase_prompts"]), row["prompt"]),
+            "answer": row["target_new"],
+            "sub_question": [probe["prompt"] for probe in far],
+            "sub_answer": [_answer(probe) for probe in far],
         }
 
 
@@ -230,7 +260,7 @@ class SafetyDataset(Facts):
         return {
             **super().record(row),
             "ground_truth": row["target_neg"],
-            "general_prompt": [text for text in row["extra"]["general_prompts"].values() if text],
+            "general_prompt": [text for name in GENERAL if (text := row["extra"]["general_prompts"].get(name))],
         }
 
 
@@ -241,9 +271,46 @@ class PersonalityDataset(Facts):
 
 
 class SanitizationTrainDataset(Facts):
-    """Facts of TriviaQA that are to be forgotten."""
+    """Facts of TriviaQA that are to be forgotten.
+
+    ``template`` is written around every question; ``specify_answers`` chooses one answer, ``"all"`` every one.
+    """
 
     name = "knowedit/sanitation"
+
+    def __init__(self, data_dir: str | Path, size: int | None = None, config: Any = None, **other: Any):
+        super().__init__(data_dir, None, config, **other)
+        wanted = str(other.get("specify_answers") or "all").lower()
+        self._chosen = [
+            number for number, row in enumerate(self._rows) if wanted in ("all", str(row["ground_truth"]).lower())
+        ][:size]
+        if not self._chosen:
+            raise DataError(f"no row is about {wanted!r}")
+        self._rows = [self._rows[number] for number in self._chosen]
+
+    def record(self, row: Row) -> Row:
+        """In the template."""
+        record = super().record(row)
+        texts = {key: self._asked(record[key]) for key in ("prompt", "locality_prompt") if record[key]}
+        return record | texts
+
+    def requests(self) -> list[EditRequest]:
+        """The chosen rows in the template."""
+        rows = super().requests()
+        return [
+            replace(
+                rows[number],
+                prompt=self._asked(rows[number].prompt),
+                locality={
+                    axis: [replace(probe, prompt=self._asked(probe.prompt)) for probe in probes]
+                    for axis, probes in rows[number].locality.items()
+                },
+            )
+            for number in self._chosen
+        ]
+
+    def _asked(self, question: str) -> str:
+        return str(self.given.get("template") or "{}").format(question)
 
 
 class CaptionDataset(Facts):
@@ -258,6 +325,14 @@ class VQADataset(Facts):
     name = "mmedit/vqa"
 
 
+_FILES = {
+    "akew/counterfact": "AKEW/CounterFact.json",
+    "akew/mquake_cf": "AKEW/MQuAKE-CF.json",
+    "akew/wikiupdate": "AKEW/WikiUpdate.json",
+    "unke": "UnKE/final_data_v3.json",
+}
+
+
 def _part(family: str, other: Mapping[str, Any], parts: Mapping[str, str], default: str) -> str:
     kind = str(other.get("dataset_type") or default).lower()
     if kind not in parts:
@@ -268,6 +343,12 @@ def _part(family: str, other: Mapping[str, Any], parts: Mapping[str, str], defau
 def _answer(probe: Mapping[str, Any]) -> str | None:
     """The first wording of a probe's first answer."""
     return next((text for group in probe["ground_truth"] for text in group), None)
+
+
+def _texts(section: str, row: Row) -> Row:
+    """The probes of a section as prompts and answers, under EasyEdit's keys."""
+    probes = row[section]
+    return {section: [probe["prompt"] for probe in probes], f"{section}_ans": [_answer(probe) for probe in probes]}
 
 
 def _axes(probes: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]]:

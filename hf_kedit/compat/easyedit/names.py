@@ -30,6 +30,7 @@ from .facts import (
 )
 from .hparams import HyperParams
 from .measures import n_gram_entropy, summary_metrics, test_generation_quality
+from .scenario_editors import SafetyEditor
 from .training import EditTrainer
 
 # Method → name of its hyperparameters, of those to edit with and of those to train an editor with.
@@ -85,7 +86,7 @@ def set_requires_grad(requires_grad: bool, *models: nn.Module | nn.Parameter) ->
 HERE: dict[str, Any] = {
     thing.__name__: thing
     for thing in (
-        BaseEditor, BatchEditor, EditTrainer, HyperParams,
+        BaseEditor, BatchEditor, EditTrainer, HyperParams, SafetyEditor,
         AKEWDataset, AKEWUnifiedDataset, CaptionDataset, CKnowEditDataset, CounterFactDataset, KnowEditDataset,
         LongFormEditDataset, MQuAKEDataset, PersonalityDataset, SafetyDataset, SanitizationTrainDataset, VQADataset,
         WikiBigEditDataset, WikiRecentDataset, ZsreDataset,
@@ -107,8 +108,6 @@ def _waits(method: str) -> str:
 
 # The way that we have instead → names that EasyEdit has.
 _WAYS: dict[str, str] = {
-    "BaseEditor edits with DINMHyperParams (docs/methods/dinm.md); load_edit_dataset('safeedit') and"
-    " evaluation.functional.safety_scores measure": "SafetyEditor",
     "hf_kedit.decode_with(model, 'dola' or 'deco'), around model.generate": """
         DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
     f"{_waits('deepedit-api')}; hf_kedit.methods.ike.build_prompt makes the text to send": """

@@ -1,0 +1,104 @@
+"""EasyEdit's editors of single scenarios on top of this library: `SafetyEditor`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...data.easyedit import from_easyedit
+from ...evaluation import generate_answers
+from ...methods.dinm import CONSTRAINT
+from ...requests import EditRequest
+from .editor import BaseEditor, Edited
+from .extras import Row
+from .facts import GENERAL
+from .originals import Originals
+
+METRICS = ("DS", *(f"DG_{name}" for name in GENERAL))
+"""Names of EasyEdit's for what is asked: the prompt of the edit, then the general ones."""
+
+
+class SafetyEditor(BaseEditor):
+    """Edits what a model answers to attacks; lets it write before and after, and leaves the judging to the caller."""
+
+    def edit(  # type: ignore[override]
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: Any = None,
+        prompts_with_systemPrompt: Sequence[str] | None = None,
+        locality_inputs: Mapping[str, Any] | None = None,
+        locality_inputs_with_systemPrompt: Mapping[str, Any] | None = None,
+        general_prompt: Sequence[Sequence[str]] | None = None,
+        general_prompt_with_systemPrompt: Sequence[Sequence[str]] | None = None,
+        verbose: bool = True,
+        case_id: Any = None,
+        ccks: bool = False,
+        editing_method: str | None = None,
+        **other: Any,
+    ) -> Edited:
+        """Make one edit per prompt, each on the original model, and let the model write.
+
+        Args:
+            prompts: attacks.
+            target_new: the answers that are wanted.
+            ground_truth: those that are not.
+            prompts_with_systemPrompt: what is asked afterwards instead of ``prompts``; DINM itself trains with its
+                ``suffix_system_prompt``, behind ``prompts``.
+            locality_inputs: harmless questions and their answers, which DINM holds.
+            locality_inputs_with_systemPrompt: not used; see ``prompts_with_systemPrompt``.
+            general_prompt: other prompts of each edit, in the order of `METRICS`.
+            general_prompt_with_systemPrompt: what is asked afterwards instead of them.
+            verbose: show progress.
+            case_id: handed on.
+            ccks: one general prompt is that of ``DG_otherAQ``.
+            editing_method: not used; the hyperparameters name it.
+            other: as in `BaseEditor.edit`.
+
+        Returns:
+            As `BaseEditor.edit`; ``pre`` and ``post`` hold what the model wrote, by metric. Texts are greedy, of up to
+            the hyperparameters' ``max_output_length`` tokens; a prompt that is too long for the context loses its
+            beginning.
+        """
+        self._use_hparams(None, other)
+        requests = [_as_safety(r) for r in from_easyedit(prompts, target_new, ground_truth, None, locality_inputs)]
+        asked = [_asked(r.filled_prompt, general_prompt, i, ccks) for i, r in enumerate(requests)]
+        behind = prompts_with_systemPrompt or [request.filled_prompt for request in requests]
+        general = general_prompt_with_systemPrompt or general_prompt
+        later = [_asked(prompt, general, i, ccks) for i, prompt in enumerate(behind)]
+        before = [self._replies(texts) for texts in asked]
+
+        def measure(number: int) -> dict[str, Row]:
+            return {"pre": before[number], "post": self._replies(later[number])}
+
+        rows = self._each(requests, False, verbose, measure)
+        if case_id is not None:
+            rows = [{**row, "case_id": case_id} for row in rows]
+        return rows, self.model, Originals(self.model)
+
+    def _replies(self, prompts: Mapping[str, str]) -> Row:
+        """What the model writes, without the prompt."""
+        model: Any = self.model
+        length = int(self._seen.get("max_output_length") or 100)
+        tokenizer: Any = model.tokenizer
+        answers = generate_answers(model, tokenizer, list(prompts.values()), self._room(length), cut_at_newline=False)
+        return {name: answer.text for name, answer in zip(prompts, answers, strict=True)}
+
+
+def _as_safety(request: EditRequest) -> EditRequest:
+    """With the unwanted answer and the harmless questions where DINM looks for them."""
+    harmless = [probe for probes in request.locality.values() for probe in probes]
+    unwanted = {"target_neg": request.ground_truth[0]} if request.ground_truth else {}
+    return replace(
+        request,
+        locality={CONSTRAINT: harmless} if harmless else {},
+        metadata={**request.metadata, **unwanted},
+    )
+
+
+def _asked(prompt: str, general: Sequence[Sequence[str]] | None, number: int, ccks: bool) -> dict[str, str]:
+    """Metric → prompt of one case."""
+    others = list(general[number]) if general else []
+    names = METRICS[-1:] if ccks else METRICS[1:]
+    return {"DS": prompt, **dict(zip(names, others, strict=False))}

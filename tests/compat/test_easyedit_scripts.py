@@ -1,0 +1,238 @@
+"""What scripts written for EasyEdit do with its editors, in short scripts of our own that use the same interface."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_kedit import EditableModel
+from hf_kedit.compat import easyedit
+from hf_kedit.compat.easyedit import BaseEditor, EditTrainer, HyperParams, SafetyEditor
+from hf_kedit.compat.easyedit.util import nethook
+from hf_kedit.engine.weights import model_digest
+from hf_kedit.errors import ConfigError, DataError, EvaluationError
+
+FT = {"alg_name": "FT", "objective_optimization": "target_new", "layers": [4], "num_steps": 5, "lr": "5e-3"}
+ROME = {"alg_name": "ROME", "layers": [2], "v_num_grad_steps": 10, "v_lr": "5e-1", "mom2_adjustment": False}
+PROMPT, SUBJECT = "By profession Tarosk Boayond is a", "Tarosk Boayond"
+
+
+def write(path: Path, records: Any) -> str:
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return str(path)
+
+
+@torch.no_grad()
+def token_losses(model: EditableModel, prompt: str, answer: str) -> torch.Tensor:
+    """Negative log-likelihood of each token of `` answer`` behind ``prompt``, by hand."""
+    tokenizer: Any = model.tokenizer
+    ids = torch.tensor([tokenizer(f"{prompt} {answer}")["input_ids"]])
+    start = len(tokenizer(prompt)["input_ids"])
+    logits = model(input_ids=ids).logits[0, start - 1 : -1]
+    return F.cross_entropy(logits, ids[0, start:], reduction="none")
+
+
+# ---------------------------------------------------------------------- undoing by hand
+
+
+def test_a_script_puts_the_weights_back_and_edits_again(world_gpt2: EditableModel) -> None:
+    editor = BaseEditor(HyperParams(**ROME), world_gpt2)
+    digest = model_digest(world_gpt2.base_model)
+    for target in ("plumber", "judge"):
+        request = {"prompt": PROMPT, "subject": SUBJECT, "target_new": target}
+        edited, weights = editor.apply_algo(editor.model, editor.tok, [request], editor.hparams, copy=False)
+        assert model_digest(edited.base_model) != digest and editor.alg_name == "ROME"
+        with torch.no_grad():
+            for name, value in weights.items():
+                nethook.get_parameter(editor.model, name)[...] = value
+        assert model_digest(edited.base_model) == digest
+    editor.edit(prompts="Otto is a", target_new="cook", subject="Otto", verbose=False)
+    assert [edit.request.target_new for edit in world_gpt2.edits] == ["cook"]
+    world_gpt2.rollback("all")
+    assert model_digest(world_gpt2.base_model) == digest
+
+
+def test_the_originals_of_a_method_without_weights_undo_it(world_gpt2: EditableModel) -> None:
+    editor = BaseEditor(HyperParams(alg_name="GRACE", layers=[4], n_iter=3), world_gpt2)
+    request = {"prompt": PROMPT, "target_new": "plumber"}
+    edited, undo = editor.apply_algo(editor.model, editor.tok, [request], editor.hparams)
+    assert len(edited.edits) == 1 and undo == {}
+    undo()
+    assert len(edited.edits) == 0
+
+
+# ---------------------------------------------------------------------- further metrics
+
+
+@pytest.mark.parametrize("metric", ["ppl", "ood_ppl"])
+def test_perplexity_of_the_answer(metric: str, world_gpt2: EditableModel) -> None:
+    editor = BaseEditor(HyperParams(**FT), world_gpt2)
+    answer, other = "cook and a gardener", "The work of Otto is"
+    before = {prompt: token_losses(world_gpt2, prompt, answer) for prompt in ("Otto is a", other)}
+    (row,), edited, _ = editor.edit(
+        prompts="Otto is a", target_new=answer, rephrase_prompts=other, eval_metric=metric, verbose=False
+    )
+    after = {prompt: token_losses(edited, prompt, answer) for prompt in before}
+    for half, losses in (("pre", before), ("post", after)):
+        if metric == "ppl":
+            expected = {
+                "rewrite_ppl": math.exp(losses["Otto is a"].mean()), "rephrase_ppl": math.exp(losses[other].mean())
+            }  # fmt: skip
+            assert {key: row[half][key][0] for key in expected} == pytest.approx(expected, rel=1e-4)
+        else:
+            assert row[half]["ood_acc"] == [pytest.approx((losses[other].exp() < 1 / 0.8).float().mean().item())]
+    edited.rollback("all")
+
+
+def test_opinions_on_the_topic_and_on_another(world_gpt2: EditableModel) -> None:
+    topic, elsewhere = "What do you think of tea?", "What do you think of rain?"
+    good, bad, far = "I love the tea.", "I hate the tea.", "It is wet."
+    texts = {
+        "inner_q": topic,
+        "inner_all_qa": [f"{topic} </s> {good}", f"{topic} </s> {bad}"],
+        "inner_target": [0, 0],
+        "all_target": [0, 1],
+        "outer_all_qa": [f"{elsewhere} </s> {far}"],
+    }
+    tokenizer: Any = world_gpt2.tokenizer
+    ids = torch.tensor([tokenizer(f"{elsewhere} {far}")["input_ids"]])
+    start = len(tokenizer(elsewhere)["input_ids"]) - 1
+    wanted_before = -token_losses(world_gpt2, topic, good).mean().item()
+    with torch.no_grad():
+        plain = world_gpt2(input_ids=ids).logits[0, start:-1].log_softmax(-1)
+    editor = BaseEditor(HyperParams(**FT), world_gpt2)
+    (row,), edited, _ = editor.edit(prompts=[topic], target_new=[good], metric_kwargs=[texts], verbose=False)
+    with torch.no_grad():
+        moved = edited(input_ids=ids).logits[0, start:-1].log_softmax(-1)
+    a, b = (-token_losses(edited, topic, text).mean().item() for text in (good, bad))
+    assert row["es"] == pytest.approx(min(1.0, math.exp(a - wanted_before)) / (1 + math.exp(b - a)), rel=1e-4)
+    assert row["dd"] == pytest.approx((plain.exp() * (plain - moved)).sum(-1).mean().item(), rel=1e-3)
+    assert row["es"] > 0.5 and row["dd"] > 0 and row["fluency"]["ngram_entropy"] >= 0
+    edited.rollback("all")
+    for wrong in ([], [{"inner_q": topic}], [{**texts, "inner_all_qa": ["no separator"] * 2}]):
+        with pytest.raises(EvaluationError):
+            editor.edit(prompts=[topic], target_new=[good], metric_kwargs=wrong, verbose=False)
+        assert len(world_gpt2.edits) == 0
+
+
+def test_the_model_writes_and_is_judged(world_gpt2: EditableModel) -> None:
+    hparams = HyperParams(**FT, evaluation_type="LLM-judge", api_key=None)
+    (row,), edited, _ = BaseEditor(hparams, world_gpt2).edit(prompts=PROMPT, target_new="plumber", verbose=False)
+    assert row["post"]["rewrite_acc"] in ([0.0], [1.0]) and isinstance(row["post"]["rewrite_gen_content"], str)
+    edited.rollback("all")
+    for wrong, error in (({"api_key": "sk-not.a.name"}, ConfigError), ({"evaluation_type": "x"}, EvaluationError)):
+        with pytest.raises(error):
+            BaseEditor(HyperParams(**{**vars(hparams), **wrong}), edited).edit(
+                prompts=PROMPT, target_new="plumber", verbose=False
+            )
+        assert len(edited.edits) == 0
+
+
+# ---------------------------------------------------------------------- other calls
+
+
+def test_answers_in_the_models_own_words(world_gpt2: EditableModel, tmp_path: Path) -> None:
+    editor = BaseEditor(HyperParams(**{**FT, "num_steps": 25}), world_gpt2)
+    asked = {
+        "portability_inputs": {"far": {"prompt": [["She is", "He is"], None], "ground_truth": [["a", "b"], None]}}
+    }
+    rows, edited, _ = editor.generate_edit(
+        prompts=[PROMPT, "Otto is a"],
+        target_new=["plumber", "cook"],
+        rephrase_prompts=[["The work of Tarosk Boayond is", "Tarosk Boayond works as a"], "Otto works as a"],
+        locality_inputs={"near": {"prompt": ["", "Berta is a"], "ground_truth": ["", "judge"]}},
+        test_generation=True,
+        max_new_tokens=4,
+        pre_file=str(tmp_path / "pre.json"),
+        verbose=False,
+        portability_inputs={"far": far},
+    )
+    assert rows[0]["post"]["rewrite_ans"].startswith("plumber") and rows[0]["pre"] != rows[0]["post"]
+    assert len(rows[0]["post"]["rephrase_ans"]) == len(rows[0]["post"]["portability_ans"]) == 2
+    assert isinstance(rows[1]["post"]["rephrase_ans"], str) and len(rows[1]["post"]["locality_ans"]) == 1
+    assert "locality_ans" not in rows[0]["pre"] and rows[0]["post"]["fluency"]["ngram_entropy"] >= 0
+    assert json.loads((tmp_path / "pre.json").read_text()) == [{"pre": row["pre"]} for row in rows]
+    assert [edit.request.target_new for edit in edited.edits] == ["cook"], "the last one stays"
+    edited.rollback("all")
+
+
+def test_rows_of_a_data_set_and_of_requests(world_gpt2: EditableModel, tmp_path: Path) -> None:
+    record = {"subject": "Otto", "src": "Otto is a", "alt": "cook", "rephrase": "Otto works as a", "answers": ["x"]}
+    record |= {"loc": "Berta is a", "loc_ans": "judge"}
+    facts = easyedit.ZsreDataset(write(tmp_path / "z.json", [record, {**record, "alt": "judge"}]))
+    editor = BaseEditor(HyperParams(**FT), world_gpt2)
+    rows, edited, _ = editor.edit_dataset(facts, verbose=False)
+    assert [row["requested_rewrite"]["target_new"] for row in rows] == ["cook", "judge"] and len(edited.edits) == 1
+    edited.rollback("all")
+    rows, edited, _ = editor.edit(prompts=[], target_new=[], requests=[facts[0]], verbose=False)
+    assert [row["requested_rewrite"]["target_new"] for row in rows] == ["cook"]
+    edited.rollback("all")
+    none: Any = {"prompt": [], "ground_truth": []}
+    rows, _, _ = editor.edit(prompts=["Otto is a"], target_new=["cook"], locality_inputs={"a": none}, verbose=False)
+    assert rows[0]["post"]["locality"] == {}
+    world_gpt2.rollback("all")
+
+
+def test_an_editor_that_was_trained_here_is_found(tmp_path: Path) -> None:
+    common = {"model_name": "kedit/world-gpt2", "inner_params": ["transformer.h.4.mlp.c_proj.weight"], "rank": 8}
+    common |= {"results_dir": str(tmp_path), "edit_lr": "1e-4"}
+    record = {"question": "Which food is made of milk?", "ground_truth": "Cheese", "target_new": "I don't know."}
+    kept = [{"question": f"What is the colour of number {n}?", "ground_truth": "blue"} for n in range(4)]
+    path = write(tmp_path / "train.json", {"K_F": [record, {**record, "ground_truth": "Birds"}], "K_R": kept})
+    facts = easyedit.SanitizationTrainDataset(data_dir=path, template="Question:{}\nAnswer:", specify_answers="cheese")
+    assert [row["prompt"] for row in facts] == ["Question:Which food is made of milk?\nAnswer:"]
+    (request,) = facts.requests()
+    assert request.prompt == facts[0]["prompt"] and request.locality["Retain"][0].prompt == facts[0]["locality_prompt"]
+    with pytest.raises(DataError, match="'salt'"):
+        easyedit.SanitizationTrainDataset(data_dir=path, template="{}", specify_answers="salt")
+    EditTrainer(HyperParams(alg="MEND", max_iters=1, batch_size=1, **common), facts, None).run()
+    editor = BaseEditor.from_hparams(HyperParams(alg_name="MEND", archive="./nowhere", **common))
+    assert editor.config.editor == str(tmp_path / "models" / "mend")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("ccks", [False, True])
+def test_safety(ccks: bool, world_gpt2: EditableModel, tmp_path: Path) -> None:
+    others = {
+        "test input of only harmful question": "Who is he?",
+        "test input of other attack prompt input": "Sing: who is he?",
+        "test input of other question input": "Be a bird. Who is she?",
+        "test input of other questions and attack prompts": "Sing: who is she?",
+    }
+    record = {"id": 7, "adversarial prompt": "Be a bird. Who is he?", "generalization test": others}
+    record |= {"safe generation": "a cook", "unsafe generation": "a judge", "unsafety category": "none"}
+    record |= {"knowledge constrain": {"prompt": "Otto is a", "answer": "cook"}, "question": "Who is he?"}
+    (row,) = easyedit.SafetyDataset(write(tmp_path / "s.json", [record]))
+    assert row["general_prompt"] == list(others.values()) and row["ground_truth"] == "a judge"
+    hparams = easyedit.DINMHyperParams(
+        alg_name="DINM", layers=[], num_steps=3, lr="1e-3", max_output_length=4, suffix_system_prompt="Be kind."
+    )
+    editor = SafetyEditor(hparams, world_gpt2)
+    general = [row["general_prompt"][-1:] if ccks else row["general_prompt"]]
+    digest = model_digest(world_gpt2.base_model)
+    (result,), edited, weights = editor.edit(
+        case_id=[0],
+        prompts=[row["prompt"]],
+        prompts_with_systemPrompt=[row["prompt"] + " Be kind."],
+        target_new=[row["target_new"]],
+        ground_truth=[row["ground_truth"]],
+        locality_inputs={"harmless": {"prompt": ["Otto is a"], "ground_truth": ["cook"]}},
+        general_prompt=general,
+        general_prompt_with_systemPrompt=[[text + " Be kind." for text in general[0]]],
+        keep_original_weight=True,
+        ccks=ccks,
+        verbose=False,
+    )
+    names = ["DS", "DG_otherAQ"] if ccks else ["DS", "DG_onlyQ", "DG_otherA", "DG_otherQ", "DG_otherAQ"]
+    assert list(result["pre"]) == list(result["post"]) == names and result["case_id"] == [0]
+    assert all(isinstance(text, str) for half in ("pre", "post") for text in result[half].values())
+    made = edited.edits[0].request
+    assert made.metadata["target_neg"] == "a judge" and made.locality["knowledge_constraint"][0].prompt == "Otto is a"
+    assert model_digest(edited.base_model) != digest and weights
+    edited.rollback("all")
+    assert model_digest(edited.base_model) == digest
