@@ -139,9 +139,7 @@ def test_the_model_writes_and_is_judged(world_gpt2: EditableModel) -> None:
 
 def test_answers_in_the_models_own_words(world_gpt2: EditableModel, tmp_path: Path) -> None:
     editor = BaseEditor(HyperParams(**{**FT, "num_steps": 25}), world_gpt2)
-    asked = {
-        "portability_inputs": {"far": {"prompt": [["She is", "He is"], None], "ground_truth": [["a", "b"], None]}}
-    }
+    far = {"prompt": [["She is", "He is"], None], "ground_truth": [["a", "b"], None]}
     rows, edited, _ = editor.generate_edit(
         prompts=[PROMPT, "Otto is a"],
         target_new=["plumber", "cook"],
