@@ -52,6 +52,7 @@ _PUBLIC = {
     "methods.ultraedit": "UltraEditConfig",
     "methods.wise": "WISEConfig",
     "model": "EditableModel",
+    "remote": "OpenAICompatibleBackend TextBackend",
     "requests": "EditRequest Probe load_requests",
     "training": "EditTrainer EditTrainingArguments",
     "tuning": "calibrate",
@@ -126,6 +127,8 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .methods.ultraedit import UltraEditConfig as UltraEditConfig
     from .methods.wise import WISEConfig as WISEConfig
     from .model import EditableModel as EditableModel
+    from .remote import OpenAICompatibleBackend as OpenAICompatibleBackend
+    from .remote import TextBackend as TextBackend
     from .requests import EditRequest as EditRequest
     from .requests import Probe as Probe
     from .requests import load_requests as load_requests

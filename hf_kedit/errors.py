@@ -157,6 +157,10 @@ class NoCounterpartError(KeditError, ImportError):
     """A name of another library leads nowhere here; the message names the way that leads to the same."""
 
 
+class BackendError(KeditError, RuntimeError):
+    """A model behind an API cannot be asked, or does not answer as it should."""
+
+
 class EvaluationError(KeditError, ValueError):
     """An evaluation was asked for something impossible."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from . import embedded
 from .anatomy.switching import Switch, uninterrupted
@@ -31,6 +32,8 @@ from .errors import ConfigError
 from .gguf.reading import forget_origin, inside, is_gguf
 from .loading import hub_options, load_base, load_tokenizer, model_name
 from .logging import get_logger
+from .remote.backend import TextBackend
+from .remote.model import RemoteModel
 from .statistics.corpora import Corpus
 from .storage.repository import cached_commit
 
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from .artifact.card import HasModelIndex
 
 logger = get_logger(__name__)
+REMOTE_METHOD = "prompt"
+"""What ``"auto"`` means for a model behind an API."""
 
 
 class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
@@ -64,7 +69,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
 
     def __init__(
         self,
-        base_model: PreTrainedModel,
+        base_model: PreTrainedModel | RemoteModel,
         config: EditConfig | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
@@ -99,7 +104,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         model_or_edits: str | Path | Artifact,
         config: EditConfig | str | None = None,
         *,
-        base_model: PreTrainedModel | str | Path | None = None,
+        base_model: PreTrainedModel | RemoteModel | TextBackend | str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         anatomy: Mapping[str, str] | None = None,
         revision: str | None = None,
@@ -117,7 +122,8 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
                 (a path, or ``org/name/file.gguf``); or folder or Hub id of saved edits (recognised by its
                 ``edit_config.json``), or what `find_artifact` read there.
             config: method config or name; for saved edits ``None`` continues with the saved one.
-            base_model: instead of the one that the saved edit names: a model in memory, or a name as above.
+            base_model: instead of the one that the saved edit names: a model in memory, or a name as above; for edits
+                of a model behind an API, the backend that asks it.
             tokenizer: instead of the model's own.
             anatomy: overrides of the structural resolver.
             revision: of the repository that is named.
@@ -137,6 +143,8 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             ModelFileError: if a GGUF file is missing, damaged, or of a kind that transformers does not read.
         """
         artifact = model_or_edits if isinstance(model_or_edits, Artifact) else None
+        if base_model is not None and not isinstance(base_model, (str, Path, nn.Module)):
+            base_model = RemoteModel(base_model)
         name = "" if isinstance(model_or_edits, Artifact) else model_name(model_or_edits)
         if gguf_file is not None:
             if artifact is not None:
@@ -171,6 +179,24 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         return cls(
             loaded, config, tokenizer, anatomy=anatomy, base_model_id=name, base_model_revision=commit, untie=untie
         )
+
+    @classmethod
+    def from_backend(cls, backend: TextBackend, config: EditConfig | str = "auto") -> EditableModel:
+        """Make a model editable of which nothing is to be had but its answers, such as one behind an API.
+
+        Edits are facts that are put in front of the questions that they belong to; all verbs of an `EditableModel`
+        work on them. ``model.generate(text_or_messages, max_new_tokens=…)`` returns text.
+
+        Args:
+            backend: asks the model: an `OpenAICompatibleBackend`, or any object with the methods of a `TextBackend`.
+            config: of ``"ike"`` or ``"prompt"``, or their name; ``"auto"``: the better one of the two by measurement,
+                which is PROMPT (`docs/scenarios/black_box.md`).
+
+        Raises:
+            ConfigError: if the backend cannot answer.
+            UnsupportedModelError: for a method that works inside a model.
+        """
+        return cls(RemoteModel(backend), REMOTE_METHOD if config == "auto" else config)
 
     # ------------------------------------------------------------------ keeping edits
 

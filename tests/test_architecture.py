@@ -40,7 +40,7 @@ FLOORS: list[str] = [
     "errors logging testing version",
     "registry text",
     "storage tokens",
-    "config gguf requests",
+    "config gguf remote requests",
     "anatomy data embedded journal",
     "engine",
     "books decoding editors locate statistics values",

@@ -212,6 +212,23 @@ class Anatomy:
     logit_lens: bool | None = None
     one_stream: bool | None = None
 
+    @classmethod
+    def of_nothing(cls, model_class: str) -> Anatomy:
+        """The anatomy of something that has none: a model behind an API."""
+        return cls(
+            model_class=model_class,
+            model_type=None,
+            hidden_size=0,
+            num_layers=0,
+            layers_path="",
+            layers=(),
+            final_norm=None,
+            embeddings="",
+            head=None,
+            is_encoder_decoder=False,
+            head_tied=False,
+        )
+
     @property
     def checked(self) -> bool:
         """Whether `check_anatomy` has confirmed this anatomy on the model."""

@@ -17,6 +17,7 @@ from ..gguf.reading import inside_repository
 from ..journal import Edit
 from ..loading import is_local
 from ..logging import get_logger
+from ..remote.model import RemoteModel
 from ..storage.display import markdown_code, markdown_text, python_text
 from ..storage.files import read_file
 from .layout import ADAPTER_CONFIG, CARD, EVAL_RESULTS
@@ -84,11 +85,12 @@ def model_card(
         results: the numbers.
     """
     base = config["base_model_name_or_path"]
+    remote = config["base_model_class"] == RemoteModel.__name__
     at_sites = bool(config.get("tensors_in_adapter"))
     is_adapter = ADAPTER_CONFIG in config["files"] and not at_sites
     data = ModelCardData(
         library_name="hf_kedit",
-        **_origin(base, config["base_model_revision"], "adapter"),
+        **_origin("" if remote else base, config["base_model_revision"], "adapter"),
         datasets=_datasets(results),
         metrics=sorted({r.metric_type for r in results}) or None,
         pipeline_tag=_pipeline_tag(config),
@@ -102,7 +104,7 @@ def model_card(
     ) or "\n".join(f"- none; edits act at run time at {markdown_code(path)}" for path in _sites(config))
     undo_first = f"model.rollback({python_text(edits[0].id if edits else 'edit-id')})"
     here = repo_id or PLACEHOLDER
-    load_base = ", base_model=model" if not base or is_local(base) else ""
+    load_base = ", base_model=backend" if remote else ", base_model=model" if not base or is_local(base) else ""
     if at_sites:
         elsewhere = _with_peft(here)
     elif is_adapter:
@@ -123,8 +125,8 @@ and every one of them can be taken back.
 ## Use
 
 ```python
-from hf_kedit import EditableModel
-
+from hf_kedit import EditableModel{", OpenAICompatibleBackend" if remote else ""}
+{_backend_line(base) if remote else ""}
 model = EditableModel.from_pretrained({python_text(here)}{load_base})
 model.edits                      # what was changed
 with model.disable_edits():      # the original model, for comparison
@@ -145,6 +147,11 @@ An earlier version of a repository is loaded with `from_pretrained(…, revision
 {touched}
 
 {_numbers(results)}"""
+
+
+def _backend_line(name: str) -> str:
+    """How a model behind an API is asked; only whoever loads the edits knows where it is."""
+    return f"\nbackend = OpenAICompatibleBackend('https://host/v1', {python_text(name)}, api_key_env='OPENAI_API_KEY')"
 
 
 def _with_peft(here: str) -> str:

@@ -32,6 +32,7 @@ from ..gguf.reading import is_gguf, origin_of
 from ..journal import Journal
 from ..loading import hub_options, is_local, load_base, load_tokenizer, model_name
 from ..logging import get_logger
+from ..remote.model import RemoteModel
 from ..storage.files import FileSource
 from ..storage.parsing import parse_json
 from ..storage.repository import cached_commit
@@ -153,7 +154,7 @@ def arguments_of(
     artifact: Artifact,
     config: EditConfig | str | None,
     *,
-    base_model: PreTrainedModel | str | Path | None,
+    base_model: PreTrainedModel | RemoteModel | str | Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
     anatomy: Mapping[str, str] | None,
     base_model_revision: str | None,
@@ -175,6 +176,11 @@ def arguments_of(
     name, revision = _base_of(artifact), base_model_revision or described.get("base_model_revision")
     if isinstance(base_model, (str, Path)):
         name, revision = model_name(base_model), base_model_revision
+    if base_model is None and described.get("base_model_class") == RemoteModel.__name__:
+        raise ArtifactError(
+            f"{artifact.source}: the edits were made on {recorded!r}, a model behind an API; give what asks it:"
+            " base_model=OpenAICompatibleBackend(…), or on the command line --backend"
+        )
     if base_model is None or isinstance(base_model, (str, Path)):
         quantised = described.get("quantization_config")
         if not quantised:
@@ -184,7 +190,7 @@ def arguments_of(
         base_model = _load(artifact, name, revision, trust_remote_code, model_kwargs)
     if not ignore_fingerprint:
         _check_file(artifact, base_model)
-    if tokenizer is None:
+    if tokenizer is None and not isinstance(base_model, RemoteModel):
         tokenizer = _tokenizer(name, base_model, revision, trust_remote_code, hub_options(model_kwargs))
     chosen = config if config is not None else AutoEditConfig.for_method(described["method"])
     if config is None:
@@ -246,7 +252,7 @@ def _kind_of(name: str) -> str:
     return "the file" if is_gguf(name) else "the folder"
 
 
-def _check_file(artifact: Artifact, base_model: PreTrainedModel) -> None:
+def _check_file(artifact: Artifact, base_model: PreTrainedModel | RemoteModel) -> None:
     """Raise if edits were made on one GGUF file and the base model was read from another.
 
     A base model that comes from somewhere else is judged by its weights alone.

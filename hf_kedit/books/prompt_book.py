@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anatomy.switching import Switch
+from ..anatomy.switching import Switch, switched
 from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RollbackError
+from ..remote.model import RemoteModel
 from .book import Saved, check_known
 from .counterfactuals import BASE, find_counterfactual
 from .ledger import Ledger
@@ -61,6 +62,40 @@ class PromptEntry:
     embedding: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
 
+class _TextPrompter:
+    """The place of a `Prompter` before a model behind an API: what is put in front of a text is text.
+
+    Args:
+        model: the model.
+        front: a user's text → the text that is asked instead.
+    """
+
+    def __init__(self, model: RemoteModel, front: Callable[[str], str]):
+        self.model, self.front = model, front
+        self._passing = 0
+
+    def attach(self) -> None:
+        """Stand before the model."""
+        self.model.rewrite = lambda text: text if self.is_passing else self.front(text)
+
+    def detach(self) -> None:
+        """Leave it alone."""
+        self.model.rewrite = None
+
+    def passing(self) -> Switch[None]:
+        """Every text inside the block goes to the model as it is."""
+
+        def count(step: int) -> None:
+            self._passing += step
+
+        return switched(lambda: count(1), lambda: count(-1))
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether texts go to the model as they are now."""
+        return self._passing > 0
+
+
 class PromptBook:
     """Keeps the entries of one model and stands before it while there are any.
 
@@ -73,7 +108,7 @@ class PromptBook:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | RemoteModel,
         tokenizer: Callable[[], PreTrainedTokenizerBase | None],
         own_retriever: Callable[[str], Retriever] | None = None,
         ledger: Ledger | None = None,
@@ -81,7 +116,11 @@ class PromptBook:
         self.model, self.own_retriever = model, own_retriever
         self.ledger = ledger or Ledger(model)
         self.entries: tuple[PromptEntry, ...] = ()
-        self.prompter = Prompter(model, tokenizer, self.route)
+        self.prompter: Prompter | _TextPrompter = (
+            _TextPrompter(model, self.build_prompt)
+            if isinstance(model, RemoteModel)
+            else Prompter(model, tokenizer, self.route)
+        )
 
     @property
     def edit_ids(self) -> list[str]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ChatTemplateError, ConfigError
 from ..methods.base import Method, Outcome
+from ..remote.model import RemoteModel
 from ..requests import EditRequest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def read_by(method: Method, requests: Sequence[EditRequest]) -> list[EditRequest]:
@@ -25,12 +23,14 @@ def read_by(method: Method, requests: Sequence[EditRequest]) -> list[EditRequest
         raise ConfigError(
             f"{method.capabilities.name} edits in one format at a time: prompt_format='plain' or 'chat', not 'both'"
         )
-    return [_rendered(request, method.bench.tokenizer) for request in requests]
+    return [_rendered(request, method) for request in requests]
 
 
-def _rendered(request: EditRequest, tokenizer: PreTrainedTokenizerBase) -> EditRequest:
+def _rendered(request: EditRequest, method: Method) -> EditRequest:
+    if isinstance(method.bench.model, RemoteModel):  # which writes its chats itself
+        return request.asked("plain")
     try:
-        return request.rendered(tokenizer)
+        return request.rendered(method.bench.tokenizer)
     except ChatTemplateError as error:
         raise ChatTemplateError(f"row {request.row}: {error}" if request.row is not None else str(error)) from error
 

@@ -26,11 +26,12 @@ from ..decoding import Decoding, decode_with, decoding_now, decoding_of
 from ..engine.access import alone, among_others, exclusively, together_with_others
 from ..engine.quantised import keep_layout
 from ..engine.weights import head_kept, model_fingerprint, tensor_digest, untie_head
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..gguf.reading import GgufFile, origin_of
 from ..journal import Edit, Journal
 from ..loading import embedded_corpus, model_name
 from ..methods.base import Capabilities, Method, Workbench, method_class
+from ..remote.model import RemoteModel
 from ..statistics.corpora import SELF, Corpus, resolve_corpus, self_corpus
 from ..statistics.store import StatisticsStore
 
@@ -53,7 +54,7 @@ class EditedModel(nn.Module):
 
     def __init__(
         self,
-        base_model: PreTrainedModel,
+        base_model: PreTrainedModel | RemoteModel,
         config: EditConfig | str,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
@@ -71,25 +72,30 @@ class EditedModel(nn.Module):
             )
         if isinstance(base_model, EditedModel):
             raise ConfigError("this model is an EditableModel already; call its edit(), or use set_method()")
-        self.base_model = base_model
+        self.base_model = base_model  # type: ignore[assignment]  # what a RemoteModel lacks, it says itself
         self.tokenizer = tokenizer
         self.gguf: GgufFile | None = origin_of(base_model)
-        own = self.gguf.name if self.gguf is not None else getattr(base_model.config, "name_or_path", "")
-        self.base_model_id = model_name(base_model_id or own or "")
+        path = self.gguf.name if self.gguf is not None else getattr(base_model.config, "name_or_path", "")
+        self.base_model_id = model_name(base_model_id or path or "")
         commit = self.gguf.commit if self.gguf is not None else getattr(base_model.config, "_commit_hash", None)
         self.base_model_revision = base_model_revision or commit
         self.anatomy_overrides = dict(anatomy or {})
         with alone(base_model), head_kept(base_model):
-            if untie:
+            if untie and not isinstance(base_model, RemoteModel):
                 untie_head(base_model)
             keep_layout(base_model)
-            self.anatomy: Anatomy = check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
+            self.anatomy: Anatomy = (
+                Anatomy.of_nothing(type(base_model).__name__)
+                if isinstance(base_model, RemoteModel)
+                else check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
+            )
             self.ledger = Ledger(base_model)
             self.sites = SiteBook(base_model, self.ledger)
             reader = StateReader(
-                base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
+                self.base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
             )
-            self.prompts = PromptBook(base_model, lambda: self.tokenizer, reader.retriever, self.ledger)
+            own = None if isinstance(base_model, RemoteModel) else reader.retriever
+            self.prompts = PromptBook(base_model, lambda: self.tokenizer, own, self.ledger)
             self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
             self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
             self.trace: dict[str, torch.Tensor] | None = None
@@ -122,8 +128,14 @@ class EditedModel(nn.Module):
         chosen = AutoEditConfig.for_method(config) if isinstance(config, str) else config
         if not isinstance(chosen, EditConfig) or not chosen.edit_type:
             raise ConfigError(f"config must be an EditConfig or the name of a method, not {type(chosen).__name__}")
+        kind = method_class(chosen)
+        if self.is_remote and not kind.text_only:
+            raise UnsupportedModelError(
+                f"{kind.capabilities.name} works inside a model, and {self.base_model_id!r} is behind an API: it takes"
+                " 'ike' or 'prompt'"
+            )
         full = chosen.complete(self.profile)
-        method = method_class(full)(self._workbench(full), full)
+        method = kind(self._workbench(full), full)
         if "_method" in self.__dict__:  # what a method has learnt from its edits outlives a change of settings
             self._states[self.method_name] = self._method.state_dict()
         method.load_state_dict(self._states.get(full.edit_type, {}))
@@ -215,6 +227,11 @@ class EditedModel(nn.Module):
         """The facts about the model from which defaults are derived."""
         return profile_of(self.base_model, self.anatomy, self.base_model_id)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model is behind an API: it takes and gives text, and nothing else is known of it."""
+        return isinstance(self.base_model, RemoteModel)
+
     def get_base_model(self) -> PreTrainedModel:
         """The wrapped transformers model; it carries the edits."""
         return self.base_model
@@ -222,7 +239,7 @@ class EditedModel(nn.Module):
     @together_with_others
     def fingerprint(self) -> str:
         """A hash of the model as it is now, with all edits, for cache keys."""
-        weights = model_fingerprint(self.base_model)
+        weights = model_fingerprint(self.base_model) + getattr(self.base_model, "identity", "")
         inside = {"weights"} if not self.ledger.runs_beside else set()
         beside = [book for kind, book in self.books.items() if kind not in inside and book.edit_ids]
         return tensor_digest([(weights, torch.tensor(0)), *_contents(beside)])[:24] if beside else weights

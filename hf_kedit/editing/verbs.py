@@ -33,9 +33,9 @@ class Watcher(Protocol):
     """Something that looks at a model before and after an edit; `hf_kedit.SideEffects` is one."""
 
     def before(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, requests: Sequence[EditRequest]
     ) -> None:
-        """Called before anything is changed."""
+        """Called before anything is changed; a model behind an API has no tokenizer."""
 
     def after(self, model: PreTrainedModel) -> Any:
         """Called with the edited model; what it returns becomes `EditResult.side_effects`."""
@@ -87,7 +87,7 @@ class Editing(EditedModel):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
-        if self.tokenizer is None:
+        if self.tokenizer is None and not self.is_remote:
             raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
         if self.ledger.is_disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")

@@ -7,7 +7,7 @@ ledger does the rest: transaction, rollback, rounding, saving.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -16,6 +16,7 @@ import torch
 
 from ..books.book import Book, all_disabled
 from ..books.ledger import Ledger, WeightDelta
+from ..books.retrieval import Retriever
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import EditConfig, register_config
@@ -25,6 +26,7 @@ from ..engine.weights import get_module, get_weight
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError
 from ..logging import get_logger
 from ..registry import Table
+from ..remote.model import RemoteModel
 from ..requests import EditRequest
 from ..statistics.store import StatisticsStore
 from ..tokens import pad_id
@@ -140,6 +142,11 @@ class Workbench:
         return all_disabled(self.books.values())
 
     @property
+    def own_retriever(self) -> Callable[[str], Retriever] | None:
+        """Makes retrievers that compare the model's own states; ``None`` for a model that shows none."""
+        return None if isinstance(self.model, RemoteModel) else self.reader.retriever
+
+    @property
     def reader(self) -> StateReader:
         """Reads states of the unedited model, for retrievers."""
         return StateReader(self.model, self.anatomy, lambda: self.tokenizer, self.unedited)
@@ -163,6 +170,9 @@ class Method(ABC):
     both_formats: ClassVar[BothFormats | None] = None
     """How the method takes a request in two formats (plain and chat): it looks at `EditRequest.formats` itself, or it
     gets two requests for the one edit, or (``None``) not at all."""
+
+    text_only: ClassVar[bool] = False
+    """Whether the method needs nothing of a model but its answers, so that it works on one behind an API."""
 
     def __init__(self, bench: Workbench, config: EditConfig):
         self.bench = bench

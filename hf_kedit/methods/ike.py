@@ -33,6 +33,7 @@ from ..data.demonstrations import language_of, packaged_demonstrations
 from ..engine.examples import encode_examples, target_probabilities
 from ..errors import ConfigError, DataError
 from ..logging import get_logger, warn_once
+from ..remote.model import RemoteModel
 from ..requests import SLOT, EditRequest, load_requests
 from ..tokens import separator_between
 from .base import BothFormats, Capabilities, Method, Outcome, register_method
@@ -40,6 +41,8 @@ from .base import BothFormats, Capabilities, Method, Outcome, register_method
 logger = get_logger(__name__)
 BELIEVED = 0.5
 """A new answer less likely than this behind its fact is one that the model does not believe."""
+ANY = -1.0
+"""A similarity that every prompt reaches."""
 _ROWS = 8
 """Edits that are measured in one forward; each is as long as its demonstrations."""
 COPY, UPDATE, RETAIN = "copy", "update", "retain"
@@ -85,11 +88,14 @@ class PromptConfig(InContextConfig):
     Args:
         retriever: which prompts belong to an edit: ``"lexical"``, ``"model"`` or ``"model:<layer>"`` (the edited
             model's own states), the id of a sentence-transformers model, or a name given to `register_retriever`.
+        scope: ``"retrieve"``: an edit is put in front of the prompts that are similar enough; ``"always"``: the most
+            similar one in front of every prompt, as published evaluations do. Nothing is then left unchanged.
     """
 
     edit_type: ClassVar[str] = "prompt"
 
     retriever: str = LEXICAL
+    scope: Literal["retrieve", "always"] = "retrieve"
 
 
 @dataclass
@@ -140,14 +146,18 @@ class _Prompting(InContext):
     """What IKE and PROMPT share: checks, and an entry in the prompt memory."""
 
     config: PromptConfig
+    text_only: ClassVar[bool] = True
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the retriever is there."""
-        find_retriever(self.config.retriever, self.bench.reader.retriever)
+        find_retriever(self.config.retriever, self.bench.own_retriever)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One entry per request."""
         entries = [self.entry(request.asked("plain")) for request in requests]  # texts to compare and to read
+        shown = [{"demonstrations": len(entry.demonstrations)} for entry in entries]
+        if isinstance(self.bench.model, RemoteModel):  # asking for probabilities would cost two calls per fact
+            return Outcome([], shown, entries=entries)
         before, after = self._probabilities(requests, entries)
         if min(after) < BELIEVED:
             warn_once(
@@ -157,12 +167,8 @@ class _Prompting(InContext):
                 " changes the model itself may reach more",
             )
         diagnostics = [
-            {
-                "demonstrations": len(entry.demonstrations),
-                "target_probability_before": b,
-                "target_probability_after": a,
-            }
-            for entry, b, a in zip(entries, before, after, strict=True)
+            {**numbers, "target_probability_before": b, "target_probability_after": a}
+            for numbers, b, a in zip(shown, before, after, strict=True)
         ]
         return Outcome([], diagnostics, entries=entries)
 
@@ -193,7 +199,7 @@ class _Prompting(InContext):
             demonstrations=(),
             nearest_last=True,
             retriever=config.retriever,
-            threshold=config.threshold,
+            threshold=ANY if config.scope == "always" else config.threshold,
         )
 
 
@@ -265,7 +271,7 @@ class IKE(_Prompting):
     @cached_property
     def retriever(self) -> Retriever:
         """What compares demonstrations with edits; the pool is embedded once."""
-        return Remembering(find_retriever(self.config.retriever, self.bench.reader.retriever))
+        return Remembering(find_retriever(self.config.retriever, self.bench.own_retriever))
 
     @cached_property
     def pool(self) -> list[EditRequest]:

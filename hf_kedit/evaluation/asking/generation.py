@@ -23,6 +23,8 @@ from transformers import (
 from ...anatomy.switching import Switch, switched
 from ...engine.forward import device_of, frozen_eval, generating
 from ...errors import ChatTemplateError, EvaluationError, shown
+from ...remote.backend import TextOrMessages
+from ...remote.model import RemoteModel
 from ...text.chat import chat_text
 from ...tokens import context_length, pad_id, pad_rows, prompt_ids
 from .batching import (
@@ -117,6 +119,10 @@ def generate_answers(
     model = stock_model(model)
     if max_new_tokens < 1:
         raise EvaluationError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if isinstance(model, RemoteModel):
+        if sampling is not None:
+            raise EvaluationError(f"{model.name!r} is behind an API: its answers cannot be sampled by our numbers")
+        return _ask_remote(model, prompts, max_new_tokens, prompt_format, cut_at_newline, stop_strings)
     encoder_decoder = is_encoder_decoder(model)
     limit = context_length(model.config)
     room = limit if encoder_decoder or limit is None else limit - max_new_tokens
@@ -141,6 +147,30 @@ def generate_answers(
             for prompt, (text, ids, finished) in zip(group, continued, strict=True):
                 results[prompt] = Continuation(prompt, text, tuple(ids), finished, cuts[prompt])
     return [results[p] for p in prompts]
+
+
+def _ask_remote(
+    model: RemoteModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    prompt_format: PromptFormat,
+    cut_at_newline: bool | None,
+    stop_strings: Sequence[str],
+) -> list[Continuation]:
+    """The same from a model that only gives text: no token ids, and whether it ended by itself is not known.
+
+    Cut at the first newline is, unless asked for otherwise, what a model writes that goes on with a text; one that
+    is told things by a user answers, and that answer counts.
+    """
+    cut_lines = prompt_format != "chat" and not model.chats if cut_at_newline is None else cut_at_newline
+    asked: dict[str, TextOrMessages] = {}
+    for prompt in prompts:
+        chat: TextOrMessages = [{"role": "user", "content": prompt}]
+        asked[prompt] = chat if prompt_format == "chat" else format_prompt(prompt, prompt_format)
+    texts = model.answers(list(asked.values()), max_new_tokens, tuple(stop_strings))
+    lines = (text.lstrip().partition("\n")[0] if cut_lines else text for text in texts)
+    given = {prompt: Continuation(prompt, text.strip(), (), False) for prompt, text in zip(asked, lines, strict=True)}
+    return [given[prompt] for prompt in prompts]
 
 
 def format_prompt(prompt: str, prompt_format: PromptFormat) -> str:

@@ -7,6 +7,7 @@ tokenizer, which is never changed. This module knows nothing of edits, cases or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ import torch
 from ...books.sites import prompt_lengths
 from ...engine.forward import Positions, accepts, device_of, frozen_eval, gather_logits
 from ...errors import EvaluationError, RequestError
+from ...remote.backend import TargetScores
+from ...remote.model import RemoteModel
 from ...tokens import (
     context_length,
     encode_pair,
@@ -158,6 +161,8 @@ def try_score_pairs(
 ) -> list[PairScore | Unscored]:
     """Do what `score_pairs` does, with an `Unscored` in the place of each pair that cannot be scored."""
     model = stock_model(model)
+    if isinstance(model, RemoteModel):
+        return _ask_remote(model, pairs, separator)
     results: dict[tuple[str, str], PairScore | Unscored] = {}
     rows: dict[tuple[str, str], TargetRow] = {}
     for prompt, target in dict.fromkeys((p, t) for p, t in pairs):
@@ -185,6 +190,46 @@ def try_score_pairs(
             for pair, score in zip(group, _score_batch(model, tokenizer, group, rows), strict=True):
                 results[pair] = score
     return [results[p, t] for p, t in pairs]
+
+
+def _ask_remote(
+    model: RemoteModel, pairs: Sequence[tuple[str, str]], separator: str | None
+) -> list[PairScore | Unscored]:
+    """The same from what a backend says of given continuations. It names no ids: a token that is the most probable one
+    is 1 and any other 0, where the target is 1 everywhere.
+
+    A backend that gives one logarithm for the whole target knows less. From a probability of one half on, every token
+    of it is certainly the most probable one; below that, nothing is known of the tokens, and the pair counts as wrong.
+
+    Raises:
+        EvaluationError: if the backend has no log-probabilities.
+    """
+    joined = [
+        (prompt + (separator_between(prompt, target) if separator is None else separator), target)
+        for prompt, target in dict.fromkeys(pairs)
+    ]
+    scores: dict[tuple[str, str], PairScore | Unscored] = {}
+    for (prompt, target), found in zip(dict.fromkeys(pairs), model.scores(joined), strict=True):
+        if found is None:
+            raise EvaluationError(
+                f"{model.name!r} is behind an API that gives no log-probabilities of given texts, which this"
+                " measurement needs; use protocol='generation' (or 'judge')"
+            )
+        if isinstance(found, float):
+            found = TargetScores((found,), (found >= math.log(0.5),))
+        count, total = len(found.log_probabilities), -sum(found.log_probabilities)
+        hits = tuple(map(int, found.most_probable))
+        scores[prompt, target] = PairScore(
+            prompt=prompt,
+            target=target,
+            target_ids=(1,) * count,
+            pred_ids=hits,
+            token_acc=sum(hits) / count,
+            exact=sum(hits) == count,
+            nll=total / count,
+            sum_nll=total,
+        )
+    return [scores[pair] for pair in pairs]
 
 
 def encode_row(

@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 from ...errors import EvaluationError, check_count, shown
 from ...logging import get_logger, warn_once
+from ...remote.backend import chat_reply
+from ...remote.endpoint import Endpoint
 from ...storage.parsing import parse_json
 from ..asking.generation import generate_answers
 from . import metrics
-from .endpoint import ChatEndpoint
 
 logger = get_logger(__name__)
 Verdict = float | None
@@ -275,7 +276,9 @@ class OpenAICompatibleJudge(ModelJudge):
         if fallback not in (None, "exact"):
             raise EvaluationError(f"fallback must be 'exact' or None, not {shown(fallback)}")
         check_count("max_tokens", max_tokens)
-        self.endpoint = ChatEndpoint(base_url, api_key_env, timeout, retries, wait)
+        self.endpoint = Endpoint(
+            *(base_url, "/chat/completions", api_key_env, timeout, retries, wait), role="judge", error=EvaluationError
+        )
         self.fallback, self.max_tokens = fallback, max_tokens
         self.fallbacks = 0
         if api_key_env is not None and not os.environ.get(api_key_env) and fallback is None:
@@ -295,13 +298,14 @@ class OpenAICompatibleJudge(ModelJudge):
             return max((metrics.exact(prediction, r) for r in references), default=None)
 
     def reply(self, prompt: str) -> str:
-        return self.endpoint.reply(
+        return self.endpoint.ask(
             {
                 "model": self.name,
                 "messages": [{"role": "user", "content": prompt}],
                 "temperature": 0,
                 "max_tokens": self.max_tokens,
-            }
+            },
+            chat_reply,
         )
 
 

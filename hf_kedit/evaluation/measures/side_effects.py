@@ -194,7 +194,7 @@ class SideEffects:
         self._before: list[str] = []
 
     def before(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, requests: Sequence[EditRequest]
     ) -> None:
         """Ask the model as it is before the edit; of many requests, about `MOST_REQUESTS`."""
         step = max(1.0, len(requests) / MOST_REQUESTS)

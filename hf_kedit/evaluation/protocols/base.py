@@ -305,6 +305,8 @@ class Generation(Protocol):
         separator: str | None,
         token_budget: int = TOKEN_BUDGET,
     ) -> list[Output]:
+        if tokenizer is None and (self.scorer == PREFIX_TOKENS or self.agreement_tokens is not None):
+            raise EvaluationError("tokens of a model behind an API are not known: compare texts ('contains', 'exact')")
         answers = generate_answers(
             model,
             tokenizer,

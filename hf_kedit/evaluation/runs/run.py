@@ -111,9 +111,9 @@ class Run:
 
     def __post_init__(self) -> None:
         self.base = stock_model(self.model)
-        if self.model.tokenizer is None:
+        if self.model.tokenizer is None and not self.model.is_remote:
             raise EvaluationError("the model has no tokenizer; pass one when you make the EditableModel")
-        self.tokenizer = self.model.tokenizer
+        self.tokenizer: Any = self.model.tokenizer
         if self.separator is None:
             self.separator = self.model.edit_config.separator
         if self.system is None:
@@ -204,6 +204,8 @@ class Run:
             EvaluationError: if the protocol would put the chat into another frame.
         """
         own = request.in_format(None if self.setting == SAVED else self.model.edit_config.prompt_format, self.system)
+        if self.model.is_remote:  # which writes its chats itself
+            return own.asked("plain")
         asked = own.asked(self.prompt_format, self.system)
         frame = getattr(protocol, "prompt_format", "raw")
         if asked.prompt_format == "chat" and frame != "raw":
@@ -256,7 +258,7 @@ class Run:
             self.dtype,
             str(device_of(self.base)),
             decoding_now(self.base),
-            (type(tokenizer).__name__, getattr(tokenizer, "name_or_path", ""), len(tokenizer)),
+            (type(tokenizer).__name__, getattr(tokenizer, "name_or_path", ""), len(tokenizer or ())),
         )
 
     def _cache_keys(self, protocol: Protocol, queries: Sequence[Query]) -> dict[Query, tuple[Any, ...]]:

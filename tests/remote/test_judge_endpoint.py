@@ -14,7 +14,7 @@ import pytest
 
 from hf_kedit.errors import EvaluationError
 from hf_kedit.evaluation import CallableJudge, OpenAICompatibleJudge
-from hf_kedit.evaluation.measures.endpoint import LARGEST_BODY
+from hf_kedit.remote.endpoint import LARGEST_BODY
 
 GOOD = json.dumps({"choices": [{"message": {"content": "A"}}]}).encode()
 HEAD = b"HTTP/1.1 200 OK\r\n"
