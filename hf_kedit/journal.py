@@ -223,6 +223,9 @@ class Journal:
         return cls(edits)
 
 
+_WRITER = json.JSONEncoder(ensure_ascii=False)  # made once: a journal has many lines
+
+
 def _line(edit: dict[str, Any]) -> str:
     line = _as_json(edit)
     if isinstance(line, str):
@@ -234,7 +237,7 @@ def _line(edit: dict[str, Any]) -> str:
 def _as_json(value: Any) -> str | Exception:
     """A value as JSON that can be written in UTF-8, or why it cannot."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = _WRITER.encode(value)
         text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         return error

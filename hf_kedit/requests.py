@@ -7,10 +7,10 @@ in prompts are harmless.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
 
 from .errors import DataError, RequestError, SubjectNotFoundError, nearest, shown
 from .storage.cells import check_plain, read_cell
@@ -263,17 +263,17 @@ class EditRequest:
                 strict, objects = isinstance(value, CsvRow), name in _OBJECTS
                 data[name] = read_cell(data[name], name, row, strict=strict, objects=objects)
         extra = data.get("extra")
-        for name in _OPTIONAL:
-            if data.get(name) is None and isinstance(extra, Mapping):
-                data[name] = extra.get(name)  # `FEATURES` has no columns for them
+        if isinstance(extra, Mapping):
+            for name in _OPTIONAL:
+                if data.get(name) is None:
+                    data[name] = extra.get(name)  # `FEATURES` has no columns for them
         metadata = data.pop("metadata", None) or {}
         if not isinstance(metadata, Mapping):
             raise RequestError(f"must be a dict, not {type(metadata).__name__}", row=row, field="metadata")
         metadata = dict(metadata)
         for name in _DESCRIPTIVE:
-            if data.get(name) is not None:
-                metadata[name] = data[name]
-            data.pop(name, None)
+            if (described := data.pop(name, None)) is not None:
+                metadata[name] = described
         unknown = [name for name in data if name not in _FIELDS]
         if unknown:
             raise RequestError(
@@ -328,7 +328,7 @@ class EditRequest:
             self._check_text("messages", message["content"])
         self.prompt, self.prompt_format = self.messages[-1]["content"], self.prompt_format or "chat"
 
-    def _fail(self, message: str, field_name: str) -> None:
+    def _fail(self, message: str, field_name: str) -> NoReturn:
         raise RequestError(message, row=self.row, field=field_name, request_id=self.id)
 
     def _check_text(self, name: str, value: Any, *, blank: bool = False) -> None:
@@ -358,7 +358,7 @@ class EditRequest:
             return probes
         if isinstance(value, Mapping):
             for axis, entries in value.items():
-                probes[str(axis)] = list(self._axis(f"{name}[{axis!r}]", entries))
+                probes[str(axis)] = self._axis(f"{name}[{axis!r}]", entries)
         elif isinstance(value, Sequence) and not isinstance(value, str):
             for entry in value:
                 axis = entry.get("name") if isinstance(entry, Mapping) else None
@@ -369,31 +369,32 @@ class EditRequest:
         else:
             self._fail(f"must be a dict of axis → probes, not {type(value).__name__}", name)
         for axis, entries in probes.items():
-            self._check_text(name, axis)
-            place = f"{name}[{axis!r}]"
+            texts: list[Any] = [axis]
             for probe in entries:
-                for text in (probe.prompt, *probe.answers, *([probe.image] if probe.image is not None else [])):
-                    self._check_text(place, text)
+                texts.append(probe.prompt)
+                for group in probe.ground_truth:
+                    texts += group
+                if probe.image is not None:
+                    texts.append(probe.image)
+            if not _are_texts(texts):
+                self._check_text(name, axis)
+                for text in texts[1:]:
+                    self._check_text(f"{name}[{axis!r}]", text)
         return {axis: entries for axis, entries in probes.items() if entries}
 
-    def _axis(self, name: str, entries: Any) -> Iterator[Probe]:
-        if isinstance(entries, Mapping) and isinstance(entries.get("prompt"), Sequence):
-            prompts = entries["prompt"]
-            if isinstance(prompts, str):
-                yield Probe.from_value(entries, field_name=name, row=self.row)
-                return
+    def _axis(self, name: str, entries: Any) -> list[Probe]:
+        if isinstance(entries, (list, Sequence)) and not isinstance(entries, str):
+            return [Probe.from_value(entry, field_name=name, row=self.row) for entry in entries]
+        if isinstance(entries, (Mapping, Probe)):
+            prompts = entries.get("prompt") if isinstance(entries, Mapping) else None
+            if isinstance(entries, Probe) or isinstance(prompts, str) or not isinstance(prompts, Sequence):
+                return [Probe.from_value(entries, field_name=name, row=self.row)]
             answers = entries.get("ground_truth") or [None] * len(prompts)
             if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
                 self._fail("'prompt' and 'ground_truth' must be lists of the same length", name)
-            for prompt, answer in zip(prompts, answers, strict=True):
-                yield Probe.from_value({"prompt": prompt, "ground_truth": answer}, field_name=name, row=self.row)
-        elif isinstance(entries, (Mapping, Probe)):
-            yield Probe.from_value(entries, field_name=name, row=self.row)
-        elif isinstance(entries, Sequence) and not isinstance(entries, str):
-            for entry in entries:
-                yield Probe.from_value(entry, field_name=name, row=self.row)
-        else:
-            self._fail(f"must be a probe or a list of probes, not {type(entries).__name__}", name)
+            pairs = [{"prompt": p, "ground_truth": answer} for p, answer in zip(prompts, answers, strict=True)]
+            return [Probe.from_value(pair, field_name=name, row=self.row) for pair in pairs]
+        self._fail(f"must be a probe or a list of probes, not {type(entries).__name__}", name)
 
 
 _FIELDS = (
@@ -429,6 +430,15 @@ KNOWN_FIELDS = frozenset({*_FIELDS, *_ALIASES, *_DESCRIPTIVE, "metadata"})
 
 _LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra", "messages")
 _CELLS = (*_LISTS, *_OBJECTS)
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Whether `EditRequest._check_text` would let all of them pass: asked of many at once, in a fraction of its time."""
+    try:
+        whole = "".join(values)
+    except TypeError:
+        return False
+    return all(map(str.strip, values)) and "\x00" not in whole and is_writable(whole)
 
 
 def in_row(build: Callable[[EditRequest], T], request: EditRequest) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
+
+_version = functools.cache(importlib.metadata.version)  # which reads a library's files each time
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def _describe(model: EditedModel, contents: _Contents) -> dict[str, Any]:
         "context_templates": model.used_templates,
         "modules": books["weights"],
         "books": {kind: described for kind, described in books.items() if described and kind != "weights"},
-        "library_versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "library_versions": {name: _version(name) for name in _LIBRARIES},
         **({} if model.decoding_config is None else {"decoding": model.decoding_config.to_dict()}),
     }
 

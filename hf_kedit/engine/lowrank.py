@@ -41,18 +41,27 @@ class Factors:
 def shorten(left: torch.Tensor, right: torch.Tensor, rank: int | None = None) -> Factors:
     """The fewest columns with the same product, or the best approximation with ``rank`` of them.
 
-    QR of both factors and the SVD of the small core ``R_U R_Vᵀ``, all in fp64; the product is never formed. The
-    singular values are split evenly between the factors.
+    QR of both factors and the SVD of the small core ``R_U R_Vᵀ``, all in fp64; the product is never formed, unless
+    there are more columns than rows. The singular values are split evenly between the factors.
 
     Args:
         left: ``[d_out, n]``.
         right: ``[d_in, n]``.
         rank: the most columns to return; ``None``: as many as the product needs.
     """
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(right.double())
+    q_left, r_left = _triangular(left.double())
+    q_right, r_right = _triangular(right.double())
     u, sigma, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    return _keep(q_left @ u, sigma, q_right @ vh.T, rank, STACK_TOLERANCE)
+    u, v = (side if q is None else q @ side for q, side in ((q_left, u), (q_right, vh.T)))
+    return _keep(u, sigma, v, rank, STACK_TOLERANCE)
+
+
+def _triangular(factor: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """``Q`` and ``R``; where QR would not make anything smaller (more columns than rows), ``None`` for the identity."""
+    if factor.shape[1] >= factor.shape[0]:
+        return None, factor
+    q, r = torch.linalg.qr(factor)
+    return q, r
 
 
 def factorise(matrix: torch.Tensor, rank: int | None = None) -> Factors:

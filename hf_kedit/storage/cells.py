@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import DataError, RequestError, shown
 from ..text.scripts import HALF, is_writable
-from .parsing import LEVELS, parse_json
+from .parsing import LARGEST, LEVELS, TOO_LARGE, parse_json
 
 _LIST_AS_TEXT = re.compile(r"""\[\s*['"].*['"]\s*\]""", flags=re.DOTALL)  # what str(["a"]) gives in Python and numpy
 
@@ -59,6 +59,8 @@ def check_plain(name: str, value: Any, fail: Callable[[str, str], None], level: 
         fail: called with what is wrong and the name; raises.
         level: how deep the value lies.
     """
+    if level == 0 and _is_plain(value):
+        return
     if level > LEVELS:
         fail(f"is nested more than {LEVELS} levels deep", name)
     if isinstance(value, str):
@@ -74,6 +76,33 @@ def check_plain(name: str, value: Any, fail: Callable[[str, str], None], level: 
     elif isinstance(value, list):
         for i, part in enumerate(value):
             check_plain(f"{name}[{i}]", part, fail, level + 1)
+    elif isinstance(value, int) and abs(value) >= LARGEST:
+        fail(TOO_LARGE, name)
     elif value is not None and not isinstance(value, (bool, int, float)):
         better = "a list" if isinstance(value, tuple) else "text or plain numbers"
         fail(f"a {type(value).__name__} cannot be saved as it is; write {better}", name)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `check_plain` finds nothing to refuse: quicker than to name each part for messages that nobody reads."""
+    level, texts = [value], []
+    for _ in range(LEVELS + 1):
+        below: list[Any] = []
+        for part in level:
+            kind = type(part)
+            if kind is str:
+                texts.append(part)
+            elif kind is dict:
+                texts += part
+                below += part.values()
+            elif kind is list:
+                below += part
+            elif kind is int:
+                if not -LARGEST < part < LARGEST:
+                    return False
+            elif kind not in (float, bool, type(None)):
+                return False
+        if not below:
+            return all(type(text) is str for text in texts) and is_writable("".join(texts))
+        level = below
+    return False

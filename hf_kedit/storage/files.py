@@ -197,9 +197,9 @@ def _place(folder: Path, name: str) -> Path:
 
 def _clear(target: Path) -> None:
     """Remove what writers have left beside a folder; to be called by the only one."""
-    for left in target.parent.iterdir():
-        if left.name.startswith(f".{target.name}{_MARK}") and left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    for name in os.listdir(target.parent):  # there may be thousands of other folders
+        if name.startswith(f".{target.name}{_MARK}") and (target.parent / name).is_dir():
+            shutil.rmtree(target.parent / name, ignore_errors=True)
     for left in target.glob(f"{_MARK}*"):
         if not _PENDING.match(left.name):
             shutil.rmtree(left, ignore_errors=True)

@@ -20,7 +20,9 @@ LEVELS = 100
 """How deep lists and mappings may be nested; far below where a recursive function would fail."""
 SIZE = 1_000_000
 """How many values a YAML file may stand for: with aliases, a few lines can stand for more than a memory holds."""
-_LARGEST = 10**300
+_DIGITS = 300
+LARGEST = 10**_DIGITS
+TOO_LARGE = f"a number has more than {_DIGITS} digits"
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -60,12 +62,11 @@ def parse_json(text: str | bytes, what: str, error: type[KeditError]) -> Any:
     """
     text = decode(text, what, error) if isinstance(text, bytes) else text
     try:
-        value = json.loads(text)
+        return _plain_json(text)
     except json.JSONDecodeError as reason:
         raise error(f"{what}, line {reason.lineno}: not JSON ({reason.msg})") from reason
     except (RecursionError, ValueError) as reason:
         raise error(f"{what}: {_beyond(reason)}") from reason
-    return checked(value, what, error)
 
 
 def parse_json_lines(lines: str | bytes | Iterable[str], what: str, error: type[KeditError]) -> Iterator[Any]:
@@ -74,11 +75,11 @@ def parse_json_lines(lines: str | bytes | Iterable[str], what: str, error: type[
     for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, start=1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = _plain_json(line)
             except (RecursionError, ValueError) as reason:
                 said = f"not JSON ({reason.msg})" if isinstance(reason, json.JSONDecodeError) else _beyond(reason)
                 raise error(f"{what}, line {number}: {said}") from reason
-            yield checked(value, f"{what}, line {number}", error)
+            yield value
 
 
 def parse_yaml(text: str | bytes, what: str, error: type[KeditError]) -> Any:
@@ -145,6 +146,24 @@ def checked(value: Any, what: str, error: type[KeditError], most: int | None = N
     return value
 
 
+def _whole(digits: str) -> int:
+    """A whole number of a JSON text."""
+    if len(digits.lstrip("-")) > _DIGITS:
+        raise ValueError(TOO_LARGE)
+    return int(digits)
+
+
+_JSON = json.JSONDecoder(parse_int=_whole)
+
+
+def _plain_json(text: str) -> Any:
+    """The plain value of a JSON text; a `ValueError` or `RecursionError` for what is not JSON, or not plain."""
+    value = _JSON.decode(text)
+    if text.count("[") + text.count("{") > LEVELS:  # with fewer brackets it cannot be nested deeper
+        _check_json(value)
+    return value
+
+
 def _check_json(value: Any) -> None:
     """Raise a `ValueError` for what JSON can hold and is not plain: as `_extent`, in a fraction of its time."""
     level, depth = [[value]], -1  # all lists and mappings of one level; nothing is shared, and every name is text
@@ -158,8 +177,8 @@ def _check_json(value: Any) -> None:
                 kind = type(part)
                 if kind is dict or kind is list:
                     below.append(part)
-                elif kind is int and not -_LARGEST < part < _LARGEST:
-                    raise ValueError("a number has more than 300 digits")
+                elif kind is int and not -LARGEST < part < LARGEST:
+                    raise ValueError(TOO_LARGE)
         level, depth = below, depth + 1
 
 
@@ -178,8 +197,8 @@ def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[
     if kind is not dict and kind is not list:
         if kind not in _PLAIN:
             raise ValueError(f"{str(value)[:40]!r} is a {kind.__name__}; write it in quotes, as text")
-        if kind is int and not -_LARGEST < value < _LARGEST:
-            raise ValueError("a number has more than 300 digits")
+        if kind is int and not -LARGEST < value < LARGEST:
+            raise ValueError(TOO_LARGE)
         return 0, 1
     if id(value) not in known:
         if depth >= LEVELS:

@@ -35,7 +35,7 @@ class Probe:
         """Build a probe from a dict with ``prompt`` and ``ground_truth`` (string, list or list of lists)."""
         if isinstance(value, Probe):
             return value
-        if not isinstance(value, Mapping):
+        if not isinstance(value, (dict, Mapping)):  # dict: to ask an abstract class takes time, of thousands of probes
             raise RequestError(
                 f"a probe must be a dict with 'prompt' and 'ground_truth', not {type(value).__name__}",
                 row=row,
@@ -59,16 +59,19 @@ def answer_groups(value: Any, field_name: str = "ground_truth", row: int | None 
         return []
     if isinstance(value, str):
         value = [value]
-    if not isinstance(value, Sequence):
+    if not isinstance(value, (list, Sequence)):
         raise RequestError(
             f"answers must be a string or a list, not {type(value).__name__}", row=row, field=field_name
         )
     groups: list[list[str]] = []
     for entry in value:
         aliases = entry if isinstance(entry, (list, tuple)) else [entry]
-        if not all(isinstance(a, str) or a is None for a in aliases):
-            raise RequestError("answers must be strings", row=row, field=field_name)
-        kept = [a for a in aliases if a is not None and a.strip()]
+        try:
+            kept = list(filter(str.strip, aliases))
+        except TypeError as error:
+            if not all(isinstance(alias, str) or alias is None for alias in aliases):
+                raise RequestError("answers must be strings", row=row, field=field_name) from error
+            kept = [alias for alias in aliases if alias is not None and alias.strip()]
         if kept:
             groups.append(kept)
     return groups
@@ -76,11 +79,9 @@ def answer_groups(value: Any, field_name: str = "ground_truth", row: int | None 
 
 def probes_to_json(probes: Mapping[str, Sequence[Probe]]) -> dict[str, list[dict[str, Any]]]:
     """Probes by axis as JSON-ready dicts, from which `Probe.from_value` builds equal ones."""
-    return {
-        axis: [
-            {"prompt": p.prompt, "ground_truth": p.ground_truth, "match": p.match}
-            | ({"image": p.image} if p.image else {})
-            for p in entries
-        ]
-        for axis, entries in probes.items()
-    }
+    return {axis: [_probe_to_json(probe) for probe in entries] for axis, entries in probes.items()}
+
+
+def _probe_to_json(probe: Probe) -> dict[str, Any]:
+    value = {"prompt": probe.prompt, "ground_truth": probe.ground_truth, "match": probe.match}
+    return {**value, "image": probe.image} if probe.image else value
