@@ -433,7 +433,7 @@ _CELLS = (*_LISTS, *_OBJECTS)
 
 
 def _are_texts(values: Sequence[Any]) -> bool:
-    """Whether `EditRequest._check_text` would let all of them pass: asked of many at once, in a fraction of its time."""
+    """Whether `EditRequest._check_text` lets all of them pass: asked of many at once, in a fraction of its time."""
     try:
         whole = "".join(values)
     except TypeError:

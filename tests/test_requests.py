@@ -154,6 +154,34 @@ def test_probe_layouts_are_equivalent() -> None:
     assert flat.locality["N"][0].answers == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("answers", "groups"),
+    [
+        (["a", None, " ", ""], [["a"]]),
+        ([["a", None, " "], [None], ("b", "c")], [["a"], ["b", "c"]]),
+        (("a",), [["a"]]),
+    ],
+)
+def test_answers_without_what_is_none(answers: Any, groups: list[list[str]]) -> None:
+    request = EditRequest.from_dict(GOOD | {"locality": {"N": [{"prompt": "p", "ground_truth": answers}]}})
+    assert request.locality["N"][0].ground_truth == groups
+    for wrong in ([1], [["a", 1]], [[None, b"a"]], 3):
+        with pytest.raises(RequestError, match="answers must be"):
+            EditRequest.from_dict(GOOD | {"locality": {"N": [{"prompt": "p", "ground_truth": wrong}]}})
+
+
+@pytest.mark.parametrize("text", ["", " ", "a\x00", "\ud83d", 3])
+def test_a_wrong_text_among_right_ones_is_named(text: Any) -> None:
+    """Probes are looked at together; what is wrong with one of them is said of its place."""
+    right = Probe("p", [["a", "\U0001f600"]], image="i.png")
+    for wrong in (Probe(text, [["a"]]), Probe("p", [["a", text]]), Probe("p", image=text)):
+        with pytest.raises(RequestError) as error:
+            EditRequest(**GOOD, locality={"N": [right]}, portability={"M": [right], "O": [right, wrong]})
+        assert error.value.field == "portability['O']"
+    with pytest.raises(RequestError, match="locality"):
+        EditRequest(**GOOD, locality={"\x00": [right]})
+
+
 def test_dict_round_trip_through_json() -> None:
     request = EditRequest.from_dict(
         GOOD | {"ground_truth": ["go"], "portability": {"R": {"prompt": "q", "ground_truth": "x"}}, "task": "fact"}

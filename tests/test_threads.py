@@ -17,13 +17,16 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 
-from hf_kedit import EditableModel, EditRequest, evaluate_edits
+from hf_kedit import EditableModel, EditRequest, IKEConfig, MENDConfig, ROMEConfig, evaluate_edits
 from hf_kedit.config import config_class
 from hf_kedit.engine import access
 from hf_kedit.engine.access import access_to, alone, among_others
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import EditFailedError, ModelBusyError, WeightError
+from hf_kedit.methods import ike
+from hf_kedit.methods.mend import MENDEditor
+from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.storage.repository import push_files
 from hf_kedit.testing.hub import LoopbackHub
 from tests.golden_cases import load_model
@@ -243,6 +246,7 @@ def test_changes_wait_for_calls_that_run_and_calls_for_them(name: str, tmp_path:
     held = Held(lambda: among_others(model.base_model))
     arguments: dict[str, Any] = {} if name in ("unload", "merge_and_unload", "resolve_all") else {"a": 1}
     arguments = {files[name]: tmp_path} if name in files else arguments
+    arguments = {"set_method": {"config": "rome"}, "edit": {"requests": FACTS[1]}}.get(name, arguments)
     changing = Work(lambda: getattr(model, name)(**arguments))
     assert waits(model, changing)
     asking = Work(lambda: logits(model))
@@ -381,30 +385,75 @@ class Gate:
     def __exit__(self, *error: object) -> None: ...
 
 
-@pytest.mark.parametrize("verb", ["load_edits", "import_lora"])
-def test_nobody_waits_for_the_hub(
-    verb: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def shared_edits(folder: Path) -> None:
     there = fresh()
     edit(there, FACTS[0])
-    there.export_lora(tmp_path / "lora")
+    there.export_lora(folder / "lora")
     there.push_to_hub("org/edits")
-    push_files("org/lora", {path.name: path for path in (tmp_path / "lora").iterdir()}, message="a LoRA")
+    push_files("org/lora", {path.name: path for path in (folder / "lora").iterdir()}, message="a LoRA")
+
+
+def shared_statistics(folder: Path) -> None:
+    there = fresh()
+    weight = there.base_model.get_submodule(DOWN).weight
+    there.statistics.put(DOWN, SecondMoment(torch.eye(weight.shape[1], dtype=torch.float64), 1000, "a text"))
+    there.statistics.push_to_hub("org/statistics")
+
+
+def shared_editor(folder: Path) -> None:
+    MENDEditor.for_model(fresh().base_model, MENDConfig(inner_params=[DOWN])).push_to_hub("org/mend")
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+FAR = "zsre"  # a data set that is fetched
+STATISTICS = ROMEConfig(layers=[1], **{**FIELDS["rome"], "mom2_adjustment": True}, stats_dataset="org/statistics")
+FETCHING: dict[str, tuple[Callable[[Path], None], Any, Callable[[EditableModel], Any]]] = {
+    "saved edits": (shared_edits, None, lambda model: model.load_edits("org/edits")),
+    "a LoRA": (shared_edits, None, lambda model: model.import_lora("org/lora")),
+    "statistics": (shared_statistics, STATISTICS, lambda model: edit(model, FACTS[0])),
+    "an editor": (shared_editor, None, lambda model: model.set_method(MENDConfig(editor="org/mend"))),
+    "demonstrations": (lambda folder: None, IKEConfig(demonstrations=FAR, k=2), lambda model: edit(model, FACTS[0])),
+}
+
+
+@pytest.mark.parametrize("what", FETCHING)
+def test_nobody_waits_for_the_hub(
+    what: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    share, config, call = FETCHING[what]
+    share(tmp_path)
     model, gate = fresh(), Gate()
-    before = digest(model)
+    if config is not None:
+        model.set_method(config)
+    before, plain = digest(model), logits(model)
+
+    def far_facts(name: str, **options: Any) -> list[EditRequest]:
+        assert name == FAR
+        gate.__enter__()
+        return FACTS[1:]
+
     monkeypatch.setattr(hub, "lock", gate)
-    fetching = Work(lambda: getattr(model, verb)("org/edits" if verb == "load_edits" else "org/lora"))
+    monkeypatch.setattr(ike, "load_edit_dataset", far_facts)
+    fetching = Work(lambda: call(model))
     try:
         assert gate.asked.wait(PATIENCE)
         assert not busy(model)
         says(model, IDS)
-        edit(model, FACTS[1])
-        model.rollback("all")
-        assert digest(model) == before and not fetching.is_done
+        with model.exclusive():
+            assert digest(model) == before and not fetching.is_done
+        if config is None:  # which edits without the Hub
+            edit(model, FACTS[1])
+            model.rollback("all")
+            assert digest(model) == before and not fetching.is_done
     finally:
         gate.opened.set()
-    assert not isinstance(fetching.result(), Exception)
-    assert torch.allclose(logits(model), logits(there), atol=1e-5) and digest(model) != before
+    assert not isinstance(result := fetching.result(), Exception), result
+    ids = prompt_ids(model, FACTS[0])
+    if what == "an editor":
+        assert model.method_name == "mend" and digest(model) == before
+    else:
+        assert [e.id for e in model.edits] and not torch.equal(logits(model, ids), logits(fresh(), ids))
+        assert torch.equal(logits(model), plain) is (what == "demonstrations")
 
 
 # ---------------------------------------------------------------------- edits that are switched off

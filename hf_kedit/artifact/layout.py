@@ -136,9 +136,13 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of what an ``edit_config.json`` says, but for where the base model is: that may be changed by hand."""
+    """SHA-256 of what an ``edit_config.json`` says, but for where the base model is: that may be changed by hand.
+
+    Args:
+        config: as it is read from the file.
+    """
     own = {name: value for name, value in config.items() if name not in (*_LOCATION, "config_sha256")}
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(own)), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def portable(hparams: Mapping[str, Any]) -> dict[str, Any]:

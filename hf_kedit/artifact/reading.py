@@ -372,7 +372,7 @@ def read_books(artifact: Artifact, model: EditedModel, ignore_fingerprint: bool)
     unnamed = [name for name in artifact.tensors if name not in used and not name.startswith(STATE)]
     if unnamed:
         raise ArtifactError(f"{artifact.source}: {CONFIG} does not say what the tensor {unnamed[0]!r} is")
-    if base.get("config_sha256", config_digest(base)) != config_digest(base):  # 0.1.0 has not written it
+    if "config_sha256" in base and base["config_sha256"] != config_digest(base):  # 0.1.0 has not written it
         raise ArtifactError(
             f"{artifact.source}: {CONFIG} was changed after it was written. If that was on purpose, take"
             " 'config_sha256' out of it"

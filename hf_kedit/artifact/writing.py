@@ -141,6 +141,7 @@ def artifact_files(
             alone = adapter_files(model, edit_adapter(model, edit_id))
             files |= {f"{place}/{name}": data for name, data in alone.items()}
     config["files"] = _digests(files)
+    config = json.loads(json.dumps(config))  # names that are numbers become text
     config["config_sha256"] = config_digest(config)
     files |= card_files(config, model.edits, repo_id=repo_id, report=report)
     files[CONFIG] = _config_file(config)

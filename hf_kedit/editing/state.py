@@ -23,7 +23,7 @@ from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import AutoEditConfig, EditConfig, ModelProfile
 from ..decoding import Decoding, decode_with, decoding_now, decoding_of
-from ..engine.access import alone, among_others, exclusively, together_with_others
+from ..engine.access import alone, among_others, together_with_others
 from ..engine.quantised import keep_layout
 from ..engine.weights import head_kept, model_fingerprint, tensor_digest, untie_head
 from ..errors import ConfigError, UnsupportedModelError
@@ -113,7 +113,6 @@ class EditedModel(nn.Module):
 
     # ------------------------------------------------------------------ the method
 
-    @exclusively
     def set_method(self, config: EditConfig | str) -> Self:
         """Choose the method of the next edits; earlier edits stay.
 
@@ -135,12 +134,14 @@ class EditedModel(nn.Module):
                 " 'ike' or 'prompt'"
             )
         full = chosen.complete(self.profile)
-        method = kind(self._workbench(full), full)
-        if "_method" in self.__dict__:  # what a method has learnt from its edits outlives a change of settings
-            self._states[self.method_name] = self._method.state_dict()
-        method.load_state_dict(self._states.get(full.edit_type, {}))
-        self._method: Method = method
-        self.edit_config: EditConfig = full
+        loaded = kind.load(full)  # from the Hub, it may be: nobody has to wait for that
+        with alone(self.base_model, edited=True):
+            method = kind(self._workbench(full, loaded), full)
+            if "_method" in self.__dict__:  # what a method has learnt from its edits outlives a change of settings
+                self._states[self.method_name] = self._method.state_dict()
+            method.load_state_dict(self._states.get(full.edit_type, {}))
+            self._method: Method = method
+            self.edit_config: EditConfig = full
         return self
 
     @property
@@ -253,7 +254,7 @@ class EditedModel(nn.Module):
 
     # ------------------------------------------------------------------ inside
 
-    def _workbench(self, config: EditConfig) -> Workbench:
+    def _workbench(self, config: EditConfig, loaded: Any) -> Workbench:
         return Workbench(
             model=self.base_model,
             tokenizer=self.tokenizer,  # type: ignore[arg-type]
@@ -263,6 +264,7 @@ class EditedModel(nn.Module):
             books=self.books,
             statistics=self._statistics(config),
             templates=self._templates,
+            loaded=loaded,
         )
 
     def _statistics(self, config: EditConfig) -> StatisticsStore:

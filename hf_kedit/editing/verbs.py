@@ -44,7 +44,6 @@ class Watcher(Protocol):
 class Editing(EditedModel):
     """A model with the verbs that change what it knows, and change it back."""
 
-    @exclusively
     def edit(
         self,
         requests: RequestSource | None = None,
@@ -77,20 +76,38 @@ class Editing(EditedModel):
             RequestError: for an unusable request, naming row and field.
             EditFailedError: if no usable update was found.
         """
-        started = time.perf_counter()
         if (requests is None) == (not request):
             raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
-        config = self.edit_config
         given = requests_of(requests if requests is not None else request)
-        todo = self.journal.with_ids([r.in_format(config.prompt_format, config.system) for r in given])
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         if self.tokenizer is None and not self.is_remote:
             raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        with self._ready():
+            return self._edit(given, batch_size, on_error == "skip", show_progress, watch)
+
+    def _ready(self) -> Switch[None]:
+        """A block in which the model is there for its method alone, which has fetched before what it reads."""
+        self._method.fetch()
+        return self.exclusive()
+
+    def _edit(
+        self,
+        given: Sequence[EditRequest],
+        batch_size: int | None,
+        may_fail: bool,
+        show_progress: bool,
+        watch: Watcher | None,
+    ) -> EditResult:
+        """Make edits; the arguments are those of `edit`, checked."""
+        started = time.perf_counter()
+        config = self.edit_config
+        todo = self.journal.with_ids([r.in_format(config.prompt_format, config.system) for r in given])
         if self.ledger.is_disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")
+        assert self.tokenizer is not None
         if watch is not None:
             watch.before(self.base_model, self.tokenizer, read_by(self._method, todo))
         method, bench = self._method, self._method.bench
@@ -100,15 +117,14 @@ class Editing(EditedModel):
         size = (batch_size or len(todo)) if method.capabilities.batch else 1
         with _AllOrNothing(self):
             if getattr(self.edit_config, "sequence", None) == "joint":
-                result = self._solve_together(self._family(), todo, may_fail=on_error == "skip")
+                result = self._solve_together(self._family(), todo, may_fail=may_fail)
             else:
-                result = self._edit_in_batches(todo, size, may_fail=on_error == "skip")
+                result = self._edit_in_batches(todo, size, may_fail=may_fail)
             result.seconds = time.perf_counter() - started
             if watch is not None:
                 result.side_effects = watch.after(self.base_model)
             return result
 
-    @exclusively
     def resolve_all(
         self,
         iterations: int | None = None,
@@ -137,11 +153,12 @@ class Editing(EditedModel):
             ConfigError: if the present method does not solve for many facts, or there is no tokenizer.
             EditFailedError: if no usable update was found.
         """
-        started = time.perf_counter()
-        self._method.bench.trace, self._method.bench.show_progress = self.trace, show_progress
-        result = self._solve_together(self._family(), [], iterations, until, after_pass=after_pass)
-        result.seconds = time.perf_counter() - started
-        return result
+        with self._ready():
+            started = time.perf_counter()
+            self._method.bench.trace, self._method.bench.show_progress = self.trace, show_progress
+            result = self._solve_together(self._family(), [], iterations, until, after_pass=after_pass)
+            result.seconds = time.perf_counter() - started
+            return result
 
     def _family(self) -> list[Edit]:
         """The edits that a joint solve is for: those of methods that spread facts over layers."""

@@ -57,7 +57,7 @@ def shorten(left: torch.Tensor, right: torch.Tensor, rank: int | None = None) ->
 
 
 def _triangular(factor: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """``Q`` and ``R``; where QR would not make anything smaller (more columns than rows), ``None`` for the identity."""
+    """``Q`` and ``R``; ``None`` for the identity where QR makes nothing smaller: more columns than rows."""
     if factor.shape[1] >= factor.shape[0]:
         return None, factor
     q, r = torch.linalg.qr(factor)

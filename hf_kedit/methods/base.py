@@ -105,6 +105,7 @@ class Workbench:
         books: all of the model's books, by kind; ``ledger`` and ``sites`` are among them.
         statistics: second moments of the unedited model.
         templates: context templates made so far, by (lengths, seed).
+        loaded: what `Method.load` has brought; ``None``: the method has to load it itself.
         trace: where a method leaves intermediate tensors when this is a dict (tests, debugging).
     """
 
@@ -116,6 +117,7 @@ class Workbench:
     books: Mapping[str, Book]
     statistics: StatisticsStore
     templates: dict[str, list[list[str]]] = field(default_factory=dict)
+    loaded: Any = None
     trace: dict[str, torch.Tensor] | None = None
     show_progress: bool = True
 
@@ -182,6 +184,19 @@ class Method(ABC):
                 f"{self.capabilities.name} edits decoder-only models; {bench.anatomy.model_class} is an"
                 " encoder-decoder. Fine-tuning (ft-l, ft-m) works on it."
             )
+
+    @classmethod
+    def load(cls, config: Any) -> Any:
+        """Load what a method is made of and its config names (a trained network): nobody waits for the model yet."""
+        return None
+
+    def fetch(self) -> None:
+        """Bring what edits read from elsewhere to this machine (statistics, demonstrations), if it is not there yet.
+
+        Called while other threads use the model, so that none of them waits for the Hub; `prepare` follows when they
+        do not. It must not run the model, and may be called by several threads at once.
+        """
+        return None
 
     def edited_modules(self) -> list[str]:
         """Names of the modules whose weight the method changes with its config."""

@@ -237,6 +237,13 @@ class IKE(_Prompting):
     )
     config: IKEConfig
 
+    def fetch(self) -> None:
+        """Demonstrations, and what compares them with edits."""
+        if self.config.k:
+            _ = self.retriever
+            if self.config.demonstrations is not None:
+                _ = self.pool
+
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the demonstrations can be read."""
         super().check(requests)

@@ -181,6 +181,11 @@ class LocateMethod(Method):
         """Whether the method uses second moments of keys."""
         return True
 
+    def fetch(self) -> None:
+        """Second moments that somebody has collected; which ones routed experts need, only the facts tell."""
+        if self.needs_moments and self.config.expert_policy == "shared":
+            self.bench.statistics.fetch(self.edited_modules(), per_width=self.tokens_per_width)
+
     def prepare(self) -> None:
         """Templates and, in one pass over the text, the second moments of all layers, before any weight changes."""
         self.templates()

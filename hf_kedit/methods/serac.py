@@ -415,15 +415,25 @@ class SERAC(InContext):
 
     def __init__(self, bench: Workbench, config: SERACConfig):
         super().__init__(bench, config)
+        loaded: tuple[str, SERACEditor] | None = bench.loaded or self.load(config)
         trained: str | None = None
         self.editor: SERACEditor | None = None
-        if config.editor is not None:
-            trained, self.editor = reference(config.editor)
+        if loaded is not None:
+            trained, self.editor = loaded
         if self.editor is not None:
             self.editor.check_fits(bench.model)
         self.scope = config.scope or trained or LEXICAL
         self.counterfactual = config.counterfactual or trained or BASE
         self._trained = trained
+
+    @classmethod
+    def load(cls, config: SERACConfig) -> tuple[str, SERACEditor] | None:
+        """The trained networks, with their name."""
+        return None if config.editor is None else reference(config.editor)
+
+    def fetch(self) -> None:
+        """Both models."""
+        self.check([])
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check both models."""

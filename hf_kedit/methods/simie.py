@@ -107,6 +107,15 @@ class SimIE(Method):
         base = config.base_config
         self.base: Method = method_class(base)(bench, base)
 
+    @classmethod
+    def load(cls, config: SimIEConfig) -> Any:
+        """What the base method is made of."""
+        return method_class(config.base_config).load(config.base_config)
+
+    def fetch(self) -> None:
+        """What the base method reads."""
+        self.base.fetch()
+
     # ------------------------------------------------------------------ what the base method answers
 
     def edited_modules(self) -> list[str]:

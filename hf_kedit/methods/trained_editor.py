@@ -46,7 +46,7 @@ class HyperMethod(Method):
                 f" `kedit train`, then {type(config).__name__}(editor='folder or Hub id'). Packaged editors exist for"
                 " the embedded models only."
             )
-        self.editor = self.editor_class.from_pretrained(config.editor)
+        self.editor: Editor = bench.loaded or self.editor_class.from_pretrained(config.editor)
         self.editor.check_fits(bench.model)
         for module, digest in self.editor.origin.get("base_sha256", {}).items():
             if tensor_digest([("", bench.ledger.original(module))]) != digest:
@@ -56,6 +56,11 @@ class HyperMethod(Method):
                     f" ({self.editor.origin.get('base_model_name_or_path') or 'in memory'}); expect poor edits",
                 )
                 break
+
+    @classmethod
+    def load(cls, config: EditorConfig) -> Editor | None:
+        """The trained editor."""
+        return None if config.editor is None else cls.editor_class.from_pretrained(config.editor)
 
     def edited_modules(self) -> list[str]:
         """The modules that the editor was trained for."""

@@ -115,18 +115,34 @@ class StatisticsStore:
             StatisticsError: if there are fewer tokens than input dimensions, or the named repository holds statistics
                 of other weights or modules.
         """
-        missing = [m for m in dict.fromkeys(modules) if m not in self._moments]
-        if missing:
-            corpus, _ = self._wanted(modules, per_width)
-            found = {m: self._cached(m, corpus) or self._shared(m) for m in missing}
-            self._moments.update({m: moment for m, moment in found.items() if moment is not None})
-            missing = [m for m in missing if m not in self._moments]
-        missing = self.workers.union(missing)
+        missing = self.workers.union(self.fetch(modules, per_width=per_width))
         if missing:
             self._compute(missing, *self._wanted(missing, per_width))
         for module in modules:
             self._check(module)
         return {m: self._moments[m] for m in modules}
+
+    def fetch(self, modules: Sequence[str], *, per_width: int = FEW_TOKENS_PER_WIDTH) -> list[str]:
+        """Read the second moments of modules that are on the disk, or in the folder or repository that was named.
+
+        The model is not run, so that other threads may use it meanwhile.
+
+        Args:
+            modules: names.
+            per_width: as for `moments`.
+
+        Returns:
+            Names of those that have to be computed.
+
+        Raises:
+            StatisticsError: if the named repository holds statistics of other weights or modules.
+        """
+        missing = [m for m in dict.fromkeys(modules) if m not in self._moments]
+        if missing:
+            corpus, _ = self._wanted(modules, per_width)
+            found = {m: self._cached(m, corpus) or self._shared(m) for m in missing}
+            self._moments.update({m: moment for m, moment in found.items() if moment is not None})
+        return [m for m in missing if m not in self._moments]
 
     def provenance(self, modules: Sequence[str]) -> dict[str, Any]:
         """Of which text the moments of modules are, and how many tokens of it (of the least), JSON-ready."""

@@ -13,6 +13,7 @@ from .scripts import is_cjk, is_unspaced, is_word
 
 _OPENING = "([{«“‘‹„‚¿¡"
 _OPENING_NAMES = ("Ps", "Pi")  # Unicode's categories of opening brackets and quotes
+_MARKS = ("Mn", "Me")  # those of characters that are put on the one before
 # How a prompt ends behind which a target follows directly.
 _PROMPT = re.compile(
     r"<[|｜][^<>\n]*[|｜]>$"  # a marker of a chat template
@@ -40,10 +41,14 @@ def separator_between(prompt: str, target: str) -> str:
     opening bracket or quote, a currency sign or an operator that binds the target, inside addresses and numbers; and
     before closing punctuation.
     """
+    while prompt and unicodedata.category(prompt[-1]) in _MARKS:  # vowel signs and accents are a part of their letter
+        prompt = prompt[:-1]
     if not prompt or not target:
         return ""
     last, first = prompt[-1], target[0]
-    if last.isspace() or first.isspace() or _invisible(last) or _invisible(first):
+    if last.isspace() or first.isspace() or _is_joiner(last) or _is_joiner(first):
+        return ""
+    if unicodedata.category(first) in _MARKS:
         return ""
     if is_cjk(first) or is_unspaced(last) or _letter_before(prompt, last):
         return ""
@@ -54,9 +59,9 @@ def separator_between(prompt: str, target: str) -> str:
     return "" if any(_one(prompt, target, *pair) for pair in _PAIRS) else " "
 
 
-def _invisible(character: str) -> bool:
-    """Whether a character joins or marks others: zero-width spaces and joiners, combining marks."""
-    return unicodedata.category(character) in ("Cf", "Mn", "Me")
+def _is_joiner(character: str) -> bool:
+    """Whether a character is a zero-width space, or joins others."""
+    return unicodedata.category(character) == "Cf"
 
 
 def _letter_before(prompt: str, last: str) -> bool:

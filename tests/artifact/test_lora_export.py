@@ -20,6 +20,7 @@ from hf_kedit.anatomy import resolve_anatomy
 from hf_kedit.artifact.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_kedit.artifact.lora_tensors import VLLM_RANKS
 from hf_kedit.books.ledger import WeightDelta
+from hf_kedit.engine.lowrank import shorten
 from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ArtifactError, ExportError
 from hf_kedit.journal import Edit
@@ -133,6 +134,22 @@ def test_full_rank_changes_by_their_singular_vectors(family: str, tmp_path: Path
     sigma = torch.linalg.svdvals(change)
     assert loss == pytest.approx(float(sigma[8:].norm() / sigma.norm()), rel=1e-4)
     assert f"{100 * loss:.1f} %" in (tmp_path / "cut" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("columns", [2, 5, 6, 8, 30])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_fewest_columns_with_the_same_product(columns: int, rank: int | None) -> None:
+    """Fewer columns than rows of both factors, of one, and of none."""
+    draw = torch.Generator().manual_seed(columns)
+    left, right = (torch.randn(size, columns, generator=draw) for size in (5, 8))
+    product = (left.double() @ right.double().T).float()
+    u, sigma, vh = torch.linalg.svd(product.double(), full_matrices=False)
+    kept = min(columns, 5, rank or 5)
+    best = (u[:, :kept] * sigma[:kept] @ vh[:kept]).float()
+    short = shorten(left, right, rank)
+    assert short.rank == kept
+    assert torch.allclose(short.left @ short.right.T, best, atol=1e-5)
+    assert short.loss == pytest.approx(float((product - best).norm() / product.norm()), abs=1e-6)
 
 
 def test_a_change_of_a_bias_alone(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def nested(levels: int) -> Any:
         (datetime.date(2020, 1, 1), "m", "a date cannot be saved as it is; write text or plain numbers"),
         ({"a": [1, (2, 3)]}, "m.a[1]", "a tuple cannot be saved as it is; write a list"),
         ([{"a": {"b": {1}}}], "m[0].a.b", "a set cannot be saved as it is; write text or plain numbers"),
+        ({"a": [10**300]}, "m.a[0]", "a number has more than 300 digits"),
         ({"a": {3: 4}}, "m.a", "the key 3 would come back from a file as text; write it as text"),
     ],
 )

@@ -53,7 +53,7 @@ def test_yaml_too(value: Any) -> None:
         (DEEP, "nested"),
         ("[" * (LEVELS + 1) + "]" * (LEVELS + 1), f"nested more than {LEVELS}"),
         ('{"a":' * (LEVELS + 1) + "1" + "}" * (LEVELS + 1), f"nested more than {LEVELS}"),
-        (LONG, "x"),
+        (LONG, "300 digits"),
         ("-" + "9" * 400, "300 digits"),
         ("{", "line 1"),
         ("[1,\n2", "line 2"),

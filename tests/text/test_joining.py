@@ -24,6 +24,11 @@ NOTHING = [
     ("မြန်မာနိုင်ငံ၏မြို့တော်မှာ", "နေပြည်တော်"),
     ("བོད་ཀྱི་རྒྱལ་ས་ནི་", "ལྷ་ས།"),
     ("The capital of China is", "北京"),
+    ("เมืองหลวงอยู่ที่นี่", "Bangkok"),
+    ("そうた\u3099", "Tokyo"),
+    ("Cafe\u0301", "'s menu"),
+    ("e", "\u0301"),
+    ("\u0301", "e"),
     # opened and not closed
     ('She said: "', "I"),
     ('She said:"', "I"),
@@ -108,6 +113,13 @@ SPACE = [
     ("He paid", "$20"),
     ("[INST] Hi [/INST]", "Hello"),
     ("Q: 首都?", "Paris"),
+    # the last letter has a sign of its own on it
+    ("भारत की राजधानी है", "दिल्ली"),
+    ("हिन्दी", "भाषा"),
+    ("Le cafe\u0301", "noir"),
+    ("هذا كتابٌ", "جديد"),
+    ("שָׁלוֹם לָךְ", "אמא"),
+    ("I \u2764\ufe0f", "Paris"),
 ]
 
 
