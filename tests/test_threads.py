@@ -401,7 +401,7 @@ def shared_statistics(folder: Path) -> None:
 
 
 def shared_editor(folder: Path) -> None:
-    MENDEditor.for_model(fresh().base_model, MENDConfig(inner_params=[DOWN])).push_to_hub("org/mend")
+    MENDEditor.for_model(fresh().base_model, MENDConfig(modules=[DOWN])).push_to_hub("org/mend")
 
 
 DOWN = "model.layers.1.mlp.down_proj"
