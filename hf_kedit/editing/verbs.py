@@ -107,7 +107,6 @@ class Editing(EditedModel):
         todo = self.journal.with_ids([r.in_format(config.prompt_format, config.system) for r in given])
         if self.ledger.is_disabled:
             raise WeightError("edits are switched off (disable_edits); leave that block before editing")
-        assert self.tokenizer is not None
         if watch is not None:
             watch.before(self.base_model, self.tokenizer, read_by(self._method, todo))
         method, bench = self._method, self._method.bench
