@@ -41,7 +41,8 @@ class GeneralText:
 
     Args:
         parts: the texts in batches.
-        log_probs: ``log p`` at all positions of each, ``[tokens, vocab]`` fp16.
+        log_probs: ``log p`` at all positions of each, ``[tokens, vocab]`` fp32. In fp16 the last bit of a logit would
+            decide about the last one kept of ``log p``, which is thousands of times as large.
     """
 
     parts: list[ExampleBatch]
@@ -64,7 +65,7 @@ class GeneralText:
         parts = [
             ExampleBatch.of(model, chunk, fill) for i in range(WATCHED_PARTS) if (chunk := examples[i::WATCHED_PARTS])
         ]
-        return cls(parts, [log_probs_of(model, part).half() for part in parts])
+        return cls(parts, [log_probs_of(model, part) for part in parts])
 
     def drift(self, model: Any, part: int | None = None) -> torch.Tensor:
         """``D`` of a model, a differentiable scalar.
@@ -77,7 +78,7 @@ class GeneralText:
             return torch.stack([self.drift(model, i) for i in range(len(self.parts))]).mean()
         part %= len(self.parts)
         now = log_probs_of(model, self.parts[part])
-        before = self.log_probs[part].to(now)
+        before = self.log_probs[part].to(now.device)
         return divergences(before, now).mean()
 
 
