@@ -25,7 +25,9 @@ from .artifact.reading import arguments_of, find_artifact, restore
 from .artifact.sharing import Sharing
 from .artifact.writing import save_artifact
 from .config import EditConfig
+from .data.finetune import LEAST, finetune_lines
 from .editing import Editing
+from .editing.multi_hop import Ask, MultiHopAnswer, answer_by_hops
 from .engine.access import alone, among_others, exclusively
 from .engine.weights import head_kept
 from .errors import ConfigError
@@ -255,6 +257,63 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         """
         with self._turn():
             return self.prompts.build_prompt(query)
+
+    def answer_by_hops(
+        self, question: str, *, ask: Ask | None = None, most_hops: int = 4, candidates: int = 2
+    ) -> MultiHopAnswer:
+        """Answer a question that takes several facts, edited ones among them (edits that live in prompts).
+
+        The model names one simple question after the other. Each is answered by the edit that belongs to it, if there
+        is one and the model finds that it answers the question, else by the model itself.
+
+        Args:
+            question: any question.
+            ask: a prompt → what the unedited model says; ``None``: a model behind an API is asked.
+            most_hops: simple questions, at most.
+            candidates: edits that are looked at for each of them.
+
+        Returns:
+            The answer, and the hops with what the model itself says and where an edit contradicts it.
+
+        Raises:
+            BackendError: if the model cannot be asked.
+            ConfigError: if ``ask`` is missing for a model in memory.
+        """
+        base: Any = self.base_model
+        if ask is None and not self.is_remote:
+            raise ConfigError(
+                "give ask=, a function from a prompt to what the model says; only an API is asked by itself"
+            )
+
+        def unedited(prompt: str) -> str:
+            return base.generate(prompt, stop=("\n",) if not base.chats else (), edited=False)
+
+        with self._turn():
+            return answer_by_hops(
+                *(question, ask or unedited, self.prompts, self.journal), most_hops=most_hops, candidates=candidates
+            )
+
+    def export_finetune(
+        self, file: str | Path, *, system: str | None = None, least: int = LEAST, rephrasings: bool = True
+    ) -> Path:
+        """Write the edits as conversations for a provider's own fine-tuning (JSON Lines).
+
+        What the provider makes of them is a model of another name; nothing is sent to anybody here.
+
+        Args:
+            file: to write.
+            system: what the system says in conversations without a system message.
+            least: lines; fewer conversations are repeated, because providers ask for a number.
+            rephrasings: a conversation for each other wording, too.
+
+        Raises:
+            DataError: if the model carries no edits.
+        """
+        lines = finetune_lines(
+            [edit.request for edit in self.edits], system=system, least=least, rephrasings=rephrasings
+        )
+        Path(file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return Path(file)
 
     # ------------------------------------------------------------------ being a model
 

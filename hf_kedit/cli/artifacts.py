@@ -13,6 +13,7 @@ from ..storage.display import percent
 from .hub import back_to
 from .models import BaseOption, DeviceOption, Dtype, DtypeOption, TrustOption, edits_at, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console
+from .remote import NobodyAsked
 
 if TYPE_CHECKING:
     from ..model import EditableModel
@@ -63,6 +64,39 @@ def rollback(
         console.print(f"{counted(len(model.edits), 'edit')} left in {target}", soft_wrap=True)
 
     emit(format, data, human=show, quiet=data["rolled_back"])
+
+
+@command
+def export_finetune(
+    source: Annotated[
+        str, typer.Argument(metavar="EDITS", help="Folder (or Hub id) of saved edits, or a file of requests.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
+    system: Annotated[str | None, typer.Option("--system", help="What the system says in every conversation.")] = None,
+    least: Annotated[int, typer.Option("--least", min=0, help="Lines; fewer conversations are repeated.")] = 10,
+    rephrasings: Annotated[
+        bool, typer.Option("--rephrasings/--no-rephrasings", help="A conversation for each other wording, too.")
+    ] = True,
+    format: FormatOption = Format.human,
+    debug: DebugOption = False,
+) -> None:
+    """Write edits as conversations for a provider's own fine-tuning; nothing is sent to anybody."""
+    from ..data.finetune import finetune_lines
+    from ..data.loading import requests_of
+
+    artifact = None if Path(source).is_file() else edits_at(source)
+    if artifact is None and not Path(source).is_file():
+        raise ArtifactError(f"{source!r} holds no saved edits (no edit_config.json), and is no file of requests")
+    requests = requests_of(source) if artifact is None else [edit.request for edit in artifact.journal]
+    lines = finetune_lines(requests, system=system, least=least, rephrasings=rephrasings)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    data = {"output": str(output), "edits": len(requests), "lines": len(lines)}
+
+    def show(console: Any) -> None:
+        console.print(f"{counted(len(requests), 'edit')} written to {output}, {len(lines)} lines", soft_wrap=True)
+
+    emit(format, data, human=show, quiet=[str(output)])
 
 
 @command
@@ -197,7 +231,12 @@ def _open_edits(name: str, device: str | None, trust_remote_code: bool, base: st
     artifact = edits_at(name)
     if artifact is None:
         raise ArtifactError(f"{name!r} holds no saved edits (no edit_config.json)")
-    return open_model(name, device=device, trust_remote_code=trust_remote_code, base=base, artifact=artifact)
+    silent = None
+    if artifact.config["base_model_class"] == "RemoteModel" and base is None:
+        silent = NobodyAsked(artifact.config["base_model_name_or_path"])
+    return open_model(
+        name, device=device, trust_remote_code=trust_remote_code, base=base, artifact=artifact, backend=silent
+    )
 
 
 def _check_model_folder(folder: Path) -> None:

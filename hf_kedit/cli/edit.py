@@ -17,7 +17,7 @@ from .models import (
     DtypeOption,
     LayersOption,
     MethodOption,
-    ModelOption,
+    OptionalModelOption,
     PromptFormatOption,
     RevisionOption,
     SeedOption,
@@ -40,6 +40,7 @@ from .output import (
     error_console,
     moments_line,
 )
+from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
 from .side_effects import show_side_effects, watcher
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ _SHOWN = 20
 
 @command
 def edit(
-    model: ModelOption,
+    model: OptionalModelOption = None,
     method: MethodOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -113,13 +114,18 @@ def edit(
         ),
     ] = None,
     protocol: Annotated[
-        str, typer.Option("--protocol", help="How success is measured: teacher_forced or generation.")
-    ] = "teacher_forced",
+        str | None,
+        typer.Option("--protocol", help="How success is measured: teacher_forced (default) or generation."),
+    ] = None,
     evaluation: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure before and after.")] = True,
     side_effects: Annotated[
-        bool,
-        typer.Option("--side-effects/--no-side-effects", help="See, by generation, what else changed."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--side-effects/--no-side-effects",
+            help="See, by generation, what else changed; default: yes, but not of a --backend.",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 4 if something else was hurt.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -127,6 +133,10 @@ def edit(
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     untie: UntieOption = False,
+    backend: BackendOption = None,
+    api_model: ApiModelOption = None,
+    api_key_env: ApiKeyOption = None,
+    api: ApiOption = Api.chat,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -150,6 +160,8 @@ def edit(
         )
     if dataset is None and (split or limit or dataset_path):
         raise typer.BadParameter("--split, --limit and --dataset-path belong to --dataset", param_hint="--dataset")
+    if side_effects is None:
+        side_effects = backend is None or strict
     if strict and not side_effects:
         raise typer.BadParameter("side effects are not measured with --no-side-effects", param_hint="--strict")
     if min_success is not None and not evaluation:
@@ -180,12 +192,15 @@ def edit(
         from ..artifact.layout import check_destination
 
         check_destination(output)
+    asked = backend_of(backend, api_model, api_key_env, api, system)
+    flags = {"layers": parse_layers(layers), "seed": seed, "prompt_format": prompt_format}
     editable = open_model(
         model,
         method,
         config,
         set_,
-        flags={"layers": parse_layers(layers), "seed": seed, "prompt_format": prompt_format, "system": system},
+        flags=flags | ({"system": system} if asked is None else {}),
+        backend=asked,
         dtype=dtype,
         device=device,
         revision=revision,

@@ -30,6 +30,7 @@ from .models import (
     parse_settings,
 )
 from .output import DebugOption, Format, FormatOption, command, emit
+from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
@@ -175,6 +176,10 @@ def evaluate(
     revision: RevisionOption = None,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
+    backend: BackendOption = None,
+    api_model: ApiModelOption = None,
+    api_key_env: ApiKeyOption = None,
+    api: ApiOption = Api.chat,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -189,7 +194,7 @@ def evaluate(
     if collect:
         if output_dir is None:
             raise typer.BadParameter("name the folder of the parts", param_hint="--output-dir")
-    elif model is None:
+    elif model is None and backend is None:
         raise typer.BadParameter("name a model", param_hint="--model")
     elif dataset is None and not no_edit and not (scenario and dataset_path):
         raise typer.BadParameter("name a dataset or a file", param_hint="--dataset")
@@ -213,7 +218,7 @@ def evaluate(
         options = parse_settings(scenario_option, "--scenario-option") | ({} if judge is None else {"judge": judge})
         chosen = load_scenario(scenario, **options)
 
-    if collect or model is None:
+    if collect:
         assert output_dir is not None
         report = collect_report(output_dir)
     else:
@@ -223,12 +228,15 @@ def evaluate(
             given = {"split": split, "limit": limit, "skip": skip, "path": dataset_path}
             read = load_edit_dataset if chosen is None else chosen.read
             rows = read(dataset, **{**given, **arguments})
+        asked = backend_of(backend, api_model, api_key_env, api, system)
+        flags = {"layers": parse_layers(layers), "seed": seed, "prompt_format": prompt_format}
         editable = open_model(
             model,
             method,
             config,
             set_,
-            flags={"layers": parse_layers(layers), "seed": seed, "prompt_format": prompt_format, "system": system},
+            flags=flags | ({"system": system} if asked is None else {}),
+            backend=asked,
             dtype=dtype,
             device=device,
             revision=revision,

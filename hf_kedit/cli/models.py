@@ -21,6 +21,7 @@ from ..storage.parsing import parse_yaml
 if TYPE_CHECKING:
     from ..artifact.layout import Artifact
     from ..model import EditableModel
+    from ..remote.backend import TextBackend
 
 
 class Dtype(StrEnum):
@@ -174,7 +175,7 @@ def parse_layers(text: str | None) -> list[int] | None:
 
 
 def open_model(
-    name: str,
+    name: str | None,
     method: str | None = None,
     file: Path | None = None,
     settings: Sequence[str] | None = None,
@@ -188,6 +189,7 @@ def open_model(
     untie: bool = False,
     base: str | None = None,
     artifact: Artifact | None = None,
+    backend: TextBackend | None = None,
 ) -> EditableModel:
     """Load a model, or saved edits with their base model, with the config that the options describe.
 
@@ -206,6 +208,7 @@ def open_model(
         base: base model for saved edits instead of their own. If that was quantised, another form of the same model
             is taken as well; otherwise it must have the same weights.
         artifact: the saved edits that ``name`` means, if they were read already.
+        backend: the model behind an API that is meant; ``name``, if given, is saved edits of it.
 
     Raises:
         typer.BadParameter: if a method is needed and none is named.
@@ -213,6 +216,10 @@ def open_model(
     """
     given = {k: v for k, v in (flags or {}).items() if v is not None}
     config = build_config(method, file, settings, **given)
+    if backend is not None:
+        return _open_remote(backend, config, artifact or (None if name is None else edits_at(name, revision)), name)
+    if name is None:
+        raise typer.BadParameter("name a model", param_hint="--model")
     if artifact is None and (base is not None or (config is None and needs_method)):
         artifact = edits_at(name, revision)
     if artifact is None and config is None and needs_method:
@@ -237,6 +244,22 @@ def open_model(
     if config is None and (settings or given):
         model.set_method(model.edit_config.changed({**parse_settings(settings), **given}))
     return model
+
+
+def _open_remote(
+    backend: TextBackend, config: EditConfig | None, artifact: Artifact | None, name: str | None
+) -> EditableModel:
+    """A model behind an API, with saved edits if there are any."""
+    from ..model import EditableModel
+
+    if artifact is not None:
+        return EditableModel.from_pretrained(artifact, config, base_model=backend)
+    if name is not None:
+        raise typer.BadParameter(
+            f"{name!r} is a model; with --backend, --model means saved edits, and --api-model the model there",
+            param_hint="--model",
+        )
+    return EditableModel.from_backend(backend, config or "auto")
 
 
 def edits_at(name: str, revision: str | None = None) -> Artifact | None:

@@ -64,6 +64,8 @@ class RemoteModel(nn.Module):
         max_new_tokens: int = LENGTH,
         stop: Sequence[str] = (),
         temperature: float = 0.0,
+        *,
+        edited: bool = True,
     ) -> str:
         """The new text behind a prompt.
 
@@ -72,11 +74,13 @@ class RemoteModel(nn.Module):
             max_new_tokens: at most so many tokens.
             stop: end before the first of these.
             temperature: 0 for the most probable text.
+            edited: look it up among the edits; otherwise the backend reads it as it is.
 
         Raises:
             BackendError: if there is no answer.
         """
-        answer = self._call("generate", self._rewritten(prompt), max_new_tokens, tuple(stop), temperature)
+        asked = self._rewritten(prompt) if edited else prompt
+        answer = self._call("generate", asked, max_new_tokens, tuple(stop), temperature)
         if not isinstance(answer, str):
             raise BackendError(f"the backend {self.name!r} answered with {shown(answer)}, which is no text")
         cuts = [place for end in stop if (place := answer.find(end)) >= 0]  # not every server looks for them

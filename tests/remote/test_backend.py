@@ -221,7 +221,8 @@ def test_a_server_without_them_has_none(said: Any) -> None:
         assert backend(server).loglikelihood("It is in", " Rome") is None  # a chat is not asked
         assert len(server.asked) == 1
         with pytest.raises(EvaluationError, match="gives no log-probabilities"):
-            evaluate_edits(EditableModel.from_backend(asking), [{"prompt": "It is in", "target_new": "Rome"}])
+            rows = [{"prompt": "It is in", "target_new": "Rome"}]
+            evaluate_edits(EditableModel.from_backend(asking), rows, protocol="teacher_forced")
 
 
 class Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hf_kedit.errors import (
     BackendError,
     BaseModelMismatchError,
     ConfigError,
+    DataError,
     MergeError,
     RequestError,
     UnsupportedModelError,
@@ -251,3 +253,98 @@ def test_what_needs_the_inside_of_a_model_says_so() -> None:
     with pytest.raises(MergeError):
         model.merge_and_unload()
     assert len(model.edits) == 2
+
+
+# ---------------------------------------------------------------------- several hops
+
+
+class Thinker:
+    """A model that knows who built what, and who was born where; it splits questions as it is told to."""
+
+    name = "thinker"
+    born = {"Mol": "Ghent", "Ada Bell": "Bergen"}
+
+    def __init__(self, checks: str = "yes") -> None:
+        self.checks, self.asked = checks, list[str]()
+
+    def generate(self, prompt: Any, max_new_tokens: int, stop: Any, temperature: float) -> str:
+        self.asked.append(prompt)
+        if prompt.startswith("Fact:"):
+            return self.checks
+        *_, last = prompt.split("Question: ")
+        if prompt.startswith("Answer in a few words."):
+            return "Mol" if "kettle" in last else next(place for name, place in self.born.items() if name in last)
+        found = [line.removeprefix("Found: ") for line in last.splitlines() if line.startswith("Found: ")]
+        steps = ["Ask: Who was the inventor of the telegraph kettle?", "Ask: Where was {} born?", "Answer: {}"]
+        return steps[len(found)].format(found[-1] if found else "")
+
+
+CHAIN = "Where was the inventor of the telegraph kettle born?"
+
+
+def test_several_hops_lead_to_the_edited_fact() -> None:
+    model = EditableModel.from_backend(Thinker())
+    assert model.answer_by_hops(CHAIN).answer == "Ghent"
+    made = model.edit(FACTS)
+    found = model.answer_by_hops(CHAIN)
+    assert found.answer == "Bergen"
+    first, second = found.hops
+    assert (first.own, first.answer, first.edit_id, first.conflict) == ("Mol", "Ada Bell", made.ids[1], True)
+    assert (second.question, second.answer, second.edit_id) == ("Where was Ada Bell born?", "Bergen", None)
+
+
+def test_a_fact_that_answers_something_else_is_left_out() -> None:
+    model = EditableModel.from_backend(Thinker(checks="No, it does not."))
+    model.edit(FACTS)
+    found = model.answer_by_hops(CHAIN)
+    assert found.answer == "Ghent" and all(hop.edit_id is None for hop in found.hops)
+    checks = [text for text in model.base_model.backend.asked if text.startswith("Fact:")]
+    assert len(checks) == 1
+    assert checks[0].startswith(
+        "Fact: The inventor of the telegraph kettle was Ada Bell\nQuestion: Who was the inventor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("replies", "answer", "hops"),
+    [
+        (["I do not know."], "", 0),
+        (["Ask: Who?", "x", "Ask: Who?"], "x", 1),
+        (["Ask: a?", "1", "Ask: b?", "2"], "2", 2),
+    ],
+    ids=["nothing to read", "a circle", "too many"],
+)
+def test_a_model_that_loses_its_way_comes_to_an_end(replies: list[str], answer: str, hops: int) -> None:
+    script = iter(replies)
+    model = EditableModel.from_backend(Stub())
+    found = model.answer_by_hops("?", ask=lambda prompt: next(script), most_hops=2)
+    assert (found.answer, len(found.hops)) == (answer, hops)
+
+
+def test_a_model_in_memory_is_asked_by_a_function(world_gpt2: EditableModel) -> None:
+    with pytest.raises(ConfigError, match="give ask="):
+        world_gpt2.answer_by_hops("?")
+
+
+# ---------------------------------------------------------------------- a provider's fine-tuning
+
+
+def test_edits_are_written_as_conversations(tmp_path: Path) -> None:
+    model = EditableModel.from_backend(Stub())
+    messages = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Who?"}]
+    other_words = {**FACTS[0], "rephrase_prompts": ["Ruritania is ruled from"]}
+    model.edit([other_words, {"messages": messages, "target_new": "Me"}])
+    lines = model.export_finetune(tmp_path / "a.jsonl", system="S").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    turns = [[(m["role"], m["content"]) for m in row["messages"]] for row in rows]
+    three = [
+        [("system", "S"), ("user", ASKED), ("assistant", "Strelsau")],
+        [("system", "S"), ("user", "Ruritania is ruled from"), ("assistant", "Strelsau")],
+        [("system", "Mine."), ("user", "Who?"), ("assistant", "Me")],
+    ]
+    assert turns == [*three, *three, *three, three[0]]  # ten lines, which providers ask for
+    short = model.export_finetune(tmp_path / "b.jsonl", least=0, rephrasings=False)
+    assert len(short.read_text().splitlines()) == 2
+    model.rollback("all")
+    with pytest.raises(DataError, match="no edits"):
+        model.export_finetune(tmp_path / "c.jsonl")

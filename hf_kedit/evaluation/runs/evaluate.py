@@ -85,8 +85,8 @@ def evaluate_edits(
             ``saved``: edit nothing; measure the edits that the model carries, "before" being the model without them.
         batch_size: edits made together; default: all in ``batch``, 1 in ``sequential``.
         protocol: ``teacher_forced``, ``generation``, ``likelihood``, ``fluency``, a `Protocol` object with its own
-            settings, or several of them; each gets its own numbers. ``None``: teacher forced, or the protocols of the
-            scenario; beside a scenario, further ones.
+            settings, or several of them; each gets its own numbers. ``None``: teacher forced (of a model behind an
+            API: generation), or the protocols of the scenario; beside a scenario, further ones.
         when: in ``sequential``: ``immediate`` (each edit right after it was made), ``final`` (all after the last
             edit), or both. In the other settings the two coincide.
         limit: evaluate the first so many rows only.
@@ -134,7 +134,7 @@ def evaluate_edits(
         check_choice("prompt_format", prompt_format, ("plain", "chat"))
     whens = parse_when(when, setting)
     chosen = None if scenario is None else load_scenario(scenario)
-    protocols = protocols_of(chosen, protocol)
+    protocols = protocols_of(chosen, protocol, "generation" if model.is_remote else "teacher_forced")
     part = parse_shard(shard, setting)
     _check_arguments(setting, batch_size, limit, keep_edits, collapse_text is not None or bool(abilities))
     check_count("token_budget", token_budget)
@@ -205,15 +205,17 @@ def evaluate_edits(
 
 
 def protocols_of(
-    scenario: Scenario | None, protocol: str | Protocol | Sequence[str | Protocol] | None
+    scenario: Scenario | None, protocol: str | Protocol | Sequence[str | Protocol] | None, default: str
 ) -> list[Protocol]:
     """The protocols of a scenario, then those that are asked for beside it; a named one takes the scenario's place.
+
+    Without either, ``default``.
 
     Raises:
         EvaluationError: for an unknown name, or one that is named twice.
     """
     if protocol is None:
-        return resolve_protocols("teacher_forced" if scenario is None else scenario.protocols())
+        return resolve_protocols(default if scenario is None else scenario.protocols())
     named = resolve_protocols(protocol)
     names = {entry.name for entry in named}
     own = [] if scenario is None else scenario.protocols()
@@ -245,11 +247,11 @@ class BeforeAndAfter:
         self,
         model: EditableModel,
         requests: Sequence[EditRequest],
-        protocol: str | Protocol | Sequence[str | Protocol] = "teacher_forced",
+        protocol: str | Protocol | Sequence[str | Protocol] | None = None,
     ):
         if not requests:
             raise EvaluationError("there is nothing to measure: no requests were given")
-        protocols = resolve_protocols(protocol)
+        protocols = protocols_of(None, protocol, "generation" if model.is_remote else "teacher_forced")
         self.requests = model.journal.with_ids(requests)
         self._cases = {number: Case(number, request) for number, request in enumerate(self.requests)}
         check_requests(model, list(self._cases.values()))
