@@ -27,7 +27,7 @@ from .artifact.writing import save_artifact
 from .config import EditConfig
 from .data.finetune import LEAST, finetune_lines
 from .editing import Editing
-from .editing.multi_hop import Ask, MultiHopAnswer, answer_by_hops
+from .editing.multi_hop import AskModel, MultiHopAnswer, answer_by_hops
 from .engine.access import alone, among_others, exclusively
 from .engine.weights import head_kept
 from .errors import ConfigError
@@ -259,7 +259,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             return self.prompts.build_prompt(query)
 
     def answer_by_hops(
-        self, question: str, *, ask: Ask | None = None, most_hops: int = 4, candidates: int = 2
+        self, question: str, *, ask: AskModel | None = None, most_hops: int = 4, candidates: int = 2
     ) -> MultiHopAnswer:
         """Answer a question that takes several facts, edited ones among them (edits that live in prompts).
 

@@ -20,9 +20,9 @@ from ..journal import Journal
 from ..requests import EditRequest
 from ..text.joining import separator_between
 
-Ask = Callable[[str], str]
+AskModel = Callable[[str], str]
 """A prompt → what the unedited model says."""
-STEP = """Split the question into simple questions. Ask one at a time. When nothing is left to ask, give the answer.
+_STEP = """Split the question into simple questions. Ask one at a time. When nothing is left to ask, give the answer.
 
 Question: In which country was the designer of the Heron Bridge born?
 Ask: Who designed the Heron Bridge?
@@ -40,8 +40,8 @@ Answer: cedi
 
 Question: {question}
 """
-OWN = "Answer in a few words.\n\nQuestion: {question}\nAnswer:"
-CHECK = "Fact: {fact}\nQuestion: {question}\nDoes the fact answer the question? Say yes or no.\nAnswer:"
+_OWN = "Answer in a few words.\n\nQuestion: {question}\nAnswer:"
+_CHECK = "Fact: {fact}\nQuestion: {question}\nDoes the fact answer the question? Say yes or no.\nAnswer:"
 _NEXT = re.compile(r"\s*(ask|answer)\s*:\s*(.*\S)", re.IGNORECASE)
 
 
@@ -78,7 +78,7 @@ class MultiHopAnswer:
 
 
 def answer_by_hops(
-    question: str, ask: Ask, prompts: PromptBook, journal: Journal, *, most_hops: int = 4, candidates: int = 2
+    question: str, ask: AskModel, prompts: PromptBook, journal: Journal, *, most_hops: int = 4, candidates: int = 2
 ) -> MultiHopAnswer:
     """Answer a question of several hops.
 
@@ -96,7 +96,7 @@ def answer_by_hops(
     if most_hops < 1 or candidates < 1:
         raise ConfigError("most_hops and candidates must be at least 1")
     hops: list[Hop] = []
-    text = STEP.replace("{question}", question)
+    text = _STEP.replace("{question}", question)
     while len(hops) < most_hops:
         said = _NEXT.match(ask(text))
         if said is None:
@@ -110,12 +110,12 @@ def answer_by_hops(
     return MultiHopAnswer(hops[-1].answer if hops else "", tuple(hops))
 
 
-def _hop(question: str, ask: Ask, prompts: PromptBook, journal: Journal, candidates: int) -> Hop:
+def _hop(question: str, ask: AskModel, prompts: PromptBook, journal: Journal, candidates: int) -> Hop:
     """Answer one simple question: from an edit that is found and answers it, else by the model itself."""
-    own = _first_line(ask(OWN.replace("{question}", question)))
+    own = _first_line(ask(_OWN.replace("{question}", question)))
     for request in _nearest(question, prompts, journal, candidates):
         fact = _statement(request)
-        reply = ask(CHECK.replace("{fact}", fact).replace("{question}", question))
+        reply = ask(_CHECK.replace("{fact}", fact).replace("{question}", question))
         if re.match(r"\W*yes\b", reply, re.IGNORECASE):
             target = request.target_new
             return Hop(question, own, target, request.id, target.casefold() not in own.casefold())
