@@ -83,3 +83,6 @@ class NobodyAsked:
             BackendError: always.
         """
         raise BackendError(f"{self.name!r} is behind an API; give --backend to ask it")
+
+    def loglikelihood(self, prompt: str, target: str) -> None:
+        """Nothing."""
