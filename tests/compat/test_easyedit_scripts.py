@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from hf_kedit import EditableModel
 from hf_kedit.compat import easyedit
-from hf_kedit.compat.easyedit import BaseEditor, EditTrainer, HyperParams, SafetyEditor
+from hf_kedit.compat.easyedit import BaseEditor, ConceptEditor, EditTrainer, HyperParams, SafetyEditor
 from hf_kedit.compat.easyedit.util import nethook
 from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import ConfigError, DataError, EvaluationError
+from hf_kedit.errors import ConfigError, DataError, EvaluationError, RequestError
 
 FT = {"alg_name": "FT", "objective_optimization": "target_new", "layers": [4], "num_steps": 5, "lr": "5e-3"}
 ROME = {"alg_name": "ROME", "layers": [2], "v_num_grad_steps": 10, "v_lr": "5e-1", "mom2_adjustment": False}
@@ -234,3 +234,36 @@ def test_safety(ccks: bool, world_gpt2: EditableModel, tmp_path: Path) -> None:
     assert model_digest(edited.base_model) != digest and weights
     edited.rollback("all")
     assert model_digest(edited.base_model) == digest
+
+
+@pytest.mark.parametrize("method", ["FT", "PROMPT"])
+def test_concepts(method: str) -> None:
+    names = {"ship": "a tall plant", "bridge": "a small animal"}
+    if method == "PROMPT":
+        editor = ConceptEditor.from_hparams(None, {"model_name": "kedit/world-gpt2", "device": 0})
+    else:
+        editor = ConceptEditor.from_hparams(HyperParams(model_name="kedit/world-gpt2", **{**FT, "num_steps": 20}))
+    questions = [[f"Whether {name} belongs to category {concept}?" for name in "ab"] for concept in names]
+    rows, edited, _ = editor.edit(
+        prompts=[f"The definition of {concept} is" for concept in names],
+        rephrase_prompts=[f"A {concept} is" for concept in names],
+        target_new=list(names.values()),
+        subject=list(names),
+        locality_inputs={"near": {"prompt": [["A lake is"]] * 2, "ground_truth": [["a body of water"]] * 2}},
+        instance_inputs={"instance": {"prompt": [questions[0][0], questions[1]]}},
+        concept_consistency=True,
+        keep_original_weight=True,
+        train_ds=None,
+        verbose=False,
+    )
+    for row in rows:
+        assert len(row["post"]["rewrite_acc"]) == len(row["post"]["rephrase_acc"]) == 1
+        if method == "FT":  # the world model does not read what stands in front of a question
+            assert row["post"]["rewrite_acc"][0] > row["pre"]["rewrite_acc"][0]
+        assert 0 <= row["post"]["locality"]["near_acc"][0] <= 1 and isinstance(row["post"]["gen_concept_text"], str)
+    for half in ("pre", "post"):
+        one, two = (row[half]["instance"]["instance_change"] for row in rows)
+        assert one in (-1, 0, 1) and len(two) == 2
+    assert [edit.request.subject for edit in edited.edits] == ["bridge"]
+    with pytest.raises(RequestError, match="instance_inputs"):
+        editor.edit(prompts=["a"], target_new=["b"], instance_inputs={"x": {"prompt": ["a", "b"]}}, verbose=False)

@@ -1,4 +1,4 @@
-"""EasyEdit's editors of single scenarios on top of this library: `SafetyEditor`."""
+"""EasyEdit's editors of single scenarios on top of this library: `SafetyEditor`, `ConceptEditor`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from ...data.easyedit import from_easyedit
-from ...evaluation import generate_answers
+from ...errors import RequestError
+from ...evaluation import evaluate_edits, generate_answers, load_scenario
+from ...evaluation.functional import yes_or_no
+from ...evaluation.scenarios.concepts import DEFINITION, MEMBER
 from ...methods.dinm import CONSTRAINT
 from ...requests import EditRequest
 from .editor import BaseEditor, Edited
 from .extras import Row
 from .facts import GENERAL
+from .hparams import HyperParams
 from .originals import Originals
 
 METRICS = ("DS", *(f"DG_{name}" for name in GENERAL))
@@ -84,6 +88,86 @@ class SafetyEditor(BaseEditor):
         tokenizer: Any = model.tokenizer
         answers = generate_answers(model, tokenizer, list(prompts.values()), self._room(length), cut_at_newline=False)
         return {name: answer.text for name, answer in zip(prompts, answers, strict=True)}
+
+
+class ConceptEditor(BaseEditor):
+    """Edits definitions of concepts, and measures what becomes of their instances; see the scenario `concept`."""
+
+    @classmethod
+    def from_hparams(
+        cls, hparams: HyperParams | Mapping[str, Any] | None, prompt_hparams: Mapping[str, Any] | None = None
+    ) -> ConceptEditor:
+        """Load the model that the hyperparameters name.
+
+        Args:
+            hparams: of a method; ``None``: PROMPT, which puts the definition in front of everything that is asked.
+            prompt_hparams: of PROMPT: ``model_name``.
+        """
+        if hparams is None:
+            hparams = HyperParams(alg_name="PROMPT", template="{}\n", threshold=-1.0, **dict(prompt_hparams or {}))
+        return cls(hparams)
+
+    def edit(  # type: ignore[override]
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: Any = None,
+        rephrase_prompts: Any = None,
+        locality_inputs: Mapping[str, Any] | None = None,
+        instance_inputs: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+        subject: str | Sequence[str | None] | None = None,
+        concept_consistency: bool = False,
+        train_ds: Any = None,
+        **other: Any,
+    ) -> Edited:
+        """Make one edit per prompt, each on the original model, and measure it.
+
+        Args:
+            prompts: the beginnings of the definitions; likewise the arguments that follow, as in `BaseEditor.edit`.
+            target_new: the new definitions.
+            ground_truth: the old ones.
+            rephrase_prompts: other wordings.
+            locality_inputs: definitions of other concepts.
+            instance_inputs: axis → ``prompt``: whether an instance belongs to the concept, one text or several per
+                request.
+            verbose: show progress.
+            subject: the concepts.
+            concept_consistency: return what the model writes as the definition (``gen_concept_text``).
+            train_ds: no meaning.
+            other: as in `BaseEditor.edit`.
+
+        Returns:
+            As `BaseEditor.edit`; ``pre`` and ``post`` have ``instance`` with ``instance_change``: 1 where the model
+            says yes, 0 no, -1 neither; a list where there are several instances.
+        """
+        self._use_hparams(None, other)
+        requests = from_easyedit(prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, None, subject)
+        requests = [_with_instances(r, instance_inputs, i, len(requests)) for i, r in enumerate(requests)]
+        report = evaluate_edits(self.model, requests, scenario=load_scenario("concept", mode="text"), progress=verbose)
+        self.model.edit(requests[-1:], show_progress=verbose)
+        rows = report.to_easyedit("teacher_forced")
+        written = {case.number: case.texts for case in report.chosen("concept")}
+        for row in rows:
+            texts = written[row["case_id"]]
+            for half in ("pre", "post"):
+                said = [yes_or_no(text[half]) for text in texts if text["axis"] == MEMBER]
+                marks = [-1 if answer is None else int(answer) for answer in said]
+                row[half]["instance"] = {"instance_change": marks[0] if len(marks) == 1 else marks} if marks else {}
+                if concept_consistency:
+                    row[half]["gen_concept_text"] = next(t[half] for t in texts if t["axis"] == DEFINITION)
+        return rows, self.model, Originals(self.model)
+
+
+def _with_instances(request: EditRequest, inputs: Mapping[str, Any] | None, number: int, count: int) -> EditRequest:
+    """With its questions about instances where the scenario looks for them."""
+    asked: list[str] = []
+    for axis, value in (inputs or {}).items():
+        prompts = [value["prompt"]] if isinstance(value["prompt"], str) else list(value["prompt"])
+        if len(prompts) != count:
+            raise RequestError(f"has {len(prompts)} prompts for {count} requests", field=f"instance_inputs[{axis!r}]")
+        asked += [prompts[number]] if isinstance(prompts[number], str) else list(prompts[number] or ())
+    return replace(request, metadata={**request.metadata, "extra": {"instance_prompts": asked}})
 
 
 def _as_safety(request: EditRequest) -> EditRequest:
