@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from hf_kedit import EditRequest, load_edit_dataset
+from hf_kedit import EditableModel, EditRequest, load_edit_dataset
 from hf_kedit.compat.easyedit import BaseEditor, FTHyperParams, MEMITHyperParams, ROMEHyperParams
 from hf_kedit.data.easyedit import to_easyedit_arguments
 from hf_kedit.engine.weights import model_digest
@@ -64,6 +64,57 @@ def test_batches_and_fluency(tmp_path: Path) -> None:
     metrics, edited, _ = editor.batch_edit(**arguments(3), verbose=False, test_generation=True)
     assert len(metrics) == 3 and len(edited.edits) == 1
     assert all(m["post"]["fluency"]["ngram_entropy"] > 0 for m in metrics)
+
+
+SIZES = [("batch_edit", sequential, *sizes) for sequential in (False, True) for sizes in ((2, None), (3, 2), (3, 5))]
+
+
+@pytest.mark.parametrize(
+    ("call", "sequential", "count", "size"),
+    [
+        *SIZES,
+        ("batch_edit", False, 4, "2"),
+        ("edit", False, 1, 3),
+        ("edit", False, 2, 2),
+        ("edit_requests", False, 2, None),
+        ("edit_requests", True, 2, None),
+        ("generate_edit", False, 1, None),
+        ("generate_edit", False, 2, None),
+        ("generate_edit", True, 2, None),
+    ],
+)
+def test_either_all_edits_stay_or_it_is_said_how_many_do(
+    call: str,
+    sequential: bool,
+    count: int,
+    size: Any,
+    world_gpt2: EditableModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Right numbers are counted here: what one call makes together, and what of that is left."""
+    editor = BaseEditor({**FT, "num_steps": 1, "batch_size": size, "layers": [5]}, model=world_gpt2)
+    given: dict[str, Any] = {
+        key: value for key, value in arguments(count).items() if key in ("prompts", "target_new", "subject")
+    }
+    if call == "edit_requests":
+        keys = ("prompts", "target_new", "subject")
+        rows = [dict(zip(("prompt", *keys[1:]), row, strict=True)) for row in zip(*map(given.get, keys), strict=True)]
+        given = {"requests": rows}
+    options = {"max_new_tokens": 2} if call == "generate_edit" else {}
+    rows, edited, _ = getattr(editor, call)(**given, **options, sequential_edit=sequential, verbose=False)
+    assert len(rows) == count
+    together = (int(size or 0) or count) if call == "batch_edit" else 1
+    stay = count if sequential or together >= count else count % together or together
+    assert len(edited.edits) == stay
+    assert (f"{stay} of the {count} edits" in caplog.text) is (stay < count)
+
+
+@pytest.mark.parametrize("size", [-1, 2.5, True, "many", [2]])
+@pytest.mark.parametrize("method", [FT, ROME])
+def test_a_batch_size_that_is_none(size: Any, method: dict[str, Any], world_gpt2: EditableModel) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size|rows_per_step"):
+        BaseEditor({**method, "batch_size": size}, model=world_gpt2).batch_edit(**arguments(2), verbose=False)
+    assert not world_gpt2.edits
 
 
 def test_what_is_refused() -> None:

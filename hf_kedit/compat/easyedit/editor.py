@@ -183,8 +183,10 @@ class BaseEditor:
         requests = from_easyedit(
             prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject
         )
-        size = int(values_of(self.hparams).get("batch_size") or len(requests))
-        return self._edit(requests, size, sequential_edit, verbose, test_generation, train_ds, other)
+        size = values_of(self.hparams).get("batch_size") or len(requests)
+        if isinstance(size, bool) or not str(size).isdecimal():
+            raise ConfigError(f"batch_size must be a whole number above 0, not {size!r}")
+        return self._edit(requests, int(size), sequential_edit, verbose, test_generation, train_ds, other)
 
     def edit_requests(
         self,
@@ -287,14 +289,7 @@ class BaseEditor:
         together = sequential or len(requests) <= size
         last = requests[(len(requests) - 1) // size * size :]
         if not together:
-            logger.warning(
-                "the returned model has %d of the %d edits: each %s was made on the original model, measured and"
-                " undone but for the last; sequential_edit=True keeps all%s",
-                len(last),
-                len(requests),
-                "one" if size == 1 else "batch",
-                "" if size == 1 else ", a batch_size of at least that number makes them together",
-            )
+            _tell_what_stays(len(last), len(requests), size)
         setting: Any = "sequential" if together else "single" if size == 1 else "batch"
         extras = Extras(self.model, requests, other.get("eval_metric"), other.get("metric_kwargs"))
         report = evaluate_edits(
@@ -317,7 +312,7 @@ class BaseEditor:
     def _each(
         self,
         requests: Sequence[EditRequest],
-        sequential: bool,
+        sequential: bool | None,
         verbose: bool,
         measure: Callable[[int], Row],
     ) -> list[Row]:
@@ -325,12 +320,14 @@ class BaseEditor:
 
         Args:
             requests: to make.
-            sequential: all stay, and are measured at the end.
+            sequential: all stay, and are measured at the end; ``None``: not, and whoever calls has no choice.
             verbose: show progress.
             measure: number of a request → its numbers, on the model that shows the edit.
         """
         model, carried = self.model, len(self.model.edits)
         rows: list[Row] = []
+        if not sequential and len(requests) > 1:
+            _tell_what_stays(1, len(requests), 1, may_be_sequential=sequential is not None)
         try:
             for group in [requests] if sequential else [[request] for request in requests]:
                 if len(model.edits) > carried:
@@ -410,6 +407,21 @@ def _with_editor(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
             if folder and (Path(str(folder)) / EDITOR_WEIGHTS).is_file():
                 return replace(config, editor=str(folder))
     return config
+
+
+def _tell_what_stays(kept: int, count: int, size: int, *, may_be_sequential: bool = True) -> None:
+    """Say that not all of the edits are in the returned model."""
+    remedy = "; sequential_edit=True keeps all" if may_be_sequential else ""
+    if size > 1:
+        remedy += ", a batch_size of at least that number makes them together"
+    logger.warning(
+        "the returned model has %d of the %d edits: each %s was made on the original model, measured and undone but"
+        " for the last%s",
+        kept,
+        count,
+        "one" if size == 1 else "batch",
+        remedy,
+    )
 
 
 def _write_before(rows: Sequence[Row], other: Mapping[str, Any]) -> None:

@@ -76,7 +76,7 @@ class SafetyEditor(BaseEditor):
         def measure(number: int) -> dict[str, Row]:
             return {"pre": before[number], "post": self._replies(later[number])}
 
-        rows = self._each(requests, False, verbose, measure)
+        rows = self._each(requests, None, verbose, measure)
         if case_id is not None:
             rows = [{**row, "case_id": case_id} for row in rows]
         return rows, self.model, Originals(self.model)
