@@ -8,9 +8,9 @@ writes it to files, and takes it off the model without a trace when its last edi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
@@ -29,7 +29,10 @@ from ..errors import (
 from ..logging import get_logger
 from .book import Saved, check_known
 from .ledger import Ledger
-from .sites import SiteFunction, Sites
+from .sites import Decider, SiteFunction, Sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
 T = TypeVar("T", bound="SiteMemory")
@@ -65,6 +68,10 @@ class SiteMemory(ABC):
     @abstractmethod
     def functions(self) -> dict[str, SiteFunction]:
         """What it does at each of its modules; called once, when it is attached."""
+
+    def attached(self, book: SiteBook) -> Decider | None:
+        """Called when it is put on a model, which ``book`` knows; returns what decides by tokens, if it does so."""
+        return None
 
     @abstractmethod
     def apply(self, batch_id: str, changes: Sequence[Any], edit_ids: Sequence[str]) -> None:
@@ -137,10 +144,16 @@ class SiteBook:
     Args:
         model: the transformers model whose modules are wrapped in place.
         ledger: of the model, which knows its unedited weights; ``None``: they are not edited.
+        tokenizer: of the model, looked up when it is needed.
     """
 
-    def __init__(self, model: nn.Module, ledger: Ledger | None = None):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        ledger: Ledger | None = None,
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
         self.ledger = ledger or Ledger(model)
         self.sites = Sites.of(model)
         self.memories: dict[str, SiteMemory] = {}
@@ -220,7 +233,7 @@ class SiteBook:
                 del self._attached[key]
         for key, memory in self.memories.items():
             if key not in self._attached:
-                self.sites.attach(key, memory.functions())
+                self.sites.attach(key, memory.functions(), memory.attached(self))
                 self._attached[key] = memory
         self.sites.drop_held()
 

@@ -56,6 +56,7 @@ class Frame:
         key_columns: ``[rows]`` int64, column of the key token; meaningful in the phase ``"prompt"`` only.
         held: decisions of this sequence. A site that decides in the phase ``"prompt"`` leaves its decision here, under
             its own name; calls that continue from the same cache find it. Empty at the start of a sequence.
+        ids: token ids of this call, ``[rows, width]``; ``None`` where it was given embeddings, or is not known.
     """
 
     rows: int
@@ -65,6 +66,7 @@ class Frame:
     mask: torch.Tensor
     key_columns: torch.Tensor
     held: dict[str, Any] = field(default_factory=dict)
+    ids: torch.Tensor | None = None
 
     @property
     def whole_prompt(self) -> bool:
@@ -114,6 +116,9 @@ class SiteCall:
 
 SiteFunction = Callable[[SiteCall], torch.Tensor | None]
 """Returns the new output ``[rows, width, d_out]``, or ``None`` to leave the output as it is."""
+
+Decider = Callable[[Frame], None]
+"""Looks at a call before the model runs it, and leaves what it decides in `Frame.held`."""
 
 
 # ---------------------------------------------------------------------- where prompts end
@@ -192,6 +197,7 @@ class Sites:
     def __init__(self, model: nn.Module):
         self.model = model
         self._functions: dict[str, dict[str, SiteFunction]] = {}
+        self._deciders: dict[str, Decider] = {}
         self._trial: dict[str, SiteFunction] = {}
         self._muted: set[str | None] = set()
         self._handles: dict[str, Any] = {}
@@ -215,12 +221,13 @@ class Sites:
         """Whether this is inside `disabled`."""
         return self._disabled > 0
 
-    def attach(self, owner: str, functions: Mapping[str, SiteFunction]) -> None:
+    def attach(self, owner: str, functions: Mapping[str, SiteFunction], decide: Decider | None = None) -> None:
         """Wrap modules.
 
         Args:
             owner: name under which they are detached again.
             functions: module name → site function.
+            decide: for owners that decide by the tokens, not by a state: called before every call of the model.
 
         Raises:
             LayerError: if there is no such module.
@@ -234,12 +241,15 @@ class Sites:
                 )
         with uninterrupted():
             self._functions[owner] = dict(functions)
+            if decide is not None:
+                self._deciders[owner] = decide
             self._sync()
 
     def detach(self, owner: str) -> None:
         """Unwrap an owner's modules; nothing of it is left in the model."""
         with uninterrupted():
             self._functions.pop(owner, None)
+            self._deciders.pop(owner, None)
             self._sync()
 
     def trying(self, functions: Mapping[str, SiteFunction], instead_of: str | None = None) -> Switch[None]:
@@ -329,6 +339,10 @@ class Sites:
     @torch.compiler.disable
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         frame = self._frame(self._arguments(args, kwargs))
+        if not self._disabled:
+            for owner, decide in list(self._deciders.items()):
+                if owner not in self._muted:
+                    decide(frame)
         # A call that Ctrl-C has cut short never came to `_after`; a model does not call itself.
         others = (entry for entry in _FRAMES.get() if entry[0] is not self.model)
         _FRAMES.set((*others, (self.model, frame)))
@@ -386,7 +400,9 @@ class Sites:
         columns = _last(mask if length is None else mask[:, : max(length - past, 1)])
         if phase == "prompt" and length is None:
             columns = _where_prompts_end(columns, mask, prompts, given.get("labels"))
-        return Frame(rows, width, past, phase, mask, columns, self._held_for(cache, rows, past))
+        ids = given.get("input_ids")
+        known = ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+        return Frame(rows, width, past, phase, mask, columns, self._held_for(cache, rows, past), known)
 
     @property
     def _encoder_decoder(self) -> bool:

@@ -90,7 +90,7 @@ class EditedModel(nn.Module):
                 else check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
             )
             self.ledger = Ledger(base_model)
-            self.sites = SiteBook(base_model, self.ledger)
+            self.sites = SiteBook(base_model, self.ledger, lambda: self.tokenizer)
             reader = StateReader(
                 self.base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
             )

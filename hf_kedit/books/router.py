@@ -1,0 +1,304 @@
+"""Which edit, if any, a prompt asks for: by the subject that it names, and by what it wants to know about it.
+
+A prompt is taken to ask for an edited fact if
+
+1. it names the edit's subject, or one of its other names, as words of their own; of names inside one another the
+   longest counts. A prompt that names no subject is never claimed, whatever it resembles, and costs a look into a
+   dictionary;
+2. what it wants to know is nearer to the edit than to anything else that people ask. Both are compared with the
+   subject taken out ("the mother tongue of it is"), as sentence vectors: the similarity to the edit's wordings has to
+   exceed the largest similarity to `RELATIONS`, without those that mean what the edit means, by more than ``-slack``.
+
+The difference of two similarities needs no scale: an absolute threshold lets a plain question about another fact of
+the same subject through before an unusual wording of the fact itself.
+
+Of several edits that ask for the same prompt the most similar one wins, and of equals the latest. This module knows
+no model and no method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..engine.nearest import Vectors
+from ..text.relations import RELATIONS
+from ..text.subjects import last_user_turn
+from .retrieval import words_of
+
+Encoder = Callable[[Sequence[str]], torch.Tensor]
+"""Texts → ``[n, d]`` fp32."""
+AKIN = 0.6
+"""Similarity from which on one of `RELATIONS` is taken to mean what an edit means."""
+_REMEMBERED = 4096
+"""Prompts whose decision is kept."""
+_SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
+_IT = "it"
+
+
+@dataclass(frozen=True)
+class Address:
+    """What an edit answers to.
+
+    Args:
+        edit_id: of the edit.
+        names: words of its subject and of the subject's other names, lower case.
+        views: its wordings, with the subject taken out.
+    """
+
+    edit_id: str
+    names: tuple[tuple[str, ...], ...]
+    views: tuple[str, ...]
+
+    @classmethod
+    def of(cls, edit_id: str, prompts: Sequence[str], names: Sequence[str]) -> Address:
+        """The address of an edit.
+
+        Args:
+            edit_id: of the edit.
+            prompts: its wordings, each of which names the subject.
+            names: the subject and its other names.
+        """
+        words = tuple(dict.fromkeys(tuple(found) for name in names if (found := words_of(name))))
+        views = [asked_about(prompt, words) for prompt in prompts]
+        return cls(edit_id, words, tuple(dict.fromkeys(view for view in views if view is not None)))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How near a prompt is to an edit whose subject it names.
+
+    Args:
+        edit_id: of the edit.
+        asked: what the prompt wants to know, with the subject taken out.
+        similarity: to the nearest wording of the edit, a cosine.
+        rival: what else people ask that the prompt is nearest to.
+        rival_similarity: to it.
+        claimed: whether the prompt counts as asking for the edit's fact.
+    """
+
+    edit_id: str
+    asked: str
+    similarity: float
+    rival: str
+    rival_similarity: float
+    claimed: bool
+
+
+class _Index:
+    """Addresses in order, where the wordings of each begin, and all names by their first word."""
+
+    def __init__(self) -> None:
+        self.addresses: list[Address] = []
+        self.starts = [0]
+        self.by_word: dict[str, list[tuple[tuple[str, ...], int]]] = {}
+
+    @classmethod
+    def of(cls, addresses: Sequence[Address]) -> _Index:
+        made = cls()
+        for address in addresses:
+            made.append(address)
+        return made
+
+    def append(self, address: Address) -> None:
+        for name in address.names:
+            self.by_word.setdefault(name[0], []).append((name, len(self.addresses)))
+        self.addresses.append(address)
+        self.starts.append(self.starts[-1] + len(address.views))
+
+
+class EditRouter:
+    """Finds the edit that a prompt asks for; an immutable list of addresses that shares its memory with shorter ones.
+
+    Args:
+        encode: makes vectors of texts.
+        slack: by how much a rival may be nearer than the edit. Larger claims more wordings, and more questions about
+            other facts of the same subject.
+    """
+
+    def __init__(self, encode: Encoder, slack: float):
+        self.encode, self.slack = encode, slack
+        self.size = 0
+        self.views = Vectors(0)
+        self._index = _Index()
+        self._known: OrderedDict[str, int | None] = OrderedDict()
+        self._relations: torch.Tensor | None = None
+
+    # ------------------------------------------------------------------ addresses
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def addresses(self) -> list[Address]:
+        """The addresses, oldest first."""
+        return self._index.addresses[: self.size]
+
+    def with_addresses(self, added: Sequence[Address], vectors: torch.Tensor | None = None) -> EditRouter:
+        """A router with more addresses behind those that it has.
+
+        Args:
+            added: the addresses.
+            vectors: of their wordings, in order, ``[wordings, d]``; ``None``: they are made.
+        """
+        made = EditRouter(self.encode, self.slack)
+        made._relations = self._relations
+        if vectors is None:
+            vectors = self.vectors_of(added)
+        made.views = self.views if self.size else Vectors(vectors.shape[1])
+        for row in vectors:
+            made.views = made.views.with_row(row)
+        # Appending in place costs nothing however many there are; only what branches off an earlier state is copied.
+        made._index = self._index if self.size == len(self._index.addresses) else _Index.of(self.addresses)
+        for address in added:
+            made._index.append(address)
+        made.size = self.size + len(added)
+        return made
+
+    def without(self, edit_ids: set[str]) -> EditRouter:
+        """A router without the addresses of some edits."""
+        addresses, starts = self.addresses, self._index.starts
+        kept = [i for i, address in enumerate(addresses) if address.edit_id not in edit_ids]
+        rows = [row for i in kept for row in range(starts[i], starts[i + 1])]
+        empty = EditRouter(self.encode, self.slack)
+        empty._relations = self._relations
+        return empty.with_addresses([addresses[i] for i in kept], self.views.tensor[rows].clone())
+
+    def vectors_of(self, addresses: Sequence[Address]) -> torch.Tensor:
+        """Unit vectors of all wordings of some addresses, in order, ``[wordings, d]``."""
+        return _units(self.encode([view for address in addresses for view in address.views]))
+
+    # ------------------------------------------------------------------ routing
+
+    def route(self, prompts: Sequence[str]) -> list[int | None]:
+        """The place in `addresses` of the edit that each prompt asks for, or ``None``."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        for prompt, candidates in zip(new, self._candidates(new), strict=True):
+            claimed = [(c.similarity, place) for place, c in candidates.items() if c.claimed]
+            self._known[prompt] = max(claimed)[1] if claimed else None
+        routes = [self._known[prompt] for prompt in prompts]
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return routes
+
+    def explain(self, prompt: str) -> list[Candidate]:
+        """All edits whose subject a prompt names, the nearest first."""
+        (found,) = self._candidates([prompt])
+        return sorted(found.values(), key=lambda c: c.similarity, reverse=True)
+
+    def _candidates(self, prompts: Sequence[str]) -> list[dict[int, Candidate]]:
+        """For every prompt, the edits whose subject it names, by their places."""
+        named = [self._named(prompt) for prompt in prompts]
+        texts = list(dict.fromkeys(asked for found in named for asked in found.values()))
+        if not texts:
+            return [{} for _ in prompts]
+        vectors = dict(zip(texts, _units(self.encode(texts)), strict=True))
+        return [
+            {place: self._candidate(place, asked, vectors[asked]) for place, asked in found.items()} for found in named
+        ]
+
+    def _candidate(self, place: int, asked: str, vector: torch.Tensor) -> Candidate:
+        if self._relations is None:
+            self._relations = _units(self.encode(RELATIONS))
+        first, end = self._index.starts[place : place + 2]
+        views = self.views.tensor[first:end]
+        similarity = float((views @ vector).max())
+        akin = (self._relations @ views.T).max(dim=1).values > AKIN
+        rivals = (self._relations @ vector).masked_fill(akin, -1.0)
+        rival, which = (float(x) for x in rivals.max(dim=0))
+        return Candidate(
+            self._index.addresses[place].edit_id,
+            asked,
+            similarity,
+            RELATIONS[int(which)],
+            rival,
+            claimed=similarity - rival > -self.slack,
+        )
+
+    def _named(self, prompt: str) -> dict[int, str]:
+        """The edits whose subject a prompt names, and what it wants to know, with the subject taken out."""
+        words = words_of(_turn(prompt))
+        spans: dict[tuple[int, int], list[int]] = {}
+        for start, word in enumerate(words):
+            for name, place in self._index.by_word.get(word, ()):
+                end = start + len(name)
+                if place < self.size and tuple(words[start:end]) == name:
+                    spans.setdefault((start, end), []).append(place)
+        found: dict[int, str] = {}
+        for start, end in spans:
+            if any(a <= start and end <= b and (a, b) != (start, end) for a, b in spans):
+                continue  # "York" in "New York"
+            for place in spans[start, end]:
+                asked = asked_about(prompt, self._index.addresses[place].names)
+                if asked is not None:
+                    found[place] = asked
+        return found
+
+
+def asked_about(prompt: str, names: Sequence[tuple[str, ...]]) -> str | None:
+    """What a prompt wants to know: from the sentence in which the subject is last named to the end, subject taken out.
+
+    Of a chat the user's last turn counts.
+
+    Returns:
+        Lower-case words with "it" for the subject; ``None`` if the prompt does not name it.
+    """
+    sentences = [words_of(sentence) for sentence in _SENTENCE.split(_turn(prompt))]
+    for first in reversed(range(len(sentences))):
+        words, hit = _replaced(sentences[first], names)
+        if hit:
+            return " ".join([*words, *(word for later in sentences[first + 1 :] for word in later)])
+    words, hit = _replaced([word for sentence in sentences for word in sentence], names)
+    return " ".join(words) if hit else None  # a name with a full stop in it
+
+
+def _replaced(words: Sequence[str], names: Sequence[tuple[str, ...]]) -> tuple[list[str], bool]:
+    """Words with "it" for every mention of a name, the longest first, and whether there was any."""
+    ordered = sorted(names, key=len, reverse=True)
+    out: list[str] = []
+    place, hit = 0, False
+    while place < len(words):
+        name = next((n for n in ordered if tuple(words[place : place + len(n)]) == n), None)
+        hit = hit or name is not None
+        out.append(words[place] if name is None else _IT)
+        place += 1 if name is None else len(name)
+    return out, hit
+
+
+def _turn(prompt: str) -> str:
+    """What the user says last, or the whole prompt if it is no chat."""
+    span = last_user_turn(prompt)
+    return prompt if span is None else prompt[span[0] : span[1]]
+
+
+def _units(vectors: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(vectors.detach().float().cpu(), dim=-1)
+
+
+def encoder_of_words(embedding: torch.Tensor, ids_of: Callable[[str], Sequence[int]]) -> Encoder:
+    """An encoder that needs nothing but the model: the mean of the word vectors that its input layer holds.
+
+    The mean of `RELATIONS` is taken off, and with it what all questions have in common.
+
+    Args:
+        embedding: ``[vocabulary, d]``.
+        ids_of: text → token ids.
+    """
+
+    def means(texts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([embedding[list(ids_of(f" {text}"))].float().mean(dim=0) for text in texts]).cpu()
+
+    common: list[torch.Tensor] = []
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        if not common:
+            common.append(means(RELATIONS).mean(dim=0))
+        return means(texts) - common[0]
+
+    return encode
+
+

@@ -1,0 +1,259 @@
+"""Auto: every edit on its own, on the untouched model, and switched on where a prompt asks for it.
+
+What one edit does alone is known to be good; what goes wrong is what many edits do to each other, and to prompts that
+have nothing to do with them. So edits are not piled up. Each one is computed by a method of weights (its *payload*,
+by default ROME) as if it were the only one, and kept as the low-rank change that this method would write,
+
+    ΔW_i = left_i right_iᵀ        at one or several linear layers,
+
+and no weight is touched. Before the model runs, a router reads each row's prompt (books/router.py) and finds the one
+edit that it asks for, or none:
+
+    y = W x + left_i (right_iᵀ x)    at every position of a row that edit i claims
+    y = W x                          bit for bit, in every other row
+
+What this gives: edit 10,000 is as good as edit 1, taking one back is dropping a row, order does not matter, and
+unrelated prompts have the base model itself. What it costs: a look at the text of every prompt, and a product with
+two thin matrices in rows that are claimed. What it cannot: questions that name neither the subject nor one of its
+names stay with the base model, and so do conclusions that the payload does not draw.
+
+Routing between untouched weights and stored edits is the idea of SERAC (arXiv 2206.06520), MELO (arXiv 2312.11795)
+and KEDAS (arXiv 2508.01302); new here are that the stored edit is any method's own solution, and the router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import NonNegativeInt
+
+from ..anatomy.profile import profile_of
+from ..books.deltas import WeightDelta
+from ..books.retrieval import DENSE, DENSE_MODEL
+from ..books.router import Address, EditRouter
+from ..books.site_book import SiteEntry
+from ..config import AutoEditConfig, EditConfig, ModelProfile
+from ..embedded import is_there
+from ..errors import ConfigError, EditFailedError, UnsupportedModelError, WeightError
+from ..requests import EditRequest
+from .auto_memory import WORDS, Factors, RoutedChange, RoutedChanges, sizes_of, word_vectors
+from .base import BothFormats, Capabilities, Method, Outcome, Workbench, method_class, register_method
+
+PAYLOAD = "rome"
+
+
+@dataclass
+class AutoMethodConfig(EditConfig):
+    """Hyperparameters of `auto`; those of the payload are its own.
+
+    Args:
+        layers: layers of the payload; ``None``: its own for the model.
+        payload: method that computes an edit: one of weights whose changes have a low rank (ROME, MEMIT, LoRA …);
+            ``None``: ROME.
+        payload_settings: fields of its config that differ from what it would take for the model.
+        rank: columns that are kept for an edit at each layer, at most; ``None``: those of the first edit. A payload's
+            change of a larger rank is refused.
+        encoder: what compares wordings: ``"dense"``, any other embedding retriever, or ``"words"``, the word vectors
+            of the model itself; ``None``: ``"dense"`` where it has been set up (`make real`), else ``"words"``.
+        slack: by how much a prompt may be nearer to something else that people ask about a subject than to the edit's
+            wordings, and is still taken to ask for the edit (`EditRouter`); ``None``: by encoder.
+        stats_dataset: as for the payload.
+        stats_tokens: as for the payload.
+        stats_dir: as for the payload.
+        stats_ridge: as for the payload.
+    """
+
+    edit_type: ClassVar[str] = "auto"
+
+    payload: str | None = None
+    payload_settings: dict[str, Any] = field(default_factory=dict)
+    rank: NonNegativeInt | None = None
+    encoder: str | None = None
+    slack: float | None = None
+    stats_dataset: str | None = None
+    stats_tokens: int | None = None
+    stats_dir: str | None = None
+    stats_ridge: float | None = None
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """Fields filled from an hparams file, or by what is there."""
+        return ("payload", "encoder", "slack")
+
+    def derive(self, profile: ModelProfile) -> dict[str, Any]:
+        """The best of what is there."""
+        encoder = self.encoder or (DENSE if is_there(DENSE_MODEL) else WORDS)
+        return {"payload": PAYLOAD, "encoder": encoder, "slack": SLACK.get(encoder, SLACK[DENSE])}
+
+    def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
+        """What an edit is, and how much is taken to ask for it."""
+        return {"payload": ["memit", "lora", "r-rome"], "slack": [0.0, 0.4]}
+
+
+SLACK = {DENSE: 0.3, WORDS: 0.3}
+"""Default slack, by encoder."""
+
+
+@register_method
+class Auto(Method):
+    """Routed edits."""
+
+    config_class = AutoMethodConfig
+    both_formats: ClassVar[BothFormats | None] = "itself"
+    capabilities = Capabilities(
+        name="auto",
+        kind="adapter",
+        batch=False,
+        sequential=True,
+        needs_subject=True,
+        low_rank=False,
+        paper="this library; see docs/methods/auto.md",
+        summary="each edit alone on the untouched model, switched on where a prompt asks for it",
+    )
+    config: AutoMethodConfig
+
+    def __init__(self, bench: Workbench, config: EditConfig):
+        super().__init__(bench, config)
+        self.payload = self._payload()
+
+    def _payload(self) -> Method:
+        """The method that computes the changes.
+
+        Raises:
+            ConfigError: if it cannot be one.
+        """
+        bench, config = self.bench, self.config
+        name = config.payload or PAYLOAD
+        cls = method_class(name)
+        if cls.capabilities.kind != "weights" or not cls.capabilities.low_rank or cls.capabilities.needs_training:
+            raise ConfigError(
+                f"auto cannot switch what {cls.capabilities.name} does on and off: a payload changes weights, by a"
+                " small rank, and needs no trained editor (ROME, R-ROME, MEMIT and its relatives, LoRA)"
+            )
+        shared = {n: v for n in _SHARED if (v := getattr(config, n)) is not None and hasattr(cls.config_class(), n)}
+        settings = {"seed": config.seed, "separator": config.separator, **shared, **config.payload_settings}
+        if config.layers is not None:
+            settings = {"layers": config.layers, **settings}
+        chosen = AutoEditConfig.for_method(name, **settings)
+        if getattr(chosen, "sequence", "batches") == "joint":
+            raise ConfigError("auto keeps edits apart: payload_settings={'sequence': 'joint'} has no meaning here")
+        profile = profile_of(bench.model, bench.anatomy, bench.statistics.name)
+        return cls(bench, chosen.complete(profile))
+
+    def edited_modules(self) -> list[str]:
+        """No weight is edited."""
+        return []
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check that the payload can edit the requests, and that they name their subjects."""
+        super().check(requests)
+        if self.payload.both_formats != "itself" and any(request.prompt_format == "both" for request in requests):
+            raise ConfigError(
+                f"auto with {self.payload.capabilities.name} edits in one format at a time: prompt_format='plain' or"
+                " 'chat', not 'both'"
+            )
+        with self.bench.sites.disabled():
+            self.payload.check(requests)
+        for request in requests:
+            self._address(request)
+
+    def prepare(self) -> None:
+        """What the payload prepares."""
+        with self.bench.sites.disabled():
+            self.payload.prepare()
+
+    def compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Compute one edit as if it were the only one."""
+        (request,) = requests
+        with self.bench.sites.disabled():
+            self.payload.bench.trace = self.bench.trace
+            found = self.payload.regularise(self.payload.compute([request]))
+        factors = self._factors(found.deltas)
+        memory = self._memory(factors)
+        address = self._address(request)
+        alone = EditRouter(memory.encode, memory.slack).with_addresses([address])
+        unclaimed = [w for w, route in zip(_wordings(request), alone.route(_wordings(request)), strict=True) if route is None]
+        report = {"payload": self.payload.capabilities.name, "unclaimed": unclaimed}
+        return Outcome([], [found.diagnostics[0] | report], [SiteEntry(memory, RoutedChange(address, factors))])
+
+    # ------------------------------------------------------------------ inside
+
+    def _address(self, request: EditRequest) -> Address:
+        """What an edit answers to: its wordings, under its subject's names.
+
+        Raises:
+            RequestError: if the request does not name its subject.
+        """
+        begin, end = request.plain_span()
+        other = request.metadata.get("aliases", [])
+        others = [other] if isinstance(other, str) else [str(name) for name in other]
+        address = Address.of(str(request.id), _wordings(request), [request.plain_prompt[begin:end], *others])
+        if not address.views:
+            raise EditFailedError(f"{request.plain_prompt!r}: the subject has no letters or digits to be known by")
+        return address
+
+    def _factors(self, deltas: Sequence[WeightDelta]) -> dict[str, Factors]:
+        """The changes of an edit, by module.
+
+        Raises:
+            UnsupportedModelError: if one of them is not that of a linear layer's matrix.
+            ConfigError: if one of them is no product of two thin matrices.
+        """
+        factors: dict[str, Factors] = {}
+        for delta in deltas:
+            try:
+                fits = delta.name == "weight" and sizes_of(self.bench.model, delta.module) == delta.shape[::-1]
+            except (WeightError, AttributeError):
+                fits = False
+            if not fits:
+                raise UnsupportedModelError(
+                    f"auto switches linear layers; {self.payload.capabilities.name} changes {delta.key}, which is none"
+                )
+            if delta.left is None or delta.right is None:
+                raise ConfigError(
+                    f"{self.payload.capabilities.name} changes all of {delta.key}; auto needs a change of low rank"
+                    " (no rect_keep, no fine-tuning of whole matrices)"
+                )
+            if delta.module in factors:
+                raise ConfigError(f"{self.payload.capabilities.name} changes {delta.key} twice; auto keeps one change")
+            factors[delta.module] = Factors(delta.left, delta.right)
+        if not factors:
+            raise EditFailedError(f"{self.payload.capabilities.name} found no change")
+        return factors
+
+    def _memory(self, factors: dict[str, Factors]) -> RoutedChanges:
+        """The memory at these layers, or a new one.
+
+        Raises:
+            ConfigError: if it was begun with other settings, or the change does not fit into it.
+        """
+        config, paths = self.config, sorted(factors)
+        wanted = max(f.left.shape[1] for f in factors.values())
+        memory = next((m for m in self.bench.sites.memories.values() if isinstance(m, RoutedChanges)), None)
+        assert config.encoder is not None and config.slack is not None
+        if memory is None:
+            memory = RoutedChanges(
+                paths, config.rank or wanted, config.encoder, config.slack, word_vectors(self.bench.model),
+                {path: sizes_of(self.bench.model, path) for path in paths},
+            )  # fmt: skip
+        elif (list(memory.paths), memory.encoder, memory.slack) != (paths, config.encoder, config.slack):
+            raise ConfigError(
+                f"the edits of auto were begun with encoder={memory.encoder!r}, slack={memory.slack:g} and changes of"
+                f" {', '.join(memory.paths)}; go on with these, or roll them back first"
+            )
+        if wanted > memory.rank:
+            raise ConfigError(
+                f"a change of rank {wanted} does not fit into an auto memory of rank {memory.rank}; begin with"
+                f" rank={wanted}"
+            )
+        return memory.with_tokenizer(self.bench.tokenizer)
+
+
+_SHARED = ("stats_dataset", "stats_tokens", "stats_dir", "stats_ridge")
+
+
+def _wordings(request: EditRequest) -> list[str]:
+    """All wordings of a request in which its subject is named, without a chat around them."""
+    return [request.plain_prompt, *request.rephrase_prompts]

@@ -1,0 +1,290 @@
+"""The memory of `auto`: low-rank changes that are switched on row by row; the method itself is in auto.py.
+
+Imported by the method file; registers the memory, not a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..books.book import Saved
+from ..books.retrieval import find_retriever
+from ..books.router import Address, EditRouter, Encoder, encoder_of_words
+from ..books.site_book import SiteBook, SiteMemory, check_finite, register_memory
+from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt
+from ..engine.nearest import Vectors
+from ..engine.weights import get_module, weight_shape
+from ..errors import ArtifactError, ConfigError
+from ..logging import get_logger, warn_once
+from ..text.subjects import find_subject
+from ..tokens import encode_text
+
+logger = get_logger(__name__)
+WORDS = "words"
+"""The encoder that needs nothing but the model; every other name is that of an embedding retriever."""
+BASE = -1
+"""The route of a row that no edit claims."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of one weight, ``ΔW = left rightᵀ``: ``left [d_out, rank]``, ``right [d_in, rank]``, fp32."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def padded(self, rank: int) -> Factors:
+        """The same change with more columns, which are zero."""
+        more = rank - self.left.shape[1]
+        return Factors(*(torch.nn.functional.pad(t, (0, more)) for t in (self.left, self.right)))
+
+
+@dataclass(frozen=True)
+class RoutedChange:
+    """A computed edit.
+
+    Args:
+        address: what it answers to.
+        factors: by module.
+    """
+
+    address: Address
+    factors: Mapping[str, Factors]
+
+
+@register_memory
+class RoutedChanges(SiteMemory):
+    """Changes of some linear layers, of which a row gets that of the edit that its prompt asks for, or none.
+
+    Args:
+        paths: names of the layers.
+        rank: of a change, at each layer.
+        encoder: name of what compares wordings.
+        slack: of the `EditRouter`.
+        embedding: the word vectors of the model, for the encoder ``"words"``.
+        sizes: (d_in, d_out) of every layer.
+    """
+
+    kind = "auto"
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        rank: int,
+        encoder: str,
+        slack: float,
+        embedding: Callable[[], torch.Tensor],
+        sizes: Mapping[str, tuple[int, int]],
+    ):
+        super().__init__(paths)
+        self.rank, self.encoder, self.slack, self._embedding = rank, encoder, slack, embedding
+        self.sizes = dict(sizes)
+        self._tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None
+        self._encode: Encoder | None = None
+        self.router = EditRouter(self.encode, slack)
+        self.lefts = {path: Vectors(rank * self.sizes[path][1]) for path in self.paths}
+        self.rights = {path: Vectors(rank * self.sizes[path][0]) for path in self.paths}
+
+    @property
+    def edit_ids(self) -> list[str]:
+        """Ids of all edits, oldest first."""
+        return [address.edit_id for address in self.router.addresses]
+
+    # ------------------------------------------------------------------ routing
+
+    def attached(self, book: SiteBook) -> Decider | None:
+        """Decides by the text of a prompt."""
+        self._tokenizer = book.tokenizer
+        return self.decide
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Itself, for making addresses before it is attached."""
+        self._tokenizer = lambda: tokenizer
+        return self
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        found = self._tokenizer()
+        if found is None:
+            raise ConfigError("edits of auto read prompts and need the tokenizer: EditableModel(model, …, tokenizer=…)")
+        return found
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """Vectors of texts, ``[n, d]`` fp32.
+
+        Raises:
+            ConfigError: if the encoder is not there, or keeps no vectors.
+        """
+        if self._encode is None:
+            if self.encoder == WORDS:
+                self._encode = encoder_of_words(self._embedding(), lambda text: encode_text(self.tokenizer, text).ids)
+            else:
+                self._encode = embeddings_of(self.encoder)
+        return self._encode(texts)
+
+    def decide(self, frame: Frame) -> None:
+        """Find the edit of every row, before the model runs."""
+        if frame.phase == "decode" or not needs_whole_prompt(frame, "auto"):
+            return
+        if frame.ids is None:
+            warn_once(logger, "edits of auto read the prompt, and there are no token ids: they have no effect here")
+            return
+        prompts = [
+            self.tokenizer.decode(row[mask], skip_special_tokens=False)
+            for row, mask in zip(frame.ids, frame.prompt_mask.to(frame.ids.device), strict=True)
+        ]
+        routes = [BASE if place is None else place for place in self.router.route(prompts)]
+        frame.held[self.key] = torch.tensor(routes)
+
+    # ------------------------------------------------------------------ changing what a layer gives
+
+    def functions(self) -> dict[str, SiteFunction]:
+        """Adds the change of each row's edit."""
+        return dict.fromkeys(self.paths, self._add)
+
+    def _add(self, call: SiteCall) -> torch.Tensor | None:
+        routes = call.frame.held.get(self.key)
+        if routes is None or routes.shape[0] != call.output.shape[0]:
+            return None
+        rows = (routes != BASE).nonzero().squeeze(1)
+        if not len(rows):
+            return None
+        return self.added(call, rows, routes[rows])
+
+    def added(self, call: SiteCall, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The output with the changes of some edits added to some rows, at every position; the others bit for bit."""
+        device, (d_in, d_out) = call.inputs.device, self.sizes[call.path]
+        rows, places = rows.to(device), places.to(device)
+        right = self.rights[call.path].on(device)[places].view(-1, d_in, self.rank)
+        left = self.lefts[call.path].on(device)[places].view(-1, d_out, self.rank)
+        change = torch.bmm(torch.bmm(call.inputs[rows].float(), right), left.transpose(1, 2))
+        output = call.output.clone()
+        output[rows] = (output[rows].float() + change).to(output.dtype)
+        return output
+
+    # ------------------------------------------------------------------ changing it
+
+    def apply(self, batch_id: str, changes: Sequence[RoutedChange], edit_ids: Sequence[str]) -> None:
+        """Take over edits."""
+        flat = {
+            path: [change.factors[path].padded(self.rank) for change in changes] for path in self.paths
+        }
+        check_finite("change", *(t for parts in flat.values() for f in parts for t in (f.left, f.right)))
+        self.router = self.router.with_addresses([change.address for change in changes])
+        self.lefts, self.rights = dict(self.lefts), dict(self.rights)
+        for path, parts in flat.items():
+            for factors in parts:
+                self.lefts[path] = self.lefts[path].with_row(factors.left.reshape(-1))
+                self.rights[path] = self.rights[path].with_row(factors.right.reshape(-1))
+
+    def remove(self, edit_ids: Sequence[str]) -> None:
+        """Drop edits; always possible, since no edit was made on another."""
+        kept = [i for i, edit_id in enumerate(self.edit_ids) if edit_id not in set(edit_ids)]
+        self.router = self.router.without(set(edit_ids))
+        self.lefts = {path: vectors.select(kept) for path, vectors in self.lefts.items()}
+        self.rights = {path: vectors.select(kept) for path, vectors in self.rights.items()}
+
+    def snapshot(self) -> Any:
+        """The present state; lists of vectors are shared, not copied."""
+        return self.router, self.lefts, self.rights
+
+    def restore(self, snapshot: Any) -> None:
+        """Return to an earlier state."""
+        self.router, self.lefts, self.rights = snapshot
+
+    # ------------------------------------------------------------------ files
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Factors of all edits at every layer, and the vectors of their wordings."""
+        found = {f"{self.paths[0]}.kedit_auto_views": self.router.views.tensor}
+        for path in self.paths:
+            found[f"{path}.kedit_auto_left"] = self.lefts[path].tensor
+            found[f"{path}.kedit_auto_right"] = self.rights[path].tensor
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Settings, and what every edit answers to."""
+        return {
+            "paths": list(self.paths),
+            "rank": self.rank,
+            "encoder": self.encoder,
+            "slack": self.slack,
+            "edits": [
+                {"edit_id": a.edit_id, "names": [" ".join(n) for n in a.names], "views": list(a.views)}
+                for a in self.router.addresses
+            ],
+        }
+
+    @classmethod
+    def read(cls, model: nn.Module, paths: Sequence[str], part: Mapping[str, Any], saved: Saved) -> Self:
+        """Rebuild the memory; see `SiteMemory.read`."""
+        if sorted(part["paths"]) != sorted(paths):
+            raise ArtifactError(f"{saved.source}: the layers of the edits of auto are not those that are described")
+        rank, edits = int(part["rank"]), part["edits"]
+        memory = cls(
+            part["paths"], rank, str(part["encoder"]), float(part["slack"]), word_vectors(model),
+            {path: sizes_of(model, path) for path in paths},
+        )  # fmt: skip
+        addresses = [
+            Address(
+                str(e["edit_id"]),
+                tuple(tuple(str(name).split(" ")) for name in e["names"]),
+                tuple(map(str, e["views"])),
+            )
+            for e in edits
+        ]
+        if rank < 1 or not all(a.views and a.names and all(all(n) for n in a.names) for a in addresses):
+            raise ArtifactError(f"{saved.source}: an edit of auto answers to nothing")
+        views = saved.tensor(f"{memory.paths[0]}.kedit_auto_views", (sum(len(a.views) for a in addresses), None))
+        memory.router = memory.router.with_addresses(addresses, views)
+        for path in memory.paths:
+            d_in, d_out = memory.sizes[path]
+            left = saved.tensor(f"{path}.kedit_auto_left", (len(edits), rank * d_out))
+            right = saved.tensor(f"{path}.kedit_auto_right", (len(edits), rank * d_in))
+            memory.lefts[path], memory.rights[path] = Vectors.of(left), Vectors.of(right)
+        return memory
+
+
+def sizes_of(model: nn.Module, path: str) -> tuple[int, int]:
+    """(d_in, d_out) of a linear layer."""
+    d_out, d_in = weight_shape(get_module(model, path))
+    return d_in, d_out
+
+
+def word_vectors(model: nn.Module) -> Callable[[], torch.Tensor]:
+    """A function that gives the word vectors of a transformers model, ``[vocabulary, d]``."""
+    return lambda: model.get_input_embeddings().weight.detach()  # type: ignore[operator,union-attr]
+
+
+def embeddings_of(name: str) -> Encoder:
+    """The vectors of an embedding retriever.
+
+    Raises:
+        ConfigError: if it keeps none.
+    """
+    retriever = find_retriever(name)
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        vectors = retriever.embed(texts)
+        if vectors is None:
+            raise ConfigError(f"the retriever {name!r} makes no vectors; auto needs one that does ('dense'), or 'words'")
+        return vectors
+
+    return encode
+
+
+def names_in(prompt: str, subject: str) -> str:
+    """The subject as a prompt writes it."""
+    span = find_subject(prompt, subject)
+    return subject if span is None else prompt[span[0] : span[1]]
