@@ -21,6 +21,7 @@ _PUBLIC = {
     "journal": "Edit EditResult",
     "locate": "causal_trace suggest_layers",
     "methods.alphaedit": "AlphaEditConfig",
+    "methods.auto": "AutoMethodConfig",
     "methods.calinet": "CaliNetConfig",
     "methods.core": "COREConfig",
     "methods.defer": "DEFERConfig",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .locate import causal_trace as causal_trace
     from .locate import suggest_layers as suggest_layers
     from .methods.alphaedit import AlphaEditConfig as AlphaEditConfig
+    from .methods.auto import AutoMethodConfig as AutoMethodConfig
     from .methods.calinet import CaliNetConfig as CaliNetConfig
     from .methods.core import COREConfig as COREConfig
     from .methods.defer import DEFERConfig as DEFERConfig

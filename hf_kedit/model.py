@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .artifact.card import HasModelIndex
+    from .books.router import Candidate
 
 logger = get_logger(__name__)
 REMOTE_METHOD = "prompt"
@@ -314,6 +315,18 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         )
         Path(file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return Path(file)
+
+    def explain(self, prompt: str) -> list[Candidate]:
+        """Which edits of `auto` a prompt is compared with, the nearest first, and whether one of them claims it.
+
+        Args:
+            prompt: what the model would read.
+
+        Returns:
+            The edits whose subject the prompt names; none: the model answers as if it had no such edits.
+        """
+        with self._turn():
+            return [found for memory in self.sites.memories.values() for found in memory.explain(prompt)]
 
     # ------------------------------------------------------------------ being a model
 

@@ -19,9 +19,9 @@ no model and no method.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -125,7 +125,7 @@ class EditRouter:
         self.size = 0
         self.views = Vectors(0)
         self._index = _Index()
-        self._known: OrderedDict[str, int | None] = OrderedDict()
+        self._known: dict[str, int | None] = {}
         self._relations: torch.Tensor | None = None
 
     # ------------------------------------------------------------------ addresses
@@ -176,14 +176,16 @@ class EditRouter:
 
     def route(self, prompts: Sequence[str]) -> list[int | None]:
         """The place in `addresses` of the edit that each prompt asks for, or ``None``."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        known, unknown = self._known, object()
+        found: dict[str, Any] = {prompt: known.get(prompt, unknown) for prompt in prompts}
+        new = [prompt for prompt, route in found.items() if route is unknown]
         for prompt, candidates in zip(new, self._candidates(new), strict=True):
             claimed = [(c.similarity, place) for place, c in candidates.items() if c.claimed]
-            self._known[prompt] = max(claimed)[1] if claimed else None
-        routes = [self._known[prompt] for prompt in prompts]
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
-        return routes
+            found[prompt] = max(claimed)[1] if claimed else None
+        if len(known) + len(new) > _REMEMBERED:  # several threads may be here: nothing is looked up twice above
+            known.clear()
+        known.update({prompt: found[prompt] for prompt in new})
+        return [found[prompt] for prompt in prompts]
 
     def explain(self, prompt: str) -> list[Candidate]:
         """All edits whose subject a prompt names, the nearest first."""
@@ -300,5 +302,3 @@ def encoder_of_words(embedding: torch.Tensor, ids_of: Callable[[str], Sequence[i
         return means(texts) - common[0]
 
     return encode
-
-

@@ -29,6 +29,7 @@ from ..errors import (
 from ..logging import get_logger
 from .book import Saved, check_known
 from .ledger import Ledger
+from .router import Candidate
 from .sites import Decider, SiteFunction, Sites
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class SiteMemory(ABC):
     def attached(self, book: SiteBook) -> Decider | None:
         """Called when it is put on a model, which ``book`` knows; returns what decides by tokens, if it does so."""
         return None
+
+    def explain(self, prompt: str) -> list[Candidate]:
+        """What it compares a prompt with, if it reads prompts."""
+        return []
 
     @abstractmethod
     def apply(self, batch_id: str, changes: Sequence[Any], edit_ids: Sequence[str]) -> None:

@@ -173,8 +173,9 @@ class Auto(Method):
         factors = self._factors(found.deltas)
         memory = self._memory(factors)
         address = self._address(request)
-        alone = EditRouter(memory.encode, memory.slack).with_addresses([address])
-        unclaimed = [w for w, route in zip(_wordings(request), alone.route(_wordings(request)), strict=True) if route is None]
+        wordings = _wordings(request)
+        routes = EditRouter(memory.encode, memory.slack).with_addresses([address]).route(wordings)
+        unclaimed = [wording for wording, route in zip(wordings, routes, strict=True) if route is None]
         report = {"payload": self.payload.capabilities.name, "unclaimed": unclaimed}
         return Outcome([], [found.diagnostics[0] | report], [SiteEntry(memory, RoutedChange(address, factors))])
 

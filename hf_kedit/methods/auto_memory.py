@@ -15,14 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..books.book import Saved
 from ..books.retrieval import find_retriever
-from ..books.router import Address, EditRouter, Encoder, encoder_of_words
+from ..books.router import Address, Candidate, EditRouter, Encoder, encoder_of_words
 from ..books.site_book import SiteBook, SiteMemory, check_finite, register_memory
 from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt
 from ..engine.nearest import Vectors
 from ..engine.weights import get_module, weight_shape
 from ..errors import ArtifactError, ConfigError
 from ..logging import get_logger, warn_once
-from ..text.subjects import find_subject
 from ..tokens import encode_text
 
 logger = get_logger(__name__)
@@ -117,7 +116,7 @@ class RoutedChanges(SiteMemory):
         """
         found = self._tokenizer()
         if found is None:
-            raise ConfigError("edits of auto read prompts and need the tokenizer: EditableModel(model, …, tokenizer=…)")
+            raise ConfigError("auto reads prompts and needs the tokenizer: EditableModel(model, …, tokenizer=…)")
         return found
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
@@ -146,6 +145,10 @@ class RoutedChanges(SiteMemory):
         ]
         routes = [BASE if place is None else place for place in self.router.route(prompts)]
         frame.held[self.key] = torch.tensor(routes)
+
+    def explain(self, prompt: str) -> list[Candidate]:
+        """The edits whose subject a prompt names, the nearest first."""
+        return self.router.explain(prompt)
 
     # ------------------------------------------------------------------ changing what a layer gives
 
@@ -177,9 +180,7 @@ class RoutedChanges(SiteMemory):
 
     def apply(self, batch_id: str, changes: Sequence[RoutedChange], edit_ids: Sequence[str]) -> None:
         """Take over edits."""
-        flat = {
-            path: [change.factors[path].padded(self.rank) for change in changes] for path in self.paths
-        }
+        flat = {path: [change.factors[path].padded(self.rank) for change in changes] for path in self.paths}
         check_finite("change", *(t for parts in flat.values() for f in parts for t in (f.left, f.right)))
         self.router = self.router.with_addresses([change.address for change in changes])
         self.lefts, self.rights = dict(self.lefts), dict(self.rights)
@@ -278,13 +279,7 @@ def embeddings_of(name: str) -> Encoder:
     def encode(texts: Sequence[str]) -> torch.Tensor:
         vectors = retriever.embed(texts)
         if vectors is None:
-            raise ConfigError(f"the retriever {name!r} makes no vectors; auto needs one that does ('dense'), or 'words'")
+            raise ConfigError(f"the retriever {name!r} makes no vectors; auto takes 'dense' or 'words'")
         return vectors
 
     return encode
-
-
-def names_in(prompt: str, subject: str) -> str:
-    """The subject as a prompt writes it."""
-    span = find_subject(prompt, subject)
-    return subject if span is None else prompt[span[0] : span[1]]

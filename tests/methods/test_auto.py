@@ -1,0 +1,220 @@
+"""auto: edits alone on the untouched model, switched on where a prompt asks for them."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_kedit import AutoMethodConfig, EditableModel, EditRequest
+from hf_kedit.engine.weights import model_digest
+from hf_kedit.errors import ConfigError, EditFailedError, ExportError, MergeError, RequestError
+from hf_kedit.methods.rome import ROME
+from hf_kedit.tokens import pad_rows
+from tests.methods.at_sites import facts, learnt, neighbours, prompt_logits, says, without_trace
+
+UNRELATED = ["The weather today is", "Once upon a time", "Q: what is two plus two? A:"]
+
+
+def config(**values: Any) -> AutoMethodConfig:
+    settings = {"v_num_grad_steps": 12, "context_templates": ["{}"], **values.pop("payload_settings", {})}
+    return AutoMethodConfig(encoder="words", payload_settings=settings, **values)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[EditRequest]:
+    return facts(5)
+
+
+@pytest.fixture(scope="module")
+def edited(wanted: list[EditRequest]) -> EditableModel:
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    model.edit(wanted)
+    return model
+
+
+def alone(request: EditRequest) -> EditableModel:
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    model.edit(request)
+    return model
+
+
+def test_the_facts_hold_and_everything_else_is_the_base_bit_for_bit(
+    edited: EditableModel, wanted: list[EditRequest]
+) -> None:
+    assert all(learnt(edited, wanted))
+    base = EditableModel.from_pretrained("kedit/world-llama", config())
+    assert model_digest(edited.base_model) == model_digest(base.base_model)
+    for prompt in [*UNRELATED, *neighbours(wanted)]:
+        assert torch.equal(prompt_logits(edited, prompt), prompt_logits(base, prompt)), prompt
+
+
+def test_an_edit_among_others_is_what_it_is_alone(edited: EditableModel, wanted: list[EditRequest]) -> None:
+    for request in wanted[:2]:
+        assert torch.equal(
+            prompt_logits(edited, request.filled_prompt), prompt_logits(alone(request), request.filled_prompt)
+        )
+
+
+def test_it_is_what_its_payload_alone_would_have_written(wanted: list[EditRequest]) -> None:
+    prompt = wanted[0].filled_prompt
+    plain = EditableModel.from_pretrained("kedit/world-llama", "rome")
+    plain.set_method(type(plain.edit_config)(**config().payload_settings))
+    plain.edit(wanted[0])
+    torch.testing.assert_close(
+        prompt_logits(alone(wanted[0]), prompt), prompt_logits(plain, prompt), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_rows_of_a_batch_are_decided_one_by_one(edited: EditableModel, wanted: list[EditRequest]) -> None:
+    prompts = [UNRELATED[0], wanted[1].filled_prompt, UNRELATED[1], wanted[3].filled_prompt]
+    expected = [says(edited, [prompt])[0] for prompt in prompts]
+    for options in ({}, {"num_beams": 2}, {"use_cache": False}, {"do_sample": False, "num_return_sequences": 1}):
+        said = says(edited, prompts, **options)
+        assert said[1].startswith(wanted[1].target_new) and said[3].startswith(wanted[3].target_new), options
+    assert says(edited, prompts) == expected
+
+    rows = [edited.tokenizer(p)["input_ids"] for p in prompts]  # type: ignore[misc]
+    batch = pad_rows(rows, 0, "left")
+    with torch.no_grad():
+        together = edited(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        with edited.disable_edits():
+            before = edited(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert torch.equal(together[[0, 2]], before[[0, 2]])
+    assert not torch.equal(together[1], before[1]) and not torch.equal(together[3], before[3])
+
+
+def test_order_and_company_leave_no_trace(edited: EditableModel, wanted: list[EditRequest]) -> None:
+    other = EditableModel.from_pretrained("kedit/world-llama", config())
+    for request in reversed(wanted[:3]):
+        other.edit(request)
+    for request in wanted[:3]:
+        assert torch.equal(prompt_logits(other, request.filled_prompt), prompt_logits(edited, request.filled_prompt))
+
+
+def test_rolled_back_is_never_made(wanted: list[EditRequest]) -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    model.edit(wanted[:3])
+    before = prompt_logits(model, wanted[2].filled_prompt)
+    model.rollback(model.edits[1].id)
+    base = EditableModel.from_pretrained("kedit/world-llama", config())
+    assert torch.equal(prompt_logits(model, wanted[1].filled_prompt), prompt_logits(base, wanted[1].filled_prompt))
+    assert torch.equal(prompt_logits(model, wanted[2].filled_prompt), before)
+    assert learnt(model, wanted[:3]) == [True, False, True]
+    model.edit(wanted[1])
+    assert all(learnt(model, wanted[:3]))
+    model.rollback(3)
+    assert without_trace(model)
+
+
+def test_saved_and_loaded_in_a_fresh_process(edited: EditableModel, wanted: list[EditRequest], tmp_path: Path) -> None:
+    edited.save_pretrained(tmp_path / "edits")
+    torch.save([prompt_logits(edited, p) for p in [wanted[0].filled_prompt, *UNRELATED]], tmp_path / "logits.pt")
+    script = (
+        "import sys, torch; from hf_kedit import EditableModel\n"
+        "folder, prompts = sys.argv[1], sys.argv[2:]\n"
+        "model = EditableModel.from_pretrained(folder + '/edits')\n"
+        "ids = [model.tokenizer(p, return_tensors='pt')['input_ids'] for p in prompts]\n"
+        "saved = torch.load(folder + '/logits.pt')\n"
+        "with torch.no_grad():\n"
+        "    assert all(torch.equal(model(input_ids=i).logits, s) for i, s in zip(ids, saved))\n"
+        "model.rollback(model.edits[0].id)\n"
+        "assert model.explain(prompts[0]) == []\n"
+    )
+    prompts = [wanted[0].filled_prompt, *UNRELATED]
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), *prompts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_explain(edited: EditableModel, wanted: list[EditRequest]) -> None:
+    (found,) = edited.explain(wanted[0].filled_prompt)
+    assert found.claimed and found.edit_id == edited.edits[0].id and found.similarity == pytest.approx(1.0, abs=1e-5)
+    assert found.asked.split().count("it") == 1
+    assert edited.explain(UNRELATED[0]) == []
+
+
+def test_a_prompt_without_ids_gets_the_base_and_a_word(
+    wanted: list[EditRequest], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = alone(wanted[0])
+    ids = model.tokenizer(wanted[0].filled_prompt, return_tensors="pt")["input_ids"]  # type: ignore[misc]
+    embeddings = model.base_model.get_input_embeddings()(ids)
+    with caplog.at_level(logging.WARNING, "hf_kedit"), torch.no_grad():
+        found = model(inputs_embeds=embeddings).logits
+        with model.disable_edits():
+            before = model(inputs_embeds=embeddings).logits
+    assert torch.equal(found, before) and "no token ids" in caplog.text
+
+
+def test_other_payloads(wanted: list[EditRequest]) -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", config(payload="memit"))
+    model.edit(wanted[:2])
+    assert all(learnt(model, wanted[:2]))
+    (memory,) = model.sites.memories.values()
+    assert len(memory.paths) == len(model._method.payload.config.layers)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("payload", ["ft-m", "grace", "prompt", "mend", "auto"])
+def test_payloads_that_cannot_be_switched(payload: str) -> None:
+    with pytest.raises(ConfigError, match="cannot switch"):
+        EditableModel.from_pretrained("kedit/world-llama", AutoMethodConfig(payload=payload, encoder="words"))
+
+
+def test_what_cannot_be_done_is_said_before_anything_changes(wanted: list[EditRequest]) -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    digest = model_digest(model.base_model)
+    with pytest.raises(RequestError, match="subject"):
+        model.edit([wanted[0], EditRequest(prompt="The sky is", target_new="green")])
+    with pytest.raises(ConfigError, match="retriever"):
+        model.set_method(config().changed({"encoder": "nothing"})).edit(wanted[0])
+    with pytest.raises(ConfigError, match="low rank"):
+        model.set_method(config(payload_settings={"rect_keep": 0.5})).edit(wanted[0])
+    assert not model.edits and without_trace(model) and model_digest(model.base_model) == digest
+    model.set_method(config())
+    model.edit(wanted[0])
+    with pytest.raises(ConfigError, match="begun with"):
+        model.set_method(config(slack=1.0)).edit(wanted[1])
+    with pytest.raises(MergeError):
+        model.merge_and_unload()
+    with pytest.raises(ExportError):
+        model.export_lora("never")
+
+
+def test_an_edit_that_fails_half_way_leaves_the_others(
+    wanted: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    model.edit(wanted[0])
+    before, digest = prompt_logits(model, wanted[0].filled_prompt), model_digest(model.base_model)
+    calls = []
+
+    def second_fails(self: Any, requests: Any) -> Any:
+        calls.append(requests)
+        if len(calls) == 2:
+            raise EditFailedError("no")
+        return compute(self, requests)
+
+    compute = ROME.compute
+    monkeypatch.setattr(ROME, "compute", second_fails)
+    with pytest.raises(EditFailedError):
+        model.edit(wanted[1:4])
+    assert len(model.edits) == 1 and model_digest(model.base_model) == digest
+    assert torch.equal(prompt_logits(model, wanted[0].filled_prompt), before)
+    assert model.explain(wanted[1].filled_prompt) == []
+
+
+def test_scoring_a_target_reads_the_prompt_alone(edited: EditableModel, wanted: list[EditRequest]) -> None:
+    """A target that names another edit's subject must not switch that edit on."""
+    ids = edited.tokenizer(f"Somebody met {wanted[0].subject}. {UNRELATED[0]}", return_tensors="pt")["input_ids"]  # type: ignore[misc]
+    short = edited.tokenizer("Somebody met", return_tensors="pt")["input_ids"].shape[1]  # type: ignore[misc]
+    labels = ids.clone()
+    labels[:, :short] = -100
+    with torch.no_grad():
+        found = edited(input_ids=ids, labels=labels).logits
+        with edited.disable_edits():
+            assert torch.equal(found, edited(input_ids=ids, labels=labels).logits)
