@@ -139,10 +139,8 @@ class RoutedChanges(SiteMemory):
         if frame.ids is None:
             warn_once(logger, "edits of auto read the prompt, and there are no token ids: they have no effect here")
             return
-        prompts = [
-            self.tokenizer.decode(row[mask], skip_special_tokens=False)
-            for row, mask in zip(frame.ids, frame.prompt_mask.to(frame.ids.device), strict=True)
-        ]
+        masks = frame.prompt_mask.to(frame.ids.device)
+        prompts = [str(self.tokenizer.decode(row[mask])) for row, mask in zip(frame.ids, masks, strict=True)]
         routes = [BASE if place is None else place for place in self.router.route(prompts)]
         frame.held[self.key] = torch.tensor(routes)
 
@@ -265,7 +263,7 @@ def sizes_of(model: nn.Module, path: str) -> tuple[int, int]:
 
 def word_vectors(model: nn.Module) -> Callable[[], torch.Tensor]:
     """A function that gives the word vectors of a transformers model, ``[vocabulary, d]``."""
-    return lambda: model.get_input_embeddings().weight.detach()  # type: ignore[operator,union-attr]
+    return lambda: model.get_input_embeddings().weight.detach()  # type: ignore[operator]
 
 
 def embeddings_of(name: str) -> Encoder:
