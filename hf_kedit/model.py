@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .artifact.card import HasModelIndex
-    from .books.router import Candidate
+    from .books.router import RouteCandidate
 
 logger = get_logger(__name__)
 REMOTE_METHOD = "prompt"
@@ -316,7 +316,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         Path(file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return Path(file)
 
-    def explain(self, prompt: str) -> list[Candidate]:
+    def explain(self, prompt: str) -> list[RouteCandidate]:
         """Which edits of `auto` a prompt is compared with, the nearest first, and whether one of them claims it.
 
         Args:

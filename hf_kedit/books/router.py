@@ -7,7 +7,7 @@ A prompt is taken to ask for an edited fact if
    dictionary;
 2. what it wants to know is nearer to the edit than to anything else that people ask. Both are compared with the
    subject taken out ("the mother tongue of it is"), as sentence vectors: the similarity to the edit's wordings has to
-   exceed the largest similarity to `RELATIONS`, without those that mean what the edit means, by more than ``-slack``.
+   exceed the largest similarity to `COMMON_RELATIONS`, without those that mean what the edit means, by more than ``-slack``.
 
 The difference of two similarities needs no scale: an absolute threshold lets a plain question about another fact of
 the same subject through before an unusual wording of the fact itself.
@@ -26,14 +26,14 @@ from typing import Any
 import torch
 
 from ..engine.nearest import Vectors
-from ..text.relations import RELATIONS
+from ..text.relations import COMMON_RELATIONS
 from ..text.subjects import last_user_turn
 from .retrieval import words_of
 
 Encoder = Callable[[Sequence[str]], torch.Tensor]
 """Texts → ``[n, d]`` fp32."""
 AKIN = 0.6
-"""Similarity from which on one of `RELATIONS` is taken to mean what an edit means."""
+"""Similarity from which on one of `COMMON_RELATIONS` is taken to mean what an edit means."""
 _REMEMBERED = 4096
 """Prompts whose decision is kept."""
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
@@ -69,7 +69,7 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RouteCandidate:
     """How near a prompt is to an edit whose subject it names.
 
     Args:
@@ -187,12 +187,12 @@ class EditRouter:
         known.update({prompt: found[prompt] for prompt in new})
         return [found[prompt] for prompt in prompts]
 
-    def explain(self, prompt: str) -> list[Candidate]:
+    def explain(self, prompt: str) -> list[RouteCandidate]:
         """All edits whose subject a prompt names, the nearest first."""
         (found,) = self._candidates([prompt])
         return sorted(found.values(), key=lambda c: c.similarity, reverse=True)
 
-    def _candidates(self, prompts: Sequence[str]) -> list[dict[int, Candidate]]:
+    def _candidates(self, prompts: Sequence[str]) -> list[dict[int, RouteCandidate]]:
         """For every prompt, the edits whose subject it names, by their places."""
         named = [self._named(prompt) for prompt in prompts]
         texts = list(dict.fromkeys(asked for found in named for asked in found.values()))
@@ -203,20 +203,20 @@ class EditRouter:
             {place: self._candidate(place, asked, vectors[asked]) for place, asked in found.items()} for found in named
         ]
 
-    def _candidate(self, place: int, asked: str, vector: torch.Tensor) -> Candidate:
+    def _candidate(self, place: int, asked: str, vector: torch.Tensor) -> RouteCandidate:
         if self._relations is None:
-            self._relations = _units(self.encode(RELATIONS))
+            self._relations = _units(self.encode(COMMON_RELATIONS))
         first, end = self._index.starts[place : place + 2]
         views = self.views.tensor[first:end]
         similarity = float((views @ vector).max())
         akin = (self._relations @ views.T).max(dim=1).values > AKIN
         rivals = (self._relations @ vector).masked_fill(akin, -1.0)
         rival, which = (float(x) for x in rivals.max(dim=0))
-        return Candidate(
+        return RouteCandidate(
             self._index.addresses[place].edit_id,
             asked,
             similarity,
-            RELATIONS[int(which)],
+            COMMON_RELATIONS[int(which)],
             rival,
             claimed=similarity - rival > -self.slack,
         )
@@ -284,7 +284,7 @@ def _units(vectors: torch.Tensor) -> torch.Tensor:
 def encoder_of_words(embedding: torch.Tensor, ids_of: Callable[[str], Sequence[int]]) -> Encoder:
     """An encoder that needs nothing but the model: the mean of the word vectors that its input layer holds.
 
-    The mean of `RELATIONS` is taken off, and with it what all questions have in common.
+    The mean of `COMMON_RELATIONS` is taken off, and with it what all questions have in common.
 
     Args:
         embedding: ``[vocabulary, d]``.
@@ -298,7 +298,7 @@ def encoder_of_words(embedding: torch.Tensor, ids_of: Callable[[str], Sequence[i
 
     def encode(texts: Sequence[str]) -> torch.Tensor:
         if not common:
-            common.append(means(RELATIONS).mean(dim=0))
+            common.append(means(COMMON_RELATIONS).mean(dim=0))
         return means(texts) - common[0]
 
     return encode

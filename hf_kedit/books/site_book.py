@@ -29,7 +29,7 @@ from ..errors import (
 from ..logging import get_logger
 from .book import Saved, check_known
 from .ledger import Ledger
-from .router import Candidate
+from .router import RouteCandidate
 from .sites import Decider, SiteFunction, Sites
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class SiteMemory(ABC):
         """Called when it is put on a model, which ``book`` knows; returns what decides by tokens, if it does so."""
         return None
 
-    def explain(self, prompt: str) -> list[Candidate]:
+    def explain(self, prompt: str) -> list[RouteCandidate]:
         """What it compares a prompt with, if it reads prompts."""
         return []
 

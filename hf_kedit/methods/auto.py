@@ -36,9 +36,10 @@ from ..books.router import Address, EditRouter
 from ..books.site_book import SiteEntry
 from ..config import AutoEditConfig, EditConfig, ModelProfile
 from ..embedded import is_there
+from ..engine.lowrank import Factors
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError, WeightError
 from ..requests import EditRequest
-from .auto_memory import WORDS, Factors, RoutedChange, RoutedChanges, sizes_of, word_vectors
+from .auto_memory import WORDS, RoutedChange, RoutedChanges, sizes_of, word_vectors
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, method_class, register_method
 
 PAYLOAD = "rome"

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..books.book import Saved
 from ..books.retrieval import find_retriever
-from ..books.router import Address, Candidate, EditRouter, Encoder, encoder_of_words
+from ..books.router import Address, EditRouter, Encoder, RouteCandidate, encoder_of_words
 from ..books.site_book import SiteBook, SiteMemory, check_finite, register_memory
 from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt
+from ..engine.lowrank import Factors
 from ..engine.nearest import Vectors
 from ..engine.weights import get_module, weight_shape
 from ..errors import ArtifactError, ConfigError
@@ -27,21 +28,8 @@ from ..tokens import encode_text
 logger = get_logger(__name__)
 WORDS = "words"
 """The encoder that needs nothing but the model; every other name is that of an embedding retriever."""
-BASE = -1
+UNCLAIMED = -1
 """The route of a row that no edit claims."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A change of one weight, ``ΔW = left rightᵀ``: ``left [d_out, rank]``, ``right [d_in, rank]``, fp32."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-
-    def padded(self, rank: int) -> Factors:
-        """The same change with more columns, which are zero."""
-        more = rank - self.left.shape[1]
-        return Factors(*(torch.nn.functional.pad(t, (0, more)) for t in (self.left, self.right)))
 
 
 @dataclass(frozen=True)
@@ -141,10 +129,10 @@ class RoutedChanges(SiteMemory):
             return
         masks = frame.prompt_mask.to(frame.ids.device)
         prompts = [str(self.tokenizer.decode(row[mask])) for row, mask in zip(frame.ids, masks, strict=True)]
-        routes = [BASE if place is None else place for place in self.router.route(prompts)]
+        routes = [UNCLAIMED if place is None else place for place in self.router.route(prompts)]
         frame.held[self.key] = torch.tensor(routes)
 
-    def explain(self, prompt: str) -> list[Candidate]:
+    def explain(self, prompt: str) -> list[RouteCandidate]:
         """The edits whose subject a prompt names, the nearest first."""
         return self.router.explain(prompt)
 
@@ -158,7 +146,7 @@ class RoutedChanges(SiteMemory):
         routes = call.frame.held.get(self.key)
         if routes is None or routes.shape[0] != call.output.shape[0]:
             return None
-        rows = (routes != BASE).nonzero().squeeze(1)
+        rows = (routes != UNCLAIMED).nonzero().squeeze(1)
         if not len(rows):
             return None
         return self.added(call, rows, routes[rows])

@@ -30,5 +30,5 @@ def _listed(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split(";")]
 
 
-RELATIONS: tuple[str, ...] = (*(f"the {name} of it is" for name in _listed(_OF_IT)), *_listed(_WHOLE))
+COMMON_RELATIONS: tuple[str, ...] = (*(f"the {name} of it is" for name in _listed(_OF_IT)), *_listed(_WHOLE))
 """Beginnings of statements about "it"."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_kedit.books.router import Address, EditRouter, asked_about, encoder_of_words
-from hf_kedit.text.relations import RELATIONS
+from hf_kedit.text.relations import COMMON_RELATIONS
 
-_VOCABULARY = {word: i for i, word in enumerate(sorted({w for text in RELATIONS for w in text.split()}))}
+_VOCABULARY = {word: i for i, word in enumerate(sorted({w for text in COMMON_RELATIONS for w in text.split()}))}
 _WIDTH = len(_VOCABULARY) + 40
 IGNORED = set("the of it is".split())
 
@@ -52,7 +52,7 @@ def test_its_own_wording_and_others_with_the_same_words(router: EditRouter) -> N
 
 
 def test_another_fact_of_the_subject_is_not_claimed(router: EditRouter) -> None:
-    # "father" is one of RELATIONS word for word: similarity 1, against 0 for the edit.
+    # "father" is one of COMMON_RELATIONS word for word: similarity 1, against 0 for the edit.
     assert route(router, "The father of Ada York is") is None
     (candidate,) = router.explain("The father of Ada York is")
     assert (candidate.rival, candidate.claimed) == ("the father of it is", False)
@@ -139,8 +139,8 @@ def test_states_that_share_memory_do_not_see_each_other(router: EditRouter) -> N
 
 def test_the_words_of_a_model_as_an_encoder() -> None:
     embedding = torch.eye(300)
-    ids = {word: i for i, word in enumerate({w for text in RELATIONS for w in text.split()})}
+    ids = {word: i for i, word in enumerate({w for text in COMMON_RELATIONS for w in text.split()})}
     encode = encoder_of_words(embedding, lambda text: [ids.get(w, 299) for w in text.split()])
-    common = torch.stack([embedding[[ids[w] for w in t.split()]].mean(dim=0) for t in RELATIONS]).mean(dim=0)
+    common = torch.stack([embedding[[ids[w] for w in t.split()]].mean(dim=0) for t in COMMON_RELATIONS]).mean(dim=0)
     wanted = embedding[[ids["the"], ids["father"]]].mean(dim=0) - common
     torch.testing.assert_close(encode(["the father"])[0], wanted)
