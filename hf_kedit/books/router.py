@@ -7,7 +7,8 @@ A prompt is taken to ask for an edited fact if
    dictionary;
 2. what it wants to know is nearer to the edit than to anything else that people ask. Both are compared with the
    subject taken out ("the mother tongue of it is"), as sentence vectors: the similarity to the edit's wordings has to
-   exceed the largest similarity to `COMMON_RELATIONS`, without those that mean what the edit means, by more than ``-slack``.
+   exceed the largest similarity to `COMMON_RELATIONS`, without those that mean what the edit means, by more than
+   ``-slack``.
 
 The difference of two similarities needs no scale: an absolute threshold lets a plain question about another fact of
 the same subject through before an unusual wording of the fact itself.
