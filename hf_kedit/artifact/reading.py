@@ -187,7 +187,8 @@ def arguments_of(
             model_kwargs.setdefault("dtype", _dtype(described.get("base_dtype")))
         elif base_model is None:  # None, if given, asks for the unquantised model
             model_kwargs.setdefault("quantization_config", _quantisation_from(artifact.source, quantised))
-        base_model = _load(artifact, name, revision, trust_remote_code, model_kwargs)
+        given = None if base_model is None else str(base_model)
+        base_model = _load(artifact, name, given, revision, trust_remote_code, model_kwargs)
     if not ignore_fingerprint:
         _check_file(artifact, base_model)
     if tokenizer is None and not isinstance(base_model, RemoteModel):
@@ -224,20 +225,34 @@ def _base_of(artifact: Artifact) -> str:
 
 
 def _load(
-    artifact: Artifact, name: str, revision: str | None, trust_remote_code: bool, model_kwargs: dict[str, Any]
+    artifact: Artifact,
+    name: str,
+    given: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    model_kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     """Load the base model of saved edits.
+
+    Args:
+        artifact: the edits.
+        name: of the base model.
+        given: what the user calls it; ``None``: it is the one that is recorded.
+        revision, trust_remote_code, model_kwargs: see `load_base`.
 
     Raises:
         ArtifactError: saying how another one is given.
     """
     give = "give it with base_model= (a model, a folder, a GGUF file or a Hub id), or on the command line with --base"
+    if given is not None and not (given.strip() and name):
+        raise ArtifactError(f"{artifact.source}: base_model is empty; {give}")
     if not name:
         where = artifact.config.get("base_model_folder")
         made_on = f"in {_kind_of(where)} {where!r} of another machine" if where else "in memory"
         raise ArtifactError(f"{artifact.source}: the edits were made on a model {made_on}; {give}")
     if is_local(name) and not Path(name).expanduser().exists():
-        raise ArtifactError(f"{artifact.source}: the edits were made on {name!r}, which is not there; {give}")
+        what = "the edits were made on" if given is None else "their base model is to be"
+        raise ArtifactError(f"{artifact.source}: {what} {name!r}, which is not there; {give}")
     try:
         return load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
     except KeditError:

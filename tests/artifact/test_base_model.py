@@ -83,6 +83,12 @@ def test_a_missing_base_is_named_and_another_one_given(place: Path) -> None:
         EditableModel.from_pretrained("kedit/world-gpt2", base_model="kedit/world-gpt2")
 
 
+@pytest.mark.parametrize(("given", "said"), [("", "empty"), (" ", "empty"), ("./nowhere", "is to be '.*/nowhere'")])
+def test_a_base_that_is_given_and_is_none(given: str, said: str, place: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"{said}.*base_model="):
+        EditableModel.from_pretrained(place / "saved/edits", base_model=given)
+
+
 def test_a_base_that_is_no_repository(tmp_path: Path, hub: LoopbackHub) -> None:
     folder = shutil.copytree(DATA / "rome_gpt2", tmp_path / "edits")
     for name in ("org/gone", "not a repository!"):
