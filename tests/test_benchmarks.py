@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks import edit_speed, evaluation_speed
+from benchmarks import edit_speed, evaluation_speed, routing
 
 NAMES = sorted(path.stem for path in Path(benchmarks.__file__).parent.glob("*.py") if path.stem != "__init__")
 
@@ -40,3 +40,16 @@ def _row(benchmark, folder, monkeypatch, *options):  # type: ignore[no-untyped-d
     benchmark.main()
     (line,) = out.read_text().splitlines()
     return json.loads(line)
+
+
+def test_routing_finds_its_edits_and_leaves_other_lines_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The weather was fine today, and the people went out to the fields.\nToo short.\n")
+    options = ["--model", "kedit/world-llama", "--encoder", "words", "--edits", "20", "--pairs", "1"]
+    monkeypatch.setattr("sys.argv", ["benchmark", *options, "--text", str(text)])
+    routing.main()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["edits"], found["text"]["lines"]) == (20, 1)
+    assert (found["text"]["claimed"], found["text"]["others that differ"]) == (0, 0)
