@@ -4,8 +4,8 @@
     python -m benchmarks.routing --requests counterfact_flat --path rows.json --skip 300 --edits 1000 --text wiki.txt
 
 What the edits say is invented: it does not matter here, only where they are looked for. Their prompts are those of a
-data set, or made up. Ratios are of medians, edited and unedited in turn. Lines of a text (of a JSON file: the values of
-"question") are run with the edits and without them.
+data set, or made up. Ratios are of medians, edited and unedited in turn. Lines of a text (of a JSON file: the values
+of "question") are run with the edits and without them.
 """
 
 from __future__ import annotations
