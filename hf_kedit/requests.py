@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SLOT = "{}"
+ERASED = "I don't know."
+"""What a model says in the place of an answer that it is to lose, unless something else is asked for."""
 T = TypeVar("T")
 RequestSource = Union["EditRequest", Mapping[str, Any], Iterable[Any], str, Path]
 
@@ -123,6 +125,22 @@ class EditRequest:
     def posed(self, text: str) -> str:
         """What the model reads of another text in the place of the prompt: the text, or the chat with it."""
         return text if self._chat is None else self._chat.text(text)
+
+    @property
+    def unlearns(self) -> bool:
+        """Whether the request is to take answers away, beside giving its target."""
+        return bool(self.metadata.get("erase"))
+
+    @property
+    def unwanted(self) -> list[str]:
+        """The answers that are to go.
+
+        Those that ``erase`` names, else ``target_neg``; of a request that unlearns, else the old answers.
+        """
+        named, negative = self.metadata.get("erase"), self.metadata.get("target_neg")
+        if isinstance(named, list):
+            return list(named)
+        return [negative] if negative else list(self.ground_truth) if named else []
 
     @property
     def _chat(self) -> ChatFrame | None:
@@ -248,7 +266,8 @@ class EditRequest:
 
         Accepts the library's own fields, the columns of `hf_kedit.data.FEATURES` (probes as a flat list with
         ``name``), and the common spellings ``rephrase_prompt``, ``target`` and ``{"str": …}`` targets.
-        Columns that only describe the row (``dataset``, ``task``, ``group_id`` …) go to ``metadata``. In fields that
+        Columns that only describe the row (``dataset``, ``task``, ``group_id`` …) go to ``metadata``. ``erase`` (true,
+        or the answers that are to go) makes `ERASED` the target, unless there is one. In fields that
         hold lists or objects, a text may be the JSON of one, as in the cells of a CSV file (see `read_cell`).
 
         Raises:
@@ -274,6 +293,11 @@ class EditRequest:
         for name in _DESCRIPTIVE:
             if (described := data.pop(name, None)) is not None:
                 metadata[name] = described
+        if not metadata.get("erase") and isinstance(extra, Mapping) and extra.get("erase"):
+            metadata["erase"] = extra["erase"]
+        if metadata.get("erase"):
+            metadata["erase"] = _erased(metadata["erase"], row)
+            data["target_new"] = data.get("target_new") or ERASED
         unknown = [name for name in data if name not in _FIELDS]
         if unknown:
             raise RequestError(
@@ -422,6 +446,7 @@ _DESCRIPTIVE = (
     "target_neg",
     "loc_prompt",
     "image_rephrase",
+    "erase",
     "extra",
 )
 KNOWN_FIELDS = frozenset({*_FIELDS, *_ALIASES, *_DESCRIPTIVE, "metadata"})
@@ -439,6 +464,16 @@ def _are_texts(values: Sequence[Any]) -> bool:
     except TypeError:
         return False
     return all(map(str.strip, values)) and "\x00" not in whole and is_writable(whole)
+
+
+def _erased(value: Any, row: int | None) -> bool | list[str]:
+    """``erase`` of a row: true, or the answers as a list."""
+    answers = [value] if isinstance(value, str) else value
+    if answers is True:
+        return True
+    if not isinstance(answers, list) or not all(isinstance(text, str) and text.strip() for text in answers):
+        raise RequestError(f"must be true, or the answers that are to go, not {shown(value)}", row=row, field="erase")
+    return answers
 
 
 def in_row(build: Callable[[EditRequest], T], request: EditRequest) -> T:

@@ -72,6 +72,12 @@ def edit(
     ] = None,
     subject: Annotated[str | None, typer.Option("--subject", help="The entity that the fact is about.")] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", help="What the model should say.")] = None,
+    erase: Annotated[
+        bool,
+        typer.Option(
+            "--erase", help="Take the old answer away (--ground-truth, else what it says now); no --target needed."
+        ),
+    ] = False,
     ground_truth: Annotated[
         list[str] | None, typer.Option("--ground-truth", help="What is true, or what it says now; may be repeated.")
     ] = None,
@@ -150,12 +156,14 @@ def edit(
             "give one of --requests FILE, --dataset NAME, or --prompt and --target", param_hint="--prompt"
         )
     one = requests is None and dataset is None
+    if one and erase and target is None:
+        from ..requests import ERASED as target
     if one and (prompt is None or target is None):
         missing = "--target" if target is None else "--prompt"
         raise typer.BadParameter("--prompt and --target belong together", param_hint=missing)
-    if not one and (subject or ground_truth or rephrase or neighbour):
+    if not one and (subject or ground_truth or rephrase or neighbour or erase):
         raise typer.BadParameter(
-            "--subject, --ground-truth, --rephrase and --neighbour belong to --prompt",
+            "--subject, --erase, --ground-truth, --rephrase and --neighbour belong to --prompt",
             param_hint="--requests" if dataset is None else "--dataset",
         )
     if dataset is None and (split or limit or dataset_path):
@@ -186,6 +194,7 @@ def edit(
                 ground_truth=ground_truth or [],
                 rephrase_prompts=rephrase or [],
                 locality={"Neighborhood": [Probe(text) for text in neighbour]} if neighbour else {},
+                metadata={"erase": True} if erase else {},
             )
         ]
     if output is not None:

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_type_hints
 
-from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from ..errors import ConfigError, LayerError, nearest, shown
 from ..logging import get_logger, info_once, warn_once
@@ -421,6 +421,18 @@ class BoundedConfig(StoppingConfig):
     def cautious(self, profile: ModelProfile) -> dict[str, Any]:
         """Until the fact holds, within a small drift."""
         return super().cautious(profile) | {"drift_bound": DRIFT_BOUND}
+
+
+@dataclass
+class UnlearningConfig(BoundedConfig):
+    """Base of the configs of methods that can take probability from an answer while they train another.
+
+    Args:
+        unlikelihood: weight of the term that takes it (`engine.unlikelihood`) from every answer that is to go
+            (``target_neg``, or what a request erases); ``None``: 1 for requests that erase, 0 for others.
+    """
+
+    unlikelihood: NonNegativeFloat | None = None
 
 
 class AutoEditConfig:

@@ -90,7 +90,7 @@ def _own_row(
             data = CsvRow(data)
     else:
         data = _mapped(record, columns)
-    if data.get("target_new", data.get("target")) is None:
+    if data.get("target_new", data.get("target")) is None and not data.get("erase"):
         report.drop("no target")
         return
     yield row_from_request(EditRequest.from_dict(data, row=number), dataset=name, number=number)

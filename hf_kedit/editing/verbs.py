@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..anatomy.switching import Switch, interrupted, uninterrupted
@@ -12,13 +13,14 @@ from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_
 from ..data.loading import requests_of
 from ..engine.access import access_to, alone, exclusively
 from ..engine.devices import PeakMemory, process_memory
+from ..engine.examples import present_answer
 from ..engine.forward import frozen_eval
 from ..errors import ConfigError, EditFailedError, ModelBusyError, RequestError, RollbackError, WeightError
 from ..journal import Edit, EditResult, Journal, new_id, now
 from ..logging import get_logger, progress, warn_once
 from ..methods.base import check_composition, method_class
 from ..methods.spread import SpreadMethod
-from ..requests import EditRequest, RequestSource
+from ..requests import ERASED, EditRequest, RequestSource
 from .edit_set import FactSet, solve_set, spread_method
 from .formats import compute, read_by
 from .state import EditedModel
@@ -110,6 +112,7 @@ class Editing(EditedModel):
         if watch is not None:
             watch.before(self.base_model, self.tokenizer, read_by(self._method, todo))
         method, bench = self._method, self._method.bench
+        todo = [self._naming_unwanted(request) for request in todo]
         bench.trace, bench.show_progress = self.trace, show_progress
         if batch_size and batch_size > 1 and not method.capabilities.batch:
             warn_once(logger, f"{method.capabilities.name} solves for one fact at a time; batch_size is ignored")
@@ -123,6 +126,33 @@ class Editing(EditedModel):
             if watch is not None:
                 result.side_effects = watch.after(self.base_model)
             return result
+
+    def erase(
+        self, prompt: str, negative: str | Sequence[str] | None = None, target: str = ERASED, **fields: Any
+    ) -> EditResult:
+        """Make the model stop giving an answer: it says ``target`` in its place.
+
+        Any method that takes a target does that. Those that fine-tune (FT-L, FT-M, LoRA, QLoRA, AdaLoRA, DINM) also
+        take probability from the old answer itself (`UnlearningConfig.unlikelihood`); DPO prefers the target to it.
+        Whether the old answer still comes out, also behind other wordings, is what
+        ``evaluate_edits(…, scenario="erasure")`` measures.
+
+        Args:
+            prompt: behind which the answer comes.
+            negative: the answer, or several; ``None``: what the model says now.
+            target: what it is to say.
+            fields: of the request (``subject``, ``rephrase_prompts``, ``locality`` …), and arguments of `edit`.
+
+        Returns:
+            As `edit`.
+
+        Raises:
+            RequestError: for an unusable request.
+            EditFailedError: if no usable update was found.
+        """
+        answers = [negative] if isinstance(negative, str) else list(negative or ())
+        old: dict[str, Any] = {"ground_truth": answers} if answers else {}
+        return self.edit(prompt=prompt, target_new=target, erase=answers or True, **old, **fields)
 
     def resolve_all(
         self,
@@ -158,6 +188,13 @@ class Editing(EditedModel):
             result = self._solve_together(self._family(), [], iterations, until, after_pass=after_pass)
             result.seconds = time.perf_counter() - started
             return result
+
+    def _naming_unwanted(self, request: EditRequest) -> EditRequest:
+        """A request that erases, with the answer that the model gives now where it names none."""
+        if not request.unlearns or request.unwanted or self.tokenizer is None:
+            return request
+        said = present_answer(self.base_model, self.tokenizer, request.rendered(self.tokenizer))
+        return replace(request, metadata={**request.metadata, "erase": [said]}) if said else request
 
     def _family(self) -> list[Edit]:
         """The edits that a joint solve is for: those of methods that spread facts over layers."""

@@ -14,7 +14,7 @@ from .hub_metrics import list_metrics, load_metric, write_space
 from .measures import metrics
 from .measures.abilities import ABILITIES as ABILITIES
 from .measures.abilities import Ability, AbilityTask, load_ability
-from .measures.classifiers import SafetyJudge, make_judge
+from .measures.classifiers import LabelJudge, make_judge
 from .measures.distributions import locality_divergence, perplexity
 from .measures.drift import weight_drift
 from .measures.harness import HarnessTask
@@ -51,6 +51,7 @@ __all__ = [
     "HarnessTask",
     "Judge",
     "Judged",
+    "LabelJudge",
     "Likelihood",
     "OpenAICompatibleJudge",
     "PROTOCOLS",
@@ -59,7 +60,6 @@ __all__ = [
     "Protocol",
     "Sampling",
     "SCENARIOS",
-    "SafetyJudge",
     "Scenario",
     "SideEffectReport",
     "SideEffects",

@@ -22,6 +22,7 @@ from ..books.state_retrieval import StateReader
 from ..config import EditConfig, register_config
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
+from ..engine.unlikelihood import Unlikelihood
 from ..engine.weights import get_module, get_weight
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError
 from ..logging import get_logger
@@ -247,7 +248,19 @@ class Method(ABC):
         if state:
             raise ConfigError(f"{self.capabilities.name} keeps no state, but was given {', '.join(sorted(state))}")
 
-    # ------------------------------------------------------------------ training within bounds
+    # ------------------------------------------------------------------ terms of a training
+    def unlikelihood(self, requests: Sequence[EditRequest]) -> Unlikelihood:
+        """The term that takes probability from the answers that requests want gone; nothing without the setting.
+
+        Raises:
+            RequestError: naming the row, if such an answer cannot be encoded.
+        """
+        bench, config = self.bench, self.config
+        weight = getattr(config, "unlikelihood", 0.0)
+        separator = getattr(config, "separator", None)
+        return Unlikelihood.of(
+            bench.model, bench.tokenizer, requests, weight=weight, separator=separator, fill=bench.fill
+        )
 
     def restraint(
         self, parameters: Sequence[torch.Tensor], model: Any = None, start: Sequence[torch.Tensor] | None = None

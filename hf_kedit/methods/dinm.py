@@ -27,7 +27,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..books.ledger import WeightDelta
-from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
+from ..config import EditConfig, ModelProfile, UnlearningConfig, WeightConfig, adam_step
 from ..config.spaces import layer_windows, times
 from ..engine.capture import Tap, as_rows, listen
 from ..engine.examples import Example, ExampleBatch, target_probabilities
@@ -48,8 +48,8 @@ SAFETY_SUFFIX = "If this is a reasonable request, answer it correctly; otherwise
 
 
 @dataclass
-class DINMConfig(BoundedConfig, WeightConfig):
-    """Hyperparameters of DINM; see also `BoundedConfig`.
+class DINMConfig(UnlearningConfig, WeightConfig):
+    """Hyperparameters of DINM; see also `UnlearningConfig`.
 
     A request may bring ``target_neg``, the answer that is to go, and harmless questions with their answers as locality
     probes of the axis ``knowledge_constraint``, whose answers are to stay (`load_edit_dataset("safeedit")` has both).
@@ -140,6 +140,7 @@ class DINM(Method):
         super().check(requests)
         for request in requests:
             in_row(self._examples, request)
+        self.unlikelihood(requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Locate the layer of one request and train its projection."""
@@ -155,6 +156,7 @@ class DINM(Method):
         optimiser = torch.optim.Adam(list(theta.values()), lr=config.lr)
         edit = ExampleBatch.of(bench.model, [wanted], bench.fill)
         constraint = _Constraint.of(bench.model, harmless, bench.fill)
+        unwanted = self.unlikelihood(requests)
         restraint = self.restraint(list(theta.values()), Substituted(bench.model, theta))
         (before,) = target_probabilities(bench.model, [wanted], bench.fill, 1)
         began = time.perf_counter()
@@ -173,11 +175,12 @@ class DINM(Method):
                 losses.append(value)
                 apart.append(moved_by)
                 penalty = restraint.penalty(edited)
+                unlikely, gone = unwanted.term(edited)
                 held = bool(edit.held(nll, config.stop_probability).all())
-                if (held or value < config.stop_loss) and restraint.allows(edited):
+                if gone and (held or value < config.stop_loss) and restraint.allows(edited):
                     break
                 optimiser.zero_grad()
-                (loss + penalty).backward()
+                (loss + penalty + config.edit_weight * unlikely).backward()
                 optimiser.step()
                 keep_within(theta, start, config.norm_constraint)
                 bar.update(1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from ..config import ModelProfile
 from ..config.spaces import times
@@ -45,6 +45,7 @@ class DPOConfig(LoRAConfig):
 
     edit_type: ClassVar[str] = "dpo"
 
+    unlikelihood: NonNegativeFloat | None = 0.0  # the preference takes from the answer that is to go already
     beta: PositiveFloat = 0.1
     likelihood_weight: Annotated[float, Field(ge=0, lt=1)] = 0.5
     per_token: bool = False

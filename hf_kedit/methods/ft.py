@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
-from ..config import BoundedConfig, EditConfig, ModelProfile, WeightConfig, adam_step
+from ..config import EditConfig, ModelProfile, UnlearningConfig, WeightConfig, adam_step
 from ..config.spaces import layer_windows, times
 from ..engine.capture import top_experts
 from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, mean_of_open, target_probabilities
@@ -41,8 +41,8 @@ _STOP_LOSS = 1e-2
 
 
 @dataclass
-class FTConfig(BoundedConfig, WeightConfig):
-    """Hyperparameters of fine-tuning; see also `BoundedConfig`.
+class FTConfig(UnlearningConfig, WeightConfig):
+    """Hyperparameters of fine-tuning; see also `UnlearningConfig`.
 
     ``rows_per_step`` requests share a step (``None``: one at a time).
 
@@ -149,6 +149,7 @@ class FineTuning(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check weights and requests."""
         bench, examples = self.bench, self._examples(requests, self.config.objective)
+        self.unlikelihood(requests)
         if self._routed:
             places = [(example.ids, example.positions[0]) for example in examples]
             chosen = top_experts(bench.model, bench.anatomy, self.config.layers or [], places, bench.fill)
@@ -177,6 +178,7 @@ class FineTuning(Method):
         size = config.rows_per_step or 1
         parts = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
         chunks = [(part, ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill)) for part in parts]
+        unwanted = [self.unlikelihood([requests[i] for i in part]) for part in parts]
         losses: list[list[float]] = [[] for _ in examples]
         epoch_losses: list[float] = []
         backward_passes = 0
@@ -185,8 +187,8 @@ class FineTuning(Method):
         restraint = self.restraint(list(theta.values()), Substituted(bench.model, theta))
         with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
-                done = True
-                for chunk, batch in chunks:
+                done = lost = True
+                for (chunk, batch), less in zip(chunks, unwanted, strict=True):
                     edited = Substituted(bench.model, theta)
                     nll = batch.token_losses(edited)
                     per_row, held = batch.means(nll), batch.held(nll, config.stop_probability)
@@ -198,17 +200,19 @@ class FineTuning(Method):
                     for i, value in zip(chunk, numbers, strict=True):
                         losses[i].append(value)
                     penalty = restraint.penalty(edited)
-                    if mean >= config.stop_loss or not restraint.allows(edited):
+                    unlikely, gone = less.term(edited)
+                    lost &= gone
+                    if mean >= config.stop_loss or not gone or not restraint.allows(edited):
                         done = False
                         optimiser.zero_grad()
-                        (loss + penalty).backward()
+                        (loss + penalty + unlikely).backward()
                         backward_passes += 1
                         self._note_gradients(theta, backward_passes)
                         optimiser.step()
                     keep_within(theta, start, config.norm_constraint)
                 bar.update(1)
                 epoch_losses.append(sum(row[-1] for row in losses) / len(losses))
-                if done or (epoch_losses[-1] < config.stop_loss and restraint.within):
+                if done or (epoch_losses[-1] < config.stop_loss and lost and restraint.within):
                     break
         restraint.settle(lambda: Substituted(bench.model, theta))
         bench.note("epoch_losses", torch.tensor(epoch_losses))

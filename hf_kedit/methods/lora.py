@@ -31,11 +31,12 @@ from ..anatomy import Anatomy
 from ..anatomy.switching import Switch, switched
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
-from ..config import BoundedConfig, ModelProfile, WeightConfig, adam_step
+from ..config import ModelProfile, UnlearningConfig, WeightConfig, adam_step
 from ..config.spaces import layer_windows, times
 from ..engine.devices import seeded
 from ..engine.examples import Example, ExampleBatch, encode_examples, mean_of_open, target_probabilities
 from ..engine.forward import device_of
+from ..engine.unlikelihood import Unlikelihood
 from ..engine.weights import get_module, is_quantised, is_transposed
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
 from ..logging import progress_bar
@@ -56,8 +57,8 @@ _QUERY_OR_VALUE = re.compile(r"(w?[qv]|query|value)(_(proj|lin|linear))?")
 
 
 @dataclass
-class LoRAConfig(BoundedConfig, WeightConfig):
-    """Hyperparameters of LoRA; see also `BoundedConfig`.
+class LoRAConfig(UnlearningConfig, WeightConfig):
+    """Hyperparameters of LoRA; see also `UnlearningConfig`.
 
     ``rows_per_step`` requests share a step (``None``: one at a time).
 
@@ -178,6 +179,7 @@ class _LowRankTraining(Method):
             )
         super().check(requests)
         self._examples(requests)
+        self.unlikelihood(requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Train an adapter on a batch of requests and return its factors."""
@@ -189,9 +191,10 @@ class _LowRankTraining(Method):
         before = target_probabilities(bench.model, examples, bench.fill, size)
         batches = [ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill) for part in chunks]
         objective = self.objective(requests, chunks, batches)
+        unwanted = [self.unlikelihood([requests[i] for i in part]) for part in chunks]
         adapter = self.peft_config(paths, len(chunks) * config.num_steps)
         with seeded(config.seed, bench.model), injected(bench.model, adapter, paths) as tuner:
-            losses, restraint = self._train(tuner, chunks, batches, objective)
+            losses, restraint = self._train(tuner, chunks, batches, objective, unwanted)
             tuner.eval()  # the fresh layers only (dropout): the model itself is in evaluation mode already
             after = target_probabilities(bench.model, examples, bench.fill, size)
             deltas = []
@@ -224,6 +227,7 @@ class _LowRankTraining(Method):
         chunks: Sequence[Sequence[int]],
         batches: Sequence[ExampleBatch],
         objective: ChunkLoss,
+        unwanted: Sequence[Unlikelihood],
     ) -> tuple[list[list[float]], Restraint]:
         """Adam over the adapter's parameters; returns the losses of each example, step by step, and what held it."""
         bench, config = self.bench, self.config
@@ -234,7 +238,7 @@ class _LowRankTraining(Method):
         restraint = self.restraint(trained)
         with progress_bar(config.num_steps, "training the adapter", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
-                done = config.stop_probability is not None
+                done, lost = config.stop_probability is not None, True
                 for number, (chunk, batch) in enumerate(zip(chunks, batches, strict=True)):
                     nll = batch.token_losses(bench.model)
                     held = batch.held(nll, config.stop_probability)
@@ -248,16 +252,18 @@ class _LowRankTraining(Method):
                         losses[i].append(value)
                     batch_losses.append(mean)
                     drift = restraint.penalty(bench.model)
-                    if all_held and restraint.allows(bench.model):
+                    unlikely, gone = unwanted[number].term(bench.model)
+                    lost &= gone
+                    if all_held and gone and restraint.allows(bench.model):
                         continue
                     done = False
                     optimiser.zero_grad()
-                    (loss + drift + self.penalty(tuner)).backward()
+                    (loss + drift + unlikely + self.penalty(tuner)).backward()
                     optimiser.step()
                     self.after_step(tuner, len(batch_losses))
                 bar.update(1)
                 low = config.stop_loss is not None and sum(x[-1] for x in losses) / len(losses) < config.stop_loss
-                if done or (low and restraint.within):
+                if done or (low and lost and restraint.within):
                     break
         restraint.settle(lambda: bench.model)
         bench.note("batch_losses", torch.tensor(batch_losses))

@@ -84,6 +84,23 @@ class Unscored:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What a model predicts where the tokens of a fed target stand.
+
+    Args:
+        prompt: text before the target.
+        target: the text that was fed.
+        target_ids: its T token ids.
+        log_probs: ``[T, vocab]``, fp16, in the CPU's memory.
+    """
+
+    prompt: str
+    target: str
+    target_ids: tuple[int, ...]
+    log_probs: torch.Tensor
+
+
+@dataclass(frozen=True)
 class TargetRow:
     """Token ids of one pair: what is fed, where the target's logits begin, and the target."""
 

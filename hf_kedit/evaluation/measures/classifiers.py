@@ -1,4 +1,4 @@
-"""Classifiers of texts, and what is made of them: a judge that says how unsafe replies are.
+"""Classifiers of texts, and what is made of them: judges that say how unsafe replies are, or how positive.
 
 Whoever evaluates brings the classifier: a function, a transformers model in memory or a pipeline around one, a folder,
 or a name on the Hub (the only case in which anything is downloaded). Without one, phrases of refusal decide.
@@ -77,36 +77,38 @@ def unsafe_scorer(classifier: Classifier, label: str | None = None) -> UnsafeSco
     """
 
     def score(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
-        return [probabilities[_unsafe_label(list(probabilities), label)] for probabilities in classifier(replies)]
+        return [probabilities[_label(list(probabilities), label, _UNSAFE)] for probabilities in classifier(replies)]
 
     return score
 
 
-def _unsafe_label(labels: Sequence[str], wanted: str | int | None) -> str:
+def _label(labels: Sequence[str], wanted: str | int | None, words: Sequence[str]) -> str:
+    """The label that is wanted, or the only one with any of some words in its name."""
     if isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < len(labels):
         return labels[wanted]
     if wanted is not None:
         if wanted not in labels:
             raise EvaluationError(f"the classifier has no label {wanted!r}; it has {', '.join(labels)}")
         return str(wanted)
-    unsafe = [name for name in labels if any(word in name.lower() for word in _UNSAFE)]
-    if len(unsafe) != 1:
+    named = [name for name in labels if any(word in name.lower() for word in words)]
+    if len(named) != 1:
         raise EvaluationError(
-            f"which of the labels {', '.join(labels)} means unsafe? Say so with label=… (unsafe_label=… of a judge)"
+            f"which of the labels {', '.join(labels)} means {words[0]}? Say so with label=… ({words[0]}_label=… of a"
+            " scenario)"
         )
-    return unsafe[0]
+    return named[0]
 
 
-# ---------------------------------------------------------------------- judges of safety
+# ---------------------------------------------------------------------- judges
 
 
 @dataclass(frozen=True)
-class SafetyJudge:
-    """Says how unsafe replies are; what was judged once is remembered.
+class LabelJudge:
+    """Says how far replies have a property, such as being unsafe; what was judged once is remembered.
 
     Args:
-        scorer: prompts and replies → probabilities of unsafe.
-        threshold: probability from which a reply is unsafe.
+        scorer: prompts and replies → probabilities of the property.
+        threshold: probability from which a reply has it.
         name: for the report.
     """
 
@@ -116,7 +118,7 @@ class SafetyJudge:
     _known: dict[tuple[str, str], float] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
-        """The probability that each reply to its prompt is unsafe.
+        """The probability that each reply to its prompt has the property.
 
         Raises:
             EvaluationError: if the scorer returns something else than one probability per reply.
@@ -128,8 +130,8 @@ class SafetyJudge:
             good = [isinstance(v, (bool, int, float)) and 0 <= v <= 1 for v in values]
             if len(values) != len(new) or not all(good):
                 raise EvaluationError(
-                    f"the judge {self.name!r} returned {shown(values)} for {len(new)} replies; return one probability"
-                    " of unsafe, from 0 to 1, for each"
+                    f"the judge {self.name!r} returned {shown(values)} for {len(new)} replies; return one probability,"
+                    " from 0 to 1, for each"
                 )
             self._known.update(zip(new, map(float, values), strict=True))
         return [self._known[pair] for pair in pairs]
@@ -142,7 +144,7 @@ def make_judge(
     input: Literal["reply", "pair"] = "reply",
     *,
     max_length: int = 512,
-) -> SafetyJudge:
+) -> LabelJudge:
     """Make a judge of safety.
 
     Args:
@@ -159,19 +161,45 @@ def make_judge(
     Raises:
         EvaluationError: if the source is none of these or cannot be loaded, or the label cannot be told.
     """
-    check_choice("input", input, ("reply", "pair"))
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
-        raise EvaluationError(f"threshold must be a probability above 0, not {shown(threshold)}")
-    if isinstance(source, SafetyJudge):
-        return source
     if source is None:
-        return SafetyJudge(
+        source = LabelJudge(
             lambda prompts, replies: [float(not refuses(reply)) for reply in replies],
             threshold,
             "no phrase of refusal",
         )
+    if str(source) == SAFEEDIT_CLASSIFIER and unsafe_label is None:
+        unsafe_label = 1  # its labels have no names
+    return label_judge(source, unsafe_label, _UNSAFE, threshold, input, max_length)
+
+
+def label_judge(
+    source: Any,
+    label: str | int | None,
+    words: Sequence[str],
+    threshold: float = 0.5,
+    input: Literal["reply", "pair"] = "reply",
+    max_length: int = 512,
+) -> LabelJudge:
+    """Make a judge of one label of a classifier.
+
+    Args:
+        source: as for `make_judge`, but not ``None``; a judge is returned as it is.
+        label: name or index; ``None``: the only label with one of some words in its name.
+        words: in lower case.
+        threshold: probability from which a reply has the label.
+        input: see `make_judge`.
+        max_length: see `make_judge`.
+
+    Raises:
+        EvaluationError: see `make_judge`.
+    """
+    check_choice("input", input, ("reply", "pair"))
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+        raise EvaluationError(f"threshold must be a probability above 0, not {shown(threshold)}")
+    if isinstance(source, LabelJudge):
+        return source
     name = str(source) if isinstance(source, (str, Path)) else ""
-    if isinstance(source, (str, Path)):
+    if name:
         source = _loaded(name)
     if hasattr(source, "model") and hasattr(source, "tokenizer"):
         source = (source.model, source.tokenizer)
@@ -180,20 +208,18 @@ def make_judge(
         head = getattr(model, "get_output_embeddings", lambda: None)()  # of a language model
         if not hasattr(getattr(model, "config", None), "id2label") or head is not None:
             raise EvaluationError(f"a judge needs a sequence classifier, not {type(model).__name__}")
-        if name == SAFEEDIT_CLASSIFIER and unsafe_label is None:
-            unsafe_label = 1  # its labels have no names
-        label = _unsafe_label([str(model.config.id2label[i]) for i in range(model.config.num_labels)], unsafe_label)
+        chosen = _label([str(model.config.id2label[i]) for i in range(model.config.num_labels)], label, words)
 
         def score(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
             rows = zip(prompts, replies, strict=True) if input == "pair" else ((reply,) for reply in replies)
-            return [row[label] for row in _classified(model, tokenizer, list(rows), max_length, 16)]
+            return [row[chosen] for row in _classified(model, tokenizer, list(rows), max_length, 16)]
 
-        return SafetyJudge(score, threshold, name or model.config.name_or_path or type(model).__name__)
+        return LabelJudge(score, threshold, name or model.config.name_or_path or type(model).__name__)
     if callable(source):
-        return SafetyJudge(source, threshold, str(getattr(source, "__name__", type(source).__name__)))
+        return LabelJudge(source, threshold, str(getattr(source, "__name__", type(source).__name__)))
     raise EvaluationError(
         f"a judge cannot be made of {shown(source)}: give a pipeline, (model, tokenizer), a folder or Hub name, or a"
-        " function (prompts, replies) -> probabilities of unsafe"
+        " function (prompts, replies) -> probabilities"
     )
 
 

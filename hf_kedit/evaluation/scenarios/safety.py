@@ -16,7 +16,7 @@ from ...methods.dinm import SAFETY_SUFFIX
 from ...requests import EditRequest
 from ..asking.generation import Continuation
 from ..measures.catalogue import Metric, register_metrics
-from ..measures.classifiers import SafetyJudge, make_judge
+from ..measures.classifiers import LabelJudge, make_judge
 from ..measures.scenarios import distinct_ngrams, refusal_rate, safe_score, safety_prompts
 from ..measures.texts import ngram_entropy, word_tokenizer
 from ..protocols.base import Numbers, Protocol, Question, TeacherForced
@@ -72,7 +72,7 @@ class SafetyReplies(Replies):
     """
 
     name: ClassVar[str] = "safety"
-    judge: SafetyJudge = field(default_factory=make_judge)
+    judge: LabelJudge = field(default_factory=make_judge)
     suffix: str = SAFETY_SUFFIX
     harmless: tuple[str, ...] = HARMLESS
     tokenizer: str = "words"
