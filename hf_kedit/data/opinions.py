@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
-from ..errors import DataError
+from ..errors import DataError, RequestError
+from ..requests import EditRequest
 from ..storage.records import read_records
 from .knowedit import knowedit_source
 from .loading import BadRows, each_row, register_dataset, register_records
@@ -153,3 +155,37 @@ def load_personality(
         )
 
     yield from each_row((rows(number) for number in range(len(records))), report, bad_rows)
+
+
+# ---------------------------------------------------------------------- what a request of PersonalityEdit holds
+
+
+def opinions_of(request: EditRequest) -> tuple[str, list[str], list[str]]:
+    """The wanted trait of a request, opinions of its topic that show it, and those that show another.
+
+    Raises:
+        RequestError: if it has no trait, or not both kinds of opinions.
+    """
+    extra = request.metadata.get("extra") or {}
+    trait, texts = extra.get("target_trait"), extra.get("texts") or {}
+    wanted = list(texts.get(trait) or ())
+    others = [text for other, given in texts.items() if other != trait for text in given]
+    if not wanted or not others:
+        raise RequestError(
+            "needs extra.target_trait and, in extra.texts, opinions that show it and others",
+            row=request.row,
+            field="extra",
+            request_id=request.id,
+        )
+    return str(trait), wanted, others
+
+
+def conditioned(request: EditRequest) -> EditRequest:
+    """The request with the wanted trait and the topic in front of its prompt; the plain prompt is another wording.
+
+    In-context editing and trained editors are told so what is wanted; what is asked afterwards stays as it is.
+    """
+    trait, _, _ = opinions_of(request)
+    prompt = f"Target personality: {trait}\nTopic: {request.subject}\nQuestion: {request.plain_prompt}\nAnswer:"
+    wordings = dict.fromkeys([request.plain_prompt, *request.rephrase_prompts])
+    return replace(request, prompt=prompt, rephrase_prompts=list(wordings))

@@ -26,6 +26,7 @@ from ..engine.examples import encode_examples
 from ..engine.forward import frozen_eval, recomputed_blocks
 from ..engine.gradients import LowRank, Reduction, Rows, Tokens, collect_rows, low_rank_paths
 from ..engine.supervised import IGNORE, Batch, Scores, all_of_row, collate, logits_where, score, score_logits
+from ..engine.unlikelihood import unlikelihoods
 from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest
 from ..storage.files import write_folder
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 E = TypeVar("E", bound="Editor")
+UNLIKELY = "unlikely"
+"""In a batch of other wordings: which of its answers are to go, ``[rows]`` bool."""
 SIZE_MEMORY = 0.98
 """What the moving average of the sizes of changes keeps at each step."""
 _EDITORS: dict[str, type[Editor]] = {}
@@ -375,9 +378,15 @@ class Editor(nn.Module):
         return contextlib.nullcontext()
 
     def edit_loss(self, edit: Batch, rephrase: Batch, rows: torch.Tensor) -> tuple[torch.Tensor, Scores]:
-        """Loss of the new answers in the edited model, and how it scores the rephrased prompts."""
+        """Loss of the new answers in the edited model, and how it scores the rephrased prompts.
+
+        Rows that `UNLIKELY` marks have the loss ``−log(1 − p)`` of answers that are to go.
+        """
         outer = score(self.base, rephrase)
-        return mean_of_groups(outer.nll, outer.rows, rows), outer
+        losses = outer.nll
+        if UNLIKELY in rephrase:
+            losses = torch.where(rephrase[UNLIKELY][outer.rows], unlikelihoods(losses), losses)
+        return mean_of_groups(losses, outer.rows, rows), outer
 
     def objective(self, edit_loss: torch.Tensor, locality_loss: torch.Tensor) -> torch.Tensor:
         """What is minimised, from the two losses."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.loading import requests_of
-from ..editors.editor import Editor
+from ..data.opinions import conditioned, opinions_of
+from ..editors.editor import UNLIKELY, Editor
 from ..errors import RequestError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest, Probe, RequestSource
@@ -29,11 +30,13 @@ class Triple:
         edit: the fact.
         rephrase: another prompt with the same new answer.
         locality: an unrelated prompt with its answer, which must stay.
+        unlikely: whether the answer to the other prompt is one that must become unlikely instead.
     """
 
     edit: EditRequest
     rephrase: EditRequest
     locality: EditRequest
+    unlikely: bool = False
 
 
 class EditFacts(torch.utils.data.Dataset[Triple]):
@@ -80,6 +83,44 @@ class EditFacts(torch.utils.data.Dataset[Triple]):
         return Triple(request, rephrase, EditRequest(prompt=probe.prompt, target_new=probe.answers[0]))
 
 
+class OpinionFacts(EditFacts):
+    """Opinions of PersonalityEdit as `Triple`s.
+
+    The edit says which trait is wanted of which topic (`conditioned`). The other prompt is a question about the topic;
+    its answer is, with equal chances, an opinion that shows the trait, or one that does not and must become unlikely:
+    in the mean over draws the loss of Mitchell et al. (2022), ``−log p`` of the one and ``−log(1 − p)`` of the other.
+    The unrelated prompt is a question about the next row's topic.
+
+    Args:
+        facts: requests with ``extra.target_trait`` and ``extra.texts``.
+        seed: of the draws.
+        unlikelihood: whether opinions that do not show the trait are drawn.
+
+    Raises:
+        RequestError: naming the row that lacks its trait or opinions.
+    """
+
+    def __init__(self, facts: RequestSource, seed: int = 0, *, unlikelihood: bool = True):
+        super().__init__(facts, seed, needs_locality=False)
+        self.unlikelihood = unlikelihood
+        self._opinions = [opinions_of(request) for request in self.requests]
+
+    def __getitem__(self, index: int) -> Triple:
+        request, after = self.requests[index], (index + 1) % len(self)
+        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        _, wanted, others = self._opinions[index]
+        unlikely = self.unlikelihood and rng.random() < 0.5
+        opinion = EditRequest(prompt=_question(request, rng), target_new=rng.choice(others if unlikely else wanted))
+        text = rng.choice([text for texts in self._opinions[after][1:] for text in texts])
+        kept = EditRequest(prompt=_question(self.requests[after], rng), target_new=text)
+        return Triple(conditioned(request), opinion, kept, unlikely)
+
+
+def _question(request: EditRequest, rng: random.Random) -> str:
+    """A question about a request's topic."""
+    return rng.choice([request.plain_prompt, *request.rephrase_prompts])
+
+
 def _probes(request: EditRequest) -> dict[str, list[Probe]]:
     """Unrelated prompts that have an answer, by axis."""
     usable = {axis: [p for p in probes if p.answers] for axis, probes in request.locality.items()}
@@ -105,4 +146,6 @@ class EditCollator:
         editor, tokenizer = self.editor, self.tokenizer
         edits, rephrases, localities = zip(*((t.edit, t.rephrase, t.locality) for t in triples), strict=True)
         batches: dict[str, Any] = editor.batches(editor.base, tokenizer, edits, rephrases, localities)
+        if any(triple.unlikely for triple in triples):
+            batches["rephrase"][UNLIKELY] = torch.tensor([triple.unlikely for triple in triples])
         return {**batches, "groups": torch.arange(len(triples)) // self.edits_per_group}

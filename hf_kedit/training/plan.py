@@ -29,6 +29,7 @@ from ..loading import load_base, load_tokenizer
 from ..requests import EditRequest, load_requests
 from ..storage.parsing import parse_yaml
 from .arguments import EditTrainingArguments
+from .data import EditFacts
 from .trainer import EditTrainer
 
 if TYPE_CHECKING:
@@ -155,7 +156,9 @@ class TrainingPlan:
             raise ConfigError(f"TrainingPlan.training: {error}") from error
 
     def trainer(
-        self, train: Sequence[EditRequest] | None = None, held_out: Sequence[EditRequest] | None = None
+        self,
+        train: Sequence[EditRequest] | EditFacts | None = None,
+        held_out: Sequence[EditRequest] | EditFacts | None = None,
     ) -> EditTrainer:
         """Load model and data, make the editor, and return the trainer, ready to train.
 
@@ -168,7 +171,7 @@ class TrainingPlan:
         base, tokenizer = self.load()
         if train is None:
             train, held_out = self.train_facts(), self.eval_facts()
-        return EditTrainer(kind.for_model(base, config), args, list(train), held_out and list(held_out), tokenizer)
+        return EditTrainer(kind.for_model(base, config), args, _listed(train), _listed(held_out), tokenizer)
 
     def train_facts(self) -> list[EditRequest]:
         """The facts to train on."""
@@ -194,6 +197,10 @@ class TrainingPlan:
         if "path" in self.data:
             options["path"] = self.data["path"]
         return load_requests(load_edit_dataset(str(name), split=split, **options).remove_columns("id"))
+
+
+def _listed(facts: Sequence[EditRequest] | EditFacts | None) -> Any:
+    return facts if isinstance(facts, EditFacts) else (facts and list(facts))
 
 
 def train_and_save(trainer: EditTrainer, resume: bool | str | None = None) -> dict[str, float]:

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 
 from hf_kedit import EditableModel
 from hf_kedit.compat import easyedit
-from hf_kedit.compat.easyedit import BaseEditor, ConceptEditor, EditTrainer, HyperParams, SafetyEditor
+from hf_kedit.compat.easyedit import (
+    BaseEditor,
+    ConceptEditor,
+    EditTrainer,
+    HyperParams,
+    PerEditor,
+    PEREditTrainer,
+    SafetyEditor,
+)
 from hf_kedit.compat.easyedit.util import nethook
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ConfigError, DataError, EvaluationError, RequestError
@@ -267,3 +275,35 @@ def test_concepts(method: str) -> None:
     assert [edit.request.subject for edit in edited.edits] == ["bridge"]
     with pytest.raises(RequestError, match="instance_inputs"):
         editor.edit(prompts=["a"], target_new=["b"], instance_inputs={"x": {"prompt": ["a", "b"]}}, verbose=False)
+
+
+@pytest.mark.parametrize("method", ["FT", "MEND"])
+def test_personality(method: str, tmp_path: Path) -> None:
+    rows = [
+        {"ent": topic, "extraversion": [f"I love {topic}!"], "agreeableness": [f"I share {topic}."],
+         "neuroticism": [f"I fear {topic}."], "target_per": trait}
+        for topic, trait in (("tea", "neuroticism"), ("rain", "agreeableness"))
+    ]  # fmt: skip
+    facts = easyedit.PersonalityDataset(write(tmp_path / "test.json", rows), config=HyperParams())
+    assert (facts[0]["ent"], facts[0]["target_personality"]) == ("tea", "neuroticism")
+    values = {"model_name": "kedit/world-gpt2", **FT}
+    if method == "MEND":
+        values = {"model_name": "kedit/world-gpt2", "inner_params": ["transformer.h.4.mlp.c_proj.weight"], "rank": 8}
+        values |= {"results_dir": str(tmp_path), "max_iters": 2, "batch_size": 2, "accumulate_bs": 1}
+        PEREditTrainer(config=HyperParams(alg="MEND", **values), train_set=facts, val_set=facts).run()
+        values["alg_name"] = "MEND"
+    editor = PerEditor.from_hparams(HyperParams(**values))
+    metrics, edited, _ = editor.edit_dataset(ds=facts, keep_original_weight=True, verbose=False)
+    assert [case["target_per"] for case in metrics] == ["neuroticism", "agreeableness"]
+    for case in metrics:
+        assert 0 <= case["es"] <= 1 and case["dd"] >= 0 and isinstance(case["coherent"], bool)
+        assert isinstance(case["pre_text"], str) and isinstance(case["edit_text"], str)
+    assert json.loads(json.dumps(metrics)) == metrics and len(edited.edits) == 1
+
+
+def test_demonstrations_of_personality_fit_the_context(world_gpt2: EditableModel) -> None:
+    editor = PerEditor(HyperParams(alg_name="IKE", k=2), world_gpt2)
+    assert editor.config == world_gpt2.edit_config
+    template = editor.config.template  # type: ignore[attr-defined]
+    assert template.endswith("{}\n\n") and template.count("Target personality") == 0, "its context has 128 tokens"
+    world_gpt2.rollback("all")

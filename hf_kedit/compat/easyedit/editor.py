@@ -75,7 +75,7 @@ class BaseEditor:
         converted = convert_hparams(self._seen)
         for key, reason in converted.ignored.items():
             logger.info("%s: ignored: %s", key, reason)
-        self.config = _with_editor(converted.config, self._seen)
+        self.config = self._config_of(converted.config, self._seen)
         self.model_name = converted.model_name
         if model is not None:
             self.model = model.set_method(self.config)
@@ -383,8 +383,18 @@ class BaseEditor:
             values.setdefault("demonstrations", demonstrations_of(train_ds))
         if values != self._seen:
             self._seen = values
-            self.config = _with_editor(convert_hparams(values).config, values)
+            self.config = self._config_of(convert_hparams(values).config, values)
             self.model.set_method(self.config)
+
+    def _config_of(self, config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
+        """The config with the trained editor that a file's ``archive`` names, or that `EditTrainer` has left in its
+        ``results_dir``."""
+        if isinstance(config, EditorConfig) and config.editor is None:
+            trained = Path(str(values.get("results_dir") or "results")) / "models" / config.edit_type
+            for folder in (values.get("archive"), trained):
+                if folder and (Path(str(folder)) / EDITOR_WEIGHTS).is_file():
+                    return replace(config, editor=str(folder))
+        return config
 
     def _room(self, wanted: int) -> int:
         """So many new tokens, or half of the model's context if that is less."""
@@ -396,17 +406,6 @@ class BatchEditor(BaseEditor):
     """A `BaseEditor` whose `edit` is `batch_edit`."""
 
     edit = BaseEditor.batch_edit
-
-
-def _with_editor(config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
-    """The config with the trained editor that a file's ``archive`` names, or that `EditTrainer` has left in its
-    ``results_dir``."""
-    if isinstance(config, EditorConfig) and config.editor is None:
-        trained = Path(str(values.get("results_dir") or "results")) / "models" / config.edit_type
-        for folder in (values.get("archive"), trained):
-            if folder and (Path(str(folder)) / EDITOR_WEIGHTS).is_file():
-                return replace(config, editor=str(folder))
-    return config
 
 
 def _tell_what_stays(kept: int, count: int, size: int, *, may_be_sequential: bool = True) -> None:

@@ -269,6 +269,11 @@ class PersonalityDataset(Facts):
 
     name = "personalityedit"
 
+    def record(self, row: Row) -> Row:
+        """The topic and the trait."""
+        extra = row["extra"]
+        return {**super().record(row), "ent": row["subject"], "target_personality": extra["target_trait"]}
+
 
 class SanitizationTrainDataset(Facts):
     """Facts of TriviaQA that are to be forgotten.

@@ -30,8 +30,8 @@ from .facts import (
 )
 from .hparams import HyperParams
 from .measures import n_gram_entropy, summary_metrics, test_generation_quality
-from .scenario_editors import ConceptEditor, SafetyEditor
-from .training import EditTrainer
+from .scenario_editors import ConceptEditor, PerEditor, SafetyEditor
+from .training import EditTrainer, PEREditTrainer
 
 # Method → name of its hyperparameters, of those to edit with and of those to train an editor with.
 HPARAMS = {
@@ -86,7 +86,8 @@ def set_requires_grad(requires_grad: bool, *models: nn.Module | nn.Parameter) ->
 HERE: dict[str, Any] = {
     thing.__name__: thing
     for thing in (
-        BaseEditor, BatchEditor, EditTrainer, HyperParams, ConceptEditor, SafetyEditor,
+        BaseEditor, BatchEditor, EditTrainer, HyperParams, ConceptEditor, PerEditor, PEREditTrainer,
+        SafetyEditor,
         AKEWDataset, AKEWUnifiedDataset, CaptionDataset, CKnowEditDataset, CounterFactDataset, KnowEditDataset,
         LongFormEditDataset, MQuAKEDataset, PersonalityDataset, SafetyDataset, SanitizationTrainDataset, VQADataset,
         WikiBigEditDataset, WikiRecentDataset, ZsreDataset,
@@ -115,8 +116,6 @@ _WAYS: dict[str, str] = {
     _waits("unke"): """
         unkeHyperParams unkeAREHyperParams LoRA_uns_HyperParams FT_uns_HyperParams apply_unke_to_model
         apply_unke_ARE_to_model apply_lora_uns_to_model apply_ft_uns_to_model eval_akew_unstructured""",
-    "load_edit_dataset('personalityedit') and evaluation.functional.personality_scores exist; editing personality is"
-    " planned and not part of this version": "PerEditor PEREditTrainer",
     "editing image-text models is planned and not part of this version": """
         MultimodalEditor MultimodalTrainer IKEMultimodalHyperParams MENDMultimodalHparams SERACMultimodalHparams
         MENDMultimodalTrainingHparams SERACMultimodalTrainingHparams WISEMultimodalHyperParams ADSEditDataset

@@ -1,21 +1,28 @@
-"""EasyEdit's editors of single scenarios on top of this library: `SafetyEditor`, `ConceptEditor`."""
+"""EasyEdit's editors of single scenarios on top of this library: `SafetyEditor`, `ConceptEditor`, `PerEditor`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
+from ...config import EditConfig
 from ...data.easyedit import from_easyedit
+from ...data.opinions import opinions_of
 from ...errors import RequestError
 from ...evaluation import evaluate_edits, generate_answers, load_scenario
 from ...evaluation.functional import yes_or_no
 from ...evaluation.scenarios.concepts import DEFINITION, MEMBER
+from ...evaluation.scenarios.personality import PERSONALITY, in_context_template
 from ...methods.dinm import CONSTRAINT
+from ...methods.ike import IKEConfig, PromptConfig
+from ...model import EditableModel
 from ...requests import EditRequest
+from ...tokens import context_length
 from .editor import BaseEditor, Edited
 from .extras import Row
-from .facts import GENERAL
+from .facts import GENERAL, Facts
 from .hparams import HyperParams
 from .originals import Originals
 
@@ -156,6 +163,63 @@ class ConceptEditor(BaseEditor):
                 row[half]["instance"] = {"instance_change": marks[0] if len(marks) == 1 else marks} if marks else {}
                 if concept_consistency:
                     row[half]["gen_concept_text"] = next(t[half] for t in texts if t["axis"] == DEFINITION)
+        return rows, self.model, Originals(self.model)
+
+
+class PerEditor(BaseEditor):
+    """Edits with what personality a model speaks of a topic; see the scenario `personality`.
+
+    IKE shows three demonstrations (fewer where they would fill half of the model's context) and what is wanted in
+    front of the questions that belong to an edit; a trained editor (MEND) reads what is wanted.
+    """
+
+    def __init__(self, hparams: HyperParams | Mapping[str, Any], model: EditableModel | None = None):
+        super().__init__(hparams, model)
+        tokenizer: Any = self.model.tokenizer
+        limit = context_length(self.model.config)
+        templates = [in_context_template(count) for count in (3, 2, 1, 0)]
+        fitting = (text for text in templates if limit is None or len(tokenizer(text)["input_ids"]) <= limit // 2)
+        self._template = next(fitting, templates[-1])
+        self._length = 60 if limit is None else min(60, limit // 8)
+        self.config = self._config_of(self.config, self._seen)
+        self.model.set_method(self.config)
+
+    def _config_of(self, config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
+        if isinstance(config, IKEConfig) and hasattr(self, "_template"):
+            return PromptConfig(template=self._template, retriever=config.retriever)
+        return super()._config_of(config, values)
+
+    def edit_dataset(
+        self, ds: Facts, keep_original_weight: bool = False, verbose: bool = True, **other: Any
+    ) -> Edited:
+        """Make the edit of each row on the original model and measure it.
+
+        Returns:
+            As `BaseEditor.edit`; a row has ``es`` and ``dd``, ``pre_text`` and ``edit_text`` (what the model wrote),
+            ``target_per``, and whether both texts are ``coherent``.
+        """
+        self._use_hparams(None, other)
+        scenario = load_scenario("personality", condition=True, max_new_tokens=self._length)
+        requests = scenario.requests(ds.requests())
+        report = evaluate_edits(self.model, ds.requests(), scenario=scenario, progress=verbose)
+        self.model.edit(requests[-1:], show_progress=verbose)
+        rows: list[Row] = []
+        parts = (report.chosen(name) for name in ("opinions", "drawdown", "personality"))
+        for request, opinions, drawdown, written in zip(requests, *parts, strict=True):
+            numbers = [case.post.numbers.get(PERSONALITY, {}) for case in (opinions, drawdown, written)]
+            (text,) = written.texts
+            rows.append(
+                {
+                    "case_id": opinions.number,
+                    "time": opinions.cost.share_of_call,
+                    "es": fmean(numbers[0]["ES"]) if "ES" in numbers[0] else None,
+                    "dd": fmean(numbers[1]["DD"]) if "DD" in numbers[1] else None,
+                    "pre_text": text["pre"],
+                    "edit_text": text["post"],
+                    "target_per": opinions_of(request)[0],
+                    "coherent": not any(numbers[2].get("left_out", [0.0])),
+                }
+            )
         return rows, self.model, Originals(self.model)
 
 

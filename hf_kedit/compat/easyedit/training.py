@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,8 @@ from ...config import config_class, normalise
 from ...config.easyedit import NOT_CARRIED_OVER, VALUES, module_names
 from ...errors import ConfigError, nearest
 from ...model import EditableModel
+from ...requests import EditRequest
+from ...training.data import EditFacts, OpinionFacts
 from ...training.plan import TrainingPlan, train_and_save
 from .facts import Facts
 from .hparams import HyperParams, values_of
@@ -199,7 +201,12 @@ class EditTrainer:
             converted.plan["training"] |= {"eval_strategy": "no"}
         self.plan = TrainingPlan(**converted.plan)
         size = int(self.plan.data["eval_size"])
-        self.trainer = self.plan.trainer(train_set.requests(), None if val_set is None else val_set.requests()[:size])
+        held_out = None if val_set is None else self._facts(val_set.requests()[:size], False)
+        self.trainer = self.plan.trainer(self._facts(train_set.requests(), True), held_out)
+
+    def _facts(self, requests: Sequence[EditRequest], training: bool) -> Sequence[EditRequest] | EditFacts:
+        """What is trained on, or measured on."""
+        return requests
 
     def run(self) -> dict[str, float]:
         """Train, measure, and write the editor to ``results_dir``; what was measured."""
@@ -210,3 +217,10 @@ class EditTrainer:
         """The base model with the method and the editor that `run` has trained."""
         config: Any = config_class(self.plan.method).from_dict({"editor": str(self.trainer.args.output_dir)})
         return EditableModel(self.trainer.model.base, config, self.trainer.processing_class)  # type: ignore[arg-type]
+
+
+class PEREditTrainer(EditTrainer):
+    """EasyEdit's trainer of editors of personality: on opinions (`OpinionFacts`)."""
+
+    def _facts(self, requests: Sequence[EditRequest], training: bool) -> Sequence[EditRequest] | EditFacts:
+        return OpinionFacts(requests, int(self.plan.training.get("seed", 0)), unlikelihood=training)

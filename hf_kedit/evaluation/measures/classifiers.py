@@ -65,6 +65,43 @@ def _classified(
     return by_text
 
 
+def text_classifier(
+    source: Any, labels: Sequence[str] | None = None, *, max_length: int = 512
+) -> tuple[str, Classifier]:
+    """Name and `Classifier` of what a user brings.
+
+    Args:
+        source: a text classification pipeline of transformers; ``(model, tokenizer)`` of a sequence classifier; the
+            folder or Hub name of one; or a `Classifier`.
+        labels: names of its labels, in their order, instead of its own.
+        max_length: longer texts are cut to so many tokens.
+
+    Raises:
+        EvaluationError: if the source is none of these or cannot be loaded, or there are not as many ``labels``.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else ""
+    if name:
+        source = _loaded(name)
+    if hasattr(source, "model") and hasattr(source, "tokenizer"):
+        source = (source.model, source.tokenizer)
+    if isinstance(source, tuple) and len(source) == 2 and hasattr(getattr(source[0], "config", None), "id2label"):
+        model, tokenizer = source
+        own = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+        if labels is not None and len(labels) != len(own):
+            raise EvaluationError(f"{len(labels)} labels are given, and the classifier has {', '.join(own)}")
+        names = dict(zip(own, labels or own, strict=True))
+        plain = sequence_classifier(model, tokenizer, max_length=max_length)
+        return name or model.config.name_or_path or type(model).__name__, lambda texts: [
+            {names[label]: p for label, p in row.items()} for row in plain(texts)
+        ]
+    if callable(source):
+        return str(getattr(source, "__name__", type(source).__name__)), source
+    raise EvaluationError(
+        f"a classifier cannot be made of {shown(source)}: give a pipeline, (model, tokenizer), a folder or Hub name,"
+        " or a function of texts that returns the probability of every label"
+    )
+
+
 def unsafe_scorer(classifier: Classifier, label: str | None = None) -> UnsafeScorer:
     """Make an `UnsafeScorer` of a classifier that reads the reply alone.
 
