@@ -46,6 +46,8 @@ def separator_between(prompt: str, target: str) -> str:
     if not prompt or not target:
         return ""
     last, first = prompt[-1], target[0]
+    if (last + first).isascii() and last.isalnum() and first.isalnum():
+        return " "  # as all that follows would find, in a tenth of the time
     if last.isspace() or first.isspace() or _is_joiner(last) or _is_joiner(first):
         return ""
     if unicodedata.category(first) in _MARKS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from ..logging import get_logger, warn_once
 from .scripts import is_unspaced, is_word
@@ -46,6 +47,7 @@ def last_user_turn(prompt: str) -> Span | None:
     return begin.end(), end.start() if end else len(prompt)
 
 
+@lru_cache(maxsize=1024)  # each of a request's context templates asks
 def find_subject(prompt: str, subject: str) -> Span | None:
     """Find a subject in a prompt.
 
