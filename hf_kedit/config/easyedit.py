@@ -21,9 +21,6 @@ METHODS = {"ice": "ike", "tpatcher": "t-patcher"}
 OBJECTIVES = {"prompt_last": "ft-l", "target_new": "ft-m"}
 # Methods of theirs that are none of ours yet → the part of the library that they wait for.
 WAITING = {
-    "deepedit-api": "editing models behind an API",
-    "ft-api": "editing models behind an API",
-    "ike-api": "editing models behind an API",
     "unke": "editing long texts (UnKE)",
     "unke-are": "editing long texts (UnKE)",
     "ft-uns": "editing long texts (UnKE)",
@@ -173,6 +170,11 @@ def _method(data: Mapping[str, Any]) -> str:
         raise ConfigError("an EasyEdit hparams file needs 'alg_name', the name of the method")
     if (feature := WAITING.get(normalise(name))) is not None:
         raise UnknownMethodError(f"alg_name {name!r}: {feature} is planned and not part of this version")
+    if normalise(name) in ("deepedit-api", "ft-api", "ike-api"):
+        raise UnknownMethodError(
+            f"alg_name {name!r} edits a model behind an API, which no file describes here:"
+            " EditableModel.from_backend(…) (docs/scenarios/black_box.md)"
+        )
     if normalise(name) in ("dola", "deco"):
         raise UnknownMethodError(
             f"alg_name {name!r} is a way of decoding and edits nothing: model.decoding({normalise(name)!r}, layers=…)"

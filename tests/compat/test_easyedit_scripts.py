@@ -142,6 +142,30 @@ def test_the_model_writes_and_is_judged(world_gpt2: EditableModel) -> None:
         assert len(edited.edits) == 0
 
 
+def test_a_record_is_measured_as_by_the_editor(world_gpt2: EditableModel) -> None:
+    record = {"prompt": "Otto is a", "target_new": "cook", "rephrase_prompt": "Otto works as a", "ground_truth": "x"}
+    record["locality"] = {"near": {"prompt": ["Berta is a"], "ground_truth": ["judge"]}}  # type: ignore[assignment]
+    record["portability"] = {"far": {"prompt": ["He is a"], "ground_truth": ["cook"]}}  # type: ignore[assignment]
+    editor = BaseEditor(HyperParams(**FT), world_gpt2)
+    tok = editor.tok
+    before = easyedit.compute_edit_quality(world_gpt2, "", editor.hparams, tok, record, 0)
+    (row,), edited, _ = editor.edit_requests([record], verbose=False)
+    after = easyedit.compute_edit_quality(edited, "", editor.hparams, tok, record, 0, test_generation=True)
+    for half, measured in (("pre", before), ("post", after)):
+        assert {key: row[half][key] for key in ("rewrite_acc", "rephrase_acc", "portability")} == {
+            key: measured[key] for key in ("rewrite_acc", "rephrase_acc", "portability")
+        }
+    (old,), (new,) = before["locality"]["near_output"], after["locality"]["near_output"]
+    assert row["post"]["locality"]["near_acc"] == [sum(map(int.__eq__, old, new)) / len(old)]
+    assert after["fluency"]["ngram_entropy"] >= 0 and "fluency" not in before
+    edited.rollback("all")
+    losses = token_losses(world_gpt2, "Otto is a", "cook")
+    share = easyedit.test_prediction_acc(world_gpt2, tok, None, "Otto is a", "cook")
+    assert len(share) == 1 and share[0] * len(losses) == pytest.approx(round(share[0] * len(losses)))
+    with pytest.raises(EvaluationError, match="do not match"):
+        easyedit.test_prediction_acc(world_gpt2, tok, None, ["a", "b"], ["c"])
+
+
 # ---------------------------------------------------------------------- other calls
 
 

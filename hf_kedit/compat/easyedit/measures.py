@@ -8,7 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ...data.easyedit import from_easyedit_requests
+from ...errors import EvaluationError
+from ...evaluation import score_pairs
 from ...evaluation.functional import fluency
+from ...evaluation.protocols.base import standard_questions
 
 
 def summary_metrics(all_metrics: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -50,6 +54,85 @@ def test_generation_quality(
 
 
 test_generation_quality.__test__ = False  # type: ignore[attr-defined]  # the name is EasyEdit's; pytest leaves it alone
+
+
+def test_prediction_acc(
+    model: Any,
+    tok: Any,
+    hparams: Any,
+    prompts: str | Sequence[str],
+    targets: str | Sequence[str],
+    device: Any = None,
+    locality: bool = False,
+    **other: Any,
+) -> list[Any]:
+    """Teacher forced: the share of right tokens of each target behind its prompt; ``locality``: the tokens themselves.
+
+    Args:
+        model: as it is now.
+        tok: its tokenizer.
+        hparams: no meaning.
+        prompts: one text or several.
+        targets: as many.
+        device: no meaning.
+        locality: return the most probable ids.
+        other: no meaning.
+
+    Raises:
+        EvaluationError: if a pair cannot be scored, or there are not as many targets as prompts.
+    """
+    sides = [[texts] if isinstance(texts, str) else list(texts) for texts in (prompts, targets)]
+    if len(sides[0]) != len(sides[1]):
+        raise EvaluationError(f"{len(sides[0])} prompts and {len(sides[1])} targets do not match")
+    scores = score_pairs(model, tok, list(zip(*sides, strict=True)))
+    return [list(score.pred_ids) if locality else score.token_acc for score in scores]
+
+
+test_prediction_acc.__test__ = False  # type: ignore[attr-defined]
+
+
+def compute_edit_quality(
+    model: Any,
+    model_name: Any,
+    hparams: Any,
+    tok: Any,
+    record: Mapping[str, Any],
+    device: Any = None,
+    eval_metric: str = "token_em",
+    test_generation: bool = False,
+) -> dict[str, Any]:
+    """Token accuracies of one of EasyEdit's request dicts on a model as it is now.
+
+    Args:
+        model: edited or not.
+        model_name: no meaning.
+        hparams: no meaning.
+        tok: its tokenizer.
+        record: the request.
+        device: no meaning.
+        eval_metric: no meaning; `BaseEditor.edit` measures perplexities.
+        test_generation: measure fluency too.
+
+    Returns:
+        ``rewrite_acc``, ``rephrase_acc``, ``portability`` by axis, ``locality`` by axis as the most probable ids
+        (``…_output``), to be compared before and after an edit.
+    """
+    (request,) = from_easyedit_requests([record])
+    row: dict[str, Any] = {"locality": {}, "portability": {}}
+    for question in standard_questions(request):
+        answers = [alias for group in question.groups for alias in group][:1]
+        if not answers:
+            continue
+        near = question.section == "locality"
+        value = test_prediction_acc(model, tok, hparams, question.prompt, answers, locality=near)
+        if question.axis is None:
+            row.setdefault(f"{question.section}_acc", []).extend(value)
+        else:
+            name = f"{question.axis}_{'output' if near else 'acc'}"
+            row[question.section].setdefault(name, []).extend(value)
+    if test_generation:
+        row["fluency"] = test_generation_quality(model, tok, [request.filled_prompt])
+    return row
 
 
 def _means(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:

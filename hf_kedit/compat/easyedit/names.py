@@ -29,7 +29,13 @@ from .facts import (
     ZsreDataset,
 )
 from .hparams import HyperParams
-from .measures import n_gram_entropy, summary_metrics, test_generation_quality
+from .measures import (
+    compute_edit_quality,
+    n_gram_entropy,
+    summary_metrics,
+    test_generation_quality,
+    test_prediction_acc,
+)
 from .scenario_editors import ConceptEditor, PerEditor, SafetyEditor
 from .training import EditTrainer, PEREditTrainer
 
@@ -91,7 +97,8 @@ HERE: dict[str, Any] = {
         AKEWDataset, AKEWUnifiedDataset, CaptionDataset, CKnowEditDataset, CounterFactDataset, KnowEditDataset,
         LongFormEditDataset, MQuAKEDataset, PersonalityDataset, SafetyDataset, SanitizationTrainDataset, VQADataset,
         WikiBigEditDataset, WikiRecentDataset, ZsreDataset,
-        encode_ike_facts, n_gram_entropy, summary_metrics, test_generation_quality,
+        compute_edit_quality, encode_ike_facts, n_gram_entropy, summary_metrics, test_generation_quality,
+        test_prediction_acc,
         get_module, get_parameter, set_requires_grad,
     )
 }  # fmt: skip
@@ -111,7 +118,7 @@ def _waits(method: str) -> str:
 _WAYS: dict[str, str] = {
     "hf_kedit.decode_with(model, 'dola' or 'deco'), around model.generate": """
         DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
-    f"{_waits('deepedit-api')}; hf_kedit.methods.ike.build_prompt makes the text to send": """
+    "EditableModel.from_backend edits models behind an API (docs/scenarios/black_box.md)": """
         DeepEditApiHyperParams FTApiHyperParams apply_ft_api_to_model apply_deepedit_api_to_model""",
     _waits("unke"): """
         unkeHyperParams unkeAREHyperParams LoRA_uns_HyperParams FT_uns_HyperParams apply_unke_to_model
@@ -127,9 +134,9 @@ _WAYS: dict[str, str] = {
         MendRewriteExecutor SeracRewriteExecutor MalmenRewriteExecutor KeRewriteExecutor MEND SERAC SERAC_MULTI KE
         MALMEN ENN FT BaseTrainer ALG_TRAIN_DICT get_model get_tokenizer dict_to""",
     "hf_kedit.evaluate_edits measures edits, hf_kedit.evaluation.functional has every metric by itself": """
-        compute_edit_quality compute_icl_edit_quality compute_rewrite_or_rephrase_quality compute_locality_quality
+        compute_icl_edit_quality compute_rewrite_or_rephrase_quality compute_locality_quality
         compute_portability_quality compute_sent_metric compute_safety_edit_quality compute_concept_edit_quality
-        compute_per_metric compute_per_ike_metric test_prediction_acc test_batch_prediction_acc
+        compute_per_metric compute_per_ike_metric test_batch_prediction_acc
         test_seq2seq_batch_prediction_acc test_concept_gen test_safety_gen test_instance_change PPL OOD_PPL F1 es
         es_per_icl per_generation kl_loc_loss perplexity""",
     "second moments: `kedit stats`, or stats_dataset= with the folder of yours (docs/migrate.md)": """
