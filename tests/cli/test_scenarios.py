@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from hf_kedit import EditableModel
 from hf_kedit.evaluation import SCENARIOS, EvaluationReport
 from hf_kedit.requests import ERASED
@@ -17,7 +19,11 @@ PROMPT = "By profession Tarosk Boayond is a"
 
 def test_scenarios_are_listed(kedit: Run) -> None:
     rows = data(kedit("eval", "--list-scenarios", "-f", "json"))["scenarios"]
-    assert set(rows) == set(SCENARIOS) >= {"safety", "erasure", "sentiment", "hallucination", "chinese"}
+    assert (
+        set(rows)
+        == set(SCENARIOS)
+        >= {"safety", "erasure", "sentiment", "hallucination", "chinese", "concept", "personality"}
+    )
     assert "judge" in rows["safety"]["options"] and rows["safety"]["standin"]
     shown = kedit("eval", "--list-scenarios").stdout
     assert all(name in shown and about["question"] in " ".join(shown.split()) for name, about in rows.items())
@@ -37,6 +43,18 @@ def test_a_scenario_from_a_file_to_a_report(kedit: Run, tmp_path: Path) -> None:
     quiet = kedit("eval", *MODEL, *words, "-f", "quiet").stdout.split()
     assert f"erasure/leakage={result['post']['erasure']['leakage']}" in quiet
     assert "erasure leakage ↓" in kedit("eval", *MODEL, *words).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "sample", "number"),
+    [("concept", "concepts_inter", "concept/consistency"), ("personality", "personality", "personality/ES")],
+)
+def test_a_sample_gives_a_report(name: str, sample: str, number: str, kedit: Run) -> None:
+    file = Path(__file__).parents[2] / "docs" / "scenarios" / "data" / f"{sample}.json"
+    words = ["--scenario", name, "-d", file, "--limit", "2"]
+    result = data(kedit("eval", *MODEL, *words, "--set", "num_steps=2", "-f", "json"))
+    assert result["scenario"]["name"] == name and result["n"] == 2
+    assert number in result["results"][0]["metrics"]
 
 
 def test_what_does_not_go_together(kedit: Run, tmp_path: Path) -> None:

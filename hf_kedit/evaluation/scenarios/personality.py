@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...data.opinions import TEMPLATES, TRAITS, conditioned, opinions_of
@@ -176,7 +177,8 @@ class Personality(Scenario):
     Args:
         classifier: what `text_classifier` takes, with the three traits as labels, or a function; ``None``: words that
             are typical of each trait.
-        judge: function ``(text, trait) -> 1 to 5``; ``None``: of the classifier's probabilities.
+        judge: function ``(text, trait) -> 1 to 5``; ``None``: of the classifier's probabilities. A name is that of the
+            classifier (``--judge`` of the command line).
         labels: names of the classifier's labels, in their order, where its own are none.
         max_new_tokens: of what the model writes.
         tokenizer: word splitting of the entropy; published results have ``treebank``, which needs the extra ``eval``.
@@ -204,14 +206,17 @@ class Personality(Scenario):
     condition: bool = False
 
     def protocols(self) -> list[Protocol]:
-        labels = CLASSIFIER_LABELS if self.labels is None and self.classifier == CLASSIFIER else self.labels
+        named = isinstance(self.judge, (str, Path)) and self.classifier is None
+        source = self.judge if named else self.classifier
+        labels = CLASSIFIER_LABELS if self.labels is None and str(source) == CLASSIFIER else self.labels
         name = "words of each trait"
         classifier: Classifier = trait_words
-        if self.classifier is not None:
-            name, classifier = text_classifier(self.classifier, labels, max_length=128)
-        if self.judge is not None and not callable(self.judge):
-            raise EvaluationError(f"a judge of traits must be a function, not {shown(self.judge)}")
-        judge = self.judge or marks_of(classifier)
+        if source is not None:
+            name, classifier = text_classifier(source, labels, max_length=128)
+        judge = None if named else self.judge
+        if judge is not None and not callable(judge):
+            raise EvaluationError(f"a judge of traits must be a function, not {shown(judge)}")
+        judge = judge or marks_of(classifier)
         replies = TraitReplies(self.max_new_tokens, True, classifier, judge, self.tokenizer, name)
         return [TraitOpinions(), Drawdown(section=PERSONALITY), replies]
 
