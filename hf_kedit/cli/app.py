@@ -13,6 +13,7 @@ from . import (
     convert,
     convert_editor,
     demo,
+    doctor,
     edit,
     evaluate,
     gguf,
@@ -73,6 +74,7 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("convert-editor")(convert_editor.convert_editor)
 app.command("metrics")(metrics.metrics)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ HPARAMS = [r"# From EasyEdit's easy\.yaml for gpt2\.", "edit_type: rome", "layer
 LINES: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "bench": (("sweep.yaml",), [r"sweep/report\.html", r"sweep/report\.md", r"sweep/report\.json"]),
     "convert-hparams": (("easy.yaml",), HPARAMS),
+    "doctor": ((), []),
     "demo": ((*MODEL, "--no-reload", "-o", "shown"), ["shown"]),
     "edit": ((*MODEL, *STEP, *ONE), [f"edit-{HEX}{{8}}"]),
     "eval": (

@@ -33,6 +33,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "export-gguf": ("edits", "-o", "edits.gguf"),
     "export-lora": ("edits", "-o", "lora"),
     "inspect": ("kedit/world-llama", "-M", "memit", "--load", "--all"),
+    "doctor": (),
     "list-methods": (),
     "merge": ("edits", "-o", "merged"),
     "metrics": ("-o", "metrics"),
