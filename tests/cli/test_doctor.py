@@ -92,7 +92,7 @@ def test_places_that_are_none(tmp_path: Path, kedit: Run, monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_KEDIT_CACHE", str(tmp_path / "file/below"))
     code, found = look(kedit)
-    assert code == 1 and "export HF_KEDIT_CACHE=" in [p["command"] for p in found["problems"]][0]
+    assert code == 1 and "export HF_KEDIT_CACHE=" in found["problems"][0]["command"]
     monkeypatch.delenv("HF_KEDIT_CACHE")
     monkeypatch.setattr(doctor, "LITTLE_ROOM", 2**60)
     assert all("are free" in p["problem"] for p in look(kedit)[1]["problems"])

@@ -37,6 +37,7 @@ LINES: dict[str, tuple[tuple[str, ...], list[str]]] = {
         (*MODEL, *STEP, "-d", "world", "-n", "1"),
         [name + SCORE for name in ("rewrite_acc", "rephrase_acc", "locality", "locality_accuracy", "portability")],
     ),
+    "export-finetune": (("edits", "-o", "train.jsonl"), [r"train\.jsonl"]),
     "export-gguf": (("edits", "-o", "edits.gguf"), ["edits.gguf"]),
     "export-lora": (("edits", "-o", "lora"), ["lora"]),
     "inspect": (("edits",), ["first", "second"]),

@@ -30,6 +30,7 @@ ONE = ("-p", FACT["prompt"], "--subject", FACT["subject"], "-t", FACT["target_ne
 QUICK: dict[str, tuple[str, ...]] = {
     "convert-hparams": ("easy.yaml", "-o", "own.yaml"),
     "edit": (*MODEL, "-M", "rome", *ONE, "--ground-truth", "sculptor", "-o", "out"),
+    "export-finetune": ("edits", "-o", "train.jsonl"),
     "export-gguf": ("edits", "-o", "edits.gguf"),
     "export-lora": ("edits", "-o", "lora"),
     "inspect": ("kedit/world-llama", "-M", "memit", "--load", "--all"),
