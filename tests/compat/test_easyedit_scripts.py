@@ -66,6 +66,36 @@ def test_a_script_puts_the_weights_back_and_edits_again(world_gpt2: EditableMode
     assert model_digest(world_gpt2.base_model) == digest
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"device": 1}, {"": "cuda:1"}),
+        ({"device": "0"}, {"": "cuda:0"}),
+        ({"device": "cuda:2"}, {"": "cuda:2"}),
+        ({"device": "cpu"}, {"": "cpu"}),
+        ({"device": 0, "model_parallel": True}, "auto"),
+        ({}, None),
+    ],
+)
+def test_the_model_is_where_scripts_send_their_questions(
+    values: dict[str, Any], expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    load = EditableModel.from_pretrained
+
+    def note(name: str, config: Any, **options: Any) -> EditableModel:
+        loaded.append(options.pop("device_map", None))
+        return load(name, config, **options)
+
+    monkeypatch.setattr(EditableModel, "from_pretrained", note)
+    hparams = HyperParams(model_name="kedit/world-gpt2", **FT, **values)
+    BaseEditor.from_hparams(hparams)
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "is_available", lambda: True)
+        BaseEditor.from_hparams(hparams)
+    assert loaded == [None, expected], "without a GPU, and with one"
+
+
 def test_the_originals_of_a_method_without_weights_undo_it(world_gpt2: EditableModel) -> None:
     editor = BaseEditor(HyperParams(alg_name="GRACE", layers=[4], n_iter=3), world_gpt2)
     request = {"prompt": PROMPT, "target_new": "plumber"}

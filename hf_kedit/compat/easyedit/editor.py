@@ -57,6 +57,22 @@ def _quantisation(values: Mapping[str, Any]) -> Any:
     )
 
 
+def _place(values: Mapping[str, Any]) -> Any:
+    """Where their editors put the model: on the GPU that ``device`` numbers or names, or on several.
+
+    Returns:
+        A ``device_map``; ``None`` without a GPU, where the model stays in the CPU's memory.
+    """
+    device = values.get("device")
+    if not torch.cuda.is_available():
+        return None
+    if values.get("model_parallel"):
+        return "auto"
+    if device is None:
+        return None
+    return {"": f"cuda:{device}" if str(device).isdigit() else str(device)}
+
+
 class BaseEditor:
     """Edits one model with one method and measures every edit.
 
@@ -83,6 +99,8 @@ class BaseEditor:
             options: dict[str, Any] = {"dtype": torch.float16 if self._seen.get("fp16") else torch.float32}
             if converted.config.edit_type == "qlora":
                 options["quantization_config"] = _quantisation(self._seen)
+            if (place := _place(self._seen)) is not None:
+                options["device_map"] = place
             self.model = EditableModel.from_pretrained(converted.model_name, self.config, **options)
         else:
             raise ConfigError("the hyperparameters name no model (model_name)")
