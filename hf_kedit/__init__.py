@@ -21,6 +21,7 @@ _PUBLIC = {
     "journal": "Edit EditResult",
     "locate": "causal_trace suggest_layers",
     "methods.alphaedit": "AlphaEditConfig",
+    "methods.anyedit": "AnyEditConfig",
     "methods.auto": "AutoMethodConfig",
     "methods.calinet": "CaliNetConfig",
     "methods.core": "COREConfig",
@@ -51,6 +52,7 @@ _PUBLIC = {
     "methods.sphere": "SPHEREConfig",
     "methods.t_patcher": "TPatcherConfig",
     "methods.ultraedit": "UltraEditConfig",
+    "methods.unke": "UnKEConfig",
     "methods.wise": "WISEConfig",
     "model": "EditableModel",
     "remote": "OpenAICompatibleBackend TextBackend",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .locate import causal_trace as causal_trace
     from .locate import suggest_layers as suggest_layers
     from .methods.alphaedit import AlphaEditConfig as AlphaEditConfig
+    from .methods.anyedit import AnyEditConfig as AnyEditConfig
     from .methods.auto import AutoMethodConfig as AutoMethodConfig
     from .methods.calinet import CaliNetConfig as CaliNetConfig
     from .methods.core import COREConfig as COREConfig
@@ -127,6 +130,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .methods.sphere import SPHEREConfig as SPHEREConfig
     from .methods.t_patcher import TPatcherConfig as TPatcherConfig
     from .methods.ultraedit import UltraEditConfig as UltraEditConfig
+    from .methods.unke import UnKEConfig as UnKEConfig
     from .methods.wise import WISEConfig as WISEConfig
     from .model import EditableModel as EditableModel
     from .remote import OpenAICompatibleBackend as OpenAICompatibleBackend

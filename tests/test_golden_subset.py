@@ -38,7 +38,7 @@ CASES = {
     "t-patcher": ["t_patcher_losses"],
 }
 # Nobody else has published numbers of these, or they are another method with one switch; own tests solve them densely.
-WITHOUT = set("adalora auto calinet dinm dpo eamet instructedit namet prompt qlora rledit sphere".split())
+WITHOUT = set("adalora anyedit auto calinet dinm dpo eamet instructedit namet prompt qlora rledit sphere unke".split())
 
 
 def test_every_method_has_a_case_or_is_listed() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,8 @@ from ..registry import CONFIGS, normalise
 from .hparams import read_mapping
 
 # Names of methods that are spelt otherwise; `FT` and `LoRA` depend on a second key.
-METHODS = {"ice": "ike", "tpatcher": "t-patcher"}
+METHODS = {"ice": "ike", "tpatcher": "t-patcher", "ft-uns": "ft-m", "lora-uns": "lora", "unke-are": "anyedit"}
 OBJECTIVES = {"prompt_last": "ft-l", "target_new": "ft-m"}
-# Methods of theirs that are none of ours yet → the part of the library that they wait for.
-WAITING = {
-    "unke": "editing long texts (UnKE)",
-    "unke-are": "editing long texts (UnKE)",
-    "ft-uns": "editing long texts (UnKE)",
-    "lora-uns": "editing long texts (UnKE)",
-}
 
 # Their key → our field, for every method that has the field.
 RENAMED = {
@@ -42,6 +35,8 @@ RENAMED = {
     "loc_coef": "locality_weight",
     "batch_size": "rows_per_step",
     "n_blocks": "num_blocks",
+    "optim_num_step": "num_steps",
+    "ex_data_num": "held_texts",
     "alpha": "likelihood_weight",
     "lamHyper": "ridge",
     "init_model": "from_original",
@@ -122,6 +117,10 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
         ConfigError: if the file cannot be read, has no ``alg_name``, or a value is unusable.
     """
     data = dict(source) if isinstance(source, Mapping) else read_mapping(_existing(Path(source)))
+    if normalise(str(data.get("alg_name"))) == "unke-are":  # one file for what is a method and its base here
+        own = {key: data.pop(key) for key in ("window_size",) if key in data}
+        written = convert_hparams({**data, "alg_name": "unke"})
+        return replace(written, config=CONFIGS.get("anyedit")(base=written.config, **own))
     cls = CONFIGS.get(_method(data))
     known = {f.name for f in fields(cls)}
     values: dict[str, Any] = {}
@@ -168,8 +167,6 @@ def _method(data: Mapping[str, Any]) -> str:
                 " train` of it"
             )
         raise ConfigError("an EasyEdit hparams file needs 'alg_name', the name of the method")
-    if (feature := WAITING.get(normalise(name))) is not None:
-        raise UnknownMethodError(f"alg_name {name!r}: {feature} is planned and not part of this version")
     if normalise(name) in ("deepedit-api", "ft-api", "ike-api"):
         raise UnknownMethodError(
             f"alg_name {name!r} edits a model behind an API, which no file describes here:"

@@ -27,6 +27,7 @@ from .forward import device_of, model_inputs
 from .weights import get_module
 
 __all__ = [
+    "ModuleCall",
     "Tap",
     "as_rows",
     "capture_at",
@@ -159,6 +160,59 @@ def capture_at(
     with torch.no_grad(), listen(model, taps, receive), contextlib.suppress(_Stop):
         model(**model_inputs(model, batch), **extra)
     return captured
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """What a module is called with in a forward, and what it returns: enough to call it again by itself.
+
+    Args:
+        args: positional arguments.
+        kwargs: the others: masks, positions and the like, which the model has made of a batch.
+        output: what it returned (the first element of a tuple), ``[rows, width, d]`` fp32.
+        mask: the real tokens of the batch, ``[rows, width]`` bool.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, model: PreTrainedModel, path: str, batch: TokenBatch, run: Callable[..., Any] | None = None
+    ) -> ModuleCall:
+        """Run a model up to a module and note how it calls it.
+
+        Args:
+            model: in evaluation mode.
+            path: name of the module.
+            batch: padded rows.
+            run: called instead of the model, with its modules.
+        """
+        module, calls, outputs = get_module(model, path), [], []
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(replace_module_input(args, kwargs, module_input(args, kwargs).clone()))
+
+        def after(_: Any, __: Any, output: Any) -> None:
+            outputs.append(as_rows(first(output), len(batch.input_ids)).float().clone())
+            raise _Stop
+
+        noting = partial(module.register_forward_pre_hook, before, with_kwargs=True)
+        with hooks(noting, partial(module.register_forward_hook, after)), contextlib.suppress(_Stop):
+            (run or model)(**model_inputs(model, batch))
+        ((args, kwargs),) = calls
+        return cls(args, kwargs, outputs[0], batch.attention_mask.bool().to(outputs[0].device))
+
+    def of_module(self, module: Callable[..., Any]) -> torch.Tensor:
+        """What the module, or another one in its place, returns to this call, ``[rows, width, d]`` fp32."""
+        return as_rows(first(module(*self.args, **self.kwargs)), len(self.mask)).float()
+
+    def mean_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The mean over the real tokens of ``[rows, width]``, a scalar."""
+        return numbers[self.mask].mean()
 
 
 def capture_routing(

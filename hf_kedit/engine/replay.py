@@ -14,7 +14,7 @@ model is prepared for replaying reaches the user, as long as its plain forward w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -100,11 +100,15 @@ def _is_recurrent(layers: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class ReplayRow:
-    """One row to replay: token ids, the column of the fact token, and the indices whose logits are wanted."""
+    """One row to replay: token ids, the column of the fact token, and the indices whose logits are wanted.
+
+    ``shifts`` are vectors ``[d]`` that stay added, at the only site, to tokens before the fact token.
+    """
 
     ids: tuple[int, ...]
     fact: int
     positions: tuple[int, ...]
+    shifts: tuple[tuple[int, torch.Tensor], ...] = field(default=(), compare=False)
 
 
 class Replay:
@@ -150,6 +154,9 @@ class Replay:
         unchanged = {block} | ({down.path} if additive and down is not None else set())
         self.behind = len(self.sites) == 1 and self.sites[0] in unchanged
         self.start = min(facts)
+        self._shifts = [(i, c + shift[i], v) for i, row in enumerate(rows) for c, v in row.shifts]
+        if self._shifts and self.sites != (block,):
+            raise ValueError("what stays added is added at a block, and at no other site beside it")
         self._hidden: torch.Tensor | None = None
         self._prefix: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._tuples: dict[int, Any] = {}
@@ -169,7 +176,7 @@ class Replay:
             ``[positions, vocab]`` fp32, in the order of the rows and their positions; differentiable in the offsets.
         """
         if self.route == "full":
-            with added_at(self.model, self.sites, offsets, self.facts, self.facts.shape[0]):
+            with self._shifted(), added_at(self.model, self.sites, offsets, self.facts, self.facts.shape[0]):
                 return gather_logits(self.model, self.batch, self.positions()).float()
         start = self.start if self.route == "prefix" else 0
         kwargs = self._suffix_inputs(start)
@@ -198,6 +205,8 @@ class Replay:
             ``[positions]`` bool: which logits remain.
         """
         keep = keep.to(self.facts.device)
+        place = {row: k for k, row in enumerate(keep.nonzero().flatten().tolist())}
+        self._shifts = [(place[row], column, vector) for row, column, vector in self._shifts if row in place]
         kept_positions = keep[self.positions().rows]
         self._wanted = [row for row, kept in zip(self._wanted, keep.tolist(), strict=True) if kept]
         self._positions = {}
@@ -250,7 +259,9 @@ class Replay:
         cache = _recording_cache(model) if self.route == "prefix" else None
         if cache is not None:
             kwargs.update(use_cache=True, past_key_values=cache)
-        with torch.no_grad(), listen(model, [*taps, *([cut] if cut else [])], receive), self._structures(cut):
+        listening = listen(model, [*taps, *([cut] if cut else [])], receive)
+        # What stays added is there before anyone listens, so that it is in the states at the cut and in all above.
+        with torch.no_grad(), self._shifted(), listening, self._structures(cut):
             logits = logits_at(model, kwargs, self.positions()).float()
         if cache is not None:
             lowest = self.layer + 1 if self.behind else self.layer
@@ -261,6 +272,20 @@ class Replay:
                 self._before_window(entry) if i >= lowest else None for i, entry in enumerate(cache.layers)
             ]
         return logits
+
+    def _shifted(self) -> Switch[None]:
+        """What stays added, in a forward over all columns."""
+        if not self._shifts:
+            return hooks()
+        rows, columns = (torch.tensor(index) for index in list(zip(*self._shifts, strict=True))[:2])
+        vectors = torch.stack([vector for *_, vector in self._shifts])
+
+        def add(flat: torch.Tensor) -> torch.Tensor:
+            states = as_rows(flat, self.facts.shape[0])
+            index = (rows.to(states.device), columns.to(states.device))
+            return states.index_put(index, vectors.to(states), accumulate=True).view(flat.shape)
+
+        return rewritten(self.model, {Tap(self.sites[0]): add})
 
     def _before_window(self, entry: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Keys and values of the columns before the first fact token, ``[rows, heads, start, d]`` each."""

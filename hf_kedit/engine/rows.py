@@ -7,8 +7,10 @@ target, and the request that it belongs to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from ..errors import TargetTooLongError
 from ..requests import SLOT, EditRequest, in_row
@@ -33,6 +35,9 @@ class Row:
         template: index of the context template; -1 for a drift row.
         prompt_length: number of tokens of the prompt, the target excluded.
         bare: whether the prompt stands in no context; of a request in two formats, one row of each does.
+        weights: factor of the loss at each supervised position; empty: 1.
+        shifts: ``(index, vector)`` of what is added already, at the block whose value is optimised, to tokens before
+            the fact token; ``[d]`` fp32.
     """
 
     ids: tuple[int, ...]
@@ -43,6 +48,8 @@ class Row:
     template: int
     prompt_length: int
     bare: bool = False
+    weights: tuple[float, ...] = ()
+    shifts: tuple[tuple[int, torch.Tensor], ...] = field(default=(), compare=False)
 
     @property
     def is_drift(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from ..books.ledger import Ledger, WeightDelta
 from ..books.retrieval import Retriever
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
-from ..config import EditConfig, register_config
+from ..config import EditConfig, ModelProfile, WeightConfig, register_config
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.unlikelihood import Unlikelihood
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 BothFormats = Literal["itself", "as two"]
 logger = get_logger(__name__)
 M = TypeVar("M", bound="Method")
+W = TypeVar("W", bound="WrappingConfig")
 _METHODS: Table[type[Method]] = Table()
 
 
@@ -158,6 +159,50 @@ class Workbench:
         """Keep an intermediate tensor if a trace is wanted."""
         if self.trace is not None:
             self.trace[name] = value.detach().clone().cpu()
+
+
+@dataclass
+class WrappingConfig(WeightConfig):
+    """Base of the configs of methods that another method works for.
+
+    Args:
+        base: that method: its name, its config, or a dict with ``edit_type`` and its fields. Kept as a dict.
+    """
+
+    base: Any = "rome"
+
+    def validate(self) -> None:
+        """Bring the base's config into one form."""
+        super().validate()
+        name = type(self).__name__
+        if self.layers is not None:
+            raise ConfigError(f"{name}.layers: the base method decides which layers; set them in `base`")
+        if isinstance(self.base, EditConfig):
+            self.base = {"edit_type": self.base.edit_type, **self.base.given}
+        elif isinstance(self.base, str):
+            self.base = {"edit_type": self.base}
+        if not isinstance(self.base, Mapping):
+            raise ConfigError(f"{name}.base must be a method's name or config, not {type(self.base).__name__}")
+        self.base = dict(self.base)
+        self.check_base(self.base_config)
+
+    def check_base(self, base: EditConfig) -> None:
+        """Raise `ConfigError` if the base method cannot work for this one."""
+
+    @property
+    def base_config(self) -> EditConfig:
+        """The base method's config."""
+        return EditConfig.from_dict(self.base)
+
+    @classmethod
+    def model_dependent_fields(cls) -> tuple[str, ...]:
+        """None of its own; the base method's are filled by `complete`."""
+        return ()
+
+    def complete(self: W, profile: ModelProfile, *, files: bool = True) -> W:
+        """Fill in the base method's config as well."""
+        full = super().complete(profile, files=files)
+        return replace(full, base=full.base_config.complete(profile, files=files).to_dict())
 
 
 class Method(ABC):

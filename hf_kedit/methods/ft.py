@@ -262,7 +262,7 @@ def keep_within(theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor], 
 
 
 class Substituted:
-    """The model with some parameters replaced by trained copies, for one call; the model itself is not touched.
+    """The model, or a part of it, with some parameters replaced by trained copies; it is itself not touched.
 
     Of a weight that is quantised or offloaded, the difference between the copy and the weight runs beside it.
     """
@@ -294,9 +294,9 @@ class Substituted:
         """The model's own, for the question on which device inputs are expected."""
         return self.model.get_input_embeddings()  # type: ignore[operator]
 
-    def __call__(self, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with running(self.beside):
-            return functional_call(self.model, self.replaced, kwargs=kwargs)
+            return functional_call(self.model, self.replaced, args, kwargs)
 
 
 @register_method

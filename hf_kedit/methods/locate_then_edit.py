@@ -121,15 +121,9 @@ class LocateConfig(EditConfig):
 
         The layers are the range that those of 28- to 48-layer models share.
         """
-        rms, n = profile.norm == "rms", profile.num_layers
+        n = profile.num_layers
         first, last = round(0.12 * n), max(round(0.28 * n), round(0.12 * n))
-        return {
-            "layers": list(range(first, min(last, n - 1) + 1)),
-            "v_num_grad_steps": 25 if rms else 20,
-            "v_lr": 0.5,
-            "v_weight_decay": 1e-3 if rms else 0.5,
-            "clamp_norm_factor": 4.0 if rms else 0.75,
-        }
+        return {"layers": list(range(first, min(last, n - 1) + 1)), **value_defaults(profile)}
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """Where a value is written, how far it may go, and how hard it is sought."""
@@ -155,6 +149,17 @@ class LocateConfig(EditConfig):
             stop_loss=self.stop_loss,
             keep_path=keep_path,
         )
+
+
+def value_defaults(profile: ModelProfile) -> dict[str, Any]:
+    """How published configurations of similar models optimise a value."""
+    rms = profile.norm == "rms"
+    return {
+        "v_num_grad_steps": 25 if rms else 20,
+        "v_lr": 0.5,
+        "v_weight_decay": 1e-3 if rms else 0.5,
+        "clamp_norm_factor": 4.0 if rms else 0.75,
+    }
 
 
 def single_layer(profile: ModelProfile) -> int:

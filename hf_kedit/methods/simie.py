@@ -14,7 +14,6 @@ edits and taken back with them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,67 +22,38 @@ import torch
 from pydantic import PositiveFloat
 
 from ..books.deltas import WeightDelta
-from ..config import EditConfig, ModelProfile, WeightConfig
+from ..config import EditConfig, ModelProfile
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest
 from ..statistics.solve import ridge_solve
 from ..tokens import encode_pair, pad_rows
-from .base import Capabilities, Method, Outcome, method_class, register_method
+from .base import Capabilities, Method, Outcome, WrappingConfig, method_class, register_method
 
 
 @dataclass
-class SimIEConfig(WeightConfig):
-    """Hyperparameters of SimIE.
+class SimIEConfig(WrappingConfig):
+    """Hyperparameters of SimIE; the ``base`` method makes the edits.
 
     Args:
-        base: the method that makes the edits: its name, its config, or a dict with ``edit_type`` and its fields. Kept
-            as a dict.
         ridge: λ. The larger, the less an edit moves what the edits before it wrote.
         from_original: the base method edits the original weights (as published); otherwise the weights as they are.
     """
 
     edit_type: ClassVar[str] = "simie"
 
-    base: Any = "rome"
     ridge: PositiveFloat = 1e4
     from_original: bool = True
 
-    def validate(self) -> None:
-        """Bring the base's config into one form."""
-        super().validate()
-        if self.layers is not None:
-            raise ConfigError("SimIEConfig.layers: the base method decides which layers; set them in `base`")
-        if isinstance(self.base, EditConfig):
-            self.base = {"edit_type": self.base.edit_type, **self.base.given}
-        elif isinstance(self.base, str):
-            self.base = {"edit_type": self.base}
-        if not isinstance(self.base, Mapping):
-            raise ConfigError(f"SimIEConfig.base must be a method's name or config, not {type(self.base).__name__}")
-        self.base = dict(self.base)
-        base = self.base_config
+    def check_base(self, base: EditConfig) -> None:
+        """Any method that changes weights, but for itself."""
         if method_class(base).capabilities.kind != "weights" or isinstance(base, SimIEConfig):
             raise ConfigError(f"SimIE needs a base method that changes weights; {base.edit_type!r} does not")
-
-    @property
-    def base_config(self) -> EditConfig:
-        """The base method's config."""
-        return EditConfig.from_dict(self.base)
-
-    @classmethod
-    def model_dependent_fields(cls) -> tuple[str, ...]:
-        """None of its own; the base method's are filled by `complete`."""
-        return ()
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """How much earlier edits count (keys have the model's scale), and whose edits are smoothed."""
         return {"ridge": [1e3, 1e2, 1e1, 1e0], "base": [{"edit_type": "memit"}, {"edit_type": "alphaedit"}]}
-
-    def complete(self, profile: ModelProfile, *, files: bool = True) -> SimIEConfig:
-        """Fill in the base method's config as well."""
-        full = super().complete(profile, files=files)
-        return dataclasses.replace(full, base=full.base_config.complete(profile, files=files).to_dict())
 
 
 @register_method

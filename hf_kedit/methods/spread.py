@@ -12,7 +12,7 @@ missing is shared out (`share`) and how keys become the columns ``A`` (`columns`
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -100,11 +100,37 @@ class SpreadMethod(LocateMethod):
         anatomies = [self.anatomy_for(request) for request in requests]
         downs = self.downs(anatomies)
         values = self.optimise(value_rows, self.value_layer(), self.value_places(), self.first_keys(downs))  # δ
+        deltas, numbers = self.write(values, rows, groups, anatomies, values.taken if value_rows is rows else {})
+        return Outcome(deltas, [self.diagnose(values, j) | numbers[j] for j in range(len(requests))])
+
+    def write(
+        self,
+        values: Values,
+        rows: Sequence[Sequence[Row]],
+        groups: Sequence[Sequence[str]],
+        anatomies: Sequence[Anatomy],
+        first_pass: Mapping[Tap, torch.Tensor],
+        held: Callable[[str], torch.Tensor] | None = None,
+    ) -> tuple[list[WeightDelta], list[dict[str, Any]]]:
+        """Write values into the matrices, from below.
+
+        Args:
+            values: one for every group of rows.
+            rows: what keys are taken from.
+            groups: of context templates, for averaging keys.
+            anatomies: for every group of rows.
+            first_pass: see `Readings`.
+            held: module → keys ``[d_in, m]`` that the matrix is to answer as before, asked when it is written.
+
+        Returns:
+            What changed, column j belonging to group j, and numbers for the diagnostics of every group.
+        """
+        downs = self.downs(anatomies)
         before = self.states_before(values, rows, groups)
         writes = self.targets(replace(values, initials=before), [group[0] for group in rows], downs)  # Z
 
         read = Readings(self, rows, groups, before, restart=values.route != "full")
-        read.first_pass = values.taken if value_rows is rows else {}
+        read.first_pass = first_pass
         deltas: list[WeightDelta] = []
         missing_at_first: dict[Tap, torch.Tensor] = {}
         with self.bench.ledger.provisional() as written:  # measured on the model as it will be, and taken off again
@@ -115,7 +141,8 @@ class SpreadMethod(LocateMethod):
                 r = self.at_projection(self.share(missing, write), write, anatomies[0]).T  # R, [d, n]
                 a = torch.empty_like(k)  # A, [d_in, n]
                 for module, mine in members(write.modules).items():
-                    a[:, mine] = self.columns(module, k[:, mine]).to(a)
+                    own = k[:, mine] if held is None else torch.cat([k[:, mine], held(module).to(k)], dim=1)
+                    a[:, mine] = self.columns(module, own)[:, : len(mine)].to(a)
                     delta = self.delta(module, r, a, k, mine)
                     written.add(delta)
                     deltas.append(delta)
@@ -124,11 +151,8 @@ class SpreadMethod(LocateMethod):
             missing_at_last = read.missing(writes)
         first = torch.stack(list(missing_at_first.values())).sum(dim=0).clamp_min(1e-12)
         ratio = (missing_at_last / first).tolist()
-        diagnostics = [
-            self.diagnose(values, j) | {"residual_ratio": ratio[j]} | read.routing(j, anatomies[j])
-            for j in range(len(requests))
-        ]
-        return Outcome(deltas, diagnostics)
+        numbers = [{"residual_ratio": ratio[j]} | read.routing(j, anatomies[j]) for j in range(len(rows))]
+        return deltas, numbers
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check the requests, and that the model has the places whose values are optimised."""

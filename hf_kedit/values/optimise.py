@@ -161,7 +161,7 @@ def optimise_values(
             return optimisation.run(bar.update)
 
         for chunk, part in in_batches(order, size, run):
-            results.update({i: _pick(part, k) for k, i in enumerate(chunk)})
+            results.update({i: pick_values(part, k) for k, i in enumerate(chunk)})
             bar.update(len(results) * settings.steps - bar.n)
     return join_values([results[i] for i in range(len(rows))])
 
@@ -218,7 +218,7 @@ class Optimisation:
         self.lanes = [
             lane for i, group in enumerate(rows) for lane in lanes_of(group, i, drift=drift, shared=not by_row)
         ]
-        runs = [ReplayRow(lane.ids, lane.fact, lane.positions) for lane in self.lanes]
+        runs = [ReplayRow(lane.ids, lane.fact, lane.positions, lane.shifts) for lane in self.lanes]
         self.replay = Replay(model, anatomy, runs, layer, self.modules, taps, fill=fill, route=route)
         self.device, count = self.replay.base_logits.device, len(rows)
         self.terms = Terms(self.lanes, count, self.device)
@@ -449,7 +449,8 @@ def _suffix(rows: Sequence[Row]) -> int:
     return max(len(r.ids) - r.fact for r in rows if not r.is_drift)
 
 
-def _pick(values: Values, k: int) -> Values:
+def pick_values(values: Values, k: int) -> Values:
+    """The values of one request of a batch."""
     return Values(
         values.places,
         values.initials[k : k + 1],

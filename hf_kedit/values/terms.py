@@ -7,7 +7,7 @@ summed for each request on its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +26,8 @@ class Lane:
         targets: per position, the token it should predict (0 where ``drift``).
         owner: the request's place in the batch.
         template: index of the context template; -1 for a drift row.
+        weights: factor of the loss at each position with a target; empty: 1.
+        shifts: see `Row`.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +37,12 @@ class Lane:
     targets: tuple[int, ...]
     owner: int
     template: int
+    weights: tuple[float, ...] = ()
+    shifts: tuple[tuple[int, torch.Tensor], ...] = field(default=(), compare=False)
+
+    def weight(self, k: int) -> float:
+        """Factor of the loss at position ``k``."""
+        return self.weights[k - sum(self.drift[:k])] if self.weights and not self.drift[k] else 1.0
 
 
 def lanes_of(rows: Sequence[Row], owner: int, *, drift: bool = True, shared: bool = True) -> list[Lane]:
@@ -48,7 +56,8 @@ def lanes_of(rows: Sequence[Row], owner: int, *, drift: bool = True, shared: boo
     for row in rows:
         if not row.is_drift:
             nothing = (False,) * len(row.positions)
-            lanes.append(Lane(row.ids, row.fact, row.positions, nothing, row.targets, owner, row.template))
+            given = (row.targets, owner, row.template, row.weights, row.shifts)
+            lanes.append(Lane(row.ids, row.fact, row.positions, nothing, *given))
     for row in rows:
         if not row.is_drift or not drift:
             continue
@@ -91,7 +100,7 @@ class Terms:
         self.lanes, self.count, self.device = list(lanes), count, device
         templates = [sum(lane.owner == i and lane.template >= 0 for lane in lanes) for i in range(count)]
         cells = [
-            (lane, lane.drift[k], lane.targets[k], lane.drift.count(lane.drift[k]))
+            (lane, lane.drift[k], lane.targets[k], lane.drift.count(lane.drift[k]), lane.weight(k))
             for lane in lanes
             for k in range(len(lane.positions))
         ]
@@ -107,11 +116,13 @@ class Terms:
                 torch.tensor(weights, dtype=torch.float32, device=device),
             )
 
-        rewriting = [k for k, (_, drift, _, _) in enumerate(cells) if not drift]
+        rewriting = [k for k, (_, drift, *_) in enumerate(cells) if not drift]
         bare = [k for k in rewriting if cells[k][0].template == 0]
         drifting = [k for k, cell in enumerate(cells) if cell[1]]
         # mean over the target tokens of a row, then over the rows of a request
-        self.rewriting = read(rewriting, [1.0 / (cells[k][3] * templates[cells[k][0].owner]) for k in rewriting])
+        self.rewriting = read(
+            rewriting, [cells[k][4] / (cells[k][3] * templates[cells[k][0].owner]) for k in rewriting]
+        )
         self.bare = read(bare, [1.0 / cells[k][3] for k in bare])
         self.drift = read(drifting, [1.0] * len(drifting))
         self.row_slot = torch.tensor([lane.owner for lane in lanes], device=device)  # [rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -11,8 +13,8 @@ from hf_kedit.anatomy import check_anatomy, resolve_anatomy
 from hf_kedit.engine import replay as replay_module
 from hf_kedit.engine.capture import Tap
 from hf_kedit.engine.forward import frozen_eval
-from hf_kedit.engine.replay import LastColumn, Replay, ReplayRow
-from tests.models import FAMILIES, HYBRIDS, tiny_model
+from hf_kedit.engine.replay import LastColumn, Replay, ReplayRow, Route
+from tests.models import FAMILIES, HIDDEN, HYBRIDS, tiny_model
 
 DECODERS = [f for f in FAMILIES if f not in ("t5", "t5_v1_1", "bart", "blip2")]
 ROWS = [
@@ -53,6 +55,45 @@ def test_replay_equals_a_full_forward(family: str, layer: int) -> None:
                 assert torch.allclose(fast.taken[tap], states, atol=1e-5)
     assert {name: module.__dict__.get("forward") for name, module in model.named_modules()} == forwards
     assert hooks(model) == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "qwen3_5_text"])
+@pytest.mark.parametrize("route", [None, "layers", "full"])
+def test_what_stays_added_is_there_in_every_route(family: str, route: Route | None) -> None:
+    """Against a hook that adds everything at once in a plain forward, one row at a time."""
+    model = tiny_model(family)
+    anatomy = check_anatomy(model, resolve_anatomy(model))
+    block = anatomy.layers[1].path
+    noise = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(1)).mul_(0.5)
+    shifts: list[tuple[tuple[int, torch.Tensor], ...]] = [((0, noise[0]), (2, noise[1])), (), ((3, noise[2]),), ()]
+    rows = [replace(row, shifts=given) for row, given in zip(ROWS, shifts, strict=True)]
+
+    def plain(row: ReplayRow, change: dict[int, torch.Tensor]) -> torch.Tensor:
+        def add(_: nn.Module, __: object, output: object) -> object:
+            states = (output[0] if isinstance(output, tuple) else output).clone()  # type: ignore[attr-defined]
+            for column, vector in change.items():
+                states[0, column] += vector
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        handle = model.get_submodule(block).register_forward_hook(add)
+        with torch.no_grad():
+            logits = model(torch.tensor([row.ids])).logits[0, list(row.positions)]
+        handle.remove()
+        return logits.float()
+
+    with frozen_eval(model):
+        replay = Replay(model, anatomy, rows, 1, [block], route=route)
+        assert torch.allclose(replay.base_logits, torch.cat([plain(r, dict(r.shifts)) for r in rows]), atol=2e-5)
+        running = [0, 1, 2, 3]
+        for kept in ([0, 1, 2, 3], [0, 2, 3], [2]):
+            replay.select(torch.tensor([i in kept for i in running]))
+            running = kept
+            offset = noise[3 : 3 + len(kept)]
+            found = replay.logits({block: offset})
+            wanted = [plain(rows[i], {**dict(rows[i].shifts), rows[i].fact: offset[k]}) for k, i in enumerate(kept)]
+            assert torch.allclose(found, torch.cat(wanted), atol=2e-5)
+    with pytest.raises(ValueError, match="at a block"):
+        Replay(model, anatomy, rows, 1, [anatomy.down(0).path])
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -34,8 +34,8 @@ SMALL: dict[str, Any] = {
 
 
 SEARCHED = (
-    "adalora alphaedit calinet core defer dinm dpo eamet emmet ft-l ft-m grace ike kn lora melo memit memit-fe namet"
-    " pmet prompt r-rome rome simie sphere t-patcher ultraedit wise"
+    "adalora alphaedit anyedit calinet core defer dinm dpo eamet emmet ft-l ft-m grace ike kn lora melo memit memit-fe"
+    " namet pmet prompt r-rome rome simie sphere t-patcher ultraedit unke wise"
 ).split()
 
 

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from ...config.easyedit import WAITING
 from ...errors import NoCounterpartError, nearest
 from ...logging import get_logger
 from .editor import BaseEditor, BatchEditor, apply_to_model, encode_ike_facts
@@ -68,6 +67,10 @@ HPARAMS = {
     "SPHERE": "SPHEREHyperParams",
     "tpatcher": "TPatcherHyperParams",
     "ultraedit": "UltraEditHyperParams",
+    "unke": "unkeHyperParams",
+    "unke_ARE": "unkeAREHyperParams",
+    "ft_uns": "FT_uns_HyperParams",
+    "lora_uns": "LoRA_uns_HyperParams",
     "wise": "WISEHyperParams",
 }
 TRAINING = ("KETrainingHparams", "MALMENTrainingHparams", "MENDTrainingHparams", "SERACTrainingHparams")
@@ -110,19 +113,13 @@ HERE["ALG_DICT"] = dict.fromkeys(
 )
 
 
-def _waits(method: str) -> str:
-    return f"{WAITING[method]} is planned and not part of this version"
-
-
 # The way that we have instead → names that EasyEdit has.
 _WAYS: dict[str, str] = {
     "hf_kedit.decode_with(model, 'dola' or 'deco'), around model.generate": """
         DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
     "EditableModel.from_backend edits models behind an API (docs/scenarios/black_box.md)": """
         DeepEditApiHyperParams FTApiHyperParams apply_ft_api_to_model apply_deepedit_api_to_model""",
-    _waits("unke"): """
-        unkeHyperParams unkeAREHyperParams LoRA_uns_HyperParams FT_uns_HyperParams apply_unke_to_model
-        apply_unke_ARE_to_model apply_lora_uns_to_model apply_ft_uns_to_model eval_akew_unstructured""",
+    "evaluate_edits(…, scenario='long_text') measures answers (docs/scenarios/long_text.md)": "eval_akew_unstructured",
     "editing image-text models is planned and not part of this version": """
         MultimodalEditor MultimodalTrainer IKEMultimodalHyperParams MENDMultimodalHparams SERACMultimodalHparams
         MENDMultimodalTrainingHparams SERACMultimodalTrainingHparams WISEMultimodalHyperParams ADSEditDataset
@@ -153,7 +150,7 @@ _WAYS: dict[str, str] = {
 }
 ABSENT = {name: way for way, names in _WAYS.items() for name in names.split()}
 
-_MODELS = [*HPARAMS, *"deco dola deepedit_api ft_api ft_uns lora_uns unke unke_ARE".split()]
+_MODELS = [*HPARAMS, *"deco dola deepedit_api ft_api".split()]
 _FILES = {"alphaedit": "AlphaEdit"}  # where the files of a folder are spelt otherwise
 _INSIDE = {
     "models": "ike.util rome.layer_stats wise.WISE grace.GRACE melo.melo defer.DEFER kn.knowledge_neurons"

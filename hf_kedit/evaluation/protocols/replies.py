@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...books.retrieval import Passage, find_retriever
 from ...errors import check_count
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import Continuation, generate_answers
@@ -14,6 +15,18 @@ from .base import Output, Protocol, Query, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def similarity(retriever: str, text: str, reference: str) -> float:
+    """How alike two texts are to a retriever (`find_retriever`), 1 for equal ones.
+
+    Args:
+        retriever: its name.
+        text: what a model wrote.
+        reference: what it is compared with.
+    """
+    found = find_retriever(retriever)
+    return float(found.similarity([text], [Passage(reference)], found.embed([reference]))[0, 0])
 
 
 @dataclass(frozen=True)

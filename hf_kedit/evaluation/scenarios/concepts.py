@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ...books.retrieval import LEXICAL, Passage, find_retriever
+from ...books.retrieval import LEXICAL, find_retriever
 from ...errors import EvaluationError, RequestError, check_choice, check_count, shown
 from ...requests import EditRequest
 from ..asking.batching import TOKEN_BUDGET
@@ -23,6 +23,7 @@ from ..asking.scoring import Unscored
 from ..measures.catalogue import Metric, register_metrics
 from ..measures.scenarios import closer_definition, membership_prompt, yes_or_no
 from ..protocols.base import Numbers, Output, PairProtocol, Protocol, Query, Question, TeacherForced
+from ..protocols.replies import similarity
 from .base import Scenario, register_scenario
 
 if TYPE_CHECKING:
@@ -172,9 +173,7 @@ class Concepts(PairProtocol):
         return float(value)
 
     def _alike(self, text: str, definition: str) -> float:
-        retriever = find_retriever(self.similarity)
-        kept = retriever.embed([definition])
-        return float(retriever.similarity([text], [Passage(definition)], kept)[0, 0])
+        return similarity(self.similarity, text, definition)
 
     def agreement(self, before: Sequence[Any], after: Sequence[Any]) -> float:
         return float(self.payload(before) == self.payload(after))
