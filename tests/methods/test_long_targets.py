@@ -34,7 +34,7 @@ def request() -> dict[str, Any]:
     return {
         "prompt": "{} is",
         "subject": "The tide clock",
-        "target_new": SENTENCES * 20,
+        "target_new": SENTENCES * 4,
         "target_neg": "a golden ship",
     }
 
@@ -54,9 +54,9 @@ def method_fields(method: str) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_target_of_two_hundred_tokens(method: str) -> None:
-    model = editable(method, 1024)
-    pair = encode_pair(model.tokenizer, "The tide clock is", SENTENCES * 20)  # type: ignore[arg-type]
-    assert 200 <= len(pair.target_ids) < 1000
+    model = editable(method, 512)
+    pair = encode_pair(model.tokenizer, "The tide clock is", SENTENCES * 4)  # type: ignore[arg-type]
+    assert 200 <= len(pair.target_ids) < 400
     digest = model_digest(model.base_model)
     ids = model.edit(request()).ids
     assert len(model.edits) == len(ids) == 1

@@ -134,7 +134,8 @@ def test_from_the_sample_to_a_report() -> None:
     for when in ("pre", "post"):
         assert {"bleu", "rougeL", "similarity", "key_points", "sub_answered"} <= summary[when]["long_text"].keys()
     assert summary["post"]["long_text"]["rouge1"] >= summary["pre"]["long_text"]["rouge1"]
-    assert report.summary("teacher_forced")["post"]["rewrite_acc"] > 0.9
+    forced = report.summary("teacher_forced")
+    assert forced["post"]["rewrite_acc"] > 0.6 > 0.4 > forced["pre"]["rewrite_acc"]
 
 
 def rows_as_requests(rows: list[dict[str, Any]]) -> list[EditRequest]:
