@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_kedit import EditableModel
+from hf_kedit import EditableModel, embedded
 from hf_kedit.compat import easyedit
 from hf_kedit.compat.easyedit import (
     BaseEditor,
@@ -44,6 +45,12 @@ def token_losses(model: EditableModel, prompt: str, answer: str) -> torch.Tensor
     start = len(tokenizer(prompt)["input_ids"])
     logits = model(input_ids=ids).logits[0, start - 1 : -1]
     return F.cross_entropy(logits, ids[0, start:], reduction="none")
+
+
+def copied_model(folder: Path) -> Path:
+    """The embedded GPT-2 under another name, for which nothing is packaged."""
+    shutil.copytree(embedded.path("kedit/world-gpt2"), folder)
+    return folder
 
 
 # ---------------------------------------------------------------------- undoing by hand
@@ -251,9 +258,17 @@ def test_an_editor_that_was_trained_here_is_found(tmp_path: Path) -> None:
     assert request.prompt == facts[0]["prompt"] and request.locality["Retain"][0].prompt == facts[0]["locality_prompt"]
     with pytest.raises(DataError, match="'salt'"):
         easyedit.SanitizationTrainDataset(data_dir=path, template="{}", specify_answers="salt")
-    EditTrainer(HyperParams(alg="MEND", max_iters=1, batch_size=1, **common), facts, None).run()
+    # Made before there are networks for such a model, as scripts do.
+    folder = copied_model(tmp_path / "model")
+    common["model_name"] = str(folder)
     editor = BaseEditor.from_hparams(HyperParams(alg_name="MEND", archive="./nowhere", **common))
+    assert editor.alg_name == "MEND"
+    with pytest.raises(ConfigError, match="edits with a network that was trained"):
+        editor.edit_dataset(facts, verbose=False)
+    EditTrainer(HyperParams(alg="MEND", max_iters=1, batch_size=1, **common), facts, None).run()
+    _, edited, _ = editor.edit_dataset(facts, verbose=False)
     assert editor.config.editor == str(tmp_path / "models" / "mend")  # type: ignore[attr-defined]
+    assert [edit.method for edit in edited.edits] == ["mend"]
 
 
 @pytest.mark.parametrize("ccks", [False, True])

@@ -101,14 +101,21 @@ class BaseEditor:
                 options["quantization_config"] = _quantisation(self._seen)
             if (place := _place(self._seen)) is not None:
                 options["device_map"] = place
-            self.model = EditableModel.from_pretrained(converted.model_name, self.config, **options)
+            try:
+                self.model = EditableModel.from_pretrained(converted.model_name, self.config, **options)
+            except ConfigError:
+                if getattr(self.config, "editor", "") is not None:
+                    raise
+                # Scripts make their editor first and train its networks then: the first edit looks for them again.
+                self.model = EditableModel.from_pretrained(converted.model_name, **options)
+                self._seen = {}
         else:
             raise ConfigError("the hyperparameters name no model (model_name)")
 
     @property
     def alg_name(self) -> str:
         """EasyEdit's name of the method."""
-        return str(self._seen.get("alg_name"))
+        return str(values_of(self.hparams).get("alg_name"))
 
     @property
     def apply_algo(self) -> Callable[..., tuple[EditableModel, Originals]]:
@@ -399,10 +406,10 @@ class BaseEditor:
                 logger.warning("the argument %r has no meaning here and is ignored", name)
         if train_ds is not None:
             values.setdefault("demonstrations", demonstrations_of(train_ds))
-        if values != self._seen:
-            self._seen = values
-            self.config = self._config_of(convert_hparams(values).config, values)
-            self.model.set_method(self.config)
+        config = self._config_of(convert_hparams(values).config, values)
+        if values != self._seen or config != self.config:
+            self._seen, self.config = values, config
+            self.model.set_method(config)
 
     def _config_of(self, config: EditConfig, values: Mapping[str, Any]) -> EditConfig:
         """The config with the trained editor that a file's ``archive`` names, or that `EditTrainer` has left in its
