@@ -171,12 +171,15 @@ class AnyEdit(Method):
             for delta in deltas:
                 scope.add(delta)
             after = target_probabilities(bench.model, examples, bench.fill, size)
-        ratios = torch.tensor([numbers["residual_ratio"] for numbers in of_chunks])
+        # Of all that was missing, not the mean of ratios: a chunk that holds already misses nothing.
+        ways = joined.offset.norm(dim=-1).cpu()
+        left = ways * torch.tensor([numbers["residual_ratio"] for numbers in of_chunks])
+        whose = torch.tensor(owners)
         return deltas, [
             {
                 "target_probability_before": before[i],
                 "target_probability_after": after[i],
-                "residual_ratio": float(ratios[torch.tensor(owners) == i].mean()),
+                "residual_ratio": float(left[whose == i].sum() / ways[whose == i].sum().clamp_min(1e-12)),
             }
             for i in range(len(requests))
         ]

@@ -300,7 +300,7 @@ class UnKE(Method):
         after = target_probabilities(edited(), examples, bench.fill, size)
         numbers = {"steps": steps, **self.drift_report(restraint, after)}
         end = ModuleCall.of(bench.model, top, read, edited()).output.cpu()[places]
-        ratio = (wanted.cpu() - end).norm(dim=-1) / missing_at_first.cpu().clamp_min(1e-12)
+        short, way = (wanted.cpu() - end).norm(dim=-1), missing_at_first.cpu()
         numbers["seconds_training"] = time.perf_counter() - began
         changes = {key: (value - start[key]).detach() for key, value in theta.items()}
         deltas = [WeightDelta(m, n, dense=changes[f"{m}.{n}"]) for m, n in self.parameters]
@@ -308,7 +308,7 @@ class UnKE(Method):
             {
                 "target_probability_before": before[i],
                 "target_probability_after": after[i],
-                "residual_ratio": float(ratio[rows == i].mean()),
+                "residual_ratio": float(short[rows == i].sum() / way[rows == i].sum().clamp_min(1e-12)),
                 **numbers,
             }
             for i in range(len(examples))

@@ -79,7 +79,8 @@ def test_anyedit_teaches_a_text_chunk_by_chunk(base: str, tmp_path: Path) -> Non
     result = model.edit([{**LONG, "id": "long"}, {**LONG, "prompt": "Q: Who is Gokelm? A:", "id": "other"}])
     numbers = result.edits[0].diagnostics
     assert numbers["chunks"] == -(-len(pair.target_ids) // 4)
-    assert numbers["target_probability_after"] > 2 * numbers["target_probability_before"]
+    assert numbers["target_probability_after"] > 1.5 * numbers["target_probability_before"]
+    assert 0 < numbers["residual_ratio"] < 1
     assert numbers["target_probability_after"] > 0.5 or base != "unke"
     logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
     model.save_pretrained(tmp_path)
