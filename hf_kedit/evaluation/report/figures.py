@@ -90,9 +90,11 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
 
 
 def _explained(columns: Sequence[AxisKey]) -> str:
-    """What the numbers are that say so themselves."""
-    about = ((label_of(*key), metric_of(*key).about) for key in columns)
-    return "<br>".join(f"<strong>{escape(label)}</strong>: {escape(text)}." for label, text in about if text)
+    """What the numbers are that say so themselves, each meaning once."""
+    about: dict[str, str] = {}
+    for key in columns:
+        about.setdefault(metric_of(*key).about, label_of(*key))
+    return "<br>".join(f"<strong>{escape(label)}</strong>: {escape(text)}." for text, label in about.items() if text)
 
 
 def _lost(report: Results, when: str) -> list[str]:
