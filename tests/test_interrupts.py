@@ -30,6 +30,10 @@ OTHER = EditRequest(prompt="The mother tongue of {} is", subject="Tobias Renner"
 FIELDS: dict[str, dict[str, Any]] = {
     "rome": {"v_num_grad_steps": 2, "mom2_adjustment": False, "context_templates": ["{}"]},
     "grace": {"num_steps": 2},
+    "auto": {
+        "encoder": "words",
+        "payload_settings": {"v_num_grad_steps": 2, "mom2_adjustment": False, "context_templates": ["{}"]},
+    },
     "prompt": {},
     "ft-m": {"num_steps": 2},
     "lora": {"num_steps": 1},
@@ -71,7 +75,7 @@ def unchanged(model: EditableModel) -> Callable[[int], None]:
     return check
 
 
-@pytest.mark.parametrize("method", ["rome", "grace", "prompt"])
+@pytest.mark.parametrize("method", ["rome", "grace", "auto", "prompt"])
 def test_switching_edits_off_and_on(method: str) -> None:
     model = made(method, FACT)
     pristine = bits(made(method).base_model)
@@ -207,7 +211,7 @@ def test_frozen_models_and_injected_layers() -> None:
     assert at_every_step(around, unchanged(model)) > 15
 
 
-@pytest.mark.parametrize("method", ["rome", "grace", "prompt", "lora"])
+@pytest.mark.parametrize("method", ["rome", "grace", "auto", "prompt", "lora"])
 def test_an_edit_is_made_or_not(method: str) -> None:
     """At some steps of an edit beside another one, and at all of the last: where it is written and the call ends."""
     check_edits(method, few=20, last=30)
@@ -245,7 +249,7 @@ def check_edits(method: str, few: int, last: int) -> None:
     assert False in outcomes
 
 
-@pytest.mark.parametrize("method", ["rome", "grace", "prompt"])
+@pytest.mark.parametrize("method", ["rome", "grace", "auto", "prompt"])
 def test_a_rollback_is_done_or_not(method: str) -> None:
     model = made(method, FACT, OTHER)
     before, books, journal = state(model), snapshot_all(model.books.values()), model.edits

@@ -38,6 +38,15 @@ FACTS = [EditRequest(prompt="{} plays the sport of", subject=n, target_new="tenn
 FIELDS: dict[str, dict[str, Any]] = {
     "rome": {"v_num_grad_steps": 4, "v_lr": 2.0, "mom2_adjustment": False, "context_templates": ["{}"]},
     "grace": {"num_steps": 4, "lr": 1.0},
+    "auto": {
+        "encoder": "words",
+        "payload_settings": {
+            "v_num_grad_steps": 4,
+            "v_lr": 2.0,
+            "mom2_adjustment": False,
+            "context_templates": ["{}"],
+        },
+    },
     "ft-m": {"num_steps": 3, "lr": 1e-2},
     "lora": {"num_steps": 3, "lr": 1e-2},
     "prompt": {},
@@ -159,7 +168,7 @@ def busy(model: EditableModel) -> bool:
 # ---------------------------------------------------------------------- several threads run the model
 
 
-@pytest.mark.parametrize("method", ["rome", "grace", "prompt", "model"])
+@pytest.mark.parametrize("method", ["rome", "grace", "auto", "prompt", "model"])
 def test_several_threads_generate(method: str) -> None:
     model = fresh(method)
     model.edit(FACTS[:2], show_progress=False)
@@ -171,7 +180,8 @@ def test_several_threads_generate(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "at_the_same_time"), [("rome", True), ("grace", True), ("prompt", True), ("model", False)]
+    ("method", "at_the_same_time"),
+    [("rome", True), ("grace", True), ("auto", True), ("prompt", True), ("model", False)],
 )
 def test_calls_run_at_the_same_time(method: str, at_the_same_time: bool) -> None:
     model = fresh(method)
@@ -186,7 +196,7 @@ def test_calls_run_at_the_same_time(method: str, at_the_same_time: bool) -> None
 # ---------------------------------------------------------------------- one changes it
 
 
-@pytest.mark.parametrize("method", ["rome", "ft-m", "grace", "prompt"])
+@pytest.mark.parametrize("method", ["rome", "ft-m", "grace", "auto", "prompt"])
 def test_edits_of_several_threads_come_one_after_the_other(method: str) -> None:
     model = fresh(method)
     pristine = digest(model)

@@ -120,6 +120,17 @@ class RoutedChanges(SiteMemory):
                 self._encode = embeddings_of(self.encoder)
         return self._encode(texts)
 
+    def width_of_views(self, embedding: torch.Tensor) -> int:
+        """How long the vectors of the encoder are; an encoder that is not there is found out here.
+
+        Args:
+            embedding: the word vectors of the model.
+
+        Raises:
+            ConfigError: if the encoder is not there, or keeps no vectors.
+        """
+        return int((embedding if self.encoder == WORDS else self.encode(["it"])).shape[1])
+
     def decide(self, frame: Frame) -> None:
         """Find the edit of every row, before the model runs."""
         if frame.phase == "decode" or not needs_whole_prompt(frame, "auto"):
@@ -233,7 +244,8 @@ class RoutedChanges(SiteMemory):
         ]
         if rank < 1 or not all(a.views and a.names and all(all(n) for n in a.names) for a in addresses):
             raise ArtifactError(f"{saved.source}: an edit of auto answers to nothing")
-        views = saved.tensor(f"{memory.paths[0]}.kedit_auto_views", (sum(len(a.views) for a in addresses), None))
+        width = memory.width_of_views(word_vectors(model)())
+        views = saved.tensor(f"{memory.paths[0]}.kedit_auto_views", (sum(len(a.views) for a in addresses), width))
         memory.router = memory.router.with_addresses(addresses, views)
         for path in memory.paths:
             d_in, d_out = memory.sizes[path]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_kedit import EditableModel, EditRequest, ROMEConfig, embedded
+from hf_kedit import AutoMethodConfig, EditableModel, EditRequest, ROMEConfig, embedded
 from hf_kedit.artifact.lora_import import import_lora
 from hf_kedit.editors.files import read_editor
 from tests.fuzz.mutations import FIRST, LONG, Tally, attempt, damage_folder, damage_json, damage_tensors, dumps
@@ -25,6 +25,8 @@ from tests.golden_cases import load_model
 OLD = Path(__file__).resolve().parent.parent / "artifact" / "data_0_1_0"
 # `grace_gpt2_untied` changes the base for good (a head of its own) and is not among those that share a base.
 SAVED = sorted(p.name for p in OLD.iterdir() if (p / "edit_config.json").is_file() and p.name != "grace_gpt2_untied")
+NEW = ["auto_gpt2"]
+"""Kinds of edits that 0.1.0 did not know; made here."""
 OTHER = "An unrelated text about the river"
 
 
@@ -44,6 +46,18 @@ def load(folder: Path, name: str) -> EditableModel:
     return EditableModel.from_pretrained(folder, base_model=base, tokenizer=tokenizer)
 
 
+def made_now(name: str) -> EditableModel:
+    """Edits of a kind that is newer than the saved files; the method stands before the underscore."""
+    base, tokenizer = base_of(name)
+    values = {"v_num_grad_steps": 3, "context_templates": ["{}"], "mom2_adjustment": False}
+    config = AutoMethodConfig(layers=[1], encoder="words", payload_settings=values)
+    assert name.startswith(config.edit_type)
+    model = EditableModel(base, config, tokenizer, base_model_id="kedit/world-gpt2")
+    for subject, sport in (("Otto Berg", "tennis"), ("Anna Lind", "chess")):
+        model.edit(prompt="{} plays the sport of", subject=subject, target_new=sport, show_progress=False)
+    return model
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[str], torch.Tensor]]:
     """Artifact of the present format, prompts, and what the edited model says there, by name."""
@@ -51,7 +65,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 
     @cache
     def make(name: str) -> tuple[Path, list[str], torch.Tensor]:
-        model = load(OLD / name, name)
+        model = load(OLD / name, name) if name in SAVED else made_now(name)
         model.save_pretrained(root / name)
         prompts = [*(e.request.filled_prompt for e in model.edits[:2]), OTHER]
         said = logits(model, prompts)
@@ -94,7 +108,7 @@ def run(saved: Any, seeds: range, tmp_path: Path, forged: bool) -> Tally:
     tally = Tally()
     for seed in seeds:
         rng = random.Random(seed)
-        name = rng.choice(SAVED)
+        name = rng.choice([*SAVED, *NEW])
         source, prompts, said = saved(name)
         folder = tmp_path / "case" / "edits"
         shutil.rmtree(folder.parent, ignore_errors=True)

@@ -21,7 +21,7 @@ from tests.fuzz.test_sequences import CONFIGS, FACTS, OTHER
 from tests.golden_cases import load_model
 
 PACKAGE = str(Path(hf_kedit.__file__).parent)
-METHODS = ("rome", "ft-m", "lora", "ultraedit", "grace", "melo", "prompt")
+METHODS = ("rome", "ft-m", "lora", "ultraedit", "grace", "auto", "melo", "prompt")
 
 
 class Lines:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_kedit import (
+    AutoMethodConfig,
     CaliNetConfig,
     DEFERConfig,
     EditableModel,
@@ -52,6 +53,7 @@ CONFIGS: dict[str, EditConfig] = {
     "t-patcher": TPatcherConfig(max_epochs=3, first_validation=1, validate_every=1, max_patches=1, memory_tokens=1100),
     "calinet": CaliNetConfig(layers=[1], num_steps=2, slots=2, context_templates=["{}"]),
     "wise": WISEConfig(layers=[1], n_iter=2, context_templates=["{}"], irrelevant_texts=["The river is wide."]),
+    "auto": AutoMethodConfig(layers=[1], encoder="words", payload_settings=VALUES),
     "prompt": PromptConfig(),
     "ike": IKEConfig(k=1),
 }
