@@ -192,8 +192,8 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
 
         Args:
             backend: asks the model: an `OpenAICompatibleBackend`, or any object with the methods of a `TextBackend`.
-            config: of ``"ike"`` or ``"prompt"``, or their name; ``"auto"``: the better one of the two by measurement,
-                which is PROMPT (`docs/scenarios/black_box.md`).
+            config: of ``"ike"`` or ``"prompt"``, or their name; ``"auto"``: PROMPT, whose prompts are the shortest.
+                What IKE's demonstrations are worth to a model, `evaluate_edits` with each of the two says.
 
         Raises:
             ConfigError: if the backend cannot answer.
