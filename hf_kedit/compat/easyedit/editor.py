@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 from ...config import EditConfig
 from ...config.easyedit import convert_hparams
 from ...data.easyedit import from_easyedit, from_easyedit_requests
@@ -33,6 +31,7 @@ from .facts import Facts
 from .hparams import HyperParams, values_of
 from .measures import test_generation_quality
 from .originals import Originals, accept_restored
+from .placing import loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,36 +40,6 @@ logger = get_logger(__name__)
 Edited = tuple[list[Row], EditableModel, Originals]
 _UNDERSTOOD = ("eval_metric", "metric_kwargs", "pre_file", "pre_edit", "requests", "keep_original_weight")
 """Further arguments of EasyEdit's that mean something here; the original weights are always kept."""
-
-
-def _quantisation(values: Mapping[str, Any]) -> Any:
-    """How their QLoRA loads its model: in 4 bits unless the file says 8."""
-    from transformers import BitsAndBytesConfig
-
-    if int(values.get("quantization_bit") or 4) == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=str(values.get("quant_type") or "nf4"),
-        bnb_4bit_use_double_quant=bool(values.get("double_quant", True)),
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-    )
-
-
-def _place(values: Mapping[str, Any]) -> Any:
-    """Where their editors put the model: on the GPU that ``device`` numbers or names, or on several.
-
-    Returns:
-        A ``device_map``; ``None`` without a GPU, where the model stays in the CPU's memory.
-    """
-    device = values.get("device")
-    if not torch.cuda.is_available():
-        return None
-    if values.get("model_parallel"):
-        return "auto"
-    if device is None:
-        return None
-    return {"": f"cuda:{device}" if str(device).isdigit() else str(device)}
 
 
 class BaseEditor:
@@ -96,11 +65,7 @@ class BaseEditor:
         if model is not None:
             self.model = model.set_method(self.config)
         elif converted.model_name:
-            options: dict[str, Any] = {"dtype": torch.float16 if self._seen.get("fp16") else torch.float32}
-            if converted.config.edit_type == "qlora":
-                options["quantization_config"] = _quantisation(self._seen)
-            if (place := _place(self._seen)) is not None:
-                options["device_map"] = place
+            options = loading_options(self._seen, converted.config.edit_type)
             try:
                 self.model = EditableModel.from_pretrained(converted.model_name, self.config, **options)
             except ConfigError:

@@ -111,7 +111,7 @@ class ConceptEditor(BaseEditor):
             prompt_hparams: of PROMPT: ``model_name``.
         """
         if hparams is None:
-            hparams = HyperParams(alg_name="PROMPT", template="{}\n", threshold=-1.0, **dict(prompt_hparams or {}))
+            hparams = HyperParams(alg_name="PROMPT", template="{}\n", scope="always", **dict(prompt_hparams or {}))
         return cls(hparams)
 
     def edit(  # type: ignore[override]
