@@ -62,6 +62,12 @@ class AnyEditConfig(WrappingConfig):
     objective: Literal["window", "matryoshka"] = "window"
     hold_text: bool = True
 
+    def __getattr__(self, name: str) -> Any:
+        """What text the second moments are taken over is said in ``base``, whose update needs them."""
+        if name.startswith("stats_"):
+            return getattr(self.base_config, name)
+        raise AttributeError(name)
+
     def check_base(self, base: EditConfig) -> None:
         """One of those whose update takes a state per token."""
         if base.edit_type not in BASES:

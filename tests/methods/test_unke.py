@@ -276,7 +276,7 @@ def test_the_update_of_matrices_is_memits_with_the_other_tokens_held(hold: bool)
     anchors = [chunk.fact for chunk in chunks]
     others = [i for i in range(len(row.ids)) if i not in anchors]
     k, rest = seen[0][anchors].T, seen[0][others].T
-    moment = model.statistics.moments([down])[down].mean().double()
+    moment = method.bench.statistics.estimate(down).double()
     system = 50.0 * moment + k @ k.T + (rest @ rest.T if hold else 0)
     r = torch.cat([v.offset for v in values]).double().T
     expected = r @ torch.linalg.solve(system, k).T
