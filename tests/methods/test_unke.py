@@ -267,8 +267,9 @@ def test_the_update_of_matrices_is_memits_with_the_other_tokens_held(hold: bool)
     chunks = method._chunks(row)
     original = get_weight(module)
     method.prepare()
-    with frozen_eval(model.base_model), torch.no_grad():
+    with frozen_eval(model.base_model):
         values = method._values([chunks])[0]
+    with frozen_eval(model.base_model), torch.no_grad():
         seen: list[torch.Tensor] = []
         hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double()))
         model.base_model(input_ids=torch.tensor([row.ids]))
