@@ -118,6 +118,7 @@ def evaluate(
         str | None,
         typer.Option(
             "--scenario",
+            "--preset",
             help="Measure what a scenario asks, such as safety; --list-scenarios lists them.",
             metavar="NAME",
         ),

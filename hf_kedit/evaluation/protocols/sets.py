@@ -1,0 +1,118 @@
+"""Sets of questions that are right together: any of several, all of them, under a condition on the unedited model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..asking.generation import Continuation
+from ..measures import metrics
+from .base import Numbers, Query, Question
+from .replies import Replies
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question of a set.
+
+    Args:
+        prompt: what is asked.
+        groups: accepted answers, each group the aliases of one value.
+        match: ``any`` or ``all`` (groups).
+    """
+
+    prompt: str
+    groups: tuple[tuple[str, ...], ...]
+    match: str = "any"
+
+
+@dataclass(frozen=True)
+class SetQuestion(Question):
+    """Questions that make one number together.
+
+    Args:
+        parts: the questions.
+        need: how many of them must be right.
+        conditions: what the unedited model must have right for the set to count; ``None``: it counts always, and is
+            measured before the edit as well.
+    """
+
+    parts: tuple[Part, ...] = ()
+    need: Literal["any", "all"] = "any"
+    conditions: tuple[Part, ...] | None = None
+
+
+BEFORE = "_before"
+"""Ends the name of what the unedited model gets right of the sets that count under a condition."""
+
+
+def set_of(
+    section: str,
+    axis: str,
+    parts: Sequence[Part],
+    need: Literal["any", "all"] = "any",
+    conditions: Sequence[Part] | None = None,
+    index: int = 0,
+) -> SetQuestion:
+    """A set of questions for a number ``axis`` of a section of the protocol's own."""
+    known = None if conditions is None else tuple(conditions)
+    prompt = parts[0].prompt
+    return SetQuestion(section, axis, index, prompt, (), parts=tuple(parts), need=need, conditions=known)
+
+
+@dataclass(frozen=True)
+class AnswerSets(Replies):
+    """Greedy answers to sets of questions, compared with the accepted answers.
+
+    Args:
+        max_new_tokens: length limit of an answer.
+        cut_at_newline: keep the first line only.
+        scorer: how an answer is compared: ``contains``, ``exact`` or ``f1`` (right from 1.0 on).
+    """
+
+    needs_all_outputs = True
+    max_new_tokens: int = 20
+    cut_at_newline: bool = True
+    scorer: str = "contains"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        metrics.answer_scorer(self.scorer)
+
+    def queries(self, question: Question) -> list[Query]:
+        assert isinstance(question, SetQuestion)
+        return [Query(part.prompt) for part in (*question.parts, *(question.conditions or ()))]
+
+    def details(self, question: Question, outputs: Sequence[Continuation], score: float | None) -> Numbers:
+        assert isinstance(question, SetQuestion)
+        if question.conditions is not None:
+            return {}
+        return {(question.section, str(question.axis)): self._right(question, outputs)}
+
+    def changes(self, question: Question, before: Sequence[Any], after: Sequence[Any]) -> Numbers:
+        assert isinstance(question, SetQuestion)
+        if question.conditions is None:
+            return {}
+        known = before[len(question.parts) :]
+        if not all(self._says(part, said) for part, said in zip(question.conditions, known, strict=True)):
+            return {}
+        name = str(question.axis)
+        return {
+            (question.section, name): self._right(question, after),
+            (question.section, name + BEFORE): self._right(question, before),
+        }
+
+    def why_unscored(self, question: Question) -> str:
+        return "the unedited model does not know what the test takes for granted"
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "scorer": self.scorer}
+
+    def _right(self, question: SetQuestion, outputs: Sequence[Continuation]) -> float:
+        """1.0 if as many of the set's answers are right as it needs."""
+        right = [self._says(part, said) for part, said in zip(question.parts, outputs, strict=False)]
+        return float(all(right) if question.need == "all" else any(right))
+
+    def _says(self, part: Part, said: Continuation) -> bool:
+        return metrics.answer_score(said.text, part.groups, part.match, self.scorer) >= 1.0
