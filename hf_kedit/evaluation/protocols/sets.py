@@ -13,7 +13,7 @@ from .replies import Replies
 
 
 @dataclass(frozen=True)
-class Part:
+class SetPart:
     """One question of a set.
 
     Args:
@@ -38,9 +38,9 @@ class SetQuestion(Question):
             measured before the edit as well.
     """
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[SetPart, ...] = ()
     need: Literal["any", "all"] = "any"
-    conditions: tuple[Part, ...] | None = None
+    conditions: tuple[SetPart, ...] | None = None
 
 
 BEFORE = "_before"
@@ -50,9 +50,9 @@ BEFORE = "_before"
 def set_of(
     section: str,
     axis: str,
-    parts: Sequence[Part],
+    parts: Sequence[SetPart],
     need: Literal["any", "all"] = "any",
-    conditions: Sequence[Part] | None = None,
+    conditions: Sequence[SetPart] | None = None,
     index: int = 0,
 ) -> SetQuestion:
     """A set of questions for a number ``axis`` of a section of the protocol's own."""
@@ -114,5 +114,5 @@ class AnswerSets(Replies):
         right = [self._says(part, said) for part, said in zip(question.parts, outputs, strict=False)]
         return float(all(right) if question.need == "all" else any(right))
 
-    def _says(self, part: Part, said: Continuation) -> bool:
+    def _says(self, part: SetPart, said: Continuation) -> bool:
         return metrics.answer_score(said.text, part.groups, part.match, self.scorer) >= 1.0

@@ -18,7 +18,7 @@ from ...requests import EditRequest
 from ..measures.catalogue import Metric, register_metrics
 from ..measures.metrics import answer_scorer
 from ..protocols.base import Protocol, Question
-from ..protocols.sets import AnswerSets, Part, set_of
+from ..protocols.sets import AnswerSets, SetPart, set_of
 from .base import Scenario, register_scenario
 
 MQUAKE = register_metrics(
@@ -75,13 +75,13 @@ class MultiHopAnswers(AnswerSets):
         found += [set_of(MQUAKE, "hop_wise", single, "all")] if single else []
         return found
 
-    def _asked(self, request: EditRequest, probe: Any) -> Part:
+    def _asked(self, request: EditRequest, probe: Any) -> SetPart:
         groups = tuple(tuple(group) for group in probe.ground_truth)
         in_chat = request.posed("") != ""
         prompt = self.shots.replace("{question}", probe.prompt) if self.shots and not in_chat else probe.prompt
-        return Part(prompt, groups, probe.match)
+        return SetPart(prompt, groups, probe.match)
 
-    def _says(self, part: Part, said: Any) -> bool:
+    def _says(self, part: SetPart, said: Any) -> bool:
         if part.match == "edit":
             return answer_scorer("contains")(said.text, part.groups[0][0]) >= 1.0
         return super()._says(part, said)
@@ -90,8 +90,8 @@ class MultiHopAnswers(AnswerSets):
         return {**super().settings(), "shots": self.shots}
 
 
-def _edit(request: EditRequest, prompt: str, target: str) -> Part:
-    return Part(request.posed(prompt), ((target,),), "edit")
+def _edit(request: EditRequest, prompt: str, target: str) -> SetPart:
+    return SetPart(request.posed(prompt), ((target,),), "edit")
 
 
 @register_scenario

@@ -15,7 +15,7 @@ from ...data.ripple import LOCALITY, PORTABILITY
 from ...requests import EditRequest, Probe
 from ..measures.catalogue import Metric, register_metrics
 from ..protocols.base import Protocol, Question
-from ..protocols.sets import BEFORE, AnswerSets, Part, set_of
+from ..protocols.sets import BEFORE, AnswerSets, SetPart, set_of
 from .base import Scenario, register_scenario
 
 _ABOUT = {
@@ -48,12 +48,12 @@ class RippleAnswers(AnswerSets):
     def questions(self, request: EditRequest) -> list[Question]:
         probes = {axis: list(request.locality.get(axis, [])) for axis in LOCALITY}
         probes |= {axis: list(request.portability.get(axis, [])) for axis in PORTABILITY}
-        edit = Part(request.posed(request.plain_prompt), ((request.target_new,),))
+        edit = SetPart(request.posed(request.plain_prompt), ((request.target_new,),))
         found: list[Question] = [set_of(RIPPLE, "edit", [edit])]
         for number, (axis, parts, test) in enumerate(_tests(request, probes)):
             need = "all" if str(test.get("condition", "OR")).upper() == "AND" else "any"
             known = [
-                Part(request.posed(q["prompt"]), tuple(map(tuple, q["ground_truth"])), "all")
+                SetPart(request.posed(q["prompt"]), tuple(map(tuple, q["ground_truth"])), "all")
                 for q in test.get("condition_queries") or ()
             ]
             found.append(set_of(RIPPLE, axis, parts, need, known, number))  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class RippleAnswers(AnswerSets):
 
 def _tests(
     request: EditRequest, probes: Mapping[str, Sequence[Probe]]
-) -> list[tuple[str, list[Part], Mapping[str, Any]]]:
+) -> list[tuple[str, list[SetPart], Mapping[str, Any]]]:
     """Axis, queries and description of each test; without descriptions every probe is a test of its own.
 
     Descriptions (``extra["tests"]``) count the probes of all locality axes, or of all portability axes, in order.
@@ -80,8 +80,8 @@ def _tests(
     return found
 
 
-def _part(probe: Probe) -> Part:
-    return Part(probe.prompt, tuple(map(tuple, probe.ground_truth)), probe.match)
+def _part(probe: Probe) -> SetPart:
+    return SetPart(probe.prompt, tuple(map(tuple, probe.ground_truth)), probe.match)
 
 
 @register_scenario
