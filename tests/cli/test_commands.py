@@ -561,9 +561,9 @@ def test_convert_training_hparams(kedit: Run, tmp_path: Path) -> None:
     assert result["plan"]["training"]["max_steps"] == 20 and result["edit_type"] == "mend"
     plan = TrainingPlan.from_file(mine)
     assert plan.model == "kedit/world-gpt2" and plan.editor["rank"] == 8 and plan.arguments().learning_rate == 1e-4
-    (tmp_path / "theirs.yaml").write_text("alg_name: DPO\nlayers: []\n")
+    (tmp_path / "theirs.yaml").write_text("alg_name: NOBODY\nlayers: []\n")
     refused = kedit("convert-hparams", tmp_path / "theirs.yaml")
-    assert refused.exit_code == 1 and "preferences" in refused.stderr
+    assert refused.exit_code == 1 and "NOBODY" in refused.stderr
 
 
 # ---------------------------------------------------------------------- stats

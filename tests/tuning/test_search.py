@@ -258,7 +258,7 @@ def test_every_space_holds_values_that_its_method_takes() -> None:
                 assert set(changed.layers or ()) <= set(profile.mlp_layers), (name, field)
         if any(space.values()) and not method.capabilities.needs_training:
             tunable.add(name)
-    assert tunable >= set(SEARCHED) and tunable - set(SEARCHED) <= {"qlora", "serac"}
+    assert tunable >= set(SEARCHED) and tunable - set(SEARCHED) <= {"auto", "qlora", "serac"}
 
 
 def test_facts_that_the_model_knows_are_chosen_by_themselves(world_llama: EditableModel) -> None:
