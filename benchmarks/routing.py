@@ -68,12 +68,17 @@ def with_edits(model: EditableModel, facts: list[tuple[str, str]], encoder: str,
     d_in, d_out = sizes_of(model.base_model, path)
     memory = RoutedChanges([path], 1, encoder, slack, word_vectors(model.base_model), {path: (d_in, d_out)})
     generator = torch.Generator().manual_seed(0)
-    changes = []
-    for i, (prompt, name) in enumerate(facts):
-        factors = Factors(torch.randn(d_out, 1, generator=generator), torch.randn(d_in, 1, generator=generator))
-        changes.append(RoutedChange(Address.of(str(i), [prompt], [name]), {path: factors}))
     assert model.tokenizer is not None
     memory.with_tokenizer(model.tokenizer)
+    addresses = [Address.of(str(i), [prompt], [name]) for i, (prompt, name) in enumerate(facts)]
+    changes = [
+        RoutedChange(
+            address,
+            vector[None],
+            {path: Factors(torch.randn(d_out, 1, generator=generator), torch.randn(d_in, 1, generator=generator))},
+        )
+        for address, vector in zip(addresses, memory.router.vectors_of(addresses), strict=True)
+    ]
     model.sites.apply("b", [SiteEntry(memory, change) for change in changes], [str(i) for i in range(len(facts))])
     return memory
 

@@ -127,7 +127,7 @@ class EditRouter:
         self.views = Vectors(0)
         self._index = _Index()
         self._known: dict[str, int | None] = {}
-        self._relations: torch.Tensor | None = None
+        self._relations: list[torch.Tensor] = []  # one, once it is needed; routers that come of another share it
 
     # ------------------------------------------------------------------ addresses
 
@@ -146,8 +146,7 @@ class EditRouter:
             added: the addresses.
             vectors: of their wordings, in order, ``[wordings, d]``; ``None``: they are made.
         """
-        made = EditRouter(self.encode, self.slack)
-        made._relations = self._relations
+        made = self.empty()
         if vectors is None:
             vectors = self.vectors_of(added)
         made.views = self.views if self.size else Vectors(vectors.shape[1])
@@ -165,9 +164,13 @@ class EditRouter:
         addresses, starts = self.addresses, self._index.starts
         kept = [i for i, address in enumerate(addresses) if address.edit_id not in edit_ids]
         rows = [row for i in kept for row in range(starts[i], starts[i + 1])]
-        empty = EditRouter(self.encode, self.slack)
-        empty._relations = self._relations
-        return empty.with_addresses([addresses[i] for i in kept], self.views.tensor[rows].clone())
+        return self.empty().with_addresses([addresses[i] for i in kept], self.views.tensor[rows].clone())
+
+    def empty(self) -> EditRouter:
+        """A router that decides likewise and has no addresses yet."""
+        made = EditRouter(self.encode, self.slack)
+        made._relations = self._relations
+        return made
 
     def vectors_of(self, addresses: Sequence[Address]) -> torch.Tensor:
         """Unit vectors of all wordings of some addresses, in order, ``[wordings, d]``."""
@@ -205,13 +208,14 @@ class EditRouter:
         ]
 
     def _candidate(self, place: int, asked: str, vector: torch.Tensor) -> RouteCandidate:
-        if self._relations is None:
-            self._relations = _units(self.encode(COMMON_RELATIONS))
+        if not self._relations:
+            self._relations.append(_units(self.encode(COMMON_RELATIONS)))
+        relations = self._relations[0]
         first, end = self._index.starts[place : place + 2]
         views = self.views.tensor[first:end]
         similarity = float((views @ vector).max())
-        akin = (self._relations @ views.T).max(dim=1).values > AKIN
-        rivals = (self._relations @ vector).masked_fill(akin, -1.0)
+        akin = (relations @ views.T).max(dim=1).values > AKIN
+        rivals = (relations @ vector).masked_fill(akin, -1.0)
         rival, which = (float(x) for x in rivals.max(dim=0))
         return RouteCandidate(
             self._index.addresses[place].edit_id,

@@ -32,13 +32,13 @@ from pydantic import NonNegativeInt
 from ..anatomy.profile import profile_of
 from ..books.deltas import WeightDelta
 from ..books.retrieval import DENSE, DENSE_MODEL
-from ..books.router import Address, EditRouter
+from ..books.router import Address
 from ..books.site_book import SiteEntry
 from ..config import AutoEditConfig, EditConfig, ModelProfile
 from ..embedded import is_there
 from ..engine.lowrank import Factors
-from ..errors import ConfigError, EditFailedError, UnsupportedModelError, WeightError
-from ..requests import EditRequest
+from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError, WeightError, shown
+from ..requests import EditRequest, in_row
 from .auto_memory import WORDS, RoutedChange, RoutedChanges, sizes_of, word_vectors
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, method_class, register_method
 
@@ -158,7 +158,11 @@ class Auto(Method):
         with self.bench.sites.disabled():
             self.payload.check(requests)
         for request in requests:
-            self._address(request)
+            in_row(self._address, request)
+
+    def fetch(self) -> None:
+        """What the payload reads."""
+        self.payload.fetch()
 
     def prepare(self) -> None:
         """What the payload prepares."""
@@ -175,10 +179,12 @@ class Auto(Method):
         memory = self._memory(factors)
         address = self._address(request)
         wordings = _wordings(request)
-        routes = EditRouter(memory.encode, memory.slack).with_addresses([address]).route(wordings)
+        alone = memory.router.empty().with_addresses([address])
+        routes = alone.route(wordings)
         unclaimed = [wording for wording, route in zip(wordings, routes, strict=True) if route is None]
         report = {"payload": self.payload.capabilities.name, "unclaimed": unclaimed}
-        return Outcome([], [found.diagnostics[0] | report], [SiteEntry(memory, RoutedChange(address, factors))])
+        change = RoutedChange(address, alone.views.tensor, factors)
+        return Outcome([], [found.diagnostics[0] | report], [SiteEntry(memory, change)])
 
     # ------------------------------------------------------------------ inside
 
@@ -186,14 +192,16 @@ class Auto(Method):
         """What an edit answers to: its wordings, under its subject's names.
 
         Raises:
-            RequestError: if the request does not name its subject.
+            RequestError: if the request does not name its subject, or its other names are no texts.
         """
         begin, end = request.plain_span()
-        other = request.metadata.get("aliases", [])
-        others = [other] if isinstance(other, str) else [str(name) for name in other]
+        given = request.metadata.get("aliases", [])
+        others = [given] if isinstance(given, str) else given
+        if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+            raise RequestError(f"aliases must be a list of names, not {shown(given)}", field="metadata")
         address = Address.of(str(request.id), _wordings(request), [request.plain_prompt[begin:end], *others])
         if not address.views:
-            raise EditFailedError(f"{request.plain_prompt!r}: the subject has no letters or digits to be known by")
+            raise RequestError(f"{shown(request.subject)} has no letters or digits to be known by", field="subject")
         return address
 
     def _factors(self, deltas: Sequence[WeightDelta]) -> dict[str, Factors]:

@@ -38,10 +38,12 @@ class RoutedChange:
 
     Args:
         address: what it answers to.
+        vectors: of its wordings, ``[wordings, d]``.
         factors: by module.
     """
 
     address: Address
+    vectors: torch.Tensor
     factors: Mapping[str, Factors]
 
 
@@ -179,7 +181,8 @@ class RoutedChanges(SiteMemory):
         """Take over edits."""
         flat = {path: [change.factors[path].padded(self.rank) for change in changes] for path in self.paths}
         check_finite("change", *(t for parts in flat.values() for f in parts for t in (f.left, f.right)))
-        self.router = self.router.with_addresses([change.address for change in changes])
+        vectors = torch.cat([change.vectors for change in changes])
+        self.router = self.router.with_addresses([change.address for change in changes], vectors)
         self.lefts, self.rights = dict(self.lefts), dict(self.rights)
         for path, parts in flat.items():
             for factors in parts:

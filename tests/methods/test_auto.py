@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 from hf_kedit import AutoMethodConfig, EditableModel, EditRequest
+from hf_kedit.books.router import encoder_of_words
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ConfigError, EditFailedError, ExportError, MergeError, RequestError
+from hf_kedit.methods import auto_memory
 from hf_kedit.methods.rome import ROME
+from hf_kedit.text.relations import COMMON_RELATIONS
 from hf_kedit.tokens import pad_rows
 from tests.methods.at_sites import facts, learnt, neighbours, prompt_logits, says, without_trace
 
@@ -183,6 +187,47 @@ def test_what_cannot_be_done_is_said_before_anything_changes(wanted: list[EditRe
         model.merge_and_unload()
     with pytest.raises(ExportError):
         model.export_lora("never")
+
+
+@pytest.mark.parametrize("aliases", [5, ["Tarosk", 7], {"a": "b"}])
+def test_other_names_are_texts(wanted: list[EditRequest], aliases: Any) -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    with pytest.raises(RequestError, match=r"row 0.*metadata.*aliases must be a list of names"):
+        model.edit([EditRequest.from_dict({**wanted[0].to_dict(), "metadata": {"aliases": aliases}}, row=0)])
+    assert not model.edits and without_trace(model)
+
+
+def test_a_subject_without_words_is_refused_before_anything_is_computed() -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    with pytest.raises(RequestError, match="no letters or digits"):
+        model.edit(prompt="{} works as a", subject="!?", target_new="plumber")
+    assert not model.edits and without_trace(model)
+
+
+def test_what_the_payload_reads_is_fetched_before_the_model_is_taken(
+    wanted: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[list[str]] = []
+    monkeypatch.setattr(ROME, "fetch", lambda self: fetched.append(self.edited_modules()))
+    model = alone(wanted[0])
+    (memory,) = model.sites.memories.values()
+    assert fetched == [list(memory.paths)]
+
+
+def test_every_text_is_encoded_once(wanted: list[EditRequest], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+
+    def counting(*args: Any) -> Any:
+        encode = encoder_of_words(*args)
+        return lambda texts: [encoded.extend(texts), encode(texts)][1]
+
+    monkeypatch.setattr(auto_memory, "encoder_of_words", counting)
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    model.edit([replace(request, rephrase_prompts=[]) for request in wanted[:3]])
+    assert all(encoded.count(text) == 1 for text in COMMON_RELATIONS)
+    # A wording once as what the edit answers to, and once as a prompt, to know whether the edit claims it.
+    others = [text for text in encoded if text not in COMMON_RELATIONS]
+    assert len(others) == 2 * 3
 
 
 def test_an_edit_that_fails_half_way_leaves_the_others(
