@@ -120,6 +120,8 @@ class OpenAICompatibleBackend:
                 raise BackendError("a conversation needs api='chat'; this backend completes texts")
             return self.endpoint.ask(self._request(common | {"prompt": prompt}), _completed_text)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if not messages:
+            raise BackendError("a conversation has at least one message")
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
         return self.endpoint.ask(self._request(common | {"messages": messages}), chat_reply)

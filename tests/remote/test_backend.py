@@ -52,6 +52,13 @@ def test_a_chat_is_asked_as_the_protocol_says() -> None:
     assert second["messages"] == conversation
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_an_empty_conversation_is_not_sent(system: str | None) -> None:
+    with serving(in_order(chat("Yes?"))) as server, pytest.raises(BackendError, match="at least one message"):
+        backend(server, system=system).generate([], 5)
+    assert not server.asked
+
+
 def test_a_text_is_completed() -> None:
     with serving(in_order(Reply({"choices": [{"text": " Rome"}]}))) as server:
         asking = backend(server, api="completions")
