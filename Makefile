@@ -54,6 +54,11 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The links "edit this page" go to the remote of this checkout, if it has one (never with the token that an address may
+# hold); the theme's advertisement on the terminal is no warning of ours.
+docs: export SITE_EDIT_URI ?= $(shell git remote get-url origin 2>/dev/null | sed -nE 's|\.git$$||; \
+  s|^https://([^:/@]+)/(.+)$$|https://\1/\2/edit/main/docs/|p; s|^(ssh://)?git@([^:/@]+)[:/](.+)$$|https://\2/\3/edit/main/docs/|p')
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.stamp-docs
 	$(BIN)/mkdocs build --strict
 

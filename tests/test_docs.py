@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,20 +21,89 @@ from hf_kedit.methods import registered_methods
 from .test_quickstart import ROOT, _agree, _blocks, _expected
 
 DOCS = ROOT / "docs"
+SITE = {"SITE_EDIT_URI": "https://forge.example/us/hf_kedit/edit/main/docs/", "NO_MKDOCS_2_WARNING": "1"}
 
 
-def _run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+def _run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **env, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     return subprocess.run([sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """Dead links, dead anchors, pages that the nav forgets and docstrings that cannot be read are warnings."""
-    pytest.importorskip("mkdocs")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site. Dead links, dead anchors, pages that the nav forgets, unreadable docstrings are warnings."""
+    pytest.importorskip("material")
     pytest.importorskip("mkdocstrings")
-    done = _run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"), cwd=ROOT)
+    place = tmp_path_factory.mktemp("site")
+    done = _run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(place), cwd=ROOT, **SITE)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "EditableModel" in (tmp_path / "site" / "reference" / "model" / "index.html").read_text(encoding="utf-8")
+    return place
+
+
+def test_the_site_builds_without_a_warning(site: Path) -> None:
+    assert "EditableModel" in (site / "reference" / "model" / "index.html").read_text(encoding="utf-8")
+    edit = f'<a href="{SITE["SITE_EDIT_URI"]}quickstart.md" title="Edit this page"'
+    assert edit in (site / "quickstart" / "index.html").read_text(encoding="utf-8")
+
+
+class _Loaded(HTMLParser):
+    """Addresses that a browser loads by itself on a page. Links that a reader may follow are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = ("src", "srcset", "data", "poster", *(["href"] if tag in ("link", "base", "image", "use") else []))
+        self.addresses |= {value or "" for name, value in attrs if name in names}
+
+
+def _loaded(page: str) -> set[str]:
+    parser = _Loaded()
+    parser.feed(page)
+    return parser.addresses | set(re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]+)", page))
+
+
+def test_no_page_loads_anything_from_another_host(site: Path) -> None:
+    assert _loaded('<link href="https://a"><a href="https://b"><i style="background:url(//c)">') == {
+        "https://a",
+        "//c",
+    }
+    pages = [*site.rglob("*.html"), *site.rglob("*.css"), *site.rglob("*.svg")]
+    assert len(pages) > 90
+    for page in pages:
+        for address in _loaded(page.read_text(encoding="utf-8")):
+            assert not re.match(r"(https?:)?//", address), f"{page.relative_to(site)} loads {address}"
+
+
+def test_a_browser_asks_nobody_else_and_finds_a_word(site: Path) -> None:
+    """What scripts load is seen only by running them: the first page, a page with code, the search, on a phone too."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("no chromium")
+    handler = functools.partial(_QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as driver:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = f"http://127.0.0.1:{server.server_port}/"
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        for name in ("", "quickstart/", "methods/", "reference/evaluation/"):
+            page.goto(home + name)
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= 390, f"{name} is {wide} px wide on a phone of 390"
+        page.set_viewport_size({"width": 1280, "height": 800})
+        page.locator(".md-search__input").fill("null space")
+        found = page.locator(".md-search-result__link", has_text="AlphaEdit").first
+        found.wait_for(timeout=20_000)
+        browser.close()
+        server.shutdown()
+    assert asked and all(url.startswith((home, "data:", "blob:")) for url in asked)
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def _documented() -> set[str]:
