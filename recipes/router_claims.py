@@ -13,7 +13,7 @@ import argparse
 from collections import defaultdict
 
 from hf_kedit import EditableModel, EditRequest, load_edit_dataset
-from hf_kedit.books.router import Address, EditRouter, Encoder, encoder_of_words
+from hf_kedit.books.router import Address, EditRouter, Encoder, encoder_of_words, is_claim
 from hf_kedit.methods.auto_memory import WORDS, embeddings_of, word_vectors
 from hf_kedit.tokens import encode_text
 
@@ -51,7 +51,7 @@ def main() -> None:
             claims = [
                 max((c.similarity, int(c.edit_id)) for c in near)[1] if near else None
                 for found in candidates
-                for near in [[c for c in found.values() if c.similarity - c.rival_similarity > -slack]]
+                for near in [[c for c in found.values() if is_claim(c.asked, c.similarity, c.rival_similarity, slack)]]
             ]
             own = sum(claim == int(owner) for (owner, _), claim in zip(probes, claims, strict=True))
             other = sum(claim is not None for claim in claims) - own

@@ -10,8 +10,13 @@ A prompt is taken to ask for an edited fact if
    exceed the largest similarity to `COMMON_RELATIONS`, without those that mean what the edit means, by more than
    ``-slack``.
 
-The difference of two similarities needs no scale: an absolute threshold lets a plain question about another fact of
-the same subject through before an unusual wording of the fact itself.
+3. it is a question at all: what it wants to know has at most `MOST_WORDS` words, and is not wholly unlike the edit
+   (`UNRELATED`). Free text that happens to name a subject resembles no question, so that the edit is not much farther
+   from it than all other relations are.
+
+The difference of two similarities needs no scale: a threshold high enough to keep out plain questions about other
+facts of the same subject would keep out unusual wordings of the fact itself. `UNRELATED` is no such threshold, it lies
+below both.
 
 Of several edits that ask for the same prompt the most similar one wins, and of equals the latest. This module knows
 no model and no method.
@@ -35,6 +40,13 @@ Encoder = Callable[[Sequence[str]], torch.Tensor]
 """Texts → ``[n, d]`` fp32."""
 AKIN = 0.6
 """Similarity from which on one of `COMMON_RELATIONS` is taken to mean what an edit means."""
+UNRELATED = 0.1
+"""Similarity below which a prompt has nothing to do with an edit (found on CounterFact rows 100 to 199, whose other
+wordings all lie above it, and on lines of WikiText that name a subject, which lie below)."""
+SAME = 0.99
+"""Similarity from which on two texts are the same to the encoder."""
+MOST_WORDS = 32
+"""Words, subject taken out, above which a prompt is a text and no question."""
 _REMEMBERED = 4096
 """Prompts whose decision is kept."""
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
@@ -88,6 +100,13 @@ class RouteCandidate:
     rival: str
     rival_similarity: float
     claimed: bool
+
+
+def is_claim(asked: str, similarity: float, rival_similarity: float, slack: float) -> bool:
+    """Whether a prompt counts as asking for an edit; the names are those of `RouteCandidate`."""
+    if asked == _IT:  # a heading: the name and nothing else asks for nothing, unless the edit's wording is the name
+        return similarity > SAME
+    return similarity - rival_similarity > -slack and similarity >= UNRELATED and len(asked.split()) <= MOST_WORDS
 
 
 class _Index:
@@ -223,7 +242,7 @@ class EditRouter:
             similarity,
             COMMON_RELATIONS[int(which)],
             rival,
-            claimed=similarity - rival > -self.slack,
+            claimed=is_claim(asked, similarity, rival, self.slack),
         )
 
     def _named(self, prompt: str) -> dict[int, str]:

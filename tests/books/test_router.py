@@ -82,6 +82,19 @@ def test_slack_lets_rivals_be_nearer() -> None:
     assert [EditRouter(counts, s).with_addresses(edits).route([prompt]) for s in (0.4, 0.6)] == [[None], [0]]
 
 
+def test_a_text_that_only_names_the_subject_is_not_claimed_however_large_the_slack() -> None:
+    router = EditRouter(counts, slack=2.0).with_addresses([address("a", "The mother tongue of Ada is", "Ada")])
+    assert route(router, "Ada sleeps badly") is None  # no word in common with the edit: cosine 0
+    assert route(router, "Ada's tongue") == "a"
+    assert route(router, "= Ada =") is None  # a heading
+    alike = EditRouter(lambda texts: torch.ones(len(texts), 3), slack=2.0)
+    named = alike.with_addresses([address("a", "Ada", "Ada")])
+    assert route(named, "= Ada =") == "a"  # the edit's own wording is the name
+    long = "rain fell on every " * 8
+    assert route(router, f"Ada, {long} mother tongue") is None
+    assert route(router, f"{long}. Ada's mother tongue") == "a"  # sentences before that name nobody do not count
+
+
 def test_a_relation_that_means_the_edit_is_no_rival() -> None:
     edits = [address("father", "The father of Ada is", "Ada")]
     (candidate,) = EditRouter(counts, 0.0).with_addresses(edits).explain("Ada's father is")
