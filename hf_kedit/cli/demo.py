@@ -23,7 +23,6 @@ from ..storage.parsing import as_mapping, parse_json
 from .demo_view import Answers, DemoView, opening
 from .models import DeviceOption, Dtype, DtypeOption, SetOption, hush_transformers, open_model
 from .output import DebugOption, Format, FormatOption, command, console, emit
-from .side_effects import watcher
 
 if TYPE_CHECKING:
     from ..evaluation import SideEffectReport
@@ -141,6 +140,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     from ..artifact.layout import check_destination
     from ..engine.weights import model_digest
     from ..evaluation.measures.metrics import answer_score, mean
+    from ..evaluation.measures.side_effects import watcher_of
 
     started = time.perf_counter()
     if options.output is not None:
@@ -157,7 +157,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     view.fact(request)
 
     hops = [probe for probes in request.portability.values() for probe in probes]
-    prompt, watch = request.filled_prompt, watcher(options.model)
+    prompt, watch = request.filled_prompt, watcher_of(options.model)
     with view.working("editing"):
         digest = model_digest(model.base_model)
         before, chat = ask(model, request, [prompt, *(hop.prompt for hop in hops)]), ask_in_chat(model, request)

@@ -41,7 +41,7 @@ from .output import (
     moments_line,
 )
 from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
-from .side_effects import show_side_effects, watcher
+from .side_effects import show_side_effects
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport, SideEffectReport
@@ -217,6 +217,8 @@ def edit(
         trust_remote_code=trust_remote_code,
         untie=untie,
     )
+    from ..evaluation.measures.side_effects import watcher_of
+
     measured = None
     if evaluation:
         from ..evaluation import BeforeAndAfter
@@ -225,7 +227,7 @@ def edit(
     result = editable.edit(
         todo if measured is None else measured.requests,
         batch_size=batch_size,
-        watch=watcher(editable.base_model_id) if side_effects else None,
+        watch=watcher_of(editable.base_model_id) if side_effects else None,
     )
     effects: SideEffectReport | None = result.side_effects
     report = None if measured is None else measured.report(result)

@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..evaluation import SideEffectReport, SideEffects
+    from ..evaluation import SideEffectReport
 
-GENERAL_IN_WORLD, OTHERS_IN_WORLD = 40, 6
 _ROWS = {
     "fact": "says the new target",
     "paraphrase": "in other words",
@@ -20,25 +19,6 @@ _ROWS = {
     "name": "copies the subject's name",
     "general": "nothing to do with it",
 }
-
-
-def watcher(model: str) -> SideEffects:
-    """What `kedit edit` asks a model: of an embedded model, prompts of its own world; of others, general ones.
-
-    Args:
-        model: its name as the user gave it.
-    """
-    from .. import embedded
-    from ..evaluation import SideEffects
-
-    if not embedded.is_embedded(model):
-        return SideEffects()
-    from ..data import load_edit_dataset
-    from ..requests import load_requests
-
-    facts = load_requests(load_edit_dataset("world", split="validation", limit=GENERAL_IN_WORLD + OTHERS_IN_WORLD))
-    general = [fact.filled_prompt for fact in facts[OTHERS_IN_WORLD:]]
-    return SideEffects(general=general, others=[str(fact.subject) for fact in facts[:OTHERS_IN_WORLD]])
 
 
 def show_side_effects(console: Console, report: SideEffectReport) -> None:

@@ -1,8 +1,9 @@
-"""Finding out where a model keeps a fact: causal tracing, attribution to neurons, and which layers to edit."""
+"""Finding out where a model keeps a fact: causal tracing, the logit lens, attribution to neurons, and which layers to edit."""
 
 from __future__ import annotations
 
 from .attribution import Attribution, attribute_neurons
+from .lens import LensReading, logit_lens
 from .plots import plot_average, plot_trace, save_figure
 from .suggest import LayerSuggestion, suggest_layers
 from .traces import TRACE_KINDS, Fact, Trace, TraceReport
@@ -13,10 +14,12 @@ __all__ = [
     "Attribution",
     "Fact",
     "LayerSuggestion",
+    "LensReading",
     "Trace",
     "TraceReport",
     "attribute_neurons",
     "causal_trace",
+    "logit_lens",
     "plot_average",
     "plot_trace",
     "save_figure",

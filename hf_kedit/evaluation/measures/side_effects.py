@@ -17,8 +17,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ... import embedded
+from ...data import load_edit_dataset
 from ...data.general_probes import GENERAL_PROBES
-from ...requests import EditRequest
+from ...requests import EditRequest, load_requests
 from ..asking.generation import PromptFormat, generate_answers
 from .metrics import contains, mean
 
@@ -38,6 +40,9 @@ SMALLEST_KEPT: dict[str, float] = {"neighbour": 0.5, "same subject": 0.5, "gener
 """Smaller shares of unchanged answers are called harm."""
 ECHO, DISTINCT = 0.05, 0.7
 """Harm: the new target in more than this share of unrelated answers; distinct-2 below this share of what it was."""
+
+GENERAL_IN_WORLD, OTHERS_IN_WORLD = 40, 6
+"""Of an embedded model, so many prompts that have nothing to do with an edit, and other subjects."""
 
 # Other subjects for the prompt of a request that brings no neighbours: well known, of several kinds, so that whatever
 # the relation is, some of them fit it. An answer that makes no sense may still not change.
@@ -221,6 +226,19 @@ class SideEffects:
                 given = generate_answers(model, self._tokenizer, prompts, self.max_new_tokens, prompt_format=form)
                 texts.update({q: answer.text for q, answer in zip(asked, given, strict=True)})
         return [texts[q] for q in self._questions]
+
+
+def watcher_of(model: str) -> SideEffects:
+    """What is asked around an edit unless somebody chooses: of an embedded model, prompts of its own world.
+
+    Args:
+        model: its name.
+    """
+    if not embedded.is_embedded(model):
+        return SideEffects()
+    facts = load_requests(load_edit_dataset("world", split="validation", limit=GENERAL_IN_WORLD + OTHERS_IN_WORLD))
+    general = [fact.filled_prompt for fact in facts[OTHERS_IN_WORLD:]]
+    return SideEffects(general=general, others=[str(fact.subject) for fact in facts[:OTHERS_IN_WORLD]])
 
 
 def questions_about(
