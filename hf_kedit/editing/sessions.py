@@ -1,11 +1,11 @@
 """Edits of several people on one model in memory: each sees their own, and nobody else's.
 
 A model has one set of weights, so that two people's edits cannot both lie on it. What an edit is, though, is kept
-beside the model: the books hold deltas and memories, never a copy of the weights, and can be returned to any state that
-they were in, bit for bit (`Book.restore`). So everybody's edits are such a state. It is laid on the model when that
-person's call begins and taken off when it ends, under the model's lock, and between calls the model is what it was
-before. Laying on writes the matrices that the person has edited, nothing else; what it costs does not depend on the
-number of people.
+beside the model: the books hold deltas and memories, never a copy of the weights, and can be returned to any state
+that they were in, bit for bit (`Book.restore`). So everybody's edits are such a state. It is laid on the model when
+that person's call begins and taken off when it ends, under the model's lock, and between calls the model is what it
+was before. Laying on writes the matrices that the person has edited, nothing else; what it costs does not depend on
+the number of people.
 
 The alternatives are worse: a model for everybody costs its memory each time, and edits that are told apart row by row
 (as `auto` does with prompts) exist for some methods only.

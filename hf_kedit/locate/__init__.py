@@ -1,4 +1,4 @@
-"""Finding out where a model keeps a fact: causal tracing, the logit lens, attribution to neurons, and which layers to edit."""
+"""Where a model keeps a fact: causal tracing, the logit lens, attribution to neurons, and which layers to edit."""
 
 from __future__ import annotations
 
