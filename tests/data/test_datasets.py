@@ -11,7 +11,7 @@ from hf_kedit.data import FEATURES, dataset_entry, dataset_names, load_edit_data
 from hf_kedit.data.opinions import TEMPLATES
 from hf_kedit.data.qa_sets import WIKIBIGEDIT_STEPS
 from hf_kedit.data.ripple import guess_subject, split_statement
-from hf_kedit.errors import DataError
+from hf_kedit.errors import DataError, RequestError
 from hf_kedit.requests import EditRequest, load_requests
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -23,6 +23,7 @@ FILES = {
     **{f"mquake/{part}": "mquake/MQuAKE-CF.json" for part in ("cf_3k", "t")},
     "mmedit/caption": "mmedit/caption",
     "mmedit/vqa": "mmedit/vqa",
+    **{f"mmke/{part}": f"mmke/{part}" for part in ("entity", "visual", "user")},
 }
 
 
@@ -57,6 +58,7 @@ def test_the_whole_catalogue_is_registered() -> None:
         "knowedit", "counterfact", "counterfact_flat", "counterfact_plus", "zsre", "zsre_plus", "mquake",
         "ripple_edits", "cknowedit", "conceptedit", "safeedit", "personalityedit", "mmedit", "qaedit", "wikibigedit",
         "ultraeditbench", "halluedit", "akew", "unke", "leme", "fever",
+        "vlkeb", "mmke", "comprehendedit",
     }  # fmt: skip
     parts = {
         "knowedit": ("wiki_recent", "zsre", "wikibio", "wiki_counterfact", "convsent", "sanitation"),
@@ -65,6 +67,7 @@ def test_the_whole_catalogue_is_registered() -> None:
         "mquake": ("cf", "cf_3k", "t"),
         "ripple_edits": ("recent", "random", "popular"),
         "mmedit": ("caption", "vqa"),
+        "mmke": ("entity", "visual", "user"),
         "halluedit": ("llama2", "llama3", "mistral"),
         "akew": ("counterfact", "mquake_cf", "wikiupdate"),
         "leme": ("counterfact", "zsre"),
@@ -409,6 +412,70 @@ def test_multimodal() -> None:
     assert len(load("mmedit/caption", drop_conflicts="first")) == 2
     with pytest.raises(DataError, match="template"):
         load("mmedit/vqa", template="no slot")
+
+
+def pictured(row: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    return [(p["name"], p["prompt"], p["image"]) for p in row["locality"] + row["portability"]]
+
+
+def test_questions_some_hops_away_are_about_the_same_picture() -> None:
+    table = load("vlkeb")
+    assert load_report(table).dropped == {"no alternative target": 1}
+    (row,) = table
+    assert (row["prompt"], row["target_new"]) == ("What is the building in the picture?", "Grey Tower")
+    assert pictured(row)[1:] == [
+        ("multimodal", "Which river is this?", "m.02/google_3.jpg"),
+        ("1-hop", "In which town is the building?", "m.01/google_1.jpg"),
+        ("2-hop", "Which river flows through the town of the building?", "m.01/google_1.jpg"),
+    ]
+    assert only("vlkeb", split="train")[0]["portability"] == []
+
+
+def test_mmke_bench_asks_about_what_is_taught() -> None:
+    (entity,) = only("mmke/entity")
+    asked = pictured(entity)[2:]
+    assert [(name, image) for name, _, image in asked] == [
+        ("1-hop", "m.01/google_1.jpg"),
+        *[("T_Rel", None), ("I_Rel", "m.01/google_1.jpg"), ("I_Gen", "m.01/google_2.jpg")] * 2,
+    ]
+    assert [p["ground_truth"] for p in entity["portability"]][-1] == [["1650"]]  # both spellings of the answers
+    assert pictured(only("mmke/user")[0])[2][2] == "user/3.jpg"
+    (visual,) = only("mmke/visual", template="Question: {} Short answer:")
+    assert pictured(visual)[3:] == [
+        ("T_Rel", "What does a raised flat hand mean to a skipper?", None),
+        (
+            "I_Rel",
+            "Question: What does the sign in the picture mean to a skipper? Short answer:",
+            "m.01/google_1.jpg",
+        ),
+        ("I_Gen", "Question: What does the sign mean here? Short answer:", "m.01/google_2.jpg"),
+    ]
+
+
+def test_comprehendedit_has_a_template_for_each_source() -> None:
+    table = load("comprehendedit")
+    assert load_report(table).dropped == {"no target": 1}
+    bird, cup = table
+    assert bird["prompt"] == "Question: What is this bird called? Short answer:"
+    assert cup["prompt"].startswith("Question: Is this description true or false? Description: The cup is")
+    assert probes(bird)["text"] == [("nq question: who wrote the first cook book", [["Jan Mol"]])]
+    assert bird["extra"]["category"] == "object recognition" and bird["extra"]["img_topk"] == [1, 2]
+    assert only("comprehendedit", template="{}")[0]["prompt"] == "What is this bird called?"
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    """Paths start from it; a row whose image is not there says which, before anything is edited."""
+    for name in ("m.01/google_1.jpg", "m.01/google_2.jpg", "m.02/google_3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (row,) = only("vlkeb", images=str(tmp_path))
+    assert Path(row["image"]).is_file() and Path(row["image_rephrase"]).is_file()
+    assert all(Path(p["image"]).is_file() for p in row["portability"])
+    (tmp_path / "m.02/google_3.jpg").unlink()
+    with pytest.raises(RequestError, match=r"m_loc.*google_3"):
+        load("vlkeb", images=str(tmp_path))
+    with pytest.raises(DataError, match="no folder of images"):
+        load("comprehendedit", images=str(tmp_path / "nowhere"))
 
 
 def test_akew_inputs() -> None:
