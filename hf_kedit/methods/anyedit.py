@@ -96,6 +96,7 @@ class AnyEdit(Method):
         sequential=True,
         needs_subject=False,
         low_rank=False,
+        undo="call",
         paper="Jiang et al. 2025, arXiv 2502.05628",
         summary="for answers of any length: one state for every chunk, written as MEMIT, AlphaEdit or UnKE write one",
     )

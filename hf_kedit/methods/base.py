@@ -58,6 +58,8 @@ class Capabilities:
         needs_training: a network has to be trained first.
         low_rank: the change has a small rank (exportable as LoRA).
         encoder_decoder: works on encoder-decoder models too.
+        undo: what `rollback` takes back alone, exactly: any ``edit``; the edits of one ``call``, which were trained as
+            one change; the ``last`` ones, whatever their number; or only ``all`` of them.
         paper: citation with arXiv id.
         summary: one line.
     """
@@ -72,6 +74,7 @@ class Capabilities:
     needs_training: bool = False
     low_rank: bool = True
     encoder_decoder: bool = False
+    undo: Literal["edit", "call", "last", "all"] = "edit"
 
 
 @dataclass

@@ -92,6 +92,7 @@ class CaliNet(Method):
         sequential=True,
         needs_subject=False,
         low_rank=False,
+        undo="call",
         paper="Dong et al. 2022, arXiv 2210.03329",
         summary="a small feed-forward layer beside the last one, trained on a batch of facts",
     )

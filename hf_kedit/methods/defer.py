@@ -192,6 +192,7 @@ class DEFER(SiteMethod):
         sequential=True,
         needs_subject=False,
         low_rank=False,
+        undo="all",
         paper="Hartvigsen et al. 2023, arXiv 2211.11031 (baseline)",
         summary="a gate that defers to a trained linear map beside one layer; edits share it and overwrite each other",
     )

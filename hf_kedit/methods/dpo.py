@@ -66,6 +66,7 @@ class DPO(LoRA):
         batch=True,
         sequential=True,
         needs_subject=False,
+        undo="call",
         encoder_decoder=True,
         paper="Rafailov et al. 2023, Direct Preference Optimization, arXiv 2305.18290",
         summary="LoRA on pairs of answers: the wanted one is preferred to the one that is to go",

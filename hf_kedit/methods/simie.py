@@ -67,6 +67,7 @@ class SimIE(Method):
         batch=False,
         sequential=True,
         needs_subject=False,
+        undo="last",
         paper="Guo et al. 2025, Towards Lifelong Model Editing via Simulating Ideal Editor",
         summary="makes another method fit for long sequences: edits the original weights and carries the edit over",
     )

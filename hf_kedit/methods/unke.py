@@ -166,6 +166,7 @@ class UnKE(Method):
         sequential=True,
         needs_subject=False,
         low_rank=False,
+        undo="call",
         paper="Deng et al. 2024, arXiv 2405.15349",
         summary="for long answers: optimises the prompt's last state and trains one whole layer to bring it about",
     )

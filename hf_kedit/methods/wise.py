@@ -162,6 +162,7 @@ class WISE(SiteMethod):
         sequential=True,
         needs_subject=False,
         low_rank=False,
+        undo="call",
         paper="Wang et al. 2024, arXiv 2405.14768",
         summary="side memories in random subspaces of one layer, merged; prompts are routed by their activations",
     )
