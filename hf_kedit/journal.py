@@ -7,11 +7,25 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import ArtifactError, KeditError, RequestError, RollbackError, UnknownEditError, nearest
+from .drawing.edits import PARTS, AnswerShift, KeptCount, draw_edits
+from .drawing.style import as_label
+from .errors import (
+    ArtifactError,
+    KeditError,
+    RequestError,
+    RollbackError,
+    UnknownEditError,
+    check_choice,
+    nearest,
+)
 from .requests import EditRequest
 from .storage.parsing import parse_json_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -113,6 +127,46 @@ class EditResult:
     def ids(self) -> list[str]:
         """Ids of the edits."""
         return [e.id for e in self.edits]
+
+    def plot(self, part: str | None = None, *, ax: Axes | None = None) -> Figure:
+        """Draw what the call did: answers before and after, the loss step by step, and what else changed.
+
+        With ``watch=SideEffects()`` the old answers are known too, and what happened to others. Without, there is what
+        the method measured.
+
+        Args:
+            part: ``"answers"``, ``"loss"`` or ``"side effects"`` alone; ``None``: all that are known.
+            ax: draw on these axes; with ``part``.
+
+        Raises:
+            RequestError: if nothing is known that could be drawn.
+            MissingExtraError: without matplotlib (the extra ``viz``).
+        """
+        if part is not None:
+            check_choice("part", part, PARTS)
+        elif ax is not None:
+            raise RequestError(f"ax= takes one chart; name it with part=: {', '.join(PARTS)}")
+        seen = self.side_effects
+        shifts: Sequence[AnswerShift] = getattr(seen, "shifts", ()) or [_shift_of(edit) for edit in self.edits]
+        shifts = [s for s in shifts if part in (None, "answers") and (s.before, s.after) != (None, None)]
+        losses = [edit.diagnostics.get("loss") or [] for edit in self.edits if part in (None, "loss")]
+        losses = [points for points in losses if len(points) > 1]
+        counts: Sequence[KeptCount] = getattr(seen, "counts", ()) if part in (None, "side effects") else ()
+        if not (shifts or losses or counts):
+            raise RequestError(
+                f"nothing is known of {'the ' + part if part else 'these edits'} that could be drawn;"
+                " edit(…, watch=SideEffects()) asks the model before and after"
+            )
+        method = as_label(self.edits[0].method) if self.edits else "?"
+        many = f"{len(self.edits)} edit{'' if len(self.edits) == 1 else 's'}"
+        harm = getattr(seen, "harm", []) if counts else []
+        return draw_edits(f"{many} with {method}, {self.seconds:.2g} s", shifts, losses, counts, harm, ax)
+
+
+def _shift_of(edit: Edit) -> AnswerShift:
+    """What the method measured of the new answer."""
+    before, after = (edit.diagnostics.get(f"target_probability_{when}") for when in ("before", "after"))
+    return AnswerShift(edit.request.filled_prompt, edit.request.target_new, True, before, after)
 
 
 class Journal:

@@ -40,6 +40,7 @@ from .output import (
     error_console,
     moments_line,
 )
+from .pictures import PlotOption, check_plot
 from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
 from .side_effects import show_side_effects
 
@@ -132,6 +133,7 @@ def edit(
             show_default=False,
         ),
     ] = None,
+    plot: PlotOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 4 if something else was hurt.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -197,6 +199,7 @@ def edit(
                 metadata={"erase": True} if erase else {},
             )
         ]
+    check_plot(plot)
     if output is not None:
         from ..artifact.layout import check_destination
 
@@ -234,6 +237,10 @@ def edit(
     made = result.edits
     if output is not None:
         editable.save_pretrained(output)
+    if plot is not None:
+        from ..drawing.style import save_figure
+
+        save_figure(result.plot(), plot)
     data = {**_result(editable, made, report, output), "side_effects": effects.to_dict() if effects else None}
     emit(
         format,
@@ -241,6 +248,8 @@ def edit(
         human=lambda console: _show(console, made, report, effects, data, output),
         quiet=[e.id for e in made],
     )
+    if plot is not None:
+        error_console().print(f"wrote {plot}", soft_wrap=True)
     if strict and effects is not None and effects.harm:
         error_console().print("kedit: " + "; ".join(effects.harm), style="red")
         raise typer.Exit(HARM)

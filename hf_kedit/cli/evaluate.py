@@ -30,6 +30,7 @@ from .models import (
     parse_settings,
 )
 from .output import DebugOption, Format, FormatOption, command, emit
+from .pictures import PlotOption, check_plot
 from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def evaluate(
     html: Annotated[
         Path | None, typer.Option("--html", help="HTML file for the report: charts, and every case with its texts.")
     ] = None,
+    plot: PlotOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
@@ -210,6 +212,7 @@ def evaluate(
     for option, file in (("--output", output), ("--html", html)):
         if file is not None and file.is_dir():
             raise typer.BadParameter(f"{file} is a folder; name a file", param_hint=option)
+    check_plot(plot)
     counts = _counts(at)
     from ..data import load_edit_dataset
     from ..evaluation import collect_report, evaluate_edits, load_scenario
@@ -274,6 +277,10 @@ def evaluate(
         report.to_json(output)
     if html is not None:
         report.to_html(html)
+    if plot is not None:
+        from ..drawing.style import save_figure
+
+        files.append(save_figure(report.plot(), plot))
     data = _result(report, dataset, split, output)
     emit(
         format,
@@ -343,4 +350,4 @@ def _show(console: Console, report: EvaluationReport, files: Sequence[Path]) -> 
     for failed in report.meta.get("failed") or ():
         console.print(f"left out: case {failed['case_id']}: {failed['reason']}", style="red", soft_wrap=True)
     if files:
-        console.print(f"every case is in {' and '.join(map(str, files))}", soft_wrap=True)
+        console.print(f"wrote {' and '.join(map(str, files))}", soft_wrap=True)

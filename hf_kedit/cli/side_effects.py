@@ -10,25 +10,18 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..evaluation import SideEffectReport
 
-_ROWS = {
-    "fact": "says the new target",
-    "paraphrase": "in other words",
-    "chat": "asked in chat",
-    "neighbour": "same question, other subjects",
-    "same subject": "other facts of the subject",
-    "name": "copies the subject's name",
-    "general": "nothing to do with it",
-}
 
 
 def show_side_effects(console: Console, report: SideEffectReport) -> None:
     """Print a compact table, and the harm in red."""
+    from ..evaluation.measures.side_effects import MEANINGS
+
     table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
     table.add_column("by generation", no_wrap=True)
     table.add_column("good", no_wrap=True)
     table.add_column("for example", no_wrap=True, overflow="ellipsis", ratio=1)
-    for kind, meaning in _ROWS.items():
-        answers = report.of(kind)  # type: ignore[arg-type]
+    for kind, meaning in MEANINGS.items():
+        answers = report.of(kind)
         if not answers:
             continue
         good = sum(a.good for a in answers)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .models import BaseOption, DeviceOption, DtypeOption, ModelOption, RevisionOption, TrustOption, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit
+from .pictures import PlotOption, check_plot, need_matplotlib
 
 if TYPE_CHECKING:
     from ..locate import LayerSuggestion, TraceReport
@@ -64,6 +65,7 @@ def trace(
         Path | None, typer.Option("--output", "-o", help="Folder for trace.json and the heat maps (PNG).")
     ] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw heat maps into --output.")] = True,
+    plot: PlotOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
@@ -87,7 +89,8 @@ def trace(
     if suggest is not None:
         kinds = list(dict.fromkeys([*kinds, "hidden", "mlp", "hidden_without_mlp"]))
     if output is not None and plots:
-        _need_matplotlib()
+        need_matplotlib("drawing heat maps (--no-plots leaves them out)")
+    check_plot(plot)
     from ..locate import causal_trace, suggest_layers
 
     editable = open_model(
@@ -111,6 +114,10 @@ def trace(
     )
     suggestion = suggest_layers(editable, facts, suggest, report=report) if suggest is not None else None
     files = _write(report, suggestion, output, plots) if output is not None else []
+    if plot is not None and report.traces:
+        from ..drawing.style import save_figure
+
+        files.append(save_figure(report.plot(), plot))
     data = {
         **report.to_dict(),
         "suggestion": suggestion.to_dict() if suggestion is not None else None,
@@ -150,21 +157,11 @@ def _facts(
     return [Fact.from_value({"prompt": prompt, "subject": subject, "ground_truth": ground_truth or []})]
 
 
-def _need_matplotlib() -> None:
-    """Raise before the work is done, not after."""
-    import importlib.util
-
-    from ..errors import require_extra
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise require_extra("matplotlib", "viz", "drawing heat maps (--no-plots leaves them out)")
-
-
 def _write(report: TraceReport, suggestion: LayerSuggestion | None, folder: Path, plots: bool) -> list[Path]:
     """Write the JSON file and the pictures."""
     import json
 
-    from ..locate import plot_average, plot_trace, save_figure
+    from ..locate import plot_average, save_figure
 
     files = [report.save(folder / "trace.json")]
     if suggestion is not None:
@@ -176,7 +173,7 @@ def _write(report: TraceReport, suggestion: LayerSuggestion | None, folder: Path
             files.append(save_figure(plot_average(report), folder / "average.png"))
         width = len(str(len(report.traces)))
         for number, one in enumerate(report.traces, start=1):
-            files.append(save_figure(plot_trace(one, report), folder / f"fact-{number:0{width}d}.png"))
+            files.append(save_figure(one.plot(report.window), folder / f"fact-{number:0{width}d}.png"))
     return files
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..drawing.style import save_figure
 from .attribution import Attribution, attribute_neurons
 from .lens import LensReading, logit_lens
-from .plots import plot_average, plot_trace, save_figure
 from .suggest import LayerSuggestion, suggest_layers
-from .traces import TRACE_KINDS, Fact, Trace, TraceReport
+from .traces import TRACE_KINDS, Fact, Trace, TraceReport, plot_average, plot_trace
 from .tracing import causal_trace
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""What causal tracing works on and what it returns: facts, tables, averages; plain data that can be saved.
+"""What causal tracing works on and what it returns: facts, tables, averages; plain data that can be saved and drawn.
 
-How the tables are made is the business of `tracing`, how they are drawn that of `plots`.
+How the tables are made is the business of `tracing`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,30 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..drawing.marks import heat_map
+from ..drawing.style import SMALL, SOFT, as_label, house_style, name_figure, new_figure
 from ..errors import RequestError
 from ..requests import EditRequest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRACE_KINDS = ("hidden", "mlp", "attn", "hidden_without_mlp", "hidden_without_attn")
 """What can be restored; see `tracing`."""
 CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 """Classes of tokens over which effects are averaged."""
 LAST_SUBJECT = "last subject"
+_TITLES = {
+    "hidden": "hidden state",
+    "mlp": "MLP output",
+    "attn": "attention output",
+    "hidden_without_mlp": "hidden state, MLPs severed",
+    "hidden_without_attn": "hidden state, attention severed",
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,24 @@ class Trace:
                 name = "last" if i == len(self.tokens) - 1 else "first after" if i == end else "further"
             names[i] = name
         return names
+
+    def plot(self, window: int = 1) -> Figure:
+        """Draw the tables, one heat map per kind: rows are tokens (the subject's starred), columns layers.
+
+        The shades begin at the probability in the corrupted runs; the strongest cell of each table is framed.
+
+        Args:
+            window: layers restored together for ``mlp`` and ``attn``, which the report knows; for the titles.
+
+        Raises:
+            MissingExtraError: without matplotlib.
+        """
+        start, end = self.subject_range
+        labels = [as_label(text, 24) + "*" * (start <= i < end) for i, text in enumerate(self.tokens)]
+        asked = f"{as_label(self.fact.prompt, 90)} → {as_label(self.answer, 30)}"
+        note = f"p(answer): {self.high:.2f} in the clean run, {self.low:.2f} with the subject (*) corrupted."
+        unit = "p(answer) with the state put back"
+        return _heat_maps(self.scores, labels, f"What carries it: {asked}", note, unit, self.low, window)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything JSON-ready."""
@@ -174,6 +204,17 @@ class TraceReport:
                     result[kind][name] = Curve(stack.mean(dim=0), band, len(effects))
         return result
 
+    def plot(self) -> Figure:
+        """Draw the average indirect effects, one heat map per kind: rows are classes of tokens, columns layers.
+
+        A report of one fact draws its tables token by token.
+
+        Raises:
+            RequestError: if the report has no facts.
+            MissingExtraError: without matplotlib.
+        """
+        return self.traces[0].plot(self.window) if len(self.traces) == 1 else plot_average(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything JSON-ready (NaN as ``None``)."""
         return {
@@ -211,3 +252,62 @@ def _rounded(table: torch.Tensor) -> Any:
         return None if math.isnan(value) else round(value, 7)
 
     return tidy(table.tolist())
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def plot_trace(trace: Trace, report: TraceReport | None = None) -> Figure:
+    """`Trace.plot`, with the window of the report that the trace comes from."""
+    return trace.plot(1 if report is None else report.window)
+
+
+def plot_average(report: TraceReport) -> Figure:
+    """`TraceReport.plot`, of averages also where there is one fact.
+
+    Raises:
+        RequestError: if the report has no facts.
+        MissingExtraError: without matplotlib.
+    """
+    if not report.traces:
+        raise RequestError("the report has no traced facts to draw")
+    average = report.average()
+    rows = [name for name in CLASSES if any(name in curves for curves in average.values())]
+    tables = {kind: torch.stack([of[name].mean for name in rows]).clamp_min(0) for kind, of in average.items()}
+    count = len(report.traces)
+    title = f"What carries {count} fact{'s' if count > 1 else ''}"
+    title += f" in {as_label(report.model)}" if report.model else ""
+    note = "Indirect effect: by how much p(answer) rises when one state is put back. Means over the facts."
+    return _heat_maps(tables, rows, title, note, "indirect effect on p(answer)", 0.0, report.window)
+
+
+def _heat_maps(
+    tables: Mapping[str, torch.Tensor],
+    labels: list[str],
+    title: str,
+    note: str,
+    unit: str,
+    low: float,
+    window: int,
+) -> Figure:
+    """One heat map per kind, all on one scale of colours."""
+    layers = next(iter(tables.values())).shape[1]
+    high = max(low + 1e-9, *(float(table.max()) for table in tables.values()))
+    width = 1.5 + 0.075 * max(map(len, labels)) + len(tables) * (0.5 + min(max(0.16 * layers, 1.7), 4.5))
+    with house_style("a trace"):
+        figure = new_figure(max(width, 5.5), 1.5 + 0.25 * len(labels))
+        panels: Any = figure.subplots(1, len(tables), squeeze=False)[0]
+        for number, ((kind, table), axes) in enumerate(zip(tables.items(), panels, strict=True)):
+            image = heat_map(axes, table, low, high, labels if number == 0 else None)
+            windowed = f", {window} layers" if kind in ("mlp", "attn") and window > 1 else ""
+            peak = f"at most {float(table.max()):.2f}, layer {int(table.max(dim=0).values.argmax())}"
+            axes.set_title(f"{_TITLES[kind]}{windowed}\n{peak}", fontsize=SMALL + 1, linespacing=1.4)
+            axes.set_xlabel("layer")
+        bar = figure.colorbar(image, ax=list(panels), fraction=0.04, pad=0.02)
+        ticks = [low, (low + high) / 2, high]
+        bar.set_ticks(ticks, labels=[f"{tick:.2f}" for tick in ticks])
+        bar.ax.tick_params(labelsize=SMALL, labelcolor=SOFT, length=0)
+        bar.outline.set_visible(False)
+        bar.set_label(unit, fontsize=SMALL, color=SOFT)
+        name_figure(figure, title, note)
+    return figure

@@ -318,7 +318,9 @@ def test_eval_along_a_sequence_and_past_failures(kedit: Run, requests_file: Path
     bad.write_text("".join(json.dumps(row) + "\n" for row in [*rows, no_subject]), encoding="utf-8")
     words = ["eval", *MODEL, "-M", "rome", "-d", bad, "--setting", "sequential", "--at", "1"]
     assert kedit(*words).exit_code == 1
-    result = kedit(*words, "--on-error", "skip", "-f", "json")
+    assert kedit(*words, "--plot", tmp_path / "curve.txt").exit_code == 2  # no picture
+    result = kedit(*words, "--on-error", "skip", "--plot", tmp_path / "curve.svg", "-f", "json")
+    assert "edits in the model" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
     assert [entry["when"] for entry in data(result)["results"]] == ["at 1", "final"]
     assert [entry["n"] for entry in data(result)["results"]] == [1, 2]
     assert data(result)["results"][-1]["n_failed"] == 1

@@ -27,27 +27,33 @@ def report(kinds: tuple[str, ...] = TRACE_KINDS[:3], layers: int = 4) -> TraceRe
 def test_one_fact() -> None:
     pytest.importorskip("matplotlib")
     made = report()
-    figure = plot_trace(made.traces[0], made)
-    panels = [a for a in figure.axes if a.images and a.get_title()]
-    assert len(panels) == 3
-    assert [a.get_title() for a in panels] == ["hidden state", "MLP output, 2 layers", "attention output, 2 layers"]
-    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["The", "Eif*", "fel*", "Tower*", "is", "in"]
-    for axis, kind in zip(panels, made.kinds, strict=True):
-        image = axis.images[0]
-        assert np.allclose(image.get_array(), made.traces[0].scores[kind].numpy())
-        assert image.get_clim() == (pytest.approx(0.1), pytest.approx(0.8))  # one scale for all panels
-    assert "Paris" in figure._suptitle.get_text()  # type: ignore[attr-defined]
+    for figure in (plot_trace(made.traces[0], made), made.traces[0].plot(made.window)):
+        panels = [a for a in figure.axes if a.get_title(loc="left")]
+        heads = [a.get_title(loc="left").splitlines() for a in panels]
+        assert [head[0] for head in heads] == ["hidden state", "MLP output, 2 layers", "attention output, 2 layers"]
+        assert heads[0][1] == "at most 0.80, layer 1"
+        assert [t.get_text() for t in panels[0].get_yticklabels()] == ["The", "Eif*", "fel*", "Tower*", "is", "in"]
+        for axis, kind in zip(panels, made.kinds, strict=True):
+            image = axis.images[0]
+            assert np.allclose(image.get_array(), made.traces[0].scores[kind].numpy())
+            assert image.get_clim() == (pytest.approx(0.1), pytest.approx(0.8))  # one scale for all panels
+        (frame,) = panels[0].patches
+        assert (frame.get_x(), frame.get_y()) == (0.5, 2.5)  # around the largest cell: token 3, layer 1
+        assert figure._suptitle.get_text() == "What carries it: The Eiffel Tower is in → Paris"  # type: ignore[attr-defined]
 
 
 def test_averages() -> None:
     pytest.importorskip("matplotlib")
-    figure = plot_average(report(TRACE_KINDS))
-    panels = [a for a in figure.axes if a.images and a.get_title()]
-    assert len(panels) == 5 and len({a.images[0].get_clim() for a in panels}) == 1
-    labels = [t.get_text() for t in panels[0].get_yticklabels()]
-    assert labels == ["first subject", "middle subject", "last subject", "first after", "last"]
-    assert float(panels[0].images[0].get_array()[2, 1]) == pytest.approx(0.7)
-    assert float(panels[-1].images[0].get_array().min()) == 0.0
+    made = report(TRACE_KINDS)
+    for figure in (plot_average(made), made.plot()):
+        panels = [a for a in figure.axes if a.get_title(loc="left")]
+        assert len(panels) == 5 and len({a.images[0].get_clim() for a in panels}) == 1
+        labels = [t.get_text() for t in panels[0].get_yticklabels()]
+        assert labels == ["first subject", "middle subject", "last subject", "first after", "last"]
+        assert float(panels[0].images[0].get_array()[2, 1]) == pytest.approx(0.7)
+        assert float(panels[-1].images[0].get_array().min()) == 0.0
+    made.traces.pop()
+    assert "The Eiffel Tower" in made.plot()._suptitle.get_text()  # type: ignore[attr-defined]  # of one fact, its tokens
 
 
 def test_files_are_png_and_fit_deep_models(tmp_path: Path) -> None:
@@ -67,7 +73,9 @@ def test_nothing_to_draw() -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "hf_kedit.drawing.picture", raising=False)
     with pytest.raises(MissingExtraError, match=r"hf_kedit\[viz\]"):
         plot_average(report())

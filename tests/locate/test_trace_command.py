@@ -36,12 +36,13 @@ def run(*words: Any) -> Result:
 
 def test_one_fact_with_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    result = run(*MODEL, *FACT, "--output", tmp_path / "out", "--format", "json")
+    result = run(*MODEL, *FACT, "--output", tmp_path / "out", "--plot", tmp_path / "one.png", "--format", "json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["kinds"] == ["hidden", "mlp", "attn"] and data["facts"] == 1
     assert data["traces"][0]["answer"].strip() and data["suggestion"] is None
-    assert [Path(f).name for f in data["files"]] == ["trace.json", "fact-1.png"]
+    assert [Path(f).name for f in data["files"]] == ["trace.json", "fact-1.png", "one.png"]
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "out" / "fact-1.png").read_bytes()
     saved = json.loads((tmp_path / "out" / "trace.json").read_text())
     assert saved["traces"] == data["traces"]
 
@@ -81,6 +82,7 @@ def test_for_people() -> None:
         ("--requests", "x.json", "--subject", "x"),
         (*FACT, "--kind", "residual"),
         (*FACT, "--samples", "0"),
+        (*FACT, "--plot", "trace.json"),
     ],
 )
 def test_wrong_usage(words: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ generations of a few tokens per question.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ... import embedded
 from ...data import load_edit_dataset
 from ...data.general_probes import GENERAL_PROBES
+from ...drawing.edits import AnswerShift, KeptCount
+from ...remote.model import RemoteModel
 from ...requests import EditRequest, load_requests
 from ..asking.generation import PromptFormat, generate_answers
+from ..asking.scoring import PairScore, try_score_pairs
 from .metrics import contains, mean
 
 if TYPE_CHECKING:
@@ -32,6 +36,17 @@ REACH: tuple[EffectKind, ...] = ("fact", "paraphrase", "chat")
 """Questions whose answer should hold the new target."""
 KEEP: tuple[EffectKind, ...] = ("neighbour", "same subject", "general", "name")
 """Questions whose answer should be as before."""
+
+MEANINGS: dict[EffectKind, str] = {
+    "fact": "says the new target",
+    "paraphrase": "in other words",
+    "chat": "asked in chat",
+    "neighbour": "same question, other subjects",
+    "same subject": "other facts of the subject",
+    "name": "copies the subject's name",
+    "general": "nothing to do with it",
+}
+"""Kind of question → what a good answer to it is, for people."""
 
 EFFECT_TOKENS = 10
 MOST_REQUESTS = 20
@@ -99,10 +114,12 @@ class SideEffectReport:
     Args:
         answers: every question with both answers.
         targets: the new targets of the requests that were asked about.
+        shifts: how likely the new and the old answers to the facts were and are; none for a model behind an API.
     """
 
     answers: tuple[Answered, ...]
     targets: tuple[str, ...]
+    shifts: tuple[AnswerShift, ...] = ()
 
     def of(self, kind: EffectKind) -> list[Answered]:
         """The answers to questions of a kind."""
@@ -111,6 +128,18 @@ class SideEffectReport:
     def share(self, kind: EffectKind) -> float | None:
         """Share of the answers of a kind that are as they should be; ``None`` if nothing of the kind was asked."""
         return mean(float(a.good) for a in self.of(kind))
+
+    @property
+    def counts(self) -> list[KeptCount]:
+        """How many answers of each kind are as they should be."""
+        rows = []
+        for kind, meaning in MEANINGS.items():
+            answers = self.of(kind)
+            if answers:
+                good = sum(a.good for a in answers)
+                hurt = good / len(answers) < SMALLEST_KEPT.get(kind, 0.5)
+                rows.append(KeptCount(meaning, good, len(answers), hurt))
+        return rows
 
     @property
     def distinct(self) -> tuple[float, float]:
@@ -176,6 +205,16 @@ class SideEffectReport:
         }
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """An answer whose probability is measured before and after."""
+
+    prompt: str
+    answer: str
+    wanted: bool
+    separator: str | None
+
+
 class SideEffects:
     """Asks a model before and after an edit; give it to `EditableModel.edit` as ``watch``.
 
@@ -197,6 +236,8 @@ class SideEffects:
         self._targets: tuple[str, ...] = ()
         self._tokenizer: Any = None
         self._before: list[str] = []
+        self._scored: list[_Scored] = []
+        self._likely: list[float | None] = []
 
     def before(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, requests: Sequence[EditRequest]
@@ -210,11 +251,42 @@ class SideEffects:
         self._questions = list(dict.fromkeys(questions))
         self._targets, self._tokenizer = tuple(r.target_new for r in asked), tokenizer
         self._before = self._ask(model)
+        self._scored = [one for request in asked for one in self._answers_of(request)]
+        self._likely = self._probabilities(model)
 
     def after(self, model: PreTrainedModel) -> SideEffectReport:
         """Ask the edited model, and compare."""
         answers = zip(self._questions, self._before, self._ask(model), strict=True)
-        return SideEffectReport(tuple(Answered(*answer) for answer in answers), self._targets)
+        numbers = zip(self._scored, self._likely, self._probabilities(model), strict=True)
+        shifts = tuple(AnswerShift(s.prompt, s.answer, s.wanted, before, after) for s, before, after in numbers)
+        return SideEffectReport(tuple(Answered(*answer) for answer in answers), self._targets, shifts)
+
+    def _answers_of(self, request: EditRequest) -> list[_Scored]:
+        """The new answer to a request, and the old one: that which is known, else what the model said."""
+        prompt, new = request.filled_prompt, request.target_new
+        said = self._before[self._questions.index(EffectQuestion("fact", prompt, wanted=new))]
+        old = next(iter([*request.unwanted, *request.ground_truth]), None) or self._beginning(said, new)
+        answers = {new: True, **({old: False} if old and old != new else {})}
+        return [_Scored(prompt, answer, wanted, request.separator_or(None)) for answer, wanted in answers.items()]
+
+    def _beginning(self, text: str, like: str) -> str:
+        """As many tokens of a text as another one has."""
+        if self._tokenizer is None:
+            return ""
+        ids, length = (self._tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, like))
+        return str(self._tokenizer.decode(ids[: len(length)], skip_special_tokens=True)).strip()
+
+    def _probabilities(self, model: PreTrainedModel) -> list[float | None]:
+        """Of every scored answer, geometric mean over its tokens; ``None`` where it cannot be scored."""
+        if isinstance(model, RemoteModel) or self._tokenizer is None:
+            return [None] * len(self._scored)  # each would be a request that costs money
+        likely: dict[_Scored, float | None] = {}
+        for separator in {one.separator for one in self._scored}:
+            alike = [one for one in self._scored if one.separator == separator]
+            scores = try_score_pairs(model, self._tokenizer, [(one.prompt, one.answer) for one in alike], separator)
+            for one, score in zip(alike, scores, strict=True):
+                likely[one] = math.exp(-score.nll) if isinstance(score, PairScore) else None
+        return [likely[one] for one in self._scored]
 
     def _ask(self, model: PreTrainedModel) -> list[str]:
         texts: dict[EffectQuestion, str] = {}

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ...drawing.style import COLOURS
 from ..measures.catalogue import SHARE, Metric
 from .estimates import Estimate
-
-# Okabe and Ito's colours, which people with colour blindness can tell apart, without black and yellow.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 
 
 def colour(index: int) -> str:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...storage.files import json_ready
 from . import html, markdown
 from .groups import Runs
+from .plots import PlotKind, plot_runs
 from .report import EvaluationReport, written
 from .summaries import data_frame
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Comparison(Runs[EvaluationReport]):
@@ -54,3 +59,17 @@ class Comparison(Runs[EvaluationReport]):
             max_cases: cases per report that are shown one by one; 0 for none.
         """
         return written(html.render(self, title, max_cases), path)
+
+    def plot(self, kind: PlotKind | None = None, *, protocol: str | None = None, ax: Axes | None = None) -> Figure:
+        """Draw the runs side by side: a chart for each number, with a bar or a curve for each run.
+
+        Args:
+            kind: ``"bars"`` or ``"curves"``, as for `EvaluationReport.plot`.
+            protocol: only this one; ``None``: all, those under which the model writes its answers in the darker bars.
+            ax: draw on these axes; only where there is a single chart.
+
+        Raises:
+            EvaluationError: if there is nothing to draw.
+            MissingExtraError: without matplotlib (the extra ``viz``).
+        """
+        return plot_runs(self, kind, protocol, ax)

@@ -109,8 +109,13 @@ def _mark(place: str | None, lost: list[str]) -> str:
     return "best up" if place == "best" and not lost else place or ""
 
 
+def protocol_name(protocol: str) -> str:
+    """A protocol in words, as a heading."""
+    return _PROTOCOLS.get(protocol, (protocol.replace("_", " ").capitalize(), ""))[0]
+
+
 def _heading(group: Group[Any], protocol: str, scorer: object, when: str) -> str:
-    name = _PROTOCOLS.get(protocol, (protocol.replace("_", " ").capitalize(), ""))[0]
+    name = protocol_name(protocol)
     time = {"final": "after all edits", "immediate": "right after each edit"}.get(when, when)
     about = f"<span class='soft'>{escape(time)} · scorer: {escape(str(scorer))}</span>"
     return (f"{escape(group.title)}: " if group.title else "") + f"{escape(name)} {about}"

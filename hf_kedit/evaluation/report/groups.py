@@ -11,6 +11,8 @@ from .results import Results
 from .summaries import means_by_name
 
 R = TypeVar("R", bound=Results)
+_NAMED = 6
+"""Methods up to which the title names each."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,23 @@ class Runs(Generic[R]):
             by_title.setdefault(" · ".join(about[k] for k in differ), {})[about["method"]] = report
         return [Group(title, reports) for title, reports in by_title.items()]
 
+    @property
+    def title(self) -> str:
+        """What was compared, on what, in one line."""
+        reports = list(self.reports.values())
+        names = list(dict.fromkeys(name for group in self.groups for name in group.reports))
+        if len(reports) == 1:
+            names = [reports[0].label]
+        methods = listed(names) if len(names) <= _NAMED else f"{len(names)} methods"
+        models = dict.fromkeys(str(r.meta.get("model") or "a model in memory") for r in reports)
+        counts = {len({result.number for result in r.results}) for r in reports}
+        settings = dict.fromkeys(str(r.meta["setting"]) for r in reports if r.meta.get("setting"))
+        data = dict.fromkeys(str(r.meta["dataset"]) for r in reports if r.meta.get("dataset"))
+        many = f"{next(iter(counts))} " if len(counts) == 1 else ""
+        edits = f"{many}{listed(settings)} edit{'' if many == '1 ' else 's'}".replace("  ", " ")
+        about = "".join(f"{name}, " for name in dict.fromkeys(r.scenario for r in reports) if name)
+        return f"{methods} on {listed(models)}: {about}{edits}{' of ' + listed(data) if data else ''}"
+
     def rows(self) -> list[dict[str, Any]]:
         """One flat row per run, protocol and time, with the means before and after."""
         rows = []
@@ -110,3 +129,9 @@ class Runs(Generic[R]):
                         row |= {f"pre_{key}": before, f"post_{key}": after}
                     rows.append({**row, "seconds_edit": summary["seconds_edit"]})
         return rows
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as in a sentence."""
+    *most, last = list(names) or [""]
+    return f"{', '.join(most)} and {last}" if most else last

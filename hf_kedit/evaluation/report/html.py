@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .charts import COLOURS, curves, legend
+from ...drawing.style import COLOURS
+from .charts import curves, legend
 from .figures import MARKS, READING, mean_cell, means, seconds
 from .groups import Group, Runs
 from .html_cases import run_cases, side_by_side
@@ -16,8 +17,6 @@ from .summaries import LABELS, SHORT
 
 _MANY_RUNS = 4
 """Runs from which on their cases are behind a line that opens them."""
-_NAMED = 6
-"""Methods up to which the title names each."""
 _SATURATED = "teacher_forced"
 
 
@@ -29,7 +28,7 @@ def render(runs: Runs[Any], title: str | None, max_cases: int) -> str:
         title: of the page; ``None``: what was compared.
         max_cases: cases of each run that are shown one by one; 0 for none.
     """
-    title = _compared(runs) if title is None else title
+    title = runs.title if title is None else title
     parts = [
         f'<header><p class="above">Knowledge editing report</p><h1>{escape(title)}</h1>{_subtitle(runs)}</header>'
     ]
@@ -61,29 +60,6 @@ def render(runs: Runs[Any], title: str | None, max_cases: int) -> str:
     for number, (label, report) in enumerate(runs.reports.items()):
         parts.append(run_cases(number, label, report, max_cases, closed))
     return page(title, parts)
-
-
-def _compared(runs: Runs[Any]) -> str:
-    """What was compared, on what, in one line."""
-    reports = list(runs.reports.values())
-    if len(reports) == 1:
-        names = [reports[0].label]
-    else:
-        names = list(dict.fromkeys(name for group in runs.groups for name in group.reports))
-    methods = _listed(names) if len(names) <= _NAMED else f"{len(names)} methods"
-    models = list(dict.fromkeys(str(r.meta.get("model") or "a model in memory") for r in reports))
-    counts = {len({result.number for result in r.results}) for r in reports}
-    settings = dict.fromkeys(str(r.meta["setting"]) for r in reports if r.meta.get("setting"))
-    data = dict.fromkeys(str(r.meta["dataset"]) for r in reports if r.meta.get("dataset"))
-    many = f"{next(iter(counts))} " if len(counts) == 1 else ""
-    edits = f"{many}{_listed(settings)} edit{'' if many == '1 ' else 's'}".replace("  ", " ")
-    about = "".join(f"{name}, " for name in dict.fromkeys(r.scenario for r in reports) if name)
-    return f"{methods} on {_listed(models)}: {about}{edits}{' of ' + _listed(data) if data else ''}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    *most, last = list(names) or [""]
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _subtitle(runs: Runs[Any]) -> str:

@@ -19,11 +19,14 @@ from .case_result import CaseResult
 from .groups import Runs
 from .layout import MetaLayout, read_json
 from .model_index import model_index
+from .plots import PlotKind, plot_report
 from .results import Results
 from .summaries import LABELS, NAMES, data_frame, exists, extra_sections, flat_row, formatted, is_extra
 
 if TYPE_CHECKING:
     import datasets
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
 
@@ -175,6 +178,31 @@ class EvaluationReport(Results):
             max_cases: cases that are shown one by one; 0 for none.
         """
         return written(html.render(Runs([self]), None, max_cases), path)
+
+    def plot(
+        self,
+        kind: PlotKind | None = None,
+        *,
+        protocol: str | None = None,
+        when: str | None = None,
+        ax: Axes | None = None,
+    ) -> Figure:
+        """Draw the means: as bars with intervals and n, or as curves over the number of edits.
+
+        Args:
+            kind: ``"bars"`` or ``"curves"``; ``None``: curves if it was measured along a sequence (``at=``).
+            protocol: only this one; ``None``: all, those under which the model writes its answers first.
+            when: of bars: default: the last time at which it was measured.
+            ax: draw on these axes; curves of several protocols need a figure of their own.
+
+        Returns:
+            The figure, which notebooks show; nothing is opened, and pyplot knows nothing of it.
+
+        Raises:
+            EvaluationError: if there is nothing to draw.
+            MissingExtraError: without matplotlib (the extra ``viz``).
+        """
+        return plot_report(self, kind, protocol, when, ax)
 
     def to_model_index(
         self, model_name: str | None = None, dataset_name: str = "knowledge edits", dataset_type: str | None = None
