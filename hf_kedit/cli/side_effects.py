@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from ..evaluation import SideEffectReport
 
 
-
 def show_side_effects(console: Console, report: SideEffectReport) -> None:
     """Print a compact table, and the harm in red."""
     from ..evaluation.measures.side_effects import MEANINGS

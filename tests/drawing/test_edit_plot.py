@@ -105,7 +105,9 @@ def test_many_edits_are_a_bundle_of_losses() -> None:
     model = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
     facts = [EditRequest("By profession {} is a", f"Person {i}", "plumber") for i in range(10)]
     result = model.edit(facts, batch_size=1, show_progress=False)
-    trained = [e.diagnostics["loss"] for e in result.edits if len(e.diagnostics["loss"]) > 1]  # the others hold already
+    trained = [
+        e.diagnostics["loss"] for e in result.edits if len(e.diagnostics["loss"]) > 1
+    ]
     figure = result.plot()
     assert len(trained) > 4
     lines = chart(figure, f"Loss of {len(trained)} edits").lines
