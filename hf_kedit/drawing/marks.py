@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from .style import HURT, INK, LINE, NORMAL, PAPER, SMALL, SOFT
+from .style import HURT, INK, LINE, MEDIUM, PAPER, SMALL, SOFT
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ def beside(axes: Axes, y: float, text: str, points: float = 6, *, right: bool = 
         textcoords="offset points",
         ha="right" if right else "left",
         va="center",
-        fontsize=SMALL if soft else NORMAL - 0.5,
+        fontsize=SMALL if soft else MEDIUM - 0.5,
         color=SOFT if soft else INK,
         annotation_clip=False,
     )

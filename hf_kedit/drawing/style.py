@@ -28,7 +28,7 @@ HURT, PALE = COLOURS[1], "#9cc4de"
 """Where something was lost; what matters less."""
 WIDTH = 7.6
 """Inches of a picture on a page."""
-SMALL, NORMAL, LARGE = 7.5, 9.0, 11.5
+SMALL, MEDIUM, LARGE = 7.5, 9.0, 11.5
 """Sizes of type in points."""
 _DPI = 150
 _OWN_GROUPS = (
@@ -40,15 +40,15 @@ _SETTINGS: dict[str, Any] = {
     "axes.edgecolor": LINE,
     "axes.facecolor": PAPER,
     "axes.labelcolor": SOFT,
-    "axes.labelsize": NORMAL - 0.5,
+    "axes.labelsize": MEDIUM - 0.5,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
-    "axes.titlesize": NORMAL + 0.5,
+    "axes.titlesize": MEDIUM + 0.5,
     "figure.facecolor": PAPER,
     "figure.titleweight": "bold",
-    "font.size": NORMAL,
+    "font.size": MEDIUM,
     "text.color": INK,
     "text.parse_math": False,  # a $ in a prompt is a $
     "xtick.color": LINE,
@@ -56,7 +56,7 @@ _SETTINGS: dict[str, Any] = {
     "xtick.labelsize": SMALL + 0.5,
     "ytick.color": LINE,
     "ytick.labelcolor": INK,
-    "ytick.labelsize": NORMAL - 0.5,
+    "ytick.labelsize": MEDIUM - 0.5,
 }
 # DejaVu Sans comes with matplotlib. The others, as far as a machine has them, give what it lacks.
 _FAMILIES = (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import EditableModel, EditRequest, SideEffects
+from hf_kedit import EditableModel, EditRequest, SideEffects, load_edit_dataset, load_requests
 from hf_kedit.errors import RequestError
 from hf_kedit.journal import EditResult
 
@@ -103,14 +103,14 @@ def test_an_old_answer_that_nobody_named_is_what_the_model_said() -> None:
 
 def test_many_edits_are_a_bundle_of_losses() -> None:
     model = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
-    facts = [EditRequest("By profession {} is a", f"Person {i}", "plumber") for i in range(10)]
+    facts = load_requests(load_edit_dataset("world", split="test", limit=10))
     result = model.edit(facts, batch_size=1, show_progress=False)
-    trained = [
-        e.diagnostics["loss"] for e in result.edits if len(e.diagnostics["loss"]) > 1
-    ]
+    # What holds before the first step has no curve.
+    trained = [e.diagnostics["loss"] for e in result.edits if len(e.diagnostics["loss"]) > 1]
     figure = result.plot()
     assert len(trained) > 4
     lines = chart(figure, f"Loss of {len(trained)} edits").lines
     assert [list(line.get_ydata()) for line in lines] == trained
-    assert sum("Person" in t.get_text() for t in figure.axes[0].texts) == 8
+    prompts = {fact.filled_prompt for fact in facts}
+    assert len(prompts & {t.get_text() for t in figure.axes[0].texts}) == 8
     assert "8 of the edits" in figure._supxlabel.get_text()  # type: ignore[attr-defined]
