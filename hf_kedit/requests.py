@@ -8,6 +8,7 @@ in prompts are harmless.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
@@ -331,8 +332,10 @@ class EditRequest:
         }
 
     def with_id(self, new_id: str) -> EditRequest:
-        """Return a copy under another id."""
-        return replace(self, id=new_id)
+        """Return a copy under another id; all else has been checked, and is shared."""
+        copied = copy(self)
+        copied.id = new_id
+        return copied
 
     # ------------------------------------------------------------------ checks
 

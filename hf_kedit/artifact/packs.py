@@ -242,7 +242,7 @@ class Packs:
             for key, account in contents["weights"].items()
         }
         edits = [
-            replace(edit, id=f"{name}/{edit.id}", request=replace(edit.request, id=f"{name}/{edit.id}"))
+            replace(edit, id=f"{name}/{edit.id}", request=edit.request.with_id(f"{name}/{edit.id}"))
             for edit in artifact.journal
         ]
         taken = {e.id for e in self._model.journal} & {e.id for e in edits}
