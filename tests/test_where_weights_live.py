@@ -13,6 +13,7 @@ import torch
 from hf_kedit import (
     AdaLoRAConfig,
     CaliNetConfig,
+    DINMConfig,
     EditableModel,
     EditRequest,
     FTMConfig,
@@ -93,6 +94,13 @@ def test_neurons_beside_offloaded_layers(tmp_path: Path) -> None:
 def test_adapters_trained_beside_offloaded_layers(config: LoRAConfig) -> None:
     """PEFT puts an adapter where the weight is, and an offloaded weight is nowhere."""
     _, edited, before = in_memory_and_offloaded(config)
+    edited.rollback("all")
+    assert torch.equal(logits(edited), before)
+
+
+def test_a_bias_trained_beside_an_offloaded_layer() -> None:
+    """DINM trains a projection whole, its bias too, which cannot be multiplied with the layer's input."""
+    _, edited, before = in_memory_and_offloaded(DINMConfig(layers=[2], num_steps=3))
     edited.rollback("all")
     assert torch.equal(logits(edited), before)
 

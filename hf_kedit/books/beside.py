@@ -1,4 +1,4 @@
-"""Changes that run beside a matrix instead of in it: ``y = W k + U Vᵀ k``.
+"""Changes that run beside a parameter instead of in it: ``y = W k + U Vᵀ k``, or ``y = W k + b + Δb``.
 
 Where a weight cannot take an edit (it is quantised), the edit is a path of its own: a forward hook adds ``Δ k``,
 computed in fp32 from factors in fp32, to what the module gives. The weight is never touched, so that taking the path
@@ -32,6 +32,8 @@ class Change:
         deltas: at least one, all of one shape ``[d_out, d_in]``.
     """
 
+    bias: torch.Tensor | None = None
+
     def __init__(self, deltas: Sequence[WeightDelta]):
         place = deltas[-1].device  # those that are tried may be on the module's, those that are kept are on the CPU
         lefts = [d.left.to(place) for d in deltas if d.left is not None]
@@ -47,15 +49,18 @@ class Change:
             self.factors = [total.T]
 
     @classmethod
-    def of_matrix(cls, matrix: torch.Tensor) -> Change:
-        """The change by a matrix ``[d_out, d_in]`` fp32 through which gradients flow."""
+    def of_parameter(cls, difference: torch.Tensor) -> Change:
+        """The change by a matrix ``[d_out, d_in]``, or of a bias ``[d_out]``, fp32, through which gradients flow."""
         change = cls.__new__(cls)
-        change.factors = [matrix.T]
+        change.factors = [difference.T] if difference.dim() == 2 else []
+        change.bias = None if difference.dim() == 2 else difference
         return change
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Be a forward hook: add ``Δ k`` to the module's output, in fp32."""
+        """Be a forward hook: add ``Δ k``, or ``Δb``, to the module's output, in fp32."""
         states = first(output)
+        if self.bias is not None:
+            return with_first(output, (states.float() + self.bias.to(states.device)).to(states.dtype))
         self.factors = [f.to(states.device) for f in self.factors]
         change = module_input(args, kwargs).float()
         with torch.autocast(states.device.type, enabled=False):

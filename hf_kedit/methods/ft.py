@@ -264,7 +264,7 @@ def keep_within(theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor], 
 class Substituted:
     """The model, or a part of it, with some parameters replaced by trained copies; it is itself not touched.
 
-    Of a weight that is quantised or offloaded, the difference between the copy and the weight runs beside it.
+    Of a parameter that is quantised or offloaded, the difference between the copy and it runs beside it.
     """
 
     def __init__(self, model: torch.nn.Module, theta: dict[str, torch.Tensor]):
@@ -276,7 +276,7 @@ class Substituted:
             module, whole = get_module(model, path), parameter_name(path, name)
             if is_quantised(module, name) or is_offloaded(module, name):
                 difference = value - get_weight(module, name).to(value)
-                self.beside.append((module, Change.of_matrix(difference)))
+                self.beside.append((module, Change.of_parameter(difference)))
                 continue
             stored = getattr(module, name)
             turned = value.t() if value.dim() == 2 and is_transposed(module) else value
