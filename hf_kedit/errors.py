@@ -161,6 +161,21 @@ class BackendError(KeditError, RuntimeError):
     """A model behind an API cannot be asked, or does not answer as it should."""
 
 
+class ServeError(KeditError, ValueError):
+    """A server cannot be started as asked, or does not answer a request; then this is what the client is told.
+
+    Args:
+        message: what is wrong and what to do.
+        status: HTTP status.
+        param: field of the request that is wrong.
+        code: OpenAI's name for what is wrong, if it has one.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None):
+        self.status, self.param, self.code = status, param, code
+        super().__init__(message)
+
+
 class EvaluationError(KeditError, ValueError):
     """An evaluation was asked for something impossible."""
 

@@ -49,7 +49,7 @@ FLOORS: list[str] = [
     "editing",
     "artifact",
     "hub model",
-    "evaluation",
+    "evaluation serving",
     "compat tuning",
     "cli",
 ]

@@ -21,6 +21,7 @@ from . import (
     inspect,
     methods,
     metrics,
+    serve,
     stats,
     trace,
     train,
@@ -74,6 +75,7 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("convert-editor")(convert_editor.convert_editor)
 app.command("metrics")(metrics.metrics)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 
 

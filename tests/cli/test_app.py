@@ -26,7 +26,7 @@ from hf_kedit.evaluation.runs.plan import SAVED, SETTINGS, TIMES
 
 from .conftest import Run
 
-COMMANDS = tuple("demo edit eval inspect rollback merge push list-methods stats trace bench metrics".split())
+COMMANDS = tuple("demo edit eval inspect rollback merge push list-methods stats trace bench metrics serve".split())
 
 
 def test_help_names_every_command(kedit: Run) -> None:

@@ -1,0 +1,236 @@
+"""One model in memory and several sets of edits for it: every caller is shown the one that it asks for.
+
+A set of edits is what the model's books hold, whatever the kind: deltas, codebooks, prompts. Showing another one
+means restoring the books to another state, which is what loading and undoing edits does, too; the weights are written
+where the two differ, and nowhere else. Callers of one variant run beside one another. Callers of different ones take
+turns, in the order in which they came, because there is one set of weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..anatomy.switching import uninterrupted
+from ..artifact.packs import OnConflict
+from ..artifact.reading import find_artifact, read_books
+from ..decoding import Decoding, decoding_of
+from ..errors import KeditError, PackError, ServeError, nearest
+from ..journal import Edit, Journal
+from ..model import EditableModel
+
+BASE = "base"
+"""Name of the model without any edit."""
+_PLUS = "+"
+_GLANCE_SECONDS = 0.05  # after which somebody who waits looks whether the answer is still wanted
+
+
+class NoLongerWantedError(KeditError):
+    """Whoever asked has gone."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """A model with one set of edits.
+
+    Args:
+        books: for every kind of edit what its book's `restore` takes.
+        edits: the journal.
+        decoding: how it generates.
+    """
+
+    books: Mapping[str, Any]
+    edits: list[Edit]
+    decoding: Decoding | None
+
+
+_EMPTY: Mapping[str, Any] = {"weights": {}, "adapter": {}, "prompt": ()}  # of books without an edit
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """Somebody who waits."""
+
+    variant: str
+    alone: bool
+
+
+class Variants:
+    """The variants of one model.
+
+    Args:
+        model: with the edits of the variant ``name``, if it carries any. Nobody else may change it from now on.
+        name: of the model as it is.
+
+    Raises:
+        ServeError: for a name that cannot be one.
+    """
+
+    def __init__(self, model: EditableModel, name: str):
+        if not name.strip() or _PLUS in name or name == BASE:
+            raise ServeError(f"a model cannot be called {name!r}: give it a name without '+' that is not 'base'")
+        if model.is_remote:
+            raise ServeError("this model is behind an API; what can be served is a model in memory")
+        self.model, self.name = model, name
+        self._changed = threading.Condition()
+        self._queue: list[_Ticket] = []
+        self._running: list[_Ticket] = []
+        self._shown: str | None = name
+        self._states = {name: self._present(), BASE: _State(_EMPTY, [], None)}
+        self._packs: dict[str, str | None] = {}  # name → the variant that it is, or None if it can be added to others
+
+    @property
+    def names(self) -> list[str]:
+        """What can be asked for; packs of weights also together (``base+one+two``)."""
+        return [self.name, BASE, *(f"{BASE}{_PLUS}{pack}" for pack in self._packs)]
+
+    def add_pack(
+        self,
+        name: str,
+        source: str | Path,
+        *,
+        ignore_fingerprint: bool = False,
+        on_conflict: OnConflict = "warn",
+    ) -> None:
+        """Make saved edits a variant, ``base+<name>``.
+
+        Args:
+            name: of the pack.
+            source: folder or Hub id of saved edits of any kind, made on the same base model.
+            ignore_fingerprint: take edits that were made on other weights.
+            on_conflict: see `EditableModel.set_active`.
+
+        Raises:
+            ServeError: if the name is taken or cannot be one.
+            PackError: if the source holds no saved edits.
+            BaseModelMismatchError: if they were made on another model.
+        """
+        if not name.strip() or _PLUS in name or "/" in name or name in self._packs:
+            raise ServeError(f"a pack needs a name of its own without '+' and '/', not {name!r}")
+        artifact = find_artifact(str(source))
+        if artifact is None:
+            raise PackError(f"{str(source)!r} is a model, not a set of saved edits")
+        described = artifact.config
+        with self._turn(BASE, alone=True):
+            if set(described.get("books") or ()) <= {"weights"} and not described.get("decoding"):
+                self.model.packs.load(
+                    artifact, name, activate=False, on_conflict=on_conflict, ignore_fingerprint=ignore_fingerprint
+                )
+                self._packs[name] = None
+                return
+            books = {**_EMPTY, **read_books(artifact, self.model, ignore_fingerprint)}
+            decoding = decoding_of(described["decoding"]) if described.get("decoding") else None
+            variant = f"{BASE}{_PLUS}{name}"
+            self._states[variant] = _State(books, artifact.journal.as_list(), decoding)
+            self._packs[name] = variant
+
+    def find(self, wanted: str) -> str:
+        """The variant of this name, made if it is a combination of packs that nobody has asked for yet.
+
+        Raises:
+            ServeError: if there is none, naming the nearest; or if packs do not add up.
+        """
+        if wanted in self._states:
+            return wanted
+        first, *packs = wanted.split(_PLUS)
+        unknown = next((pack for pack in packs if pack not in self._packs), None)
+        if first != BASE or not packs or unknown is not None:
+            known = self.names
+            raise ServeError(
+                f"the model {wanted[:200]!r} does not exist.{nearest(wanted[:200], known)}"
+                f" There is {', '.join(known)}.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        single = next((pack for pack in packs if self._packs[pack] is not None), None)
+        if single is not None or len(set(packs)) < len(packs):
+            why = (
+                "a pack is named twice" if single is None else f"{single!r} holds edits that are no change of weights"
+            )
+            raise ServeError(f"{wanted!r}: {why}, and does not add up with others", param="model")
+        with self._turn(BASE, alone=True):
+            if wanted not in self._states:
+                self.model.set_active(packs, on_conflict="ignore")
+                try:
+                    self._states[wanted] = self._present()
+                finally:
+                    self.model.set_active([])
+        return wanted
+
+    def edits(self, variant: str) -> list[Edit]:
+        """The edits that a variant carries, oldest first."""
+        return list(self._states[variant].edits)
+
+    # ------------------------------------------------------------------ turns
+
+    def showing(self, variant: str, gone: Callable[[], bool] = lambda: False) -> Any:
+        """A block in which the model is this variant; others who want the same one are let in beside it.
+
+        Args:
+            variant: what `find` returned.
+            gone: whether the answer is not wanted any more; looked at while waiting.
+
+        Raises:
+            NoLongerWantedError: on entering, if it is not.
+        """
+        return self._turn(variant, alone=False, gone=gone)
+
+    @contextmanager
+    def changing(self) -> Iterator[EditableModel]:
+        """A block that changes the edits of the model itself (the variant `name`); nobody meets them meanwhile."""
+        with self._turn(self.name, alone=True):
+            try:
+                yield self.model
+            finally:
+                self._states[self.name] = self._present()
+
+    @contextmanager
+    def _turn(self, variant: str, *, alone: bool, gone: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        ticket = _Ticket(variant, alone)
+        with self._changed:
+            self._queue.append(ticket)
+            try:
+                while not self._has_turn(ticket):
+                    self._changed.wait(_GLANCE_SECONDS)
+                    if gone():
+                        raise NoLongerWantedError("whoever asked has gone")
+                self._show(variant)
+                self._running.append(ticket)
+            finally:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running.remove(ticket)
+                self._changed.notify_all()
+
+    def _has_turn(self, ticket: _Ticket) -> bool:
+        """Whether all who run, and all who came before, want the same as this one."""
+        before = [*self._running, *self._queue[: self._queue.index(ticket)]]
+        if ticket.alone:
+            return not before
+        return not any(other.alone or other.variant != ticket.variant for other in before)
+
+    def _show(self, variant: str) -> None:
+        if self._shown == variant:
+            return
+        state = self._states[variant]
+        self._shown = None  # what a failure leaves behind is not known
+        with self.model.exclusive(), uninterrupted():
+            for kind, content in state.books.items():
+                self.model.books[kind].restore(content)
+            self.model.journal = Journal(state.edits)
+            self.model.set_decoding(state.decoding)
+        self._shown = variant
+
+    def _present(self) -> _State:
+        model = self.model
+        books = {kind: book.snapshot() for kind, book in model.books.items()}
+        return _State(books, model.journal.as_list(), model.decoding_config)
