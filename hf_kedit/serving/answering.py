@@ -40,7 +40,7 @@ _BROKEN = "\ufffd"  # stands for a character of which only some bytes are there
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AnswerSettings:
     """How an answer is made.
 
     Args:
@@ -80,7 +80,7 @@ class TokenChance:
 
 
 @dataclass
-class Answer:
+class Reply:
     """An answer that has come to its end.
 
     Args:
@@ -100,13 +100,13 @@ Told = Callable[[str, list[TokenChance]], None]
 """Called with every new piece of text and its tokens."""
 
 
-def default_sampling(model: EditableModel, max_tokens: int, **asked: Any) -> Sampling:
+def default_sampling(model: EditableModel, max_tokens: int, **asked: Any) -> AnswerSettings:
     """How a model answers where nothing else is asked: as its generation config says, greedily without one.
 
     Args:
         model: that answers.
         max_tokens: of the answer.
-        asked: fields of `Sampling`; ``None`` stands for the model's own.
+        asked: fields of `AnswerSettings`; ``None`` stands for the model's own.
     """
     own = model.base_model.generation_config
     draws = bool(getattr(own, "do_sample", False))
@@ -116,17 +116,17 @@ def default_sampling(model: EditableModel, max_tokens: int, **asked: Any) -> Sam
         if draws:
             given.setdefault("top_k", getattr(own, "top_k", None) or None)
             given.setdefault("top_p", float(getattr(own, "top_p", None) or 1.0))
-    return Sampling(max_tokens, **given)
+    return AnswerSettings(max_tokens, **given)
 
 
 def answer_prompt(
     model: EditableModel,
     prompt: Sequence[int],
-    sampling: Sampling,
+    sampling: AnswerSettings,
     *,
     told: Told = lambda text, chances: None,
     gone: Callable[[], bool] = lambda: False,
-) -> Answer:
+) -> Reply:
     """Let a model answer.
 
     Args:
@@ -186,7 +186,7 @@ class _Ending(StoppingCriteria):
 class _Chooser(LogitsProcessor):
     """Chooses each token and leaves ``generate`` no other."""
 
-    def __init__(self, sampling: Sampling, speaker: _Speaker, device: torch.device):
+    def __init__(self, sampling: AnswerSettings, speaker: _Speaker, device: torch.device):
         self._speaker, self._top = speaker, sampling.top_logprobs
         self._generator: torch.Generator | None = None
         self._warpers = LogitsProcessorList()
@@ -226,14 +226,19 @@ class _Speaker:
     """Makes text of tokens and passes on what can no longer change."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, front: list[int], sampling: Sampling, ends: set[int], told: Told
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        front: list[int],
+        sampling: AnswerSettings,
+        ends: set[int],
+        told: Told,
     ):
         self._tokenizer, self._front, self._sampling, self._ends, self._told = tokenizer, front, sampling, ends, told
         self._before = self._decoded(front)
         self._tokens: list[int] = []
         self._held: list[TokenChance] = []  # of tokens whose text was not passed on yet
         self._text = ""
-        self.answer = Answer()
+        self.answer = Reply()
         self.has_ended = False
         self._is_cut = False
 

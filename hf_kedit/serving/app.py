@@ -22,13 +22,13 @@ from ..logging import get_logger
 from ..requests import EditRequest
 from ..text.chat import chat_frame
 from ..tokens import context_length, prompt_ids
-from .answering import Answer, Sampling, TokenChance, answer_prompt, default_sampling
+from .answering import AnswerSettings, Reply, TokenChance, answer_prompt, default_sampling
 from .protocol import (
     LAST_EVENT,
-    Asked,
-    ChatAsked,
-    CompletionAsked,
+    ChatQuestion,
+    CompletionQuestion,
     Form,
+    Question,
     as_event,
     as_json,
     edit_json,
@@ -118,7 +118,7 @@ class Service:
 
     # ------------------------------------------------------------------ questions
 
-    def chat_ids(self, asked: ChatAsked) -> list[int]:
+    def chat_ids(self, asked: ChatQuestion) -> list[int]:
         """A conversation as token ids, up to where the answer begins.
 
         Raises:
@@ -145,7 +145,7 @@ class Service:
             raise ServeError("the prompt is empty, and the model has no token that a text begins with", param="prompt")
         return ids
 
-    def sampling(self, asked: Asked, prompt_tokens: int, max_tokens: int | None, default: int) -> Sampling:
+    def sampling(self, asked: Question, prompt_tokens: int, max_tokens: int | None, default: int) -> AnswerSettings:
         """How an answer is made.
 
         Args:
@@ -165,7 +165,7 @@ class Service:
                 param="max_tokens"
                 if max_tokens and room > 0
                 else "messages"
-                if isinstance(asked, ChatAsked)
+                if isinstance(asked, ChatQuestion)
                 else "prompt",
                 code="context_length_exceeded",
             )
@@ -207,7 +207,7 @@ class Service:
 
     # ------------------------------------------------------------------ answers
 
-    def start(self, variant: str, prompts: Sequence[list[int]], sampling: Sampling) -> Work:
+    def start(self, variant: str, prompts: Sequence[list[int]], sampling: AnswerSettings) -> Work:
         """Begin to answer.
 
         Raises:
@@ -232,13 +232,13 @@ class Service:
                                 self.variants.model,
                                 prompt,
                                 sampling,
-                                told=lambda text, chances, i=i: work.put(Piece(i, text, chances)),  # type: ignore[misc]
+                                told=lambda text, chances, i=i: work.put(AnswerPart(i, text, chances)),  # type: ignore[misc]
                                 gone=work.is_gone,
                             )
                         )
                         if answers[-1].finish == "cancelled":
                             raise self.unwanted()
-                        work.put(End(i, answers[-1]))
+                        work.put(AnswerEnd(i, answers[-1]))
                 work.put(answers)
             except BaseException as error:  # goes to whoever waits
                 work.put(error)
@@ -283,7 +283,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPart:
     """A part of the answer to the prompt ``index``."""
 
     index: int
@@ -292,11 +292,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class End:
+class AnswerEnd:
     """The end of the answer to the prompt ``index``."""
 
     index: int
-    answer: Answer
+    answer: Reply
 
 
 class Work:
@@ -331,7 +331,7 @@ class Work:
             self._gone.set()
 
     async def get(self, request: Request | None = None) -> Any:
-        """The next item, which is a `Piece`, an `End`, or the list of all answers.
+        """The next item, which is an `AnswerPart`, an `AnswerEnd`, or the list of all answers.
 
         Args:
             request: whose client is watched meanwhile, if somebody has to.
@@ -416,7 +416,7 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         admit(request)
-        asked = read_asked(await body_of(request), CompletionAsked)
+        asked = read_asked(await body_of(request), CompletionQuestion)
         prompts = [service.text_ids(prompt) for prompt in asked.prompts]
         longest = max(map(len, prompts))
         sampling = service.sampling(asked, longest, asked.max_tokens, COMPLETION_TOKENS)
@@ -425,13 +425,13 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         admit(request)
-        asked = read_asked(await body_of(request), ChatAsked)
+        asked = read_asked(await body_of(request), ChatQuestion)
         ids = service.chat_ids(asked)
         most = asked.max_completion_tokens or asked.max_tokens
         return await respond(request, asked, [ids], service.sampling(asked, len(ids), most, CHAT_TOKENS), chat=True)
 
     async def respond(
-        request: Request, asked: Asked, prompts: list[list[int]], sampling: Sampling, *, chat: bool
+        request: Request, asked: Question, prompts: list[list[int]], sampling: AnswerSettings, *, chat: bool
     ) -> Response:
         variant = await _in_thread(variants.find, asked.model)
         name = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
@@ -510,7 +510,7 @@ async def _events(
         if form.is_chat:
             yield as_event(form.piece(0, None))
         while not isinstance(item, list):
-            if isinstance(item, Piece):
+            if isinstance(item, AnswerPart):
                 yield as_event(form.piece(item.index, item.text, item.chances if logprobs else None))
             else:
                 yield as_event(form.piece(item.index, None, finish=item.answer.finish))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import KeditError, ModelBusyError, ServeError, UnknownEditError, nearest, shown
 from ..journal import Edit
 from ..storage.parsing import parse_json
-from .answering import Answer, TokenChance
+from .answering import Reply, TokenChance
 
 MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 4, 20, 32
 _BIGGEST_SEED = 2**63 - 1
@@ -44,7 +44,7 @@ class StreamOptions(_Part):
     include_obfuscation: bool = False
 
 
-class Asked(_Part):
+class Question(_Part):
     """What requests for an answer have in common."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -69,7 +69,7 @@ class Asked(_Part):
         return found
 
 
-class CompletionAsked(Asked):
+class CompletionQuestion(Question):
     """The body of ``/v1/completions``."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
@@ -82,7 +82,7 @@ class CompletionAsked(Asked):
 
     @property
     def top_logprobs_wanted(self) -> int | None:
-        """As `Sampling.top_logprobs`."""
+        """As `AnswerSettings.top_logprobs`."""
         return self.logprobs
 
 
@@ -108,7 +108,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatAsked(Asked):
+class ChatQuestion(Question):
     """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
@@ -118,7 +118,7 @@ class ChatAsked(Asked):
 
     @property
     def top_logprobs_wanted(self) -> int | None:
-        """As `Sampling.top_logprobs`.
+        """As `AnswerSettings.top_logprobs`.
 
         Raises:
             ServeError: if ``top_logprobs`` is asked for without ``logprobs``.
@@ -128,7 +128,7 @@ class ChatAsked(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-A = TypeVar("A", bound=Asked)
+A = TypeVar("A", bound=Question)
 
 
 def read_body(data: bytes) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def as_event(content: Any) -> bytes:
 LAST_EVENT = b"data: [DONE]\n\n"
 
 
-def usage_of(prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, int]:
+def usage_of(prompt_tokens: int, answers: Sequence[Reply]) -> dict[str, int]:
     """What was read and written, in tokens."""
     written = sum(answer.tokens for answer in answers)
     return {
@@ -238,7 +238,7 @@ class Form:
     def __init__(self, head: Mapping[str, Any], *, chat: bool):
         self._head, self.is_chat = dict(head), chat
 
-    def whole(self, answers: Sequence[Answer], usage: Mapping[str, int], *, logprobs: bool) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Reply], usage: Mapping[str, int], *, logprobs: bool) -> dict[str, Any]:
         """A reply with complete answers."""
         choices = []
         for i, answer in enumerate(answers):

@@ -23,7 +23,7 @@ from ..errors import KeditError, PackError, ServeError, nearest
 from ..journal import Edit, Journal
 from ..model import EditableModel
 
-BASE = "base"
+UNEDITED = "base"
 """Name of the model without any edit."""
 _PLUS = "+"
 _GLANCE_SECONDS = 0.05  # after which somebody who waits looks whether the answer is still wanted
@@ -71,7 +71,7 @@ class Variants:
     """
 
     def __init__(self, model: EditableModel, name: str):
-        if not name.strip() or _PLUS in name or name == BASE:
+        if not name.strip() or _PLUS in name or name == UNEDITED:
             raise ServeError(f"a model cannot be called {name!r}: give it a name without '+' that is not 'base'")
         if model.is_remote:
             raise ServeError("this model is behind an API; what can be served is a model in memory")
@@ -80,13 +80,13 @@ class Variants:
         self._queue: list[_Ticket] = []
         self._running: list[_Ticket] = []
         self._shown: str | None = name
-        self._states = {name: self._present(), BASE: _State(_EMPTY, [], None)}
+        self._states = {name: self._present(), UNEDITED: _State(_EMPTY, [], None)}
         self._packs: dict[str, str | None] = {}  # name → the variant that it is, or None if it can be added to others
 
     @property
     def names(self) -> list[str]:
         """What can be asked for; packs of weights also together (``base+one+two``)."""
-        return [self.name, BASE, *(f"{BASE}{_PLUS}{pack}" for pack in self._packs)]
+        return [self.name, UNEDITED, *(f"{UNEDITED}{_PLUS}{pack}" for pack in self._packs)]
 
     def add_pack(
         self,
@@ -115,7 +115,7 @@ class Variants:
         if artifact is None:
             raise PackError(f"{str(source)!r} is a model, not a set of saved edits")
         described = artifact.config
-        with self._turn(BASE, alone=True):
+        with self._turn(UNEDITED, alone=True):
             if set(described.get("books") or ()) <= {"weights"} and not described.get("decoding"):
                 self.model.packs.load(
                     artifact, name, activate=False, on_conflict=on_conflict, ignore_fingerprint=ignore_fingerprint
@@ -124,7 +124,7 @@ class Variants:
                 return
             books = {**_EMPTY, **read_books(artifact, self.model, ignore_fingerprint)}
             decoding = decoding_of(described["decoding"]) if described.get("decoding") else None
-            variant = f"{BASE}{_PLUS}{name}"
+            variant = f"{UNEDITED}{_PLUS}{name}"
             self._states[variant] = _State(books, artifact.journal.as_list(), decoding)
             self._packs[name] = variant
 
@@ -138,7 +138,7 @@ class Variants:
             return wanted
         first, *packs = wanted.split(_PLUS)
         unknown = next((pack for pack in packs if pack not in self._packs), None)
-        if first != BASE or not packs or unknown is not None:
+        if first != UNEDITED or not packs or unknown is not None:
             known = self.names
             raise ServeError(
                 f"the model {wanted[:200]!r} does not exist.{nearest(wanted[:200], known)}"
@@ -153,7 +153,7 @@ class Variants:
                 "a pack is named twice" if single is None else f"{single!r} holds edits that are no change of weights"
             )
             raise ServeError(f"{wanted!r}: {why}, and does not add up with others", param="model")
-        with self._turn(BASE, alone=True):
+        with self._turn(UNEDITED, alone=True):
             if wanted not in self._states:
                 self.model.set_active(packs, on_conflict="ignore")
                 try:
