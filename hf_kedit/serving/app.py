@@ -25,10 +25,10 @@ from ..tokens import context_length, prompt_ids
 from .answering import AnswerSettings, Reply, TokenChance, answer_prompt, default_sampling
 from .protocol import (
     LAST_EVENT,
-    ChatQuestion,
-    CompletionQuestion,
+    AnswerRequest,
+    ChatRequest,
+    CompletionRequest,
     Form,
-    Question,
     as_event,
     as_json,
     edit_json,
@@ -118,7 +118,7 @@ class Service:
 
     # ------------------------------------------------------------------ questions
 
-    def chat_ids(self, asked: ChatQuestion) -> list[int]:
+    def chat_ids(self, asked: ChatRequest) -> list[int]:
         """A conversation as token ids, up to where the answer begins.
 
         Raises:
@@ -145,7 +145,9 @@ class Service:
             raise ServeError("the prompt is empty, and the model has no token that a text begins with", param="prompt")
         return ids
 
-    def sampling(self, asked: Question, prompt_tokens: int, max_tokens: int | None, default: int) -> AnswerSettings:
+    def sampling(
+        self, asked: AnswerRequest, prompt_tokens: int, max_tokens: int | None, default: int
+    ) -> AnswerSettings:
         """How an answer is made.
 
         Args:
@@ -165,7 +167,7 @@ class Service:
                 param="max_tokens"
                 if max_tokens and room > 0
                 else "messages"
-                if isinstance(asked, ChatQuestion)
+                if isinstance(asked, ChatRequest)
                 else "prompt",
                 code="context_length_exceeded",
             )
@@ -416,7 +418,7 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         admit(request)
-        asked = read_asked(await body_of(request), CompletionQuestion)
+        asked = read_asked(await body_of(request), CompletionRequest)
         prompts = [service.text_ids(prompt) for prompt in asked.prompts]
         longest = max(map(len, prompts))
         sampling = service.sampling(asked, longest, asked.max_tokens, COMPLETION_TOKENS)
@@ -425,13 +427,13 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         admit(request)
-        asked = read_asked(await body_of(request), ChatQuestion)
+        asked = read_asked(await body_of(request), ChatRequest)
         ids = service.chat_ids(asked)
         most = asked.max_completion_tokens or asked.max_tokens
         return await respond(request, asked, [ids], service.sampling(asked, len(ids), most, CHAT_TOKENS), chat=True)
 
     async def respond(
-        request: Request, asked: Question, prompts: list[list[int]], sampling: AnswerSettings, *, chat: bool
+        request: Request, asked: AnswerRequest, prompts: list[list[int]], sampling: AnswerSettings, *, chat: bool
     ) -> Response:
         variant = await _in_thread(variants.find, asked.model)
         name = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex

@@ -44,7 +44,7 @@ class StreamOptions(_Part):
     include_obfuscation: bool = False
 
 
-class Question(_Part):
+class AnswerRequest(_Part):
     """What requests for an answer have in common."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -69,7 +69,7 @@ class Question(_Part):
         return found
 
 
-class CompletionQuestion(Question):
+class CompletionRequest(AnswerRequest):
     """The body of ``/v1/completions``."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
@@ -108,7 +108,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatQuestion(Question):
+class ChatRequest(AnswerRequest):
     """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
@@ -128,7 +128,7 @@ class ChatQuestion(Question):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-A = TypeVar("A", bound=Question)
+A = TypeVar("A", bound=AnswerRequest)
 
 
 def read_body(data: bytes) -> dict[str, Any]:
