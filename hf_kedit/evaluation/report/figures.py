@@ -51,7 +51,7 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
         return ""
     by_run = {label: means_by_name(summary) for label, summary in summaries.items()}
     rests = {label: estimates(group.reports[label].chosen(protocol, when)) for label in summaries}
-    lost = {label: _lost(group.reports[label], when) for label in summaries}
+    lost = {label: list(destroyed_axes(group.reports[label], when)) for label in summaries}
     columns = list(dict.fromkeys(key for row in by_run.values() for key in row))
     marks = {
         key: places({label: row[key][1] for label, row in by_run.items() if key in row}, metric_of(*key).better)
@@ -78,7 +78,7 @@ def means(group: Group[Any], protocol: str, when: str, colours: Mapping[str, int
             cells.append(mean_cell(*key, before, after, mark))
         cells.append(f'<td class="n">{seconds(summary["seconds_edit"])}</td>')
         if any(lost.values()):
-            cells.append(f'<td class="down">{escape(", ".join(map(_words, lost[label])))}</td>')
+            cells.append(f'<td class="down">{escape(", ".join(map(axis_name, lost[label])))}</td>')
         body.append((label, "".join(cells)))
     head = ["edits", *(label_of(*key) for key in columns), "s / edit"]
     last = "destroyed axes" if any(lost.values()) else ""
@@ -97,11 +97,17 @@ def _explained(columns: Sequence[AxisKey]) -> str:
     return "<br>".join(f"<strong>{escape(label)}</strong>: {escape(text)}." for text, label in about.items() if text)
 
 
-def _lost(report: Results, when: str) -> list[str]:
-    """Axes that were destroyed under any protocol: what is lost when the model writes is lost."""
-    summaries = [report.summary(protocol, when) for protocol in report.protocols if report.has(protocol, when)]
-    found = (axis for s in summaries for axis in destroyed(s["pre"]["per_axis"], s["post"]["per_axis"]))
-    return list(dict.fromkeys(found))
+def destroyed_axes(report: Results, when: str) -> dict[str, float]:
+    """Axes that were destroyed under any protocol → what is left: what is lost when the model writes is lost."""
+    left: dict[str, float] = {}
+    for protocol in report.protocols:
+        if report.has(protocol, when):
+            summary = report.summary(protocol, when)
+            before, after = summary["pre"]["per_axis"], summary["post"]["per_axis"]
+            for axis in destroyed(before, after):
+                shares = (after[s][axis] for s in ("locality", "locality_accuracy") if axis in after.get(s, {}))
+                left[axis] = min(left.get(axis, 1.0), *shares)
+    return left
 
 
 def _mark(place: str | None, lost: list[str]) -> str:
@@ -136,11 +142,12 @@ def _axes(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             for section, axis in names
         )
         body.append((label, "".join(cells)))
-    head = [f"{SHORT[section]}: {_words(axis)}" for section, axis in names]
+    head = [f"{SHORT[section]}: {axis_name(axis)}" for section, axis in names]
     return f'<details class="more"><summary>Axis by axis</summary>{number_table(head, body)}</details>'
 
 
-def _words(axis: str) -> str:
+def axis_name(axis: str) -> str:
+    """An axis in words."""
     return axis.replace("_", " ")
 
 

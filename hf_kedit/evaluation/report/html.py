@@ -11,6 +11,7 @@ from .charts import curves, legend
 from .figures import MARKS, READING, mean_cell, means, seconds
 from .groups import Group, Runs
 from .html_cases import run_cases, side_by_side
+from .lead import lead
 from .page import number_table, page, scrolling
 from .results import Results
 from .summaries import LABELS, SHORT
@@ -30,7 +31,9 @@ def render(runs: Runs[Any], title: str | None, max_cases: int) -> str:
     """
     title = runs.title if title is None else title
     parts = [
-        f'<header><p class="above">Knowledge editing report</p><h1>{escape(title)}</h1>{_subtitle(runs)}</header>'
+        f'<header><p class="above">Knowledge editing report</p><h1>{escape(title)}</h1>{_failures(runs)}</header>',
+        lead(runs),
+        _reading(len(runs.reports) > 1),
     ]
     groups = runs.groups
     # A run keeps its colour in all charts, and a method in all groups.
@@ -62,15 +65,20 @@ def render(runs: Runs[Any], title: str | None, max_cases: int) -> str:
     return page(title, parts)
 
 
-def _subtitle(runs: Runs[Any]) -> str:
+def _failures(runs: Runs[Any]) -> str:
     lost = [f"{label}: no edit could be made ({_first_reason(report)})" for label, report in runs.empty.items()]
     lost += [f"{label}: failed ({reason})" for label, reason in runs.failed.items()]
+    return "".join(f'<p class="warning">{escape(line)}</p>' for line in lost)
+
+
+def _reading(several: bool) -> str:
+    """What the numbers and marks mean, behind a line that opens it."""
     return (
-        "".join(f'<p class="warning">{escape(line)}</p>' for line in lost)
-        + '<p class="note">Reliability: does the edited prompt give the new answer? Generalization: do other wordings?'
-        " Locality: does everything else stay as the unedited model had it (agreement; whether it was right plays no"
-        " role)? Portability: do facts that follow hold? Numbers of different protocols are not comparable.</p>"
-        f'<p class="note">{READING}{" " + MARKS if len(runs.reports) > 1 else ""}</p>'
+        '<details class="more"><summary>How to read this page</summary><p class="note">Reliability: does the edited'
+        " prompt give the new answer? Generalization: do other wordings? Locality: does everything else stay as the"
+        " unedited model had it (agreement; whether it was right plays no role)? Portability: do facts that follow"
+        " hold? An axis is a kind of such questions. Numbers of different protocols are not comparable.</p>"
+        f'<p class="note">{READING}{" " + MARKS if several else ""}</p></details>'
     )
 
 

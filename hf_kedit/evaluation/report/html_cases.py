@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
 from typing import Any
@@ -243,16 +243,23 @@ def _score_row(label: str, axis: str, before: Sequence[float] | None, after: Seq
     )
 
 
+def texts_of(result: CaseResult) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """What the model wrote, each with whether it should have stayed and is wrong now."""
+    seen = Counter[tuple[str, str]]()
+    for text in result.texts:
+        section, axis = str(text["section"]), str(text.get("axis") or "")
+        yield text, section == "locality" and _lost(result, axis, seen[section, axis])
+        seen[section, axis] += 1
+
+
 def _text_table(result: CaseResult) -> str:
     """What the model wrote, changed words marked; in red where it should have stayed and is wrong now."""
     if not result.texts:
         return ""
-    rows, seen = [], Counter[tuple[str, str]]()
-    for text in result.texts:
+    rows = []
+    for text, lost in texts_of(result):
         section, axis = str(text["section"]), str(text.get("axis") or "")
-        place = seen[section, axis]
-        seen[section, axis] += 1
-        css = "lost" if section == "locality" and _lost(result, axis, place) else ""
+        css = "lost" if lost else ""
         about = f"{escape(_SECTIONS.get(section, section))}{f' · {_words(axis)}' if axis else ''}"
         post = changed(str(text["pre"]), str(text["post"]), css)
         rows.append(

@@ -25,6 +25,8 @@ p.note { max-width: 75ch; margin: .3rem 0 1rem; font-size: .9rem }
   margin: 1rem 0 }
 .panels.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)) }
 .panel { background: var(--panel); border-radius: 10px; padding: 14px 16px 16px }
+.panels.lead { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); align-items: start }
+.lead p { margin: .35rem 0; font-size: .92rem; overflow-wrap: anywhere }
 .panel > strong { display: block; margin-bottom: .5rem } .panel svg { width: 100%; height: auto }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif } svg .soft { fill: var(--soft) }
 svg .grid { stroke: var(--line); stroke-width: 1 }

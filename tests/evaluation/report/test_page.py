@@ -188,3 +188,19 @@ def test_texts_of_others_are_texts_in_a_terminal():
     for text in (console.file.getvalue(), str(report), repr(report)):
         assert shown in " ".join(text.replace("│", "").split())
         assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
+
+
+def test_the_page_begins_with_what_was_asked_what_changed_and_where_it_hurts():
+    kept, lost = run([1.0, 0.0], [1.0, 1.0]), run([1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0])
+    page = lost.to_html()
+    lead = page[page.index('<div class="panels lead">') : page.index("How to read this page")]
+    text = unescape(re.sub("<[^>]+>", "", lead))
+    assert "fact 2 Lima" in text and "fact 3" not in text and "and 2 more edits" in text
+    assert "the edited prompts give the new answer: 0.0 % → 100.0 %" in text
+    assert "near by: 33.3 % left" in text  # by generation; teacher forced, all of it
+    assert "Westland's capital is Rome. → Lima." in text  # the neighbour that was lost, and its first sentence alone
+    assert "Sudland" not in text and "She" not in text
+    both = Comparison({"<a>": kept, "b": lost}).to_html()
+    assert both.index('<div class="panels lead">') < both.index("<h2>By generation")
+    assert "<b>&lt;a&gt;</b>" in both and "At least half of each kind of other answers stayed." in both
+    assert "What else changed was not measured." in run([1.0], [], ["generation"]).to_html()
