@@ -57,6 +57,7 @@ _PUBLIC = {
     "model": "EditableModel",
     "remote": "OpenAICompatibleBackend TextBackend",
     "requests": "EditRequest Probe load_requests",
+    "text.pictures": "Picture",
     "training": "EditTrainer EditTrainingArguments",
     "tuning": "calibrate",
 }
@@ -138,6 +139,7 @@ if TYPE_CHECKING:  # the same once more for type checkers, which read no diction
     from .requests import EditRequest as EditRequest
     from .requests import Probe as Probe
     from .requests import load_requests as load_requests
+    from .text.pictures import Picture as Picture
     from .training import EditTrainer as EditTrainer
     from .training import EditTrainingArguments as EditTrainingArguments
     from .tuning import calibrate as calibrate

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 from . import embedded
 from .errors import UnsupportedModelError
 from .gguf import reading as gguf_reading
+from .logging import get_logger
 from .statistics.corpora import Corpus
+from .text.processors import sees, without_videos
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = get_logger(__name__)
 
 
 def model_name(name: str | Path) -> str:
@@ -123,6 +128,45 @@ def load_tokenizer(
     if getattr(tokenizer, "vocab_size", None) == 0:
         raise UnsupportedModelError(f"{name!r} has no tokenizer; give one with tokenizer=")
     return tokenizer
+
+
+def load_processor(
+    name: str, config: Any, *, revision: str | None = None, trust_remote_code: bool = False, **hub: Any
+) -> Any:
+    """Load the processor of a model that sees, by the same name; ``None`` for a model of text alone.
+
+    Without torchvision, transformers cannot make the part of a processor that reads videos. It is left out then.
+
+    Returns:
+        The processor, or ``None``, with a warning where the model sees and nothing is found that reads pictures.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if gguf_reading.is_gguf(name) or type(config) not in AutoModelForImageTextToText._model_mapping:
+        return None
+    from transformers import AutoProcessor
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **hub}
+    try:
+        processor: Any = AutoProcessor.from_pretrained(_source(name), **options)
+        if sees(processor):
+            return processor
+        reason = f"{type(processor).__name__} reads no pictures"
+    except Exception as error:  # whatever is missing: a file, a package, a part of a processor
+        try:
+            return _without_videos(name, config, options)
+        except Exception as other:
+            reason = f"{type(error).__name__}: {error}" if str(error) else str(other)
+    logger.warning("no processor could be loaded from %r (%s); pass processor= to edit with images", name, reason)
+    return None
+
+
+def _without_videos(name: str, config: Any, options: Mapping[str, Any]) -> Any:
+    """A processor of pictures and text, where its class also wants one of videos."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    kind: Any = PROCESSOR_MAPPING[type(config)]
+    return without_videos(kind).from_pretrained(_source(name), **options)
 
 
 def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from .engine.access import alone, among_others, exclusively
 from .engine.weights import head_kept
 from .errors import ConfigError
 from .gguf.reading import forget_origin, inside, is_gguf
-from .loading import hub_options, load_base, load_tokenizer, model_name
+from .loading import hub_options, load_base, load_processor, load_tokenizer, model_name
 from .logging import get_logger
 from .remote.backend import TextBackend
 from .remote.model import RemoteModel
@@ -63,6 +63,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         corpus: texts for second-moment statistics (a list, or a `Corpus`), instead of ``config.stats_dataset``.
         untie: give a head that shares its weight with the input embeddings a copy of its own, so that it can be
             edited alone. Saved edits remember it.
+        processor: of a model that sees, for requests with images; may be given as ``tokenizer``, too.
 
     Raises:
         AnatomyError: if the model's structure cannot be understood.
@@ -81,6 +82,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         base_model_revision: str | None = None,
         corpus: Sequence[str] | Corpus | None = None,
         untie: bool = False,
+        processor: Any = None,
     ):
         super().__init__(
             base_model,
@@ -91,6 +93,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             base_model_revision=base_model_revision,
             corpus=corpus,
             untie=untie,
+            processor=processor,
         )
         self.packs = Packs(self)
         kind: Any = type(base_model)
@@ -116,6 +119,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         ignore_fingerprint: bool = False,
         trust_remote_code: bool = False,
         untie: bool = False,
+        processor: Any = None,
         **model_kwargs: Any,
     ) -> EditableModel:
         """Load a base model to edit, or a saved edit together with its base model.
@@ -136,6 +140,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             ignore_fingerprint: put saved edits on a base with other weights than they were made on.
             trust_remote_code: allow code from the model's repository to run.
             untie: give a tied head a weight of its own, so that it can be edited; saved edits remember it.
+            processor: instead of the model's own, for models that see.
             model_kwargs: for ``AutoModel….from_pretrained`` (``dtype``, ``device_map``, ``token``,
                 ``quantization_config`` …). Edits of a quantised model are loaded on one quantised likewise; with
                 ``quantization_config=None`` and ``ignore_fingerprint=True``, on the unquantised model.
@@ -168,19 +173,28 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
                 ignore_fingerprint=ignore_fingerprint,
                 model_kwargs=model_kwargs,
             )
+            if processor is not None:
+                arguments["processor"] = processor
             with alone(arguments["base_model"]), head_kept(arguments["base_model"]):
                 return restore(artifact, cls(**arguments), ignore_fingerprint=ignore_fingerprint)
         if isinstance(base_model, (str, Path)):
             raise ConfigError("base_model= as a name belongs to saved edits; a model to edit is named first")
         loaded = base_model or load_base(name, revision=revision, trust_remote_code=trust_remote_code, **model_kwargs)
-        tokenizer = tokenizer or load_tokenizer(
-            name, revision=revision, trust_remote_code=trust_remote_code, **hub_options(model_kwargs)
-        )
+        own: Any = {"revision": revision, "trust_remote_code": trust_remote_code, **hub_options(model_kwargs)}
+        processor = processor or load_processor(name, loaded.config, **own)
+        tokenizer = tokenizer or (processor.tokenizer if processor is not None else load_tokenizer(name, **own))
         commit = None
         if base_model is None and embedded.resolve(name) is None and not is_gguf(name):  # which knows its own
             commit = cached_commit(name, "config.json", revision=revision, cache_dir=model_kwargs.get("cache_dir"))
         return cls(
-            loaded, config, tokenizer, anatomy=anatomy, base_model_id=name, base_model_revision=commit, untie=untie
+            loaded,
+            config,
+            tokenizer,
+            anatomy=anatomy,
+            base_model_id=name,
+            base_model_revision=commit,
+            untie=untie,
+            processor=processor,
         )
 
     @classmethod

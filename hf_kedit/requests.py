@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
 
 from .errors import DataError, RequestError, SubjectNotFoundError, nearest, shown
 from .storage.cells import check_plain, read_cell
-from .storage.records import CsvRow, read_records
+from .storage.records import CsvRow, read_rows
 from .text.chat import TEXT_FORMATS, ChatFrame, Messages, TextFormat, chat_frame, read_messages, with_system
 from .text.joining import separator_between
+from .text.pictures import Pictured, PictureFrame, as_pictured, pictured_to_json, pictures_of
 from .text.probes import Probe as Probe
 from .text.probes import answer_groups as answer_groups
-from .text.probes import probes_to_json
-from .text.scripts import HALF, is_writable
+from .text.probes import probes_to_json, read_probes
+from .text.processors import picture_frame, sees
+from .text.scripts import HALF, are_texts, is_writable
 from .text.subjects import find_subject
 
 if TYPE_CHECKING:
@@ -47,7 +49,10 @@ class EditRequest:
         rephrase_prompts: other wordings that should give the new target.
         locality: axis name → probes that must not change.
         portability: axis name → probes whose answer follows from the edit.
-        image: path of an image relative to an image root.
+        image: what prompt and other wordings are asked about, for models that see: a `Picture`, PIL image, array
+            ``[height, width, 3]`` of uint8, path or ``data:`` URI, or a list of these (frames of a video, too). Paths
+            stay paths until the model reads them.
+        image_rephrase: another picture (each) of the same thing, of which the prompt should be answered alike.
         id: a name for the edit, unique within a model; made up when missing.
         separator: text between prompt and target, where this fact needs another one than the config's.
         metadata: anything else that JSON can hold. Methods read two texts of it: DINM and DPO the answer that is to go
@@ -58,7 +63,8 @@ class EditRequest:
         prompt_format: how the model reads prompt, wordings and probes: ``"plain"``, as they are; ``"chat"``, through
             the tokenizer's chat template; ``"both"``: one edit for both. ``None``: ``"chat"`` where there are
             messages, otherwise as the method's config says.
-        frame: the chat that the prompt stands in, once a tokenizer has written it (`rendered`); not saved.
+        frame: the chat that the prompt stands in, or the pictures that it stands behind, once tokenizer and processor
+            have written it (`rendered`); not saved.
 
     Raises:
         RequestError: if a field is missing, empty or of a wrong type.
@@ -71,7 +77,8 @@ class EditRequest:
     rephrase_prompts: list[str] = field(default_factory=list)
     locality: dict[str, list[Probe]] = field(default_factory=dict)
     portability: dict[str, list[Probe]] = field(default_factory=dict)
-    image: str | None = None
+    image: Pictured | Sequence[Pictured] | None = None
+    image_rephrase: Pictured | Sequence[Pictured] | None = None
     id: str | None = None
     separator: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -88,10 +95,12 @@ class EditRequest:
         if self.subject is not None:
             self._check_text("subject", self.subject)
             self.subject = self.subject.strip()
-        for name in ("id", "image", "separator"):
+        for name in ("id", "separator"):
             value = getattr(self, name)
             if value is not None:
                 self._check_text(name, value, blank=name == "separator")
+        self.image = self._pictured("image", self.image)
+        self.image_rephrase = self._pictured("image_rephrase", self.image_rephrase)
         slots = self.prompt.count(SLOT)
         if slots > 1:
             self._fail(f"has {slots} slots '{{}}'; write the subject into all but one of them", "prompt")
@@ -120,12 +129,51 @@ class EditRequest:
 
     @property
     def filled_prompt(self) -> str:
-        """What the model reads before the answer: the plain prompt, or the chat that it is the last turn of."""
-        return self.plain_prompt if self._chat is None else self._chat.text(self.plain_prompt)
+        """What the model reads before the answer: the plain prompt, or the chat that it is the last turn of.
+
+        Of a rendered request with an image it is a `PicturedText`, as are its wordings.
+        """
+        return self.posed(self.plain_prompt)
 
     def posed(self, text: str) -> str:
         """What the model reads of another text in the place of the prompt: the text, or the chat with it."""
-        return text if self._chat is None else self._chat.text(text)
+        return text if self._around is None else self._around.text(text)
+
+    @property
+    def repictured_prompts(self) -> list[str]:
+        """Of a rendered request, the prompt about each of the pictures in ``image_rephrase``."""
+        if self.image_rephrase is None or not isinstance(self._around, PictureFrame):
+            return []
+        return [self._around.about([p]).text(self.plain_prompt) for p in pictures_of(self.image_rephrase)]
+
+    @property
+    def pictured(self) -> bool:
+        """Whether the request, or a probe of it, is about pictures."""
+        probes = (p for axes in (self.locality, self.portability) for ps in axes.values() for p in ps)
+        return self.image is not None or self.image_rephrase is not None or any(p.image is not None for p in probes)
+
+    def with_pictures(self, root: str | Path | None = None, *, probes: bool = True) -> EditRequest:
+        """The request with its pictures read: it does not depend on files any more, and saves them with itself.
+
+        Args:
+            root: folder that relative paths start from; ``None``: the current one.
+            probes: those of the probes, and the other pictures of the same thing, too.
+
+        Raises:
+            RequestError: if a file cannot be read as a picture.
+        """
+
+        def read(value: Any) -> Any:
+            found = in_row(lambda _: pictures_of(value, root), self)
+            return found[0] if len(found) == 1 else found or None
+
+        if not probes:
+            return self if self.image is None else replace(self, image=read(self.image))
+        asked: dict[str, Any] = {
+            name: {axis: [replace(p, image=read(p.image)) for p in ps] for axis, ps in getattr(self, name).items()}
+            for name in ("locality", "portability")
+        }
+        return replace(self, image=read(self.image), image_rephrase=read(self.image_rephrase), **asked)
 
     @property
     def unlearns(self) -> bool:
@@ -147,6 +195,11 @@ class EditRequest:
     def _chat(self) -> ChatFrame | None:
         return self.frame if self.prompt_format == "chat" else None
 
+    @property
+    def _around(self) -> ChatFrame | None:
+        """What stands around the prompt: a chat, or pictures."""
+        return self.frame if isinstance(self.frame, PictureFrame) else self._chat
+
     def in_context(self, template: str, index: int = 0) -> tuple[str, int]:
         """What the model reads, in a context; contexts of a chat are said by its system and its user.
 
@@ -158,8 +211,8 @@ class EditRequest:
             The text, and how far the characters of `plain_prompt` moved.
         """
         before, after = template.split(SLOT) if template.count(SLOT) == 1 else (template, "")
-        if self._chat is not None:
-            return self._chat.in_context(before, after, index, self.plain_prompt)
+        if self._around is not None:
+            return self._around.in_context(before, after, index, self.plain_prompt)
         return before + self.plain_prompt + after, len(before)
 
     def in_format(self, prompt_format: TextFormat | None, system: str | None = None) -> EditRequest:
@@ -169,28 +222,51 @@ class EditRequest:
             return self
         return replace(self, prompt_format=chosen, messages=with_system(self.messages, system, self.prompt))
 
-    def rendered(self, tokenizer: PreTrainedTokenizerBase) -> EditRequest:
+    def rendered(self, tokenizer: PreTrainedTokenizerBase, processor: Any = None) -> EditRequest:
         """The request as methods and protocols read it: a chat stands in what the tokenizer's template writes.
 
         This is the one place where a request becomes text. Its other wordings and its probes are then texts of chats
-        too (of ``"both"``, those of the plain request are left).
+        too (of ``"both"``, those of the plain request are left). A prompt that is asked of pictures stands behind
+        them, as its wordings do; a probe stands behind its own, or none.
+
+        Args:
+            tokenizer: of the model.
+            processor: of a model that sees.
 
         Raises:
             ChatTemplateError: if there is no template, or it cannot write the conversation.
+            RequestError: if there are pictures and no processor, or they cannot be read.
         """
-        if self.prompt_format not in ("chat", "both") or self.frame is not None:
+        if self.frame is not None or (self.prompt_format not in ("chat", "both") and not self.pictured):
             return self
-        frame = chat_frame(tokenizer, with_system(self.messages, None, self.prompt))
-        return replace(self, frame=frame)._framed()
+        if not self.pictured:
+            frame = chat_frame(tokenizer, with_system(self.messages, None, self.prompt))
+            return replace(self, frame=frame)._framed(lambda image: frame)
+        if not sees(processor):
+            self._fail("this model reads no pictures; take one that does, with its processor", "image")
+        if self.prompt_format == "both":
+            self._fail("a request with pictures is either plain or a chat, not both", "prompt_format")
+        chat = with_system(self.messages, None, self.prompt) if self.prompt_format == "chat" else None
 
-    def _framed(self) -> EditRequest:
-        frame = self._chat
-        if frame is None:
+        def around(image: Any) -> ChatFrame | None:
+            pictures = in_row(lambda _: pictures_of(image), self)
+            if not pictures:
+                return None if chat is None else picture_frame(processor, (), chat).of_text
+            return picture_frame(processor, pictures, chat)
+
+        return replace(self, frame=around(self.image))._framed(around)
+
+    def _framed(self, around: Callable[[Any], ChatFrame | None]) -> EditRequest:
+        """Wordings and probes as the model reads them, each in the frame for its image."""
+        frame = self._around
+        if frame is None and not self.pictured:
             return self
 
         def asked(axes: Mapping[str, Sequence[Probe]]) -> dict[str, list[Probe]]:
-            return {axis: [replace(p, prompt=frame.text(p.prompt)) for p in probes] for axis, probes in axes.items()}
+            return {axis: [p.within(around(p.image)) for p in probes] for axis, probes in axes.items()}
 
+        if frame is None:
+            return replace(self, locality=asked(self.locality), portability=asked(self.portability))
         return replace(
             self,
             rephrase_prompts=[frame.text(text) for text in self.rephrase_prompts],
@@ -211,7 +287,7 @@ class EditRequest:
             return [self]
         return [
             self.asked("plain"),
-            replace(self, prompt_format="chat")._framed(),
+            replace(self, prompt_format="chat")._framed(lambda image: self.frame),
         ]
 
     def separator_or(self, default: str | None) -> str | None:
@@ -220,10 +296,23 @@ class EditRequest:
             return separator_between(self.filled_prompt, self.target_new)
         return default if self.separator is None else self.separator
 
+    @property
+    def without_subject(self) -> bool:
+        """Whether the fact is about a picture whose prompt names no subject ("What is this?")."""
+        named = self.subject is not None and (
+            SLOT in self.prompt or find_subject(self.prompt, self.subject) is not None
+        )
+        return self.image is not None and not named
+
+    def check_subject(self) -> None:
+        """Raise what `subject_span` raises, except of a fact that is `without_subject`."""
+        if not self.without_subject:
+            self.subject_span()
+
     def subject_span(self) -> tuple[int, int]:
         """Character span of the subject in `filled_prompt`; see `plain_span`."""
         start, end = self.plain_span()
-        shift = 0 if self._chat is None else self._chat.shift(self.plain_prompt)
+        shift = 0 if self._around is None else self._around.shift(self.plain_prompt)
         return start + shift, end + shift
 
     def plain_span(self) -> tuple[int, int]:
@@ -326,9 +415,10 @@ class EditRequest:
             "rephrase_prompts": list(self.rephrase_prompts),
             "locality": probes_to_json(self.locality),
             "portability": probes_to_json(self.portability),
-            "image": self.image,
+            "image": pictured_to_json(self.image),
             "metadata": self.metadata,
             **{name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None},
+            **({"image_rephrase": pictured_to_json(self.image_rephrase)} if self.image_rephrase is not None else {}),
         }
 
     def with_id(self, new_id: str) -> EditRequest:
@@ -368,6 +458,16 @@ class EditRequest:
         if not is_writable(value):
             self._fail(HALF, name)
 
+    def _pictured(self, name: str, value: Any) -> Any:
+        try:
+            kept = as_pictured(value)
+        except RequestError as error:
+            self._fail(str(error), name)
+        for path in kept if isinstance(kept, tuple) else (kept,):
+            if isinstance(path, str):
+                self._check_text(name, path)
+        return kept
+
     def _texts(self, name: str, value: Any) -> list[str]:
         if value is None:
             return []
@@ -380,48 +480,20 @@ class EditRequest:
         return list(value)
 
     def _probes(self, name: str, value: Any) -> dict[str, list[Probe]]:
-        probes: dict[str, list[Probe]] = {}
-        if value is None:
-            return probes
-        if isinstance(value, Mapping):
-            for axis, entries in value.items():
-                probes[str(axis)] = self._axis(f"{name}[{axis!r}]", entries)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            for entry in value:
-                axis = entry.get("name") if isinstance(entry, Mapping) else None
-                if not isinstance(axis, str):
-                    self._fail("a list of probes needs a 'name' (the axis) in every entry", name)
-                assert isinstance(axis, str)
-                probes.setdefault(axis, []).append(Probe.from_value(entry, field_name=name, row=self.row))
-        else:
-            self._fail(f"must be a dict of axis → probes, not {type(value).__name__}", name)
+        probes = read_probes(value, name, self.row, self._fail)
         for axis, entries in probes.items():
             texts: list[Any] = [axis]
-            for probe in entries:
+            for i, probe in enumerate(entries):
                 texts.append(probe.prompt)
                 for group in probe.ground_truth:
                     texts += group
                 if probe.image is not None:
-                    texts.append(probe.image)
-            if not _are_texts(texts):
+                    entries[i] = replace(probe, image=self._pictured(f"{name}[{axis!r}]", probe.image))
+            if not are_texts(texts):
                 self._check_text(name, axis)
                 for text in texts[1:]:
                     self._check_text(f"{name}[{axis!r}]", text)
         return {axis: entries for axis, entries in probes.items() if entries}
-
-    def _axis(self, name: str, entries: Any) -> list[Probe]:
-        if isinstance(entries, (list, Sequence)) and not isinstance(entries, str):
-            return [Probe.from_value(entry, field_name=name, row=self.row) for entry in entries]
-        if isinstance(entries, (Mapping, Probe)):
-            prompts = entries.get("prompt") if isinstance(entries, Mapping) else None
-            if isinstance(entries, Probe) or isinstance(prompts, str) or not isinstance(prompts, Sequence):
-                return [Probe.from_value(entries, field_name=name, row=self.row)]
-            answers = entries.get("ground_truth") or [None] * len(prompts)
-            if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
-                self._fail("'prompt' and 'ground_truth' must be lists of the same length", name)
-            pairs = [{"prompt": p, "ground_truth": answer} for p, answer in zip(prompts, answers, strict=True)]
-            return [Probe.from_value(pair, field_name=name, row=self.row) for pair in pairs]
-        self._fail(f"must be a probe or a list of probes, not {type(entries).__name__}", name)
 
 
 _FIELDS = (
@@ -433,6 +505,7 @@ _FIELDS = (
     "locality",
     "portability",
     "image",
+    "image_rephrase",
     "id",
     "separator",
     "messages",
@@ -448,7 +521,6 @@ _DESCRIPTIVE = (
     "group_size",
     "target_neg",
     "loc_prompt",
-    "image_rephrase",
     "erase",
     "extra",
 )
@@ -458,15 +530,6 @@ KNOWN_FIELDS = frozenset({*_FIELDS, *_ALIASES, *_DESCRIPTIVE, "metadata"})
 
 _LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra", "messages")
 _CELLS = (*_LISTS, *_OBJECTS)
-
-
-def _are_texts(values: Sequence[Any]) -> bool:
-    """Whether `EditRequest._check_text` lets all of them pass: asked of many at once, in a fraction of its time."""
-    try:
-        whole = "".join(values)
-    except TypeError:
-        return False
-    return all(map(str.strip, values)) and "\x00" not in whole and is_writable(whole)
 
 
 def _erased(value: Any, row: int | None) -> bool | list[str]:
@@ -509,7 +572,7 @@ def load_requests(source: RequestSource) -> list[EditRequest]:
     if isinstance(source, EditRequest):
         return [source]
     if isinstance(source, (str, Path)):
-        rows: Iterable[Any] = read_rows(Path(source))
+        rows: Iterable[Any] = read_rows(source)
     elif isinstance(source, Mapping):
         rows = [source]
     elif isinstance(source, Iterable):
@@ -537,13 +600,3 @@ def load_requests(source: RequestSource) -> list[EditRequest]:
     if not requests:
         raise DataError("there are no edit requests: the list, dataset or file is empty")
     return requests
-
-
-def read_rows(path: Path) -> list[Any]:
-    """Read the rows of a JSON (a list, or one object), JSONL, CSV or Parquet file; blank cells of CSV are left out.
-
-    Raises:
-        DataError: if the file is missing, unreadable, not UTF-8, or not of these formats.
-    """
-    rows = read_records(str(path))
-    return [CsvRow({k: v for k, v in row.items() if v}) if isinstance(row, CsvRow) else row for row in rows]

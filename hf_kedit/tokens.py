@@ -7,14 +7,16 @@ without offsets fall back to comparing token prefixes. The user's tokenizer is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .errors import ConfigError, RequestError
 from .text.joining import separator_between
+from .text.pictures import PicturedText
+from .text.processors import processed
 from .text.scripts import HALF, is_writable
 
 if TYPE_CHECKING:
@@ -23,17 +25,66 @@ if TYPE_CHECKING:
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 
 
+ALIGNED = frozenset({"mm_token_type_ids", "token_type_ids", "cross_attention_mask"})
+"""What processors return with a number (or more) for every token, ``[1, tokens, …]``."""
+
+
+class TokenIds(tuple[int, ...]):
+    """Token ids of a text with pictures, together with what else the model reads: pixels, sizes, kinds of tokens.
+
+    They travel together from the processor to the forward (`pad_rows`, `TokenBatch.inputs`), so that whoever passes
+    ids on passes the pictures on. What begins as these ids do and ends earlier keeps them, any other part is plain.
+
+    Args:
+        ids: with placeholders expanded.
+        beside: the processor's other outputs by name; see `text.processors.processed`.
+        key: of the pictures; ids are equal only with equal keys.
+    """
+
+    beside: Mapping[str, torch.Tensor]
+    key: Hashable
+
+    def __new__(cls, ids: Iterable[int], beside: Mapping[str, torch.Tensor], key: Hashable) -> TokenIds:
+        self = super().__new__(cls, ids)
+        self.beside, self.key = beside, key
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        if not isinstance(index, slice) or index.start or index.step is not None:
+            return part
+        cut = {name: t[:, : len(part)] if name in ALIGNED else t for name, t in self.beside.items()}
+        return TokenIds(part, cut, self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenIds) and self.key == other.key and tuple.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((tuple.__hash__(self), self.key))
+
+    def __getnewargs__(self) -> Any:
+        return tuple(self), self.beside, self.key
+
+
+def as_ids(ids: Sequence[int]) -> tuple[int, ...]:
+    """Token ids as a tuple, pictures included."""
+    return ids if isinstance(ids, TokenIds) else tuple(ids)
+
+
 @dataclass(frozen=True)
 class EncodedText:
     """A tokenised text without the special tokens that a tokenizer appends at its end.
 
     Args:
-        ids: token ids, leading special tokens (BOS) included.
+        ids: token ids, leading special tokens (BOS) included; `TokenIds` of a text with pictures.
         offsets: character span of each token, ``None`` where the tokenizer cannot tell.
         special: whether a token was added by the tokenizer.
     """
 
-    ids: list[int]
+    ids: Sequence[int]
     offsets: list[tuple[int, int]] | None
     special: list[bool]
 
@@ -49,18 +100,18 @@ class EncodedPair:
         text: the text that was tokenised.
     """
 
-    ids: list[int]
+    ids: Sequence[int]
     prompt_length: int
     offsets: list[tuple[int, int]] | None
     text: str
 
     @property
-    def target_ids(self) -> list[int]:
+    def target_ids(self) -> Sequence[int]:
         """Token ids of the target."""
         return self.ids[self.prompt_length :]
 
     @property
-    def prompt_ids(self) -> list[int]:
+    def prompt_ids(self) -> Sequence[int]:
         """Token ids of the prompt."""
         return self.ids[: self.prompt_length]
 
@@ -90,7 +141,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, encoder_decoder: bool = False) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, encoder_decoder: bool = False) -> Sequence[int]:
     """Ids of a text that a model is asked with; an encoder also reads the special tokens at its end."""
     return _encode_whole(tokenizer, text).ids if encoder_decoder else encode_text(tokenizer, text).ids
 
@@ -99,6 +150,8 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     """Tokenise a text with all special tokens that the tokenizer adds; those in front once, also where it has them."""
     if not is_writable(text):
         raise RequestError(f"the text {text[:80]!r} {HALF}")
+    if isinstance(text, PicturedText):
+        return _encode_pictured(tokenizer, text)
     offsets: list[tuple[int, int]] | None = None
     if has_offsets(tokenizer):
         encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -115,6 +168,31 @@ def _encode_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
         if count and ids[:count] == ids[count : 2 * count]:
             return EncodedText(ids[count:], offsets[count:] if offsets is not None else None, special[count:])
     return EncodedText(ids, offsets, special)
+
+
+def _encode_pictured(tokenizer: PreTrainedTokenizerBase, text: PicturedText) -> EncodedText:
+    """Let the processor tokenise a text with pictures, and find its characters in the expanded ids.
+
+    The tokenizer alone gives the same ids with placeholders as they are written. What both end and begin with alike
+    is text, whose characters are known from there; placeholders and what a processor adds cover no character.
+
+    Raises:
+        RequestError: if the processor does not take the text, or the tokenizer reports no offsets.
+    """
+    if not has_offsets(tokenizer):
+        raise RequestError("texts with pictures need a fast tokenizer, which knows where tokens are", field="image")
+    plain = _encode_whole(tokenizer, str(text))
+    assert plain.offsets is not None
+    ids, beside = processed(text)
+    if len(ids) > 1 and ids[:1] == ids[1:2] == [tokenizer.bos_token_id]:  # the template's and the tokenizer's
+        ids, beside = ids[1:], {name: t[:, 1:] if name in ALIGNED else t for name, t in beside.items()}
+    most = min(len(ids), len(plain.ids))
+    tail = next((i for i in range(most) if ids[-1 - i] != plain.ids[-1 - i]), most)
+    head = next((i for i in range(most - tail) if ids[i] != plain.ids[i]), most - tail)
+    between, behind = len(ids) - head - tail, len(plain.ids) - tail
+    offsets = [*plain.offsets[:head], *[(0, 0)] * between, *plain.offsets[behind:]]
+    special = [*plain.special[:head], *[True] * between, *plain.special[behind:]]
+    return EncodedText(TokenIds(ids, beside, text.pictures), offsets, special)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedPair:
@@ -159,6 +237,8 @@ def encode_pair(
             start += 1
     if start == len(encoded.ids):
         raise RequestError(f"the target {target!r} has no tokens of its own after {prompt!r}", field="target_new")
+    if isinstance(encoded.ids, TokenIds):
+        return EncodedPair(_pictured_pair(tokenizer, prompt, encoded.ids, start), start, encoded.offsets, text)
     if start == 0 and prompt.strip():
         # One token covers prompt and target (scripts without spaces): tokenise them apart, as at inference.
         before = encode_text(tokenizer, prompt).ids
@@ -170,6 +250,25 @@ def encode_pair(
             "no token stands before the target, so nothing can predict it; give a longer prompt", field="prompt"
         )
     return EncodedPair(encoded.ids, start, encoded.offsets, text)
+
+
+def _pictured_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: TokenIds, start: int) -> TokenIds:
+    """Ids of prompt and target, with what the processor made of the prompt alone where that has no part in the ids.
+
+    A processor may look at the text for more than its ids (InstructBLIP's reads the question with the picture); at
+    the target it must not.
+
+    Raises:
+        RequestError: if the processor turns the prompt into other tokens when a target follows.
+    """
+    alone = encode_text(tokenizer, prompt).ids
+    same = min(start, len(alone)) - 1  # the prompt's last token may go together with the target's first characters
+    if not isinstance(alone, TokenIds) or same < 0 or ids[:same] != alone[:same] or abs(len(alone) - start) > 1:
+        raise RequestError(
+            f"the processor turns {str(prompt)[-40:]!r} into other tokens when a target follows", field="prompt"
+        )
+    beside = {name: ids.beside[name] if name in ALIGNED else tensor for name, tensor in alone.beside.items()}
+    return TokenIds(ids, beside, ids.key)
 
 
 def encode_target(tokenizer: PreTrainedTokenizerBase, target: str, *, eos: bool = False) -> list[int]:
@@ -249,12 +348,14 @@ class TokenBatch:
         attention_mask: ``[rows, width]`` int64, 1 on real tokens.
         position_ids: ``[rows, width]`` int64, counting real tokens from 0 whichever side is padded.
         starts: column of the first real token of each row, ``[rows]`` int64.
+        beside: of each row, what comes with its ids (`TokenIds`); empty if no row has pictures.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     starts: torch.Tensor
+    beside: tuple[Mapping[str, torch.Tensor], ...] = field(default=())
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """Return the batch on a device."""
@@ -263,11 +364,58 @@ class TokenBatch:
             self.attention_mask.to(device),
             self.position_ids.to(device),
             self.starts.to(device),
+            tuple({name: tensor.to(device) for name, tensor in row.items()} for row in self.beside),
         )
 
     def select(self, rows: torch.Tensor | slice) -> TokenBatch:
         """Return some of the rows, chosen by indices ``[n]``, a mask ``[rows]`` or a slice."""
-        return TokenBatch(self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.starts[rows])
+        beside = self.beside
+        if beside:
+            chosen = torch.arange(len(beside))[rows.cpu() if isinstance(rows, torch.Tensor) else rows]
+            beside = tuple(beside[i] for i in chosen.tolist())
+        return TokenBatch(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            self.position_ids[rows],
+            self.starts[rows],
+            beside if any(beside) else (),
+        )
+
+    def pictures(self) -> dict[str, torch.Tensor]:
+        """What the model reads beside ids, mask and positions, of all rows in one; nothing without pictures.
+
+        What belongs to tokens is padded as they are. Everything else is put one behind the other along its first axis
+        (images, patches, or rows), filled with zeros where sizes differ, as processors do with a list of texts. A row
+        without pictures has no part in it, except for models that count rows there.
+        """
+        names = list(dict.fromkeys(name for row in self.beside for name in row))
+        by_rows = "aspect_ratio_ids" in names  # Mllama: its pictures are attended to, and stand in no text
+        inputs = {}
+        for name in names:
+            have = next(row[name] for row in self.beside if name in row)
+            parts = [row.get(name) for row in self.beside]
+            if name in ALIGNED:
+                whole = have.new_zeros(len(parts), self.input_ids.shape[1], *_widest(parts)[1:])
+                for i, (part, start) in enumerate(zip(parts, self.starts.tolist(), strict=True)):
+                    if part is not None:
+                        whole[i, start : start + part.shape[1]][tuple(map(slice, part.shape[1:]))] = part[0]
+                inputs[name] = whole
+                continue
+            if by_rows:
+                parts = [have.new_zeros(1, *have.shape[1:]) if part is None else part for part in parts]
+            widest = _widest(parts)
+            filled = []
+            for part in parts:
+                if part is not None:
+                    filled.append(part.new_zeros(part.shape[0], *widest))
+                    filled[-1][tuple(map(slice, part.shape))] = part
+            inputs[name] = torch.cat(filled)
+        return inputs
+
+
+def _widest(parts: Sequence[torch.Tensor | None]) -> list[int]:
+    """The largest size along each axis but the first."""
+    return [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts if part is not None), strict=True)]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
@@ -293,7 +441,8 @@ def pad_rows(
         mask[i, start : start + len(row)] = 1
         starts[i] = start
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return TokenBatch(ids, mask, positions, starts)
+    beside = tuple(row.beside if isinstance(row, TokenIds) else {} for row in rows)
+    return TokenBatch(ids, mask, positions, starts, beside if any(beside) else ())
 
 
 def context_length(config: Any) -> int | None:

@@ -30,7 +30,7 @@ from ..errors import (
 )
 from ..gguf.reading import is_gguf, origin_of
 from ..journal import Journal
-from ..loading import hub_options, is_local, load_base, load_tokenizer, model_name
+from ..loading import hub_options, is_local, load_base, load_processor, load_tokenizer, model_name
 from ..logging import get_logger
 from ..remote.model import RemoteModel
 from ..storage.files import FileSource
@@ -191,7 +191,11 @@ def arguments_of(
         base_model = _load(artifact, name, given, revision, trust_remote_code, model_kwargs)
     if not ignore_fingerprint:
         _check_file(artifact, base_model)
-    if tokenizer is None and not isinstance(base_model, RemoteModel):
+    processor = None
+    if not isinstance(base_model, RemoteModel):
+        own: Any = {"revision": revision, "trust_remote_code": trust_remote_code, **hub_options(model_kwargs)}
+        processor = load_processor(name, base_model.config, **own) if name else None
+    if tokenizer is None and processor is None and not isinstance(base_model, RemoteModel):
         tokenizer = _tokenizer(name, base_model, revision, trust_remote_code, hub_options(model_kwargs))
     chosen = config if config is not None else AutoEditConfig.for_method(described["method"])
     if config is None:
@@ -207,6 +211,7 @@ def arguments_of(
         "base_model": base_model,
         "config": chosen,
         "tokenizer": tokenizer,
+        "processor": processor,
         "anatomy": anatomy if anatomy is not None else described.get("anatomy") or None,
         "base_model_id": name or recorded,
         "base_model_revision": revision,

@@ -255,7 +255,7 @@ class Prompter:
         """Rows behind their prefixes as the encoder reads them: as texts, with the tokenizer's own special tokens."""
         limit = context_length((model or self.model).config)
         texts = self.tokenizer.batch_decode([rows.ids[i] for i in group], skip_special_tokens=True)
-        read: list[list[int]] = []
+        read: list[Sequence[int]] = []
         for i, text in zip(group, texts, strict=True):
             for front in _fronts(routes[i]):
                 ids = prompt_ids(self.tokenizer, front + text, encoder_decoder=True)

@@ -17,7 +17,7 @@ from ..requests import EditRequest
 from .normalise import RawRow
 from .report import LoadReport
 
-Key = tuple[str, str | None]
+Key = tuple[str, Any]
 Keep = Literal["first", "last"]
 
 

@@ -7,6 +7,7 @@ set of keys and the axes differ from dataset to dataset.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets import Features, Json, Value
 
 from ..errors import DataError, nearest
 from ..requests import SLOT, EditRequest, Probe
+from ..text.pictures import pictured_to_json
 from ..text.subjects import find_subject
 
 _TEXT = Value("string")
@@ -117,6 +119,12 @@ def probe(
     return {"name": name, "prompt": prompt, "ground_truth": [g for g in kept if g], "match": match, "image": image}
 
 
+def _column(image: Any) -> str | None:
+    """An image as the text of a column: a path, a ``data:`` URI, or the JSON of a list of these."""
+    value = pictured_to_json(image)
+    return json.dumps(value) if isinstance(value, list) else value
+
+
 def row_from_request(request: EditRequest, *, dataset: str, number: int) -> dict[str, Any]:
     """Return the row of an edit request.
 
@@ -130,7 +138,7 @@ def row_from_request(request: EditRequest, *, dataset: str, number: int) -> dict
     extra = dict(request.metadata)
     descriptive = {
         name: extra.pop(name)
-        for name in ("dataset", "task", "group_id", "group_index", "group_size", "target_neg", "image_rephrase")
+        for name in ("dataset", "task", "group_id", "group_index", "group_size", "target_neg")
         if name in extra
     }
     nested = extra.pop("extra", None)
@@ -153,12 +161,15 @@ def row_from_request(request: EditRequest, *, dataset: str, number: int) -> dict
         rephrase_prompts=list(request.rephrase_prompts),
         locality=_flat(request.locality),
         portability=_flat(request.portability),
-        image=request.image,
+        image=_column(request.image),
+        image_rephrase=_column(request.image_rephrase),
         extra=extra,
     )
 
 
 def _flat(axes: Mapping[str, Iterable[Probe]]) -> list[dict[str, Any]]:
     return [
-        probe(name, p.prompt, p.ground_truth, match=p.match, image=p.image) for name, ps in axes.items() for p in ps
+        probe(name, p.prompt, p.ground_truth, match=p.match, image=_column(p.image))
+        for name, ps in axes.items()
+        for p in ps
     ]

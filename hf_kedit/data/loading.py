@@ -21,8 +21,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from ..errors import DataError, KeditError, RequestError, nearest, shown
 from ..logging import get_logger
-from ..requests import KNOWN_FIELDS, EditRequest, RequestSource, load_requests, read_rows
-from ..storage.records import SUFFIXES, read_all
+from ..requests import KNOWN_FIELDS, EditRequest, RequestSource, load_requests
+from ..storage.records import SUFFIXES, read_all, read_rows
 from .columns import Columns, check_columns, own_rows
 from .conflicts import Keep, Key, excluded_keys, select
 from .features import FEATURES

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ChatTemplateError, ConfigError
+from ..errors import ChatTemplateError, ConfigError, RequestError
 from ..methods.base import Method, Outcome
 from ..remote.model import RemoteModel
 from ..requests import EditRequest
@@ -18,11 +18,21 @@ def read_by(method: Method, requests: Sequence[EditRequest]) -> list[EditRequest
     Raises:
         ConfigError: if a request is in two formats and the method edits in one.
         ChatTemplateError: if the tokenizer cannot write a conversation.
+        RequestError: if a request has pictures and the method (or the model) works on text.
     """
     if method.both_formats is None and any(request.prompt_format == "both" for request in requests):
         raise ConfigError(
             f"{method.capabilities.name} edits in one format at a time: prompt_format='plain' or 'chat', not 'both'"
         )
+    for request in requests:
+        if request.image is not None and not method.pictures:
+            raise RequestError(
+                f"{method.capabilities.name} edits what a model says of text; a fact about a picture needs a method"
+                " that takes one (docs/images.md), such as ft-m, lora, rome or grace",
+                row=request.row,
+                field="image",
+                request_id=request.id,
+            )
     return [_rendered(request, method) for request in requests]
 
 
@@ -30,7 +40,7 @@ def _rendered(request: EditRequest, method: Method) -> EditRequest:
     if isinstance(method.bench.model, RemoteModel):  # which writes its chats itself
         return request.asked("plain")
     try:
-        return request.rendered(method.bench.tokenizer)
+        return request.rendered(method.bench.tokenizer, method.bench.processor)
     except ChatTemplateError as error:
         raise ChatTemplateError(f"row {request.row}: {error}" if request.row is not None else str(error)) from error
 

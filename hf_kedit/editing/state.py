@@ -34,6 +34,7 @@ from ..methods.base import Capabilities, Method, Workbench, method_class
 from ..remote.model import RemoteModel
 from ..statistics.corpora import SELF, Corpus, resolve_corpus, self_corpus
 from ..statistics.store import StatisticsStore
+from ..text.processors import sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ class EditedModel(nn.Module):
         base_model_revision: str | None,
         corpus: Sequence[str] | Corpus | None,
         untie: bool,
+        processor: Any = None,
     ):
         super().__init__()
         if not isinstance(base_model, nn.Module) or not hasattr(base_model, "config"):
@@ -73,7 +75,12 @@ class EditedModel(nn.Module):
         if isinstance(base_model, EditedModel):
             raise ConfigError("this model is an EditableModel already; call its edit(), or use set_method()")
         self.base_model = base_model  # type: ignore[assignment]  # what a RemoteModel lacks, it says itself
-        self.tokenizer = tokenizer
+        if sees(tokenizer):  # whoever has a processor has its tokenizer
+            tokenizer, processor = None, processor or tokenizer
+        if processor is not None and not sees(processor):
+            raise ConfigError(f"processor must be one of text and pictures, not {type(processor).__name__}")
+        self.processor = processor
+        self.tokenizer = processor.tokenizer if tokenizer is None and processor is not None else tokenizer
         self.gguf: GgufFile | None = origin_of(base_model)
         path = self.gguf.name if self.gguf is not None else getattr(base_model.config, "name_or_path", "")
         self.base_model_id = model_name(base_model_id or path or "")
@@ -258,6 +265,7 @@ class EditedModel(nn.Module):
         return Workbench(
             model=self.base_model,
             tokenizer=self.tokenizer,  # type: ignore[arg-type]
+            processor=self.processor,
             anatomy=self.anatomy,
             ledger=self.ledger,
             sites=self.sites,

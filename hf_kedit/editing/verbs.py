@@ -80,7 +80,7 @@ class Editing(EditedModel):
         """
         if (requests is None) == (not request):
             raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
-        given = requests_of(requests if requests is not None else request)
+        given = [r.with_pictures(probes=False) for r in requests_of(requests if requests is not None else request)]
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
@@ -193,7 +193,7 @@ class Editing(EditedModel):
         """A request that erases, with the answer that the model gives now where it names none."""
         if not request.unlearns or request.unwanted or self.tokenizer is None:
             return request
-        said = present_answer(self.base_model, self.tokenizer, request.rendered(self.tokenizer))
+        said = present_answer(self.base_model, self.tokenizer, request.rendered(self.tokenizer, self.processor))
         return replace(request, metadata={**request.metadata, "erase": [said]}) if said else request
 
     def _family(self) -> list[Edit]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..requests import EditRequest, in_row
-from ..tokens import encode_pair, encode_target, pad_id, pad_rows, prompt_ids
-from .forward import Positions, device_of, logits_at, model_inputs
+from ..tokens import as_ids, encode_pair, encode_target, pad_id, pad_rows, prompt_ids
+from .forward import Positions, device_of, generation_inputs, logits_at, model_inputs
 from .rows import check_length
 
 if TYPE_CHECKING:
@@ -85,14 +85,14 @@ def _encode(
         begin = tokenizer.pad_token_id if begin is None else begin
         shifted = (int(begin), *targets[:-1])  # the decoder sees the target shifted right by one
         if objective == "prompt_last":
-            return Example(tuple(encoded), (0,) * len(targets), tuple(targets), shifted[:1])
-        return Example(tuple(encoded), tuple(range(len(targets))), tuple(targets), shifted)
+            return Example(as_ids(encoded), (0,) * len(targets), tuple(targets), shifted[:1])
+        return Example(as_ids(encoded), tuple(range(len(targets))), tuple(targets), shifted)
     pair = encode_pair(tokenizer, request.filled_prompt, request.target_new, request.separator_or(separator))
     last = pair.prompt_length - 1
     if objective == "prompt_last":
-        return Example(tuple(pair.prompt_ids), (last,) * len(pair.target_ids), tuple(pair.target_ids))
+        return Example(as_ids(pair.prompt_ids), (last,) * len(pair.target_ids), tuple(pair.target_ids))
     positions = tuple(range(last, last + len(pair.target_ids)))
-    return Example(tuple(pair.ids[:-1]), positions, tuple(pair.target_ids))
+    return Example(as_ids(pair.ids[:-1]), positions, tuple(pair.target_ids))
 
 
 @dataclass(frozen=True)
@@ -193,14 +193,14 @@ def target_probabilities(model: Any, examples: Sequence[Example], fill: int, siz
 def present_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: EditRequest) -> str:
     """What the model says now, as many tokens as the new answer has."""
     both = bool(model.config.is_encoder_decoder)
-    asked = torch.tensor([prompt_ids(tokenizer, request.filled_prompt, encoder_decoder=both)], device=device_of(model))
+    ids = prompt_ids(tokenizer, request.filled_prompt, encoder_decoder=both)
+    asked = generation_inputs(model, pad_rows([ids]).to(device_of(model)))
     length = len(tokenizer(request.target_new, add_special_tokens=False)["input_ids"])
     said = model.generate(  # type: ignore[operator]
-        asked,
-        attention_mask=torch.ones_like(asked),
+        **asked,
         max_new_tokens=length,
         do_sample=False,
         pad_token_id=pad_id(tokenizer),
     )
-    start = 0 if both else asked.shape[1]
+    start = 0 if both else len(ids)
     return str(tokenizer.decode(said[0, start:], skip_special_tokens=True)).strip()

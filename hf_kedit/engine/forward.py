@@ -48,12 +48,47 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     """Arguments for a plain forward over a padded batch; positions are given wherever the model takes them."""
-    kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    kwargs = generation_inputs(model, batch)
     if accepts(model, "position_ids"):
-        kwargs["position_ids"] = batch.position_ids
+        kwargs["position_ids"] = _positions_in_pictures(model, batch, kwargs)
     if accepts(model, "use_cache"):
         kwargs["use_cache"] = False
     return kwargs
+
+
+def generation_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
+    """What ``generate`` takes of a padded batch, which counts positions itself: ids, mask, and pictures if any."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if not batch.beside:
+        return inputs | _blank(model, batch)
+    dtype = next(iter(_inner(model).parameters())).dtype
+    pictures = batch.pictures()
+    return inputs | {name: t.to(dtype) if t.is_floating_point() else t for name, t in pictures.items()}
+
+
+def _positions_in_pictures(model: PreTrainedModel, batch: TokenBatch, inputs: dict[str, Any]) -> torch.Tensor:
+    """Positions as the model counts them: Qwen's models count the rows and columns of a picture, ``[3, rows, width]``.
+
+    They are named even though the model would count by itself, because a replay asks for a part of the columns.
+    """
+    count = getattr(getattr(_inner(model), "model", None), "get_rope_index", None)
+    if not batch.beside or count is None:
+        return batch.position_ids
+    taken = inspect.signature(count).parameters
+    positions: torch.Tensor = count(**{name: value for name, value in inputs.items() if name in taken})[0]
+    return positions
+
+
+def _blank(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
+    """One empty picture for a model whose forward cannot do without (BLIP-2); no token of a text stands for it."""
+    needed = inspect.signature(type(_inner(model)).forward).parameters
+    if "pixel_values" not in needed or needed["pixel_values"].default is not inspect.Parameter.empty:
+        return {}
+    size, like = model.config.vision_config.image_size, next(iter(_inner(model).parameters()))
+    blank = {"pixel_values": like.new_zeros(1, 3, size, size)}
+    if "qformer_input_ids" in needed:
+        blank["qformer_input_ids"] = batch.input_ids.new_zeros(1, 1)
+    return blank
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ class Replay:
         self._shifts = [(i, c + shift[i], v) for i, row in enumerate(rows) for c, v in row.shifts]
         if self._shifts and self.sites != (block,):
             raise ValueError("what stays added is added at a block, and at no other site beside it")
+        self._position_ids: torch.Tensor = model_inputs(model, self.batch).get("position_ids", self.batch.position_ids)
         self._hidden: torch.Tensor | None = None
         self._prefix: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         self._tuples: dict[int, Any] = {}
@@ -211,6 +212,7 @@ class Replay:
         self._wanted = [row for row, kept in zip(self._wanted, keep.tolist(), strict=True) if kept]
         self._positions = {}
         self.facts, self.batch = self.facts[keep], self.batch.select(keep)
+        self._position_ids = self._position_ids[..., keep, :]
         if self._hidden is not None:
             self._hidden = self._hidden[keep.to(self._hidden.device)]
         self._prefix = [
@@ -304,7 +306,7 @@ class Replay:
         batch = self.batch
         kwargs: dict[str, Any] = {"input_ids": batch.input_ids[:, start:], "attention_mask": batch.attention_mask}
         if accepts(self.model, "position_ids"):
-            kwargs["position_ids"] = batch.position_ids[:, start:]
+            kwargs["position_ids"] = self._position_ids[..., start:]
         if self.route == "prefix":
             kept = [
                 _PrefixLayer(None, None, start) if kv is None else _PrefixLayer(kv[0], kv[1], start)
@@ -319,7 +321,8 @@ class Replay:
 
     def _route_key(self) -> tuple[Any, ...]:
         # Without a column before the window a comparison says nothing of prefixes.
-        return (self.layer, self.behind, self.start > 0, str(next(self.model.parameters()).dtype))
+        pictured = bool(self.batch.beside)
+        return (self.layer, self.behind, self.start > 0, pictured, str(next(self.model.parameters()).dtype))
 
     def _verified(self) -> dict[tuple[Any, ...], Route]:
         return _ROUTES.setdefault(self.model, {})

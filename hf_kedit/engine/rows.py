@@ -14,7 +14,16 @@ import torch
 
 from ..errors import TargetTooLongError
 from ..requests import SLOT, EditRequest, in_row
-from ..tokens import EncodedPair, FactToken, context_length, encode_pair, encode_prompt, fact_position, span_tokens
+from ..tokens import (
+    EncodedPair,
+    FactToken,
+    as_ids,
+    context_length,
+    encode_pair,
+    encode_prompt,
+    fact_position,
+    span_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,13 +85,14 @@ def rewrite_row(
     def place(request: EditRequest) -> tuple[EncodedPair, int]:
         prompt, shift = request.in_context(template, template_index)
         pair = encode_pair(tokenizer, prompt, request.target_new, request.separator_or(separator))
-        start, end = (0, 0) if fact_token == "last" else request.plain_span()
-        return pair, fact_position(tokenizer, pair, (start + shift, end + shift), fact_token)
+        where: FactToken = "last" if request.without_subject else fact_token
+        start, end = (0, 0) if where == "last" else request.plain_span()
+        return pair, fact_position(tokenizer, pair, (start + shift, end + shift), where)
 
     pair, fact = in_row(place, request)
     count = len(pair.ids) - pair.prompt_length
     return Row(
-        ids=tuple(pair.ids[:-1]),
+        ids=as_ids(pair.ids[:-1]),
         fact=fact,
         positions=tuple(range(pair.prompt_length - 1, pair.prompt_length - 1 + count)),
         targets=tuple(pair.target_ids),
@@ -110,7 +120,7 @@ def drift_row(
     _, end = span_tokens(tokenizer, encoded, (0, len(subject)))
     last = len(encoded.ids) - 1
     return Row(
-        ids=tuple(encoded.ids),
+        ids=as_ids(encoded.ids),
         fact=end - 1,
         positions=(end - 1 if at == "subject" else last,),
         targets=(),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
-_CHECKED: WeakKeyDictionary[torch.nn.Module, dict[int, bool]] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 KEPT_BYTES = 2**31
 
@@ -141,12 +141,12 @@ class Sweep:
 
     def _exact(self, chunk: _Chunk, taps: Sequence[Tap], found: dict[Tap, torch.Tensor]) -> bool:
         """Whether a restart at the chunk's layer gives what the tokens give; tried once per model and layer."""
-        known = _CHECKED.setdefault(self.model, {})
-        if chunk.layer not in known:
-            known[chunk.layer] = self._compare(chunk, taps)
-            if not known[chunk.layer]:
+        known, place = _CHECKED.setdefault(self.model, {}), (chunk.layer, bool(chunk.batch.beside))
+        if place not in known:
+            known[place] = self._compare(chunk, taps)
+            if not known[place]:
                 logger.debug("%s cannot be restarted at layer %d", type(self.model).__name__, chunk.layer)
-        return known[chunk.layer]
+        return known[place]
 
     def _compare(self, chunk: _Chunk, taps: Sequence[Tap]) -> bool:
         """Read one row from the tokens and from the kept states."""

@@ -15,7 +15,7 @@ import torch
 from ..logging import progress
 from ..requests import SLOT
 from ..tokens import encode_text, pad_id, pad_rows
-from .forward import accepts, device_of, frozen_eval
+from .forward import accepts, device_of, frozen_eval, generation_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +78,8 @@ def sample_texts(
     steps = range(max(total - min(len(e) for e in encoded), 0))
     with frozen_eval(model):
         for _ in progress(steps, description or "", show=description is not None):
-            kwargs = {"input_ids": step_ids, "attention_mask": mask, "use_cache": True, "past_key_values": cache}
+            kwargs = {**generation_inputs(model, batch), "input_ids": step_ids, "attention_mask": mask}
+            kwargs.update(use_cache=True, past_key_values=cache)
             if accepts(model, "position_ids"):
                 positions = (mask.cumsum(1) - 1).clamp(min=0)
                 kwargs["position_ids"] = positions[:, -step_ids.shape[1] :]

@@ -191,10 +191,10 @@ class _Text:
             ids = prompt_ids(tokenizer, fact.prompt, encoder_decoder=True)
             answers = [encode_target(tokenizer, a) for a in fact.answers]
             begin = int(tokenizer.pad_token_id if start is None else start)
-            return cls(ids, subject, begin, len(encoded.ids), candidates=answers)
+            return cls(list(ids), subject, begin, len(encoded.ids), candidates=answers)
         pairs = [encode_pair(tokenizer, fact.prompt, a, fact.separator) for a in fact.answers]
-        answers = [p.target_ids for p in pairs if p.prompt_ids == encoded.ids]
-        return cls(encoded.ids, subject, None, len(encoded.ids), candidates=answers)
+        answers = [list(p.target_ids) for p in pairs if p.prompt_ids == encoded.ids]
+        return cls(list(encoded.ids), subject, None, len(encoded.ids), candidates=answers)
 
     def inputs(self, answer: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         """Encoder or decoder-only ids, decoder ids, and the columns that predict the answer."""

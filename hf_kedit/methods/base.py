@@ -111,6 +111,7 @@ class Workbench:
         statistics: second moments of the unedited model.
         templates: context templates made so far, by (lengths, seed).
         loaded: what `Method.load` has brought; ``None``: the method has to load it itself.
+        processor: of a model that sees.
         trace: where a method leaves intermediate tensors when this is a dict (tests, debugging).
     """
 
@@ -123,6 +124,7 @@ class Workbench:
     statistics: StatisticsStore
     templates: dict[str, list[list[str]]] = field(default_factory=dict)
     loaded: Any = None
+    processor: Any = None
     trace: dict[str, torch.Tensor] | None = None
     show_progress: bool = True
 
@@ -222,6 +224,9 @@ class Method(ABC):
     """How the method takes a request in two formats (plain and chat): it looks at `EditRequest.formats` itself, or it
     gets two requests for the one edit, or (``None``) not at all."""
 
+    pictures: ClassVar[bool] = False
+    """Whether the method edits what a model says of pictures."""
+
     text_only: ClassVar[bool] = False
     """Whether the method needs nothing of a model but its answers, so that it works on one behind an API."""
 
@@ -263,7 +268,7 @@ class Method(ABC):
             self.bench.ledger.check_editable(module)
         if self.capabilities.needs_subject:
             for request in requests:
-                request.subject_span()
+                request.check_subject()
 
     def prepare(self) -> None:
         """Compute what depends on the unedited model only (statistics, templates); called before the first edit."""

@@ -42,7 +42,8 @@ class LocateConfig(EditConfig):
     Args:
         rect_keep: fraction of a matrix's entries that an edit may change; see `WeightConfig`, which this class stands
             beside so that a reader of a method's config has two classes to look up, not five.
-        fact_token: where a fact is read and written; all published configurations use ``subject_last``.
+        fact_token: where a fact is read and written; all published configurations use ``subject_last``. Of a picture
+            whose question names no subject it is the last token of the prompt, whatever is set here.
         v_num_grad_steps: evaluations of the loss while a value is optimised (one more than updates), at most.
         v_optimizer: what optimises values. ``"adam"``: as published. ``"gauss_newton"``: the same loss within the same
             limits in a third of the evaluations, at most 10, and without a learning rate (`docs/performance.md`).
@@ -172,6 +173,7 @@ class LocateMethod(Method):
     """Base of the locate-then-edit methods."""
 
     both_formats: ClassVar[BothFormats | None] = "itself"
+    pictures: ClassVar[bool] = True
     config: LocateConfig
     tokens_per_width: ClassVar[int] = FEW_TOKENS_PER_WIDTH  # that second moments need at least
     default_template_lengths: ClassVar[Sequence[tuple[int, int]]]
@@ -254,7 +256,8 @@ class LocateMethod(Method):
                 )
                 for i, (form, template) in enumerate(written)
             ]
-            group.append(drift_row(tokenizer, request, owner=owner, at=config.kl_position))
+            if not request.without_subject:
+                group.append(drift_row(tokenizer, request, owner=owner, at=config.kl_position))
             built.append(group)
         return built
 

@@ -362,7 +362,7 @@ class UnKE(Method):
             return False
         return bool(answers.held(answers.token_losses(model), self.config.stop_probability).all())
 
-    def _held(self) -> list[list[int]]:
+    def _held(self) -> list[Sequence[int]]:
         """The general texts as token ids."""
         # Behind those by which the drift is judged, which would be no judges otherwise.
         last = WATCHED_TEXTS + self.config.held_texts

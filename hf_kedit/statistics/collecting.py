@@ -218,7 +218,7 @@ def add_upper(total: torch.Tensor, features: torch.Tensor, blocks: int | None = 
     return total
 
 
-def _groups(rows: Iterable[list[int]], tokens: int | None) -> Iterator[list[list[int]]]:
+def _groups(rows: Iterable[Sequence[int]], tokens: int | None) -> Iterator[list[Sequence[int]]]:
     """Cut a stream of encoded texts into groups that are sorted and batched each by itself.
 
     What is in a group, and where the last one ends, depends on the texts alone: every device, whatever fits into its
@@ -228,7 +228,7 @@ def _groups(rows: Iterable[list[int]], tokens: int | None) -> Iterator[list[list
         rows: token ids of the texts.
         tokens: how many are wanted; the last text is cut at exactly this number. ``None``: all.
     """
-    group: list[list[int]] = []
+    group: list[Sequence[int]] = []
     size = 0
     left = math.inf if tokens is None else tokens
     if left <= 0:
@@ -246,9 +246,9 @@ def _groups(rows: Iterable[list[int]], tokens: int | None) -> Iterator[list[list
         yield group
 
 
-def _budgeted(rows: Sequence[list[int]], budget: int) -> Iterator[list[list[int]]]:
+def _budgeted(rows: Sequence[Sequence[int]], budget: int) -> Iterator[list[Sequence[int]]]:
     """Cut rows, sorted by length, into batches whose padded size stays below the budget."""
-    batch: list[list[int]] = []
+    batch: list[Sequence[int]] = []
     for row in rows:
         if batch and (len(batch) + 1) * len(row) > budget:
             yield batch

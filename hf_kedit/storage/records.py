@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from ..errors import DataError
@@ -61,6 +61,16 @@ def read_records(file: str) -> Generator[Any, None, None]:
         raise DataError(f"cannot read {name!r}: it is not UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise DataError(f"cannot read {name!r}: {error}") from error
+
+
+def read_rows(path: str | Path) -> list[Any]:
+    """Read the rows of a JSON (a list, or one object), JSONL, CSV or Parquet file; blank cells of CSV are left out.
+
+    Raises:
+        DataError: if the file is missing, unreadable, not UTF-8, or not of these formats.
+    """
+    rows = read_records(str(path))
+    return [CsvRow({k: v for k, v in row.items() if v}) if isinstance(row, CsvRow) else row for row in rows]
 
 
 def read_object(file: str) -> Any:

@@ -372,7 +372,9 @@ class Optimisation:
         """Something of every row, by request: rewriting rows and the drift row, ``[running, rows + 1, places, d]``."""
         terms, count = self.terms, len(self.running)
         rewriting = by_row[terms.rewriting_rows].unflatten(0, (count, -1))
-        drift = by_row[terms.drift_rows].unsqueeze(1) if len(terms.drift_rows) else torch.zeros_like(rewriting[:, :1])
+        drift = torch.zeros_like(rewriting[:, :1])  # stays zero for requests without a drift row
+        if len(terms.drift_rows):
+            drift[terms.row_slot[terms.drift_rows], 0] = by_row[terms.drift_rows]
         return torch.cat([rewriting, drift], dim=1)
 
     def drop_finished(self) -> None:

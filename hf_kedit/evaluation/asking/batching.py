@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import RequestError
 from ...logging import get_logger, warn_once
+from ...tokens import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,8 +87,8 @@ def stand_in_bos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def cut_left(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt_length: int, limit: int | None
-) -> tuple[list[int], int]:
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt_length: int, limit: int | None
+) -> tuple[Sequence[int], int]:
     """Drop prompt tokens at the left (behind a leading special token) until ``ids`` fits into ``limit``."""
     if limit is None or len(ids) <= limit:
         return ids, 0
@@ -95,5 +96,9 @@ def cut_left(
     excess = len(ids) - limit
     if excess > prompt_length - keep - 1:
         raise RequestError(f"the target has too many tokens for the model's context of {limit}", field="target")
+    if isinstance(ids, TokenIds):
+        raise RequestError(
+            f"prompt and pictures have too many tokens for the model's context of {limit}", field="image"
+        )
     warn_once(logger, f"prompts longer than the model's context of {limit} tokens are cut at the left")
-    return ids[:keep] + ids[keep + excess :], excess
+    return [*ids[:keep], *ids[keep + excess :]], excess

@@ -21,11 +21,12 @@ from transformers import (
 )
 
 from ...anatomy.switching import Switch, switched
-from ...engine.forward import device_of, frozen_eval, generating
+from ...engine.forward import device_of, frozen_eval, generating, generation_inputs
 from ...errors import ChatTemplateError, EvaluationError, shown
 from ...remote.backend import TextOrMessages
 from ...remote.model import RemoteModel
 from ...text.chat import chat_text
+from ...text.pictures import PicturedText
 from ...tokens import context_length, pad_id, pad_rows, prompt_ids
 from .batching import (
     TOKEN_BUDGET,
@@ -129,7 +130,7 @@ def generate_answers(
     if room is not None and room < 1:
         raise EvaluationError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {limit}")
     cut_lines = prompt_format in ("raw", "qa") if cut_at_newline is None else cut_at_newline
-    rows: dict[str, list[int]] = {}
+    rows: dict[str, Sequence[int]] = {}
     cuts: dict[str, int] = {}
     for prompt in dict.fromkeys(prompts):
         ids = _prompt_ids(tokenizer, prompt, prompt_format, encoder_decoder) or [stand_in_bos(tokenizer)]
@@ -180,7 +181,9 @@ def format_prompt(prompt: str, prompt_format: PromptFormat) -> str:
 
 def _prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_format: PromptFormat, encoder_decoder: bool
-) -> list[int]:
+) -> Sequence[int]:
+    if isinstance(prompt, PicturedText) and prompt_format in ("qa", "chat"):
+        raise EvaluationError(f"prompt_format={prompt_format!r} frames text; requests with images are put as they are")
     if prompt_format not in ("raw", "qa", "chat"):
         raise EvaluationError(f"unknown prompt_format {shown(prompt_format)}: use 'raw', 'qa' or 'chat'")
     if prompt_format == "chat":
@@ -196,7 +199,7 @@ def _prompt_ids(
 def _generate_batch(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[list[int]],
+    rows: Sequence[Sequence[int]],
     config: GenerationConfig,
     cut_lines: bool,
     stop_strings: Sequence[str],
@@ -207,8 +210,7 @@ def _generate_batch(
     batch = pad_rows(rows, pad_id(tokenizer), "right" if encoder_decoder else "left").to(device_of(model))
     criteria = [_FirstLineWritten(tokenizer, 0 if encoder_decoder else batch.input_ids.shape[1])] if cut_lines else []
     output = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        **generation_inputs(model, batch),
         generation_config=config,
         stopping_criteria=StoppingCriteriaList(criteria),
         logits_processor=LogitsProcessorList([] if noise is None else [noise]),

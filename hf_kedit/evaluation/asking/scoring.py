@@ -20,6 +20,7 @@ from ...errors import EvaluationError, RequestError
 from ...remote.backend import TargetScores
 from ...remote.model import RemoteModel
 from ...tokens import (
+    as_ids,
     context_length,
     encode_pair,
     encode_target,
@@ -270,7 +271,7 @@ def encode_row(
         lead = _decoder_lead(tokenizer, target)
         labels = [*lead, *encode_target(tokenizer, target)]
         decoder = (decoder_start(model), *labels[:-1])  # labels shifted right by one
-        return TargetRow(tuple(source), decoder, len(lead), tuple(labels[len(lead) :]), cut)
+        return TargetRow(as_ids(source), decoder, len(lead), tuple(labels[len(lead) :]), cut)
     try:
         pair = encode_pair(tokenizer, prompt, target, separator)
         ids, start = pair.ids, pair.prompt_length
@@ -283,7 +284,7 @@ def encode_row(
     wanted = tuple(ids[start:])
     fed = ids[:-1]  # nothing is read off the last target token
     fed, cut = cut_left(tokenizer, fed, start, limit)
-    return TargetRow(tuple(fed), None, start - 1 - cut, wanted, cut)
+    return TargetRow(as_ids(fed), None, start - 1 - cut, wanted, cut)
 
 
 def _decoder_lead(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:

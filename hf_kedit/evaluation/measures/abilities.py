@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.normalise import RawRow
 from ...errors import DataError, check_choice, check_count
-from ...requests import read_rows
+from ...storage.records import read_rows
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import generate_answers
 from . import metrics

@@ -121,7 +121,7 @@ def essence_score(
             a space.
         max_tokens: the joined text is cut to so many.
     """
-    ids = encode_text(tokenizer, " ".join(snippets)).ids[:max_tokens]
+    ids = list(encode_text(tokenizer, " ".join(snippets)).ids[:max_tokens])
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return perplexity(model, tokenizer, [str(text)]).pooled
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ...data.loading import requests_of
 from ...errors import EvaluationError, check_choice, shown
-from ...requests import EditRequest, read_rows
+from ...requests import EditRequest
+from ...storage.records import read_rows
 from ..report.case_result import CaseResult
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def check_requests(model: EditableModel, cases: Sequence[Case], strict: bool = T
                 " roll it back first"
             )
         if strict and model.capabilities.needs_subject:
-            case.request.subject_span()
+            case.request.check_subject()
 
 
 def make_units(cases: Sequence[Case], setting: str, batch_size: int | None) -> list[list[Case]]:

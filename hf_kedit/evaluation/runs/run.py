@@ -213,7 +213,7 @@ class Run:
                 f"protocol {protocol.name!r} has prompt_format={frame!r}, and the questions are chats already; leave"
                 " one of them out"
             )
-        return asked.rendered(self.tokenizer)
+        return asked.rendered(self.tokenizer, self.model.processor)
 
     def outputs(self, protocol: Protocol, queries: Sequence[Query]) -> Outputs:
         """Ask the model as it is now."""

@@ -1,0 +1,216 @@
+"""Tiny random models that see, of real architectures, with real processors: nothing is downloaded.
+
+As `tests.models`, for image-text models. The tokenizer knows single characters; pictures are noise from a seed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_kedit.text.processors import without_videos
+
+VOCAB, HIDDEN, INNER, LAYERS, IMAGE, SIDE = 176, 32, 48, 3, 150, 28
+_CHARACTERS = ["▁", *(chr(c) for c in range(33, 127)), "\n"]
+_NAMED = ("<pad>", "<s>", "</s>", "<unk>")
+_IMAGE_TOKENS = (
+    *("<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<boi>", "<eoi>"),
+    *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<img>", "</img>", "[IMG]", "[IMG_BREAK]"),
+    *("[IMG_END]", "<|image|>", "<row_1_col_1>", "<IMG_CONTEXT>"),
+)
+
+
+def tokenizer(image_token: str | None = "<image>", **extra: str) -> PreTrainedTokenizerFast:
+    """One token per character; tokens of pictures from id `IMAGE` on. ``None``: the processor names its token."""
+    vocabulary = {text: i for i, text in enumerate((*_NAMED, *_CHARACTERS))}
+    for i in range(len(vocabulary), IMAGE):
+        vocabulary[f"<unused{i}>"] = i
+    built = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    built.decoder = decoders.Metaspace(prepend_scheme="never")
+    names = [image_token or "<image>", *(name for name in _IMAGE_TOKENS if name != (image_token or "<image>"))]
+    built.add_special_tokens(names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens=extra if image_token is None else {"image_token": image_token, **extra},
+    )
+
+
+def picture(seed: int, width: int = 40, height: int = 40) -> Image.Image:
+    """Noise."""
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (height, width, 3), np.uint8))
+
+
+_TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA = {"model_type": "llama", **_TEXT}
+_QWEN2 = {"model_type": "qwen2", **_TEXT}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": 14,
+}
+_SQUARE = {"size": {"height": SIDE, "width": SIDE}}
+
+
+def _llava() -> tuple[Any, Any]:
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **_VISION, "projection_dim": 16},
+        text_config=_LLAMA,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    )
+    reader = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=_SQUARE["size"])
+    processor = transformers.LlavaProcessor(
+        reader,
+        tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+    return config, processor
+
+
+def _llava_onevision() -> tuple[Any, Any]:
+    config = transformers.LlavaOnevisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **_VISION},
+        text_config=_QWEN2,
+        image_token_index=IMAGE,
+        video_token_index=IMAGE + 2,
+        image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]],
+    )
+    reader = transformers.LlavaOnevisionImageProcessorPil(
+        **_SQUARE, image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]]
+    )
+    kind = without_videos(transformers.LlavaOnevisionProcessor)
+    processor = kind(
+        reader, tokenizer(), num_image_tokens=4, vision_feature_select_strategy="full", image_token="<image>"
+    )
+    return config, processor
+
+
+_MROPE = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+_PADS = {"image_token_id": IMAGE, "video_token_id": IMAGE + 2, "vision_start_token_id": IMAGE + 3}
+_PADS |= {"vision_end_token_id": IMAGE + 4}
+
+
+def _qwen(name: str, reader: str, vision: dict[str, Any], **text: Any) -> tuple[Any, Any]:
+    config = getattr(transformers, f"{name}Config")(text_config={**_MROPE, **text}, vision_config=vision, **_PADS)
+    patch = vision.get("patch_size", 14)
+    pixels = {"min_pixels": (2 * patch) ** 2, "max_pixels": (4 * patch) ** 2}
+    images = getattr(transformers, reader)(patch_size=patch, merge_size=2, **pixels)
+    kind = without_videos(getattr(transformers, f"{name}Processor"))
+    named = {"video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>"}
+    return config, kind(images, tokenizer("<|image_pad|>", **named, vision_end_token="<|vision_end|>"))
+
+
+def _qwen2_vl() -> tuple[Any, Any]:
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    return _qwen("Qwen2VL", "Qwen2VLImageProcessorPil", vision)
+
+
+def _qwen2_5_vl() -> tuple[Any, Any]:
+    vision = {
+        **{"depth": 2, "hidden_size": 16, "out_hidden_size": HIDDEN, "num_heads": 2, "intermediate_size": 24},
+        **{"patch_size": 14, "window_size": 28, "fullatt_block_indexes": [1]},
+    }
+    return _qwen("Qwen2_5_VL", "Qwen2VLImageProcessorPil", vision)
+
+
+def _qwen3_vl() -> tuple[Any, Any]:
+    vision = {
+        **{"depth": 2, "hidden_size": 16, "out_hidden_size": HIDDEN, "num_heads": 2, "intermediate_size": 24},
+        **{"patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    }
+    return _qwen("Qwen3VL", "Qwen2VLImageProcessorPil", vision, head_dim=8)
+
+
+_QFORMER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "encoder_hidden_size": 16,
+}
+_OPT = {
+    **{"model_type": "opt", "vocab_size": VOCAB, "hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN},
+    **{"ffn_dim": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "max_position_embeddings": 512},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+_T5 = {
+    **{"model_type": "t5", "vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2},
+    **{"num_decoder_layers": LAYERS, "num_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0},
+}
+
+
+def _blip2(text: dict[str, Any] = _OPT) -> tuple[Any, Any]:
+    config = transformers.Blip2Config(
+        vision_config=_VISION, qformer_config=_QFORMER, text_config=text, num_query_tokens=4, image_token_index=IMAGE
+    )
+    return config, transformers.Blip2Processor(
+        transformers.BlipImageProcessorPil(**_SQUARE), tokenizer(None), num_query_tokens=4
+    )
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava": _llava,
+    "llava_onevision": _llava_onevision,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "blip2": _blip2,
+}
+
+
+@functools.cache
+def _built(family: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    config, processor = FAMILIES[family]()
+    torch.manual_seed(0)
+    model = _empty(config)
+    state = {}
+    for name, value in model.state_dict().items():
+        wide = value.dim() > 1 and value.is_floating_point()
+        state[name] = torch.randn(value.shape) * (0.3 if "embed" in name else 0.18) if wide else value.clone()
+    return config, processor, state
+
+
+def _empty(config: Any) -> PreTrainedModel:
+    kind = transformers.AutoModelForImageTextToText._model_mapping[type(config)]
+    model: PreTrainedModel = kind(config)
+    return model.eval()
+
+
+def seeing(family: str) -> tuple[PreTrainedModel, Any]:
+    """A fresh model of the family, weights from a fixed seed, and the family's processor (shared)."""
+    config, processor, state = _built(family)
+    model = _empty(config)
+    model.load_state_dict(state)
+    return model, processor
