@@ -129,10 +129,7 @@ class EditRequest:
 
     @property
     def filled_prompt(self) -> str:
-        """What the model reads before the answer: the plain prompt, or the chat that it is the last turn of.
-
-        Of a rendered request with an image it is a `PicturedText`, as are its wordings.
-        """
+        """What the model reads before the answer: the plain prompt, its chat, or a `PicturedText` of its image."""
         return self.posed(self.plain_prompt)
 
     def posed(self, text: str) -> str:

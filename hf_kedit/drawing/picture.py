@@ -15,7 +15,7 @@ _SHADES = 128
 """Shades that are kept: enough for text and heat maps, and a third of the bytes, which notebooks keep for good."""
 
 
-class Picture(Figure):
+class Plot(Figure):
     """A matplotlib figure without pyplot: it opens no window, and is gone with the last name for it."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:

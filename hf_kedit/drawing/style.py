@@ -92,9 +92,9 @@ def house_style(what: str) -> Iterator[None]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, made without pyplot; inside a `house_style`."""
-    from .picture import Picture
+    from .picture import Plot
 
-    figure: Any = Picture(figsize=(width, height), layout="constrained")
+    figure: Any = Plot(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.09)
     return figure
 
