@@ -187,7 +187,7 @@ class Service:
         if len(text) > 64 * most:  # no tokenizer has tokens this long, and it should not read a book in vain
             raise self._too_long(f"more than {most}", most, param)
         try:
-            ids = prompt_ids(self._tokenizer, text, encoder_decoder=bool(model.config.is_encoder_decoder))
+            ids = list(prompt_ids(self._tokenizer, text, encoder_decoder=bool(model.config.is_encoder_decoder)))
         except RequestError as error:
             raise ServeError(str(error), param=param) from error
         if len(ids) > most:
