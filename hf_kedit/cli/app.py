@@ -10,6 +10,7 @@ from ..version import __version__
 from . import (
     artifacts,
     bench,
+    chat,
     convert,
     convert_editor,
     demo,
@@ -75,6 +76,7 @@ app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("convert-editor")(convert_editor.convert_editor)
 app.command("metrics")(metrics.metrics)
+app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 
