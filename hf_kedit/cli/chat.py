@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -261,7 +261,7 @@ class Talk:
         sys.stdout.flush()
         return str(result.text)
 
-    def _ids(self, question: str) -> tuple[list[int], int]:
+    def _ids(self, question: str) -> tuple[Sequence[int], int]:
         """Token ids of a question, behind as much of what was said before as fits, and how long the answer may be."""
         from ..text.chat import chat_frame
         from ..tokens import context_length, prompt_ids
