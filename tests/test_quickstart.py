@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -40,35 +41,55 @@ def _agree(printed: str, expected: str) -> bool:
     return re.fullmatch(pattern, printed) is not None
 
 
-def _commands(text: str) -> Iterator[tuple[int, list[str]]]:
-    """``$ kedit`` lines of the console blocks: (line number, words after ``kedit``)."""
+def _commands(text: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """``$ kedit`` lines of the console blocks: (line number, words after ``kedit``, lines shown below them)."""
     for first, block in _blocks(text, "console"):
-        for offset, line in enumerate(block.splitlines()):
+        lines = block.splitlines()
+        for offset, line in enumerate(lines):
             if line.startswith("$ kedit "):
-                yield first + offset, shlex.split(line, comments=True)[2:]
+                shown = itertools.takewhile(lambda later: not later.startswith("$ "), lines[offset + 1 :])
+                yield first + offset, shlex.split(line, comments=True)[2:], [s for s in shown if s.strip()]
+
+
+def _run_block(page: str, line: int, code: str, namespace: dict[str, object]) -> int:
+    """Run a block of Python; compare what it prints with its comments. Return how many lines that were."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        # The line breaks in front make tracebacks point into the page.
+        exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), namespace)
+    expected = _expected(code)
+    printed = output.getvalue().splitlines()
+    assert len(printed) == len(expected), f"{page}, line {line}: printed {printed}, the comments say {expected}"
+    for shown, wanted in zip(printed, expected, strict=True):
+        assert _agree(shown, wanted), f"{page}, line {line}: printed {shown!r}, the comment says {wanted!r}"
+    return len(expected)
+
+
+def _alike(text: str) -> str:
+    """A printed line without what differs between machines and terminals: numbers, and how wide columns are."""
+    return re.sub(r"\s+", " ", re.sub(r"\d+(\.\d+)?", "#", text)).strip()
+
+
+def _run_command(page: str, line: int, words: list[str], shown: list[str]) -> None:
+    """Run a command, which must print what the page shows below it, in that order; other lines may stand between."""
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, f"{page}, line {line}: kedit {shlex.join(words)}\n{result.stderr}"
+    assert result.stdout.strip(), f"{page}, line {line}: kedit {shlex.join(words)} printed nothing"
+    printed = iter(result.stdout.splitlines())
+    for wanted in shown:
+        assert any(_agree(_alike(p), _alike(wanted)) for p in printed), (
+            f"{page}: not printed: {wanted}\n{result.stdout}"
+        )
 
 
 @pytest.mark.parametrize("page", [*PAGES, *GUIDES])
 def test_python_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a page, in order, in one namespace."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = _blocks(text, "python")
+    blocks = _blocks((ROOT / page).read_text(encoding="utf-8"), "python")
     assert blocks
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
-    checked = 0
-    for line, code in blocks:
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            # The line breaks in front make tracebacks point into the page.
-            exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), namespace)
-        expected = _expected(code)
-        printed = output.getvalue().splitlines()
-        assert len(printed) == len(expected), f"{page}, line {line}: printed {printed}, the comments say {expected}"
-        for shown, wanted in zip(printed, expected, strict=True):
-            assert _agree(shown, wanted), f"{page}, line {line}: printed {shown!r}, the comment says {wanted!r}"
-            checked += 1
-    assert checked, f"{page}: no block says what it prints"
+    assert sum(_run_block(page, *block, namespace) for block in blocks), f"{page}: no block says what it prints"
 
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/serve.md"])
@@ -77,10 +98,29 @@ def test_command_lines(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     commands = list(_commands((ROOT / page).read_text(encoding="utf-8")))
     assert commands
     monkeypatch.chdir(tmp_path)
-    for line, words in commands:
-        result = CliRunner().invoke(app, words)
-        assert result.exit_code == 0, f"{page}, line {line}: kedit {shlex.join(words)}\n{result.stderr}"
-        assert result.stdout.strip(), f"{page}, line {line}: kedit {shlex.join(words)} printed nothing"
+    for command in commands:
+        _run_command(page, *command)
+
+
+PROBLEMS = (ROOT / "docs" / "problems.md").read_text(encoding="utf-8").split("\n## ")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[1:], ids=lambda problem: problem.partition("\n")[0])
+def test_problems_are_solved_as_the_page_says(problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and commands of a problem in their order, for some read what others have written."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "page"}
+    ((line, helpers),) = _blocks(PROBLEMS[0], "python")
+    _run_block("docs/problems.md", line, helpers, namespace)
+    steps = [*_blocks(problem, "python"), *_commands(problem)]
+    said = 0
+    for line, *step in sorted(steps, key=lambda step: step[0]):
+        if isinstance(step[0], str):
+            assert len(step[0].strip().splitlines()) <= 10, "a solution is longer than ten lines"
+            said += _run_block("docs/problems.md", line, step[0], namespace)
+        else:
+            _run_command("docs/problems.md", line, *step)
+    assert said and "**Check**" in problem
 
 
 def _method_table() -> str:
@@ -108,7 +148,7 @@ def test_readme_lists_the_methods_that_exist() -> None:
         assert table == _method_table(), "run KEDIT_UPDATE_README=1 pytest tests/test_quickstart.py -k readme_lists"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *GUIDES, "docs/cli.md", "docs/ecosystem.md"])
+@pytest.mark.parametrize("page", [*PAGES, *GUIDES, "docs/problems.md", "docs/cli.md", "docs/ecosystem.md"])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
@@ -121,4 +161,7 @@ def test_the_checks_can_fail() -> None:
     assert not _agree("a long c", "a … b")
     assert not _agree("plumbers", "plumber")
     assert _blocks("x\n```python\na\n```\n```console\n$ kedit x\n```\n", "python") == [(3, "a\n")]
-    assert list(_commands("```console\n$ kedit edit -p 'a b'\nout\n$ ls\n```\n")) == [(2, ["edit", "-p", "a b"])]
+    assert list(_commands("```console\n$ kedit edit -p 'a b'\nout\n$ ls\n```\n")) == [
+        (2, ["edit", "-p", "a b"], ["out"])
+    ]
+    assert _agree(_alike("kept  3 of 4    x → y"), _alike("kept 12 of 40 …")) and _alike("kept 3") != _alike("lost 3")
