@@ -180,6 +180,10 @@ class EvaluationError(KeditError, ValueError):
     """An evaluation was asked for something impossible."""
 
 
+class VisitError(KeditError, LookupError):
+    """A page in the browser belongs to a visit that has ended."""
+
+
 class TuneError(KeditError, ValueError):
     """Settings cannot be searched for: the method has none to search, or the model knows too little to be asked."""
 

@@ -6,9 +6,11 @@ that may take longer than a few seconds and can be switched off here as well.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
@@ -24,6 +26,9 @@ _LEVELS = {
     "critical": logging.CRITICAL,
 }
 _said: set[str] = set()
+StepReport = Callable[[str, int, int | None], None]
+"""Is told what goes on, how many steps of it are done, and of how many."""
+_told: ContextVar[StepReport | None] = ContextVar("told", default=None)
 _progress_bars = os.environ.get("HF_KEDIT_DISABLE_PROGRESS_BARS", "0") not in ("1", "true", "True")
 
 
@@ -119,6 +124,34 @@ def progress(items: Iterable[T], description: str, *, show: bool | None = None, 
     return tqdm(items, desc=description, disable=not (show and _progress_bars), leave=False, **kwargs)
 
 
+class _Bar(tqdm):
+    """A bar that also tells whoever has asked for it with `steps_told`, whether or not it is shown."""
+
+    told: tuple[str, int | None] = ("", None)
+    steps = 0
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """See tqdm."""
+        report = _told.get()
+        self.steps += int(n or 0)
+        if report is not None:
+            report(self.told[0], self.steps, self.told[1])
+        shown: bool | None = super().update(n)
+        return shown
+
+
 def progress_bar(total: int | None, description: str, *, show: bool = True, **kwargs: Any) -> tqdm[Any]:
     """Return a manual progress bar (``update``/``close``; usable as a context manager)."""
-    return tqdm(total=total, desc=description, disable=not (show and _progress_bars), leave=False, **kwargs)
+    bar = _Bar(total=total, desc=description, disable=not (show and _progress_bars), leave=False, **kwargs)
+    bar.told = (description, total)
+    return bar
+
+
+@contextlib.contextmanager
+def steps_told(report: StepReport) -> Iterator[None]:
+    """Call ``report`` at every step of the manual bars of this thread, inside the block."""
+    before = _told.set(report)
+    try:
+        yield
+    finally:
+        _told.reset(before)

@@ -27,6 +27,7 @@ from . import (
     trace,
     train,
     tune,
+    ui,
 )
 
 app = typer.Typer(
@@ -79,6 +80,7 @@ app.command("metrics")(metrics.metrics)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
+app.command("ui")(ui.ui)
 
 
 def main() -> None:
