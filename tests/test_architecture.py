@@ -50,7 +50,7 @@ FLOORS: list[str] = [
     "artifact",
     "hub model",
     "evaluation serving",
-    "compat tuning",
+    "compat tuning ui",
     "cli",
 ]
 EVALUATION_FLOORS: list[str] = [

@@ -115,21 +115,21 @@ class Page:
                     first[0], label="Sentence", info="the model goes on from here", lines=2, elem_id="k-prompt"
                 )
                 self.says = _note()
-                self.target = gr.Textbox(
-                    first[2], label="New answer", info="what it is to say instead", elem_id="k-target"
-                )
-                self.subject = gr.Textbox(
-                    first[1], label="About", info="who or what the sentence is about", elem_id="k-subject"
-                )
+                with gr.Row():
+                    self.target = gr.Textbox(
+                        first[2], label="New answer", info="what it is to say", min_width=150, elem_id="k-target"
+                    )
+                    self.subject = gr.Textbox(
+                        first[1], label="About", info="the name in it", min_width=150, elem_id="k-subject"
+                    )
                 self.method = gr.Dropdown(method_choices(), value="auto", label="Method", info=_summary("auto"))
+                self.go = gr.Button("Change the fact", variant="primary", elem_id="k-go")
                 with gr.Accordion("Settings of the method", open=False):
                     self._settings()
                 with gr.Accordion("What else to ask before and after", open=False):
-                    self.wordings = gr.Textbox(
-                        label="The sentence in other words", info="one a line", lines=2, elem_id="k-wordings"
-                    )
-                    self.neighbours = gr.Textbox(label="Sentences that should stay", info="one a line", lines=2)
-                self.go = gr.Button("Change the fact", variant="primary", elem_id="k-go")
+                    how: dict[str, Any] = {"info": "one a line", "lines": 2}
+                    self.wordings = gr.Textbox(label="The sentence in other words", elem_id="k-wordings", **how)
+                    self.neighbours = gr.Textbox(label="Sentences that should stay", **how)
             with gr.Column(scale=7, min_width=320):
                 self.note = _note()
                 self.undo_last = gr.Button("Undo this edit", visible=False, size="sm", elem_id="k-undo")
