@@ -26,7 +26,7 @@ from ..model import EditableModel
 from . import changing, sharing, views
 from .examples import Examples, examples_for, subject_for
 from .probing import compare, inspect_prompt
-from .settings import Setting, method_choices, settings_of
+from .settings import FormSetting, method_choices, settings_of
 from .visitors import HistoryEntry, Visitor, Visitors
 
 logger = get_logger(__name__)
@@ -449,7 +449,7 @@ def _summary(method: str) -> str:
     return known[method].capabilities.summary if method in known else ""
 
 
-def _control(setting: Setting) -> Any:
+def _control(setting: FormSetting) -> Any:
     """The control of one setting, with its explanation."""
     given: dict[str, Any] = {"label": setting.name, "info": setting.about}
     if setting.kind == "switch":

@@ -25,9 +25,9 @@ def tag(name: str, *inside: str | None, **attributes: str | None) -> Markup:
     """
     given = {("class" if key == "cls" else key.replace("_", "-")): value for key, value in attributes.items()}
     opening = "".join(f' {key}="{escape(value)}"' for key, value in given.items() if value is not None)
-    return Markup(f"<{name}{opening}>{joined(*inside)}</{name}>")
+    return Markup(f"<{name}{opening}>{pieces(*inside)}</{name}>")
 
 
-def joined(*parts: str | None) -> Markup:
+def pieces(*parts: str | None) -> Markup:
     """Texts, which are escaped, and elements, one behind the other."""
     return Markup("".join(part if isinstance(part, Markup) else escape(printable(part)) for part in parts if part))

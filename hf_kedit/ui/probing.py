@@ -18,7 +18,7 @@ from ..locate import LensReading, Trace, causal_trace, logit_lens
 from ..model import EditableModel
 from ..tokens import prompt_ids
 
-MOST_PROMPTS, MOST_CHARACTERS = 8, 2000
+_MOST_PROMPTS, MOST_CHARACTERS = 8, 2000
 """Of one question: prompts, and characters of each."""
 MOST_TRACED, _SAMPLES = 300, 6
 """Characters of a sentence that is traced; runs with a blurred subject."""
@@ -44,7 +44,7 @@ class Chance:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BothAnswers:
     """What a model says to one prompt.
 
     Args:
@@ -62,7 +62,7 @@ class Comparison:
     claimed_by: list[str]
 
 
-def compare(session: EditSession, off: Sequence[str], text: str, *, chat: bool, tokens: int) -> list[Comparison]:
+def compare(session: EditSession, off: Sequence[str], text: str, *, chat: bool, tokens: int) -> list[BothAnswers]:
     """Ask the model itself, and the model with a visitor's edits.
 
     Args:
@@ -79,8 +79,8 @@ def compare(session: EditSession, off: Sequence[str], text: str, *, chat: bool, 
     prompts = list(dict.fromkeys(prompts))
     if not any(prompts):
         raise RequestError("write something for the model to complete")
-    if len(prompts) > MOST_PROMPTS or max(map(len, prompts)) > MOST_CHARACTERS:
-        raise RequestError(f"at most {MOST_PROMPTS} lines, of at most {MOST_CHARACTERS} characters each")
+    if len(prompts) > _MOST_PROMPTS or max(map(len, prompts)) > MOST_CHARACTERS:
+        raise RequestError(f"at most {_MOST_PROMPTS} lines, of at most {MOST_CHARACTERS} characters each")
     alone = prompts[0] if len(prompts) == 1 and not chat else None
     with session.inside(without=off) as model:
         after = _said(model, prompts, chat, tokens)
@@ -94,7 +94,7 @@ def compare(session: EditSession, off: Sequence[str], text: str, *, chat: bool, 
     found = [Chance(*each) for each in zip(best, old, new, strict=True)]
     found.sort(key=lambda chance: -max(chance.before, chance.after))
     return [
-        Comparison(prompt, old_text, new_text, found if prompt == alone else [], claims[prompt])
+        BothAnswers(prompt, old_text, new_text, found if prompt == alone else [], claims[prompt])
         for prompt, old_text, new_text in zip(prompts, before, after, strict=True)
     ]
 

@@ -25,7 +25,7 @@ Kind = Literal["switch", "whole", "number", "choice", "text"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class FormSetting:
     """One field of a config.
 
     Args:
@@ -54,7 +54,7 @@ def method_choices() -> list[tuple[str, str]]:
     return [(f"{known[name].name} (recommended)" if name == "auto" else known[name].name, name) for name in order]
 
 
-def settings_of(method: str, profile: ModelProfile) -> list[Setting]:
+def settings_of(method: str, profile: ModelProfile) -> list[FormSetting]:
     """The settings of a method that a visitor may change, with the values that they have for a model.
 
     Raises:
@@ -64,7 +64,9 @@ def settings_of(method: str, profile: ModelProfile) -> list[Setting]:
     kind, values = config_class(method), AutoEditConfig.for_method(method).complete(profile).to_dict()
     types, texts = typing.get_type_hints(kind), _explanations(kind)
     return [
-        Setting(field.name, values[field.name], *_control(types[field.name], values[field.name], texts, field.name))
+        FormSetting(
+            field.name, values[field.name], *_control(types[field.name], values[field.name], texts, field.name)
+        )
         for field in fields(kind)
         if field.name not in _OURS
     ]

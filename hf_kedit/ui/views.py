@@ -10,8 +10,8 @@ from ..evaluation.measures.side_effects import Answered
 from ..evaluation.report.html_cases import changed
 from ..locate import LensReading, Trace
 from ..storage.display import printable
-from .markup import Markup, joined, tag
-from .probing import Chance, Comparison, Inspection
+from .markup import Markup, pieces, tag
+from .probing import BothAnswers, Chance, Inspection
 from .visitors import HistoryEntry, Visitor
 
 Mood = Literal["good", "bad", "plain"]
@@ -263,7 +263,7 @@ def _heat(text: str, value: float, title: str) -> Markup:
 # ---------------------------------------------------------------------- asking, looking, history, sharing
 
 
-def comparisons(found: Sequence[Comparison], visitor: Visitor) -> str:
+def comparisons(found: Sequence[BothAnswers], visitor: Visitor) -> str:
     """Both answers to every prompt, and the probabilities where one was asked."""
     parts = []
     subjects = {entry.edit.id: entry.edit.request.subject or "" for entry in visitor.entries}
@@ -330,4 +330,4 @@ def share_summary(visitor: Visitor) -> str:
     ]
     left = len(visitor.present) - len(shared)
     off = tag("p", f"{left} switched off, and not shared.", cls="k-soft") if left else None
-    return joined(tag("ul", *facts, cls="k-facts"), off)
+    return pieces(tag("ul", *facts, cls="k-facts"), off)

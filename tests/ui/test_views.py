@@ -15,8 +15,8 @@ from hf_kedit.requests import EditRequest
 from hf_kedit.ui import views
 from hf_kedit.ui.changing import change
 from hf_kedit.ui.examples import Examples
-from hf_kedit.ui.markup import joined, tag
-from hf_kedit.ui.probing import Chance, Comparison, Inspection
+from hf_kedit.ui.markup import pieces, tag
+from hf_kedit.ui.probing import BothAnswers, Chance, Inspection
 from hf_kedit.ui.visitors import HistoryEntry, Visitor
 from tests.ui.test_changing import form_of, quiet
 
@@ -75,7 +75,7 @@ def everything(text: str) -> list[str]:
         views.edit_result(entry),
         views.history_card(entry),
         views.share_summary(guest),
-        views.comparisons([Comparison(text, text, "x", entry.chances, [text])], guest),
+        views.comparisons([BothAnswers(text, text, "x", entry.chances, [text])], guest),
         views.inspection(Inspection(text, lens, lens, [text], trace)),
         views.inspection(Inspection(text, lens, None, [], None, text)),
     ]
@@ -92,7 +92,7 @@ def test_hostile_texts_stay_texts() -> None:
 
 def test_a_tag_escapes_all_but_tags() -> None:
     assert tag("b", "<i>", tag("i", "&"), cls='"') == '<b class="&quot;">&lt;i&gt;<i>&amp;</i></b>'
-    assert joined("<", None, tag("br")) == "&lt;<br></br>"
+    assert pieces("<", None, tag("br")) == "&lt;<br></br>"
     assert tag("p", "a" + tag("b", "x")) == "<p>a&lt;b&gt;x&lt;/b&gt;</p>"  # glued strings are texts again
 
 
