@@ -68,6 +68,22 @@ class TokenIds(tuple[int, ...]):
     def __getnewargs__(self) -> Any:
         return tuple(self), self.beside, self.key
 
+    def spread(self, row: Sequence[int], own: Sequence[int]) -> TokenIds:
+        """The ids with others between them.
+
+        Args:
+            row: all ids.
+            own: where each of these ids is in it.
+        """
+        laid = {}
+        for name, tensor in self.beside.items():
+            if name in ALIGNED:
+                whole = tensor.new_zeros(1, len(row), *tensor.shape[2:])
+                whole[:, list(own)] = tensor
+                tensor = whole
+            laid[name] = tensor
+        return TokenIds(row, laid, self.key)
+
 
 def as_ids(ids: Sequence[int]) -> tuple[int, ...]:
     """Token ids as a tuple, pictures included."""

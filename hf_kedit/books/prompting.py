@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.cache_utils import Cache
@@ -23,10 +23,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 
 from ..anatomy.switching import Switch, switched, uninterrupted
-from ..engine.forward import Positions, device_of, logits_at, model_inputs
+from ..engine.forward import Positions, device_of, image_ids, logits_at, model_inputs
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
 from ..text.subjects import last_user_turn
-from ..tokens import TokenBatch, context_length, encode_text, pad_id, pad_rows, prompt_ids
+from ..tokens import ALIGNED, TokenBatch, TokenIds, context_length, encode_text, pad_id, pad_rows, prompt_ids
 from .sites import prompt_ends
 
 if TYPE_CHECKING:
@@ -183,6 +183,8 @@ class Prompter:
     ) -> list[torch.Tensor]:
         """Logits at the wanted columns of each row, ``[columns, vocabulary]``; zero on padding of a replaced row."""
         answers: dict[int, torch.Tensor] = {}
+        if rows.pictures:  # belong to all rows together, so that all are run together
+            return self._logits_of_pictures(plain, rows, routes, wanted)
         unrouted = [i for i, route in enumerate(routes) if route is None or route.share < 1]
         if unrouted:
             some = {
@@ -213,6 +215,47 @@ class Prompter:
                 mixed = behind if share == 1 else _mix(before[real], behind, share)
                 answers[i] = before.index_put((real,), mixed)
         return [answers[i] for i in range(rows.count)]
+
+    def _logits_of_pictures(
+        self,
+        plain: Callable[..., Any],
+        rows: _Rows,
+        routes: Sequence[Prefix | None],
+        wanted: Sequence[Sequence[int]],
+    ) -> list[torch.Tensor]:
+        """`_logits` of a batch with pictures, each row behind its prefix or none."""
+        batch, places = self._behind_pictures(rows, routes, 0, "right")
+        asked = [[where[c] for c in columns if c in where] for columns, where in zip(wanted, places, strict=True)]
+        inputs = {**rows.with_pictures(batch), "use_cache": False, "return_dict": True}
+        found = logits_at(self.model, inputs, Positions.of(asked, batch.input_ids), run=plain)
+        answers = []
+        pieces = found.split([len(row) for row in asked])
+        for columns, where, behind in zip(wanted, places, pieces, strict=True):
+            real = torch.tensor([k for k, c in enumerate(columns) if c in where], dtype=torch.long)
+            answer = behind.new_zeros(len(columns), behind.shape[-1])
+            answers.append(answer.index_put((real.to(behind.device),), behind))
+        return answers
+
+    def _behind_pictures(
+        self, rows: _Rows, routes: Sequence[Prefix | None], reserve: int, side: Literal["left", "right"]
+    ) -> tuple[TokenBatch, list[dict[int, int]]]:
+        """Rows with pictures behind their prefixes, and of each row: column of the caller → column now.
+
+        Raises:
+            UnsupportedModelError: if another model is to read a row, which sees nothing.
+        """
+        if any(route is not None and (route.model is not None or route.share < 1) for route in routes):
+            raise UnsupportedModelError(
+                "an edit of this method answers by a model of text, and the question has pictures; ask it without them,"
+                " or inside disable_edits()"
+            )
+        prefixed = [self.with_prefix(rows.row(i), routes[i], self.model, reserve) for i in range(rows.count)]
+        batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer), side).to(rows.input_ids.device)
+        starts = batch.starts.tolist()
+        return batch, [
+            {c: start + k for c, k in zip(columns, own, strict=True)}
+            for columns, (_, own), start in zip(rows.columns, prefixed, starts, strict=True)
+        ]
 
     def _two_stacks(
         self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
@@ -278,7 +321,7 @@ class Prompter:
         routes = self._routes(rows, None) if rows is not None else []
         with self._own_calls():
             if rows is None or not any(routes):
-                return plain(inputs, *args, **kwargs)
+                return plain(*(() if inputs is None else (inputs,)), *args, **kwargs)
             if args:
                 raise ConfigError("give the arguments of generate by keyword")
             return self._generate_groups(plain, given, rows, routes)
@@ -290,6 +333,8 @@ class Prompter:
             raise UnsupportedModelError(
                 "soft routing mixes the answers of two models token by token; generate needs hard"
             )
+        if rows.pictures:
+            return self._generate_prefixed(plain, given, rows, routes, None, list(range(rows.count)))
         groups: list[tuple[list[int], Any]] = []
         plain_rows = [i for i, route in enumerate(routes) if route is None]
         if plain_rows:
@@ -331,9 +376,13 @@ class Prompter:
             return plain(**kwargs) if model is None else model.generate(**kwargs)
         settings = given.get("generation_config") or who.generation_config
         new = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
-        prefixed = [self.with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
-        batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left")
-        kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if rows.pictures:
+            batch, _ = self._behind_pictures(rows, routes, new, "left")
+            kwargs |= rows.with_pictures(batch)
+        else:
+            prefixed = [self.with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
+            batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left")
+            kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         for name in ("position_ids", "cache_position", "past_key_values"):
             kwargs.pop(name, None)
         added = batch.input_ids.shape[1] - rows.width
@@ -383,16 +432,21 @@ class Prompter:
 
     def with_prefix(
         self, ids: Sequence[int], prefix: Prefix | None, model: Any, reserve: int
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[Sequence[int], list[int]]:
         """Token ids of a row behind its prefix, and where each of the row's own tokens now is.
 
-        The prefix stands behind the leading special tokens, in a chat in front of what the user says last: outside of
-        its turns a chat model reads nothing.
+        The prefix stands behind the leading special tokens (and pictures), in a chat in front of what the user says
+        last: outside of its turns a chat model reads nothing.
         """
-        specials = set(self.tokenizer.all_special_ids)
+        if prefix is None:
+            return ids, list(range(len(ids)))
+        pictures = image_ids(model)
+        specials = {*self.tokenizer.all_special_ids, *pictures}
         lead = 0
         while lead < len(ids) and ids[lead] in specials:
             lead += 1
+        if 0 < lead < len(ids) and ids[lead - 1] in pictures and not str(self.tokenizer.decode([ids[lead]])).strip():
+            lead += 1  # the line break that belongs to the placeholder
         turn = self._last_turn(ids)
         lead = lead if turn is None else turn[0]
         limit = context_length(model.config)
@@ -407,7 +461,7 @@ class Prompter:
                 f" context has {limit}"
             )
         own = [*range(lead), *range(lead + len(front), len(row))]
-        return row, own
+        return ids.spread(row, own) if isinstance(ids, TokenIds) else row, own
 
     def _join(self, text: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """Tokens of the prefix, and the row's first token as it is written behind it.
@@ -432,12 +486,14 @@ class Prompter:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a call: padded ids, which of them are real; the real ones and their columns as lists."""
+    """The rows of a call: padded ids, which of them are real; the real ones and their columns as lists; and what
+    belongs to their pictures, of all rows together."""
 
     input_ids: torch.Tensor
     mask: torch.Tensor
     ids: list[list[int]]
     columns: list[list[int]]
+    pictures: dict[str, torch.Tensor]
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> _Rows | None:
@@ -453,7 +509,23 @@ class _Rows:
             return None
         real = mask.bool()
         columns = [[column for column, on in enumerate(row) if on] for row in real.tolist()]
-        return cls(ids, real, [[row[c] for c in own] for row, own in zip(ids.tolist(), columns, strict=True)], columns)
+        tokens = [[row[c] for c in own] for row, own in zip(ids.tolist(), columns, strict=True)]
+        pictures = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and k not in _OF_TEXT}
+        return cls(ids, real, tokens, columns, pictures if "pixel_values" in pictures else {})
+
+    def row(self, i: int) -> TokenIds:
+        """The ids of a row, with what belongs to each of its tokens."""
+        beside = {k: v[i : i + 1, self.columns[i]] for k, v in self.pictures.items() if k in ALIGNED}
+        return TokenIds(self.ids[i], beside, None)
+
+    def with_pictures(self, batch: TokenBatch) -> dict[str, Any]:
+        """Arguments of a call with the rows as they are now; the model counts positions itself."""
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            **{name: value for name, value in self.pictures.items() if name not in ALIGNED},
+            **batch.pictures(),
+        }
 
     @property
     def count(self) -> int:
@@ -464,6 +536,12 @@ class _Rows:
     def width(self) -> int:
         """Columns, padding included."""
         return int(self.input_ids.shape[1])
+
+
+_OF_TEXT = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep", "cache_position", "decoder_input_ids"}
+)
+"""What a call gives of text; its other tensors belong to pictures."""
 
 
 def _fronts(prefix: Prefix | None) -> Iterator[str]:

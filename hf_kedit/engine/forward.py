@@ -66,6 +66,12 @@ def generation_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, An
     return inputs | {name: t.to(dtype) if t.is_floating_point() else t for name, t in pictures.items()}
 
 
+def image_ids(model: torch.nn.Module) -> set[int]:
+    """The token ids that stand for pictures in a text; none of a model of text."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return {i for name in names if isinstance(i := getattr(model.config, name, None), int)}
+
+
 def _positions_in_pictures(model: PreTrainedModel, batch: TokenBatch, inputs: dict[str, Any]) -> torch.Tensor:
     """Positions as the model counts them: Qwen's models count the rows and columns of a picture, ``[3, rows, width]``.
 

@@ -35,7 +35,7 @@ def collate(examples: Sequence[Example], fill: int) -> Batch:
         encoder-decoder, ``decoder_input_ids`` of the labels' shape; int64.
     """
     read = pad_rows([e.ids for e in examples], fill)
-    batch = {"input_ids": read.input_ids, "attention_mask": read.attention_mask}
+    batch = {"input_ids": read.input_ids, "attention_mask": read.attention_mask, **read.pictures()}
     scored = batch["input_ids"]
     if examples[0].decoder_ids:
         scored = batch["decoder_input_ids"] = pad_rows([e.decoder_ids for e in examples], fill).input_ids
@@ -52,7 +52,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def logits_where(model: PreTrainedModel, batch: Batch, mask: torch.Tensor) -> torch.Tensor:
     """Run the model and return its logits at the positions of a mask over the labels, ``[positions, vocab]`` fp32."""
-    kwargs: dict[str, Any] = {k: v for k, v in batch.items() if k in _READ}
+    kwargs: dict[str, Any] = {k: v for k, v in batch.items() if k in _READ or (k not in _OURS and accepts(model, k))}
     if accepts(model, "use_cache"):
         kwargs["use_cache"] = False
     wanted = [[column for column, on in enumerate(row) if on] for row in mask.tolist()]
@@ -60,6 +60,7 @@ def logits_where(model: PreTrainedModel, batch: Batch, mask: torch.Tensor) -> to
 
 
 _READ = ("input_ids", "attention_mask", "decoder_input_ids")
+_OURS = ("labels", "position_ids")  # whatever else a model takes comes from a processor
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ class Deferral(SiteMemory):
 class DEFER(SiteMethod):
     """Edits in a gated linear map beside a layer."""
 
+    pictures = True
     config_class = DEFERConfig
     capabilities = Capabilities(
         name="DEFER",

@@ -115,7 +115,7 @@ class FineTuning(Method):
     """The training loop that FT-L and FT-M share."""
 
     both_formats: ClassVar[BothFormats | None] = "as two"
-    pictures: ClassVar[bool] = True
+    pictures = True
     config: FTConfig
 
     def __init__(self, bench: Workbench, config: EditConfig):

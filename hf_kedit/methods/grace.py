@@ -101,6 +101,7 @@ class GRACEConfig(StoppingConfig, SiteConfig):
 class GRACE(SiteMethod):
     """Edits as entries of a codebook."""
 
+    pictures = True
     both_formats: ClassVar[BothFormats | None] = "as two"
     config_class = GRACEConfig
     capabilities = Capabilities(

@@ -35,7 +35,7 @@ from ..errors import ConfigError, DataError
 from ..logging import get_logger, warn_once
 from ..remote.model import RemoteModel
 from ..requests import SLOT, EditRequest, load_requests
-from ..tokens import separator_between
+from ..tokens import as_ids, separator_between
 from .base import BothFormats, Capabilities, Method, Outcome, register_method
 
 logger = get_logger(__name__)
@@ -130,6 +130,7 @@ class InContext(Method):
     an entry answers in both formats.
     """
 
+    pictures = True
     config: InContextConfig
     both_formats: ClassVar[BothFormats | None] = "itself"
 
@@ -183,7 +184,7 @@ class _Prompting(InContext):
         for example, entry in zip(plain, entries, strict=True):
             prefix = Prefix(entry.fact, entry.demonstrations, entry.nearest_last)
             ids, own = prompter.with_prefix(example.ids, prefix, model, reserve=0)
-            behind.append(replace(example, ids=tuple(ids), positions=tuple(own[p] for p in example.positions)))
+            behind.append(replace(example, ids=as_ids(ids), positions=tuple(own[p] for p in example.positions)))
         return (
             target_probabilities(model, plain, fill, _ROWS),
             target_probabilities(model, behind, fill, _ROWS),

@@ -173,7 +173,7 @@ class LocateMethod(Method):
     """Base of the locate-then-edit methods."""
 
     both_formats: ClassVar[BothFormats | None] = "itself"
-    pictures: ClassVar[bool] = True
+    pictures = True
     config: LocateConfig
     tokens_per_width: ClassVar[int] = FEW_TOKENS_PER_WIDTH  # that second moments need at least
     default_template_lengths: ClassVar[Sequence[tuple[int, int]]]

@@ -162,6 +162,7 @@ class _LowRankTraining(Method):
     """What LoRA and AdaLoRA share: where the adapters go, and the loop that trains them."""
 
     both_formats: ClassVar[BothFormats | None] = "as two"
+    pictures = True
     config: LoRAConfig
 
     def edited_modules(self) -> list[str]:

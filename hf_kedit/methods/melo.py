@@ -433,6 +433,7 @@ def contribution(inputs: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor:
 class MELO(SiteMethod):
     """Edits as LoRA blocks that a database of clusters chooses among."""
 
+    pictures = True
     config_class = MELOConfig
     capabilities = Capabilities(
         name="MELO",

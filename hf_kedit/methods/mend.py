@@ -161,6 +161,7 @@ class MENDEditor(Editor):
 class MEND(HyperMethod):
     """Edits with a trained `MENDEditor`."""
 
+    pictures = True
     config_class = MENDConfig
     editor_class = MENDEditor
     capabilities = Capabilities(

@@ -399,6 +399,7 @@ register_counterfactual_kind(KIND, lambda name: _by_name(name).reader)
 class SERAC(InContext):
     """SERAC, with trained networks or with parts chosen by name."""
 
+    pictures = False  # the counterfactual model is one of text
     config_class = SERACConfig
     capabilities = Capabilities(
         name="SERAC",

@@ -184,6 +184,7 @@ class _Trained:
 class TPatcher(Method):
     """T-Patcher."""
 
+    pictures = True
     config: TPatcherConfig
     config_class = TPatcherConfig
     capabilities = Capabilities(

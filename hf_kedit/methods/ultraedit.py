@@ -187,6 +187,7 @@ class RunningScale:
 class UltraEdit(Method):
     """Closed-form updates from one backward pass."""
 
+    pictures = True
     config_class = UltraEditConfig
     capabilities = Capabilities(
         name="UltraEdit",

@@ -31,7 +31,7 @@ from ..engine.merging import MergeAlgorithm
 from ..engine.weights import compute_device, get_module, get_weight
 from ..errors import ConfigError, RequestError, TargetTooLongError
 from ..requests import EditRequest, in_row
-from ..tokens import context_length, encode_pair, encode_text, pad_rows
+from ..tokens import as_ids, context_length, encode_pair, encode_text, pad_rows
 from .base import BothFormats, Capabilities, Outcome, register_method
 from .site_method import SiteConfig, SiteMethod
 from .wise_memory import Member, Policy, WiseMemories
@@ -152,6 +152,7 @@ class WISEConfig(StoppingConfig, SiteConfig):
 class WISE(SiteMethod):
     """WISE."""
 
+    pictures = True
     both_formats: ClassVar[BothFormats | None] = "itself"
     config: WISEConfig
     config_class = WISEConfig
@@ -269,7 +270,7 @@ class WISE(SiteMethod):
             raise TargetTooLongError(
                 f"prompt and target have {len(pair.ids)} tokens, the model's context has {limit}", field="target_new"
             )
-        return WiseRow(tuple(pair.ids), pair.prompt_length)
+        return WiseRow(as_ids(pair.ids), pair.prompt_length)
 
     def _text_row(self, text: str) -> WiseRow:
         limit = min(LONGEST, context_length(self.bench.model.config) or LONGEST)
