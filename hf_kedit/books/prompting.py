@@ -246,7 +246,7 @@ class Prompter:
         """
         if any(route is not None and (route.model is not None or route.share < 1) for route in routes):
             raise UnsupportedModelError(
-                "an edit of this method answers by a model of text, and the question has pictures; ask it without them,"
+                "an edit of this method answers by a model of text, and the question has pictures; ask without them,"
                 " or inside disable_edits()"
             )
         prefixed = [self.with_prefix(rows.row(i), routes[i], self.model, reserve) for i in range(rows.count)]
