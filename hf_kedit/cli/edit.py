@@ -34,6 +34,7 @@ from .output import (
     DebugOption,
     Format,
     FormatOption,
+    ReportToOption,
     command,
     counted,
     emit,
@@ -134,6 +135,7 @@ def edit(
         ),
     ] = None,
     plot: PlotOption = None,
+    report_to: ReportToOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 4 if something else was hurt.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -231,6 +233,7 @@ def edit(
         todo if measured is None else measured.requests,
         batch_size=batch_size,
         watch=watcher_of(editable.base_model_id) if side_effects else None,
+        report_to=report_to,
     )
     effects: SideEffectReport | None = result.side_effects
     report = None if measured is None else measured.report(result)

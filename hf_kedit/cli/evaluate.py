@@ -29,7 +29,7 @@ from .models import (
     parse_layers,
     parse_settings,
 )
-from .output import DebugOption, Format, FormatOption, command, emit
+from .output import DebugOption, Format, FormatOption, ReportToOption, command, emit
 from .pictures import PlotOption, check_plot
 from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
 
@@ -160,6 +160,7 @@ def evaluate(
         Path | None,
         typer.Option("--output-dir", help="Folder for results as they come; the same command continues there."),
     ] = None,
+    report_to: ReportToOption = None,
     shard: Annotated[
         str | None,
         typer.Option("--shard", help="2/4: the second of four parts (single, batch); auto: as torchrun says."),
@@ -267,6 +268,7 @@ def evaluate(
             output_dir=output_dir,
             shard=shard,
             scenario=chosen,
+            report_to=report_to,
         )
         if rows is not None:
             report.meta["dataset"] = dataset or Path(dataset_path or "").name

@@ -49,6 +49,13 @@ FormatOption = Annotated[
         rich_help_panel="Output",
     ),
 ]
+ReportToOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--report-to",
+        help="Tell tensorboard (folder runs), wandb or trackio; all: those that are installed. May be repeated.",
+    ),
+]
 DebugOption = Annotated[
     bool,
     typer.Option("--debug", help="Log everything, and show the traceback of an error.", rich_help_panel="Output"),

@@ -21,6 +21,7 @@ from ..logging import get_logger, progress, warn_once
 from ..methods.base import check_composition, method_class
 from ..methods.spread import SpreadMethod
 from ..requests import ERASED, EditRequest, RequestSource
+from ..tracking import Tracking
 from .edit_set import FactSet, solve_set, spread_method
 from .formats import compute, read_by
 from .state import EditedModel
@@ -54,6 +55,7 @@ class Editing(EditedModel):
         on_error: str = "raise",
         show_progress: bool = True,
         watch: Watcher | None = None,
+        report_to: Any = None,
         **request: Any,
     ) -> EditResult:
         """Change what the model knows.
@@ -70,6 +72,8 @@ class Editing(EditedModel):
             on_error: ``"raise"``, or ``"skip"`` to leave out batches that fail and report them in the result.
             show_progress: show progress bars.
             watch: looks at the model before and after, for example ``SideEffects()``; what it saw is in the result.
+            report_to: who is told the loss of every step and what came of it: ``"tensorboard"``, ``"wandb"``,
+                ``"trackio"``, ``"all"``, a list of them, or a tracker of accelerate that is open (`Tracking`).
 
         Returns:
             The edits with their ids and diagnostics.
@@ -77,6 +81,7 @@ class Editing(EditedModel):
         Raises:
             RequestError: for an unusable request, naming row and field.
             EditFailedError: if no usable update was found.
+            MissingExtraError: if the package of a tracker is not installed.
         """
         if (requests is None) == (not request):
             raise RequestError("give either requests or the fields of one request (prompt=…, target_new=…)")
@@ -87,8 +92,12 @@ class Editing(EditedModel):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         if self.tokenizer is None and not self.is_remote:
             raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
-        with self._ready():
-            return self._edit(given, batch_size, on_error == "skip", show_progress, watch)
+        about = {"method": self.method_name, "model": self.base_model_id, "config": self.edit_config.to_dict()}
+        with Tracking(report_to, "edit", about) as tracking:
+            with self._ready():
+                result = self._edit(given, batch_size, on_error == "skip", show_progress, watch)
+            tracking.edits(result)
+        return result
 
     def _ready(self) -> Switch[None]:
         """A block in which the model is there for its method alone, which has fetched before what it reads."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...engine.access import alone
 from ...errors import EvaluationError, check_choice, check_count, shown
+from ...tracking import Tracking
 from ..asking.batching import TOKEN_BUDGET
 from ..measures.abilities import Ability
 from ..protocols.base import Protocol, resolve_protocols
@@ -40,6 +41,7 @@ from .plan import (
     read_requests,
 )
 from .run import Run
+from .tracked import EvaluationTracking
 from .wear import WearMeter
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def evaluate_edits(
     shard: str | None = None,
     after_step: Callable[[StepResult], None] | None = None,
     scenario: str | Scenario | None = None,
+    report_to: Any = None,
 ) -> EvaluationReport:
     """Apply the edits of a data set and measure what they did.
 
@@ -116,6 +119,8 @@ def evaluate_edits(
             and the edits are undone.
         scenario: name of a scenario (``safety`` …), or one with its options (`load_scenario`): what is asked and
             measured beyond single facts. The path of a data set may then be a file in one of its layouts.
+        report_to: who is told the means of every measurement over the number of edits (`EvaluationTracking`):
+            ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"all"``, a list of them, or an open tracker of accelerate.
 
     Returns:
         The report, with one record per case, protocol and time.
@@ -127,6 +132,7 @@ def evaluate_edits(
         RequestError: if a row is not a usable request; nothing is edited then.
         DataError: if a file cannot be read.
         EditFailedError: if an edit fails; the edits of this call are undone first.
+        MissingExtraError: if the package of a tracker is not installed; nothing is edited then.
     """
     check_choice("setting", setting, SETTINGS)
     check_choice("on_error", on_error, ("raise", "skip"))
@@ -174,14 +180,18 @@ def evaluate_edits(
         if folder is not None:
             run.done = folder.done
         by_number = {case.number: case for case in cases}
-        run.folder, run.after_step = folder, after_step
+        tracking = EvaluationTracking(
+            Tracking(report_to, "eval", settings, Path(output_dir or ".") / "runs"), after_step
+        )
+        run.folder, run.after_step = folder, tracking.after_step
         began = time.perf_counter()
         todo = [step for step in mine if step.number not in run.done]
         if todo or keep_edits:
             # Everything is asked of the unedited model in the same batches, whether or not a run is continued.
-            run.measure_pre(mine, by_number)
-            seconds_pre = time.perf_counter() - began
-            run.execute(units, mine, by_number, progress, keep_edits)
+            with tracking:
+                run.measure_pre(mine, by_number)
+                seconds_pre = time.perf_counter() - began
+                run.execute(units, mine, by_number, progress, keep_edits)
             meta = {
                 **settings,
                 "batch_size": max(len(unit) for unit in units),
