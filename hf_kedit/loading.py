@@ -29,7 +29,7 @@ def model_name(name: str | Path) -> str:
     text = str(name)
     if text.startswith(embedded.PREFIX):
         return text.rstrip("/")
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))
     if text and (folder.is_dir() or (folder.is_file() and gguf_reading.is_gguf(text))):
         return os.path.abspath(folder)
     return text if text.startswith(("/", ".", "~")) else text.rstrip("/")

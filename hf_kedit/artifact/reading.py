@@ -7,6 +7,7 @@ Read in this order: `find_artifact` (a folder or a repository → the files, che
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -222,9 +223,9 @@ def arguments_of(
 def _base_of(artifact: Artifact) -> str:
     """Name of the base model of saved edits: a folder or file of this machine where it is one; empty if none is."""
     recorded = artifact.config["base_model_name_or_path"]
-    folder = Path(artifact.source).expanduser()
+    folder = Path(os.path.expanduser(artifact.source))
     beside = artifact.config.get("base_model_relative_path") or (recorded if recorded.startswith(".") else None)
-    if not Path(recorded).expanduser().exists() and isinstance(beside, str) and (folder / beside).exists():
+    if not Path(os.path.expanduser(recorded)).exists() and isinstance(beside, str) and (folder / beside).exists():
         return model_name(folder / beside)  # both were moved together
     return model_name(recorded)
 
@@ -255,7 +256,7 @@ def _load(
         where = artifact.config.get("base_model_folder")
         made_on = f"in {_kind_of(where)} {where!r} of another machine" if where else "in memory"
         raise ArtifactError(f"{artifact.source}: the edits were made on a model {made_on}; {give}")
-    if is_local(name) and not Path(name).expanduser().exists():
+    if is_local(name) and not Path(os.path.expanduser(name)).exists():
         what = "the edits were made on" if given is None else "their base model is to be"
         raise ArtifactError(f"{artifact.source}: {what} {name!r}, which is not there; {give}")
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -165,7 +167,9 @@ class Talk:
             try:
                 if not self.take(line.strip()):
                     break
-            except KeditError as error:
+            except BrokenPipeError:  # nobody reads any more
+                raise
+            except (KeditError, OSError) as error:  # a full disk must not cost the edits that it could not take
                 error_console().print(f"kedit: {' '.join(str(error).split())}", style="red", soft_wrap=True)
             except KeyboardInterrupt:
                 error_console().print("kedit: interrupted; the edits are as they were", style="yellow")
@@ -179,7 +183,7 @@ class Talk:
         if not line.startswith("/") or line.startswith("//"):
             self._ask(line[1:] if line.startswith("//") else line)
             return True
-        name, _, rest = line[1:].partition(" ")
+        name, rest = (line[1:].split(maxsplit=1) + ["", ""])[:2]
         if name in ("quit", "exit"):
             return False
         verbs: dict[str, Callable[[str], None]] = {
@@ -202,8 +206,8 @@ class Talk:
     # ------------------------------------------------------------------ asking
 
     def _ask(self, question: str) -> None:
-        self.last = question
         answer = self._answer(question)
+        self.last = question
         if self.chats:
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -268,22 +272,23 @@ class Talk:
 
         tokenizer, config = self.model.tokenizer, self.model.base_model.config
         assert tokenizer is not None
-        context = context_length(config) or 2**17
+        context, earlier = context_length(config) or 2**17, self.messages
         most = self.max_tokens or min(CHAT_TOKENS if self.chats else COMPLETION_TOKENS, context // 2)
         while True:
             text = question
             if self.chats:
                 system = [] if self.system is None else [{"role": "system", "content": self.system}]
-                turns = [*system, *self.messages, {"role": "user", "content": question}]
+                turns = [*system, *earlier, {"role": "user", "content": question}]
                 text = chat_frame(tokenizer, turns).text(question)
             ids = prompt_ids(tokenizer, text, encoder_decoder=bool(config.is_encoder_decoder))
             if len(ids) + most <= context:
+                self.messages = earlier
                 return ids, most
-            if not self.messages:
+            if not earlier:
                 raise RequestError(
                     f"it has {len(ids)} tokens; with an answer of {most} the model's context, {context}, is too small"
                 )
-            self.messages = self.messages[2:]
+            earlier = earlier[2:]
 
     # ------------------------------------------------------------------ editing
 
@@ -348,9 +353,9 @@ class Talk:
     def _save(self, folder: str) -> None:
         if not folder:
             raise RequestError("write /save FOLDER")
-        self.model.save_pretrained(Path(folder).expanduser())
+        self.model.save_pretrained(Path(os.path.expanduser(folder)))
         self.unsaved = False
-        self._say(f"saved to {folder}   (kedit chat {folder})")
+        self._say(f"saved to {folder}   (kedit chat {shlex.quote(folder)})")
 
     def _new(self, _: str) -> None:
         self.messages, self.last = [], None

@@ -181,7 +181,7 @@ def _secret(variable: str | None) -> str | None:
 
 def _name_of(model: str) -> str:
     """What a model is called where nothing else is said."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return (path.resolve().name if path.exists() else model).replace("+", "-") or "model"
 
 

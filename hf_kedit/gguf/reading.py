@@ -65,7 +65,7 @@ class GgufFile:
 
 def is_gguf(name: str) -> bool:
     """Whether a name means a GGUF file: it ends so, or is a file that begins so (Ollama's files have no ending)."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         with contextlib.suppress(OSError), path.open("rb") as handle:
             return handle.read(len(MAGIC)) == MAGIC or name.lower().endswith(SUFFIX)
@@ -80,8 +80,8 @@ def inside(name: str, gguf_file: str) -> str:
     """
     if is_gguf(name):
         raise ConfigError(f"{name!r} is a file, so that gguf_file={gguf_file!r} says nothing; leave it out")
-    if Path(name).expanduser().is_dir():
-        return os.path.abspath(Path(name).expanduser() / gguf_file)
+    if Path(os.path.expanduser(name)).is_dir():
+        return os.path.abspath(Path(os.path.expanduser(name)) / gguf_file)
     return f"{name.rstrip('/')}/{gguf_file}"
 
 
@@ -97,7 +97,7 @@ def locate(name: str, *, revision: str | None = None, **hub: Any) -> GgufFile:
         ModelFileError: if there is no such file.
         HubError: if the repository cannot be read.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return GgufFile(os.path.abspath(path), Path(os.path.abspath(path)))
     repo, wanted = inside_repository(name)

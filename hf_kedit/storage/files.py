@@ -85,7 +85,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
     Raises:
         ArtifactError: if the folder cannot be written, or another process is writing it all the time.
     """
-    target = Path(os.path.realpath(folder))
+    target = _followed(folder)
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{str(folder)!r} is a file; give a folder")
     try:
@@ -105,6 +105,18 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
         raise ArtifactError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
 
 
+def _followed(path: Path) -> Path:
+    """Where a path leads to.
+
+    Raises:
+        ArtifactError: for characters that no path has.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise ArtifactError(f"{str(path)!r} cannot be a path: {error}") from error
+
+
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """A path to write a file to, which takes the place of ``path`` when the block ends well; else nothing is left.
@@ -112,7 +124,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: if there is a folder of this name, or the file cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    target = _followed(path)
     if target.is_dir():
         raise ArtifactError(f"{str(path)!r} is a folder; give the name of a file")
     draft = target.with_name(f".{target.name}{_MARK}{secrets.token_hex(8)}")
@@ -376,7 +388,7 @@ class FileSource:
     def __init__(self, name: str, *, revision: str | None = None, repo_type: str = "model", **hub: Any):
         self.name, self.revision, self.repo_type, self.hub = name, revision, repo_type, hub
         self.commit: str | None = None
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         self.folder = folder if folder.is_dir() else None
         if self.folder is not None:
             finish(self.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from hf_kedit import EditableModel
 from hf_kedit.cli import app
 from hf_kedit.cli.chat import Talk
 from hf_kedit.cli.output import Format
+from hf_kedit.errors import RequestError
 from hf_kedit.text.chat import chat_frame
 from hf_kedit.tokens import prompt_ids
 from tests.chat_templates import CHATML
@@ -93,12 +95,30 @@ def test_explain(typed: Type, method: str, says: str) -> None:
         ("/edit {A} and {B} are => c", "braces mark one subject"),
         ("/edit Otto is a => cook", "put it in braces"),
         ("/save", "write /save FOLDER"),
+        ("/undo\tnone", "nothing to undo"),
+        ("/save a\0b", "cannot be a path"),
         ("word " * 200, "context, 128, is too small"),
     ],
 )
 def test_what_is_wrong_is_said_and_it_goes_on(typed: Type, line: str, says: str) -> None:
     out, err = typed(line, "/edits")
     assert says in err[0] and len(err) == 1 and out == ["none"]
+
+
+def test_a_place_that_takes_no_edits_costs_none(typed: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a full disk nor a home that does not exist ends the conversation."""
+    monkeypatch.chdir(tmp_path)
+    plain = EditableModel.save_pretrained
+
+    def full(self: EditableModel, folder: Path) -> None:
+        if folder.name == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, folder)
+
+    monkeypatch.setattr(EditableModel, "save_pretrained", full)
+    out, err = typed(EDIT, "/save full", "/save ~nobody-of-this-name/x y")
+    assert len(err) == 1 and "No space left" in err[0]
+    assert out[1].endswith("(kedit chat '~nobody-of-this-name/x y')") and (tmp_path / "~nobody-of-this-name").is_dir()
 
 
 def test_ctrl_c_ends_the_answer_only(typed: Type, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +169,10 @@ def test_a_chat_has_turns(capsys: pytest.CaptureFixture[str], world_llama: Edita
     for _ in range(6):  # what does not fit is forgotten, oldest first
         talk.take("C")
     assert 2 <= len(talk.messages) < 16
+    kept = list(talk.messages)
+    with pytest.raises(RequestError, match="is too small"):
+        talk.take("word " * 200)
+    assert talk.messages == kept and talk.last == "C"  # what could not be asked makes nothing forgotten
     talk.take("/new")
     assert not talk.messages
 
