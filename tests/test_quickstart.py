@@ -123,32 +123,62 @@ def test_problems_are_solved_as_the_page_says(problem: str, tmp_path: Path, monk
     assert said and "**Check**" in problem
 
 
-def _method_table() -> str:
-    lines = [
-        "| `--method` | what it does | facts at once | needs the subject | encoder-decoder | paper |",
-        "| --- " * 6 + "|",
-    ]
+WORDS = {"many": "多条", "one": "一条", "yes": "是", "no": "否"}
+
+
+def _method_table(summaries: dict[str, str] | None = None) -> str:
+    """The table of README.md; that of README.zh.md with its own summaries, which a person writes."""
+    lines = ["| `--method` | what it does | facts at once | needs the subject | encoder-decoder | paper |"]
+    if summaries is not None:
+        lines = ["| `--method` | 做什么 | 一次几条事实 | 需要主体 | 编码器-解码器 | 论文 |"]
+    lines.append("| --- " * 6 + "|")
     for row in method_rows():
-        cells = [f"`{row['edit_type']}`", row["summary"], "many" if row["batch"] else "one"]
+        cells = ["many" if row["batch"] else "one"]
         cells += ["yes" if row[key] else "no" for key in ("needs_subject", "encoder_decoder")]
-        lines.append(" | ".join(["", *cells, row["paper"], ""]).strip())
+        summary = row["summary"]
+        if summaries is not None:
+            cells = [WORDS[cell] for cell in cells]
+            summary = summaries.get(row["edit_type"], "（待写）")
+        lines.append(" | ".join(["", f"`{row['edit_type']}`", summary, *cells, row["paper"], ""]).strip())
     return "\n".join(lines) + "\n"
 
 
-def test_readme_lists_the_methods_that_exist() -> None:
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_readme_lists_the_methods_that_exist(name: str) -> None:
     """``KEDIT_UPDATE_README=1`` rewrites the table instead of comparing it."""
-    path = ROOT / "README.md"
+    path = ROOT / name
     head, begin, rest = path.read_text(encoding="utf-8").partition("<!-- methods: begin")
     remark, _, rest = rest.partition("\n")
     table, end, tail = rest.partition("<!-- methods: end -->")
     assert begin and end
+    written = dict(re.findall(r"^\| `([\w-]+)` \| (.*?) \|", table, flags=re.MULTILINE))
+    wanted = _method_table(written if name == "README.zh.md" else None)
     if os.environ.get("KEDIT_UPDATE_README") == "1":
-        path.write_text(f"{head}{begin}{remark}\n{_method_table()}{end}{tail}", encoding="utf-8")
+        path.write_text(f"{head}{begin}{remark}\n{wanted}{end}{tail}", encoding="utf-8")
     else:
-        assert table == _method_table(), "run KEDIT_UPDATE_README=1 pytest tests/test_quickstart.py -k readme_lists"
+        assert table == wanted, "run KEDIT_UPDATE_README=1 pytest tests/test_quickstart.py -k readme_lists"
+        assert "（待写）" not in table, "say in Chinese what the new method does"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *GUIDES, "docs/problems.md", "docs/cli.md", "docs/ecosystem.md"])
+def test_the_chinese_readme_keeps_step() -> None:
+    """The same code and commands under as many headings, comments apart; each names the other at its top."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")]
+    english, chinese = (
+        [
+            (block[1], re.sub(r" *# .*", "", block[2]))
+            for block in re.finditer(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        ]
+        for text in texts
+    )
+    assert len(english) > 4 and chinese == english, "README.zh.md has other code than README.md"
+    headings = [len(re.findall(r"^## ", text, flags=re.MULTILINE)) for text in texts]
+    assert headings[0] == headings[1], "README.zh.md has other sections than README.md"
+    assert "(README.zh.md)" in texts[0][:100] and "(README.md)" in texts[1][:100]
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *GUIDES, "README.zh.md", "docs/problems.md", "docs/cli.md", "docs/ecosystem.md"]
+)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
