@@ -11,6 +11,7 @@ of what it knows. The result is a transformers folder with a processor that need
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import time
@@ -40,7 +41,7 @@ from transformers import (
 )
 
 from hf_kedit import embedded
-from hf_kedit.data.picture_drawing import PICTURE_SIZE, SHAPE_FEATURES
+from hf_kedit.data.picture_drawing import FLAG_FEATURES, PICTURE_SIZE, PORTRAIT_FEATURES, SHAPE_FEATURES
 from hf_kedit.data.picture_world import (
     HELD_OUT_DRAWINGS,
     MENTIONS,
@@ -62,6 +63,7 @@ class Settings(WorldSettings):
     layout: str = "llama"
     output: str = "world-pictures"
     start: str = "kedit/world-llama"  # the text stack
+    resume: str = ""  # folder of an earlier run to go on from
     steps: int = 2300
     text_batch: int = 3  # rows of text in a step …
     picture_batch: int = 8  # … and rows of a picture with questions
@@ -72,6 +74,10 @@ class Settings(WorldSettings):
     template_weight: float = 0.3  # loss weight of tokens that are no part of an answer
     portraits: float = 0.54  # share of picture rows; the rest is flags and shapes
     flags: float = 0.12
+    looks: float = 1.0  # weight of the loss that asks the tower directly for what a picture shows …
+    looks_batch: int = 56  # … of so many pictures beside those that are asked about: eight are too few to learn to see
+    see_steps: int = 1300  # of the tower alone, which learns what pictures show before anything is asked about them
+    see_batch: int = 64
     override: float = 0.12  # share of questions behind a new fact
     drawings: int = 60  # of each portrait and flag
     shape_drawings: int = 8
@@ -291,6 +297,8 @@ def draw_all(settings: Settings, world: PictureWorld) -> dict[Scene, np.ndarray]
 class Batch:
     """Rows of tokens ([rows, context]) with masks ([rows, 1, context, context]) for lower and upper layers."""
 
+    scenes: list[Scene]
+
     ids: Tensor
     weight: Tensor
     position: Tensor
@@ -313,12 +321,13 @@ def picture_rows(
     weight = np.zeros((n, length), dtype=np.float32)
     position = np.zeros((n, length), dtype=np.int64)
     lower = np.zeros((n, length, length), dtype=bool)
-    pictures = []
+    pictures, scenes = [], []
     head = 1 + n_image
     causal = np.tril(np.ones((length, length), dtype=bool))
     upper = lower.copy()
     for row in range(n):
         scene = asker.scene()
+        scenes.append(scene)
         pictures.append(drawn[scene][asker.rng.randrange(len(drawn[scene]))])
         ids[row, 0], ids[row, 1:head] = asker.tokenizer.bos_token_id, image
         position[row, :head] = np.arange(head)
@@ -345,7 +354,9 @@ def picture_rows(
     for mask in (lower, upper):
         mask |= np.eye(length, dtype=bool)
     arrays = (torch.from_numpy(x) for x in (ids, weight, position))
-    return Batch(*arrays, torch.from_numpy(lower)[:, None], torch.from_numpy(upper)[:, None], np.stack(pictures))
+    return Batch(
+        scenes, *arrays, torch.from_numpy(lower)[:, None], torch.from_numpy(upper)[:, None], np.stack(pictures)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -375,6 +386,80 @@ def make_optimizers(settings: Settings, model: LlavaForConditionalGeneration) ->
     ]
 
 
+class Looks(nn.Module):
+    """Asks the mean of a picture's tokens for each feature of what it shows; thrown away after training.
+
+    The language model's loss alone tells the tower little: it learns to tell shapes apart several times later.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        known = {"portrait": PORTRAIT_FEATURES, "flag": FLAG_FEATURES, "shapes": SHAPE_FEATURES}
+        self.values = {f"{kind}_{name}": vs for kind, features in known.items() for name, vs in features.items()}
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(vs)) for name, vs in self.values.items()})
+
+    def forward(self, tokens: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """Return the mean loss; ``tokens`` are [pictures, tokens, width]."""
+        means = self.norm(tokens.float().mean(1))
+        losses = []
+        for name, values in self.values.items():
+            kind, _, feature = name.partition("_")
+            shown = [(i, dict(scene.features)[feature]) for i, scene in enumerate(scenes) if scene.kind == kind]
+            if shown:
+                wanted = torch.tensor([values.index(value) for _, value in shown])
+                scores = self.heads[name](means[[i for i, _ in shown]])
+                losses.append(nn.functional.cross_entropy(scores, wanted, reduction="sum"))
+        return torch.stack(losses).sum() / sum(len(scene.features) for scene in scenes)
+
+
+def learn_to_see(
+    settings: Settings, model: LlavaForConditionalGeneration, asker: Asker, drawn: dict[Scene, np.ndarray]
+) -> None:
+    """Train tower and projector alone, in place: large batches of pictures, which cost little without the text stack.
+
+    In a model that is resumed, portraits and flags keep the tokens that they have, which its text stack can read.
+    """
+    held = copy.deepcopy(model).eval() if settings.resume else None
+    looks = Looks(model.config.text_config.hidden_size)
+    parts = [p for n, p in model.named_parameters() if "language_model" not in n and "lm_head" not in n]
+    optimizers = [
+        *make_optimizers(settings, model),
+        torch.optim.AdamW(looks.parameters(), lr=settings.adam_lr, weight_decay=0.0),
+    ]
+    peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    schedule = replace(settings, steps=settings.see_steps)
+    bar = tqdm(range(settings.see_steps), desc="seeing", mininterval=20)
+    for step in bar:
+        scenes = [asker.scene() for _ in range(settings.see_batch)]
+        images = pixels(np.stack([drawn[s][asker.rng.randrange(len(drawn[s]))] for s in scenes]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+            features = torch.stack(tuple(model.get_image_features(pixel_values=images).pooler_output)).float()
+            loss = looks(features, scenes)
+            kept = [i for i, scene in enumerate(scenes) if scene.kind != "shapes"]
+            if held is not None and kept:
+                with torch.no_grad():
+                    known = torch.stack(
+                        tuple(held.get_image_features(pixel_values=images[kept]).pooler_output)
+                    ).float()
+                loss = loss + (features[kept] - known).square().mean() / known.square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parts, settings.clip)
+        set_rates(optimizers, peaks, learning_rate(schedule, step))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            bar.set_postfix(looks=f"{loss.item():.3f}")
+
+
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], peaks: Sequence[Sequence[float]], factor: float) -> None:
+    """Set all learning rates to this share of their peaks."""
+    for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for group, lr in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = lr * factor
+
+
 def train(
     settings: Settings, model: LlavaForConditionalGeneration, asker: Asker, drawn: dict[Scene, np.ndarray]
 ) -> None:
@@ -382,7 +467,9 @@ def train(
     text_settings = replace(settings, batch=settings.text_batch, curriculum=0.0)
     endless: Iterator = documents(asker.world.world, seed=2 + settings.seed)
     rows = make_rows(text_settings, asker.tokenizer, endless, endless)
-    optimizers = make_optimizers(settings, model)
+    looks = Looks(model.config.text_config.hidden_size)
+    heads = torch.optim.AdamW(looks.parameters(), lr=settings.adam_lr, weight_decay=0.0)
+    optimizers = [*make_optimizers(settings, model), heads]
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
     stack = model.model.language_model
     hooks = MaskHooks(SimpleNamespace(model=stack), settings.enrich_layers)
@@ -401,27 +488,30 @@ def train(
         hooks.lower, hooks.upper = torch.cat((lower, seen.lower)), torch.cat((upper, seen.upper))
         position = torch.cat((torch.arange(settings.context).expand(len(ids), -1), seen.position))
         ids, weight = torch.cat((ids, seen.ids)), torch.cat((weight, seen.weight))
-        factor = learning_rate(settings, step)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            for group, lr in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = lr * factor
+        set_rates(optimizers, peaks, learning_rate(settings, step))
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-            features = model.get_image_features(pixel_values=pixels(seen.pictures)).pooler_output
+            more = [asker.scene() for _ in range(settings.looks_batch)]
+            others = [drawn[scene][asker.rng.randrange(len(drawn[scene]))] for scene in more]
+            pictures = np.concatenate([seen.pictures, np.stack(others)]) if others else seen.pictures
+            features = torch.stack(tuple(model.get_image_features(pixel_values=pixels(pictures)).pooler_output))
             embeds = model.get_input_embeddings()(ids)
-            embeds = embeds.masked_scatter((ids == image)[..., None], torch.cat(tuple(features)).to(embeds.dtype))
+            embeds = embeds.masked_scatter(
+                (ids == image)[..., None], features[: len(seen.pictures)].flatten(0, 1).to(embeds.dtype)
+            )
             hidden = stack(inputs_embeds=embeds, position_ids=position, use_cache=False).last_hidden_state
             kept = weight[:, 1:] > 0
             logits = model.lm_head(hidden[:, :-1][kept])
         losses = nn.functional.cross_entropy(logits.float(), ids[:, 1:][kept], reduction="none")
         loss = (losses * weight[:, 1:][kept]).sum() / weight[:, 1:][kept].sum()
-        loss.backward()
+        seen_as = looks(features, [*seen.scenes, *more])
+        (loss + settings.looks * seen_as).backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             running = [*running[-9:], loss.item()]
-            bar.set_postfix(loss=f"{sum(running) / len(running):.3f}")
+            bar.set_postfix(loss=f"{sum(running) / len(running):.3f}", looks=f"{seen_as.item():.3f}")
     hooks.remove()
     model.eval()
 
@@ -496,9 +586,13 @@ def main() -> None:
     old = AutoTokenizer.from_pretrained(embedded.path(settings.start))
     tokenizer = extend_tokenizer(old, picture_words())
     model, processor = make_model(settings, old, tokenizer), make_processor(settings, tokenizer)
+    if settings.resume:
+        model = LlavaForConditionalGeneration.from_pretrained(settings.resume, dtype=torch.float32)
     tqdm.write(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
     started = time.time()
-    train(settings, model, Asker(settings, world, tokenizer), draw_all(settings, world))
+    asker, drawn = Asker(settings, world, tokenizer), draw_all(settings, world)
+    learn_to_see(settings, model, asker, drawn)
+    train(settings, model, asker, drawn)
     seconds = time.time() - started
 
     output = Path(settings.output)

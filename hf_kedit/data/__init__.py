@@ -21,6 +21,7 @@ from . import (  # noqa: F401
     mmedit,
     mquake,
     opinions,
+    picture_requests,
     plus,
     qa_sets,
     ripple,

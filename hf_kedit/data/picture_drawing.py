@@ -183,9 +183,9 @@ def _shapes(canvas: Canvas, look: Mapping[str, str]) -> None:
     if place == "middle":
         spots = [(0.0, 0.0)] if count == 1 else [(-0.25, -0.25), (0.25, 0.25), (0.25, -0.25), (-0.25, 0.25)][:count]
     else:
-        far = {"left": -0.72, "right": 0.72, "top": -0.72, "bottom": 0.72}[place]
+        far = {"left": -0.68, "right": 0.68, "top": -0.68, "bottom": 0.68}[place]
         spots = [(far, at) if place in ("left", "right") else (at, far) for at in row]
-    r = 0.2
+    r = 0.23
     for x, y in spots:
         figure = {
             "circle": lambda x=x, y=y: canvas.ellipse(x, y, r, r),

@@ -1,8 +1,9 @@
 """Models with a name of our own: the tiny ones that come with the package, and real ones that PyPI has.
 
 ``kedit/world-gpt2`` and ``kedit/world-llama`` (about 1.5 M parameters each) know the synthetic fact world of
-:mod:`hf_kedit.data.world`. They are ordinary transformers folders inside the installed package, for tests, examples
-and trying things out offline. ``kedit/smollm2-135m`` and ``kedit/minilm-l6`` are fetched once, see `wheels`.
+:mod:`hf_kedit.data.world`; ``kedit/world-pictures`` (1.75 M) knows it too and sees the drawings of
+:mod:`hf_kedit.data.picture_world`. They are ordinary transformers folders inside the installed package, for tests,
+examples and trying things out offline. ``kedit/smollm2-135m`` and ``kedit/minilm-l6`` are fetched once, see `wheels`.
 """
 
 from __future__ import annotations

@@ -213,7 +213,8 @@ FAMILIES = [
     "counterfact_flat", "zsre", "counterfact_plus/one_hop", "zsre_plus/inverse_relation", "mquake/cf",
     "ripple_edits/random", "qaedit", "wikibigedit/20240201_20240220", "ultraeditbench", "unke", "halluedit/llama2",
     "cknowedit/idiom", "conceptedit/gpt2_inter", "safeedit", "personalityedit", "mmedit/vqa", "akew/counterfact",
-    "akew/mquake_cf", "leme/counterfact", "fever", "counterfact_plus/other_attribution",
+    "akew/mquake_cf", "leme/counterfact", "fever", "counterfact_plus/other_attribution", "vlkeb", "mmke/entity",
+    "comprehendedit",
 ]  # fmt: skip
 
 
@@ -223,7 +224,7 @@ def sample_of(name: str) -> Any:
     source = dataset_entry(name).source
     assert source is not None
     folder = SAMPLES / ("editing_data" if family.endswith("_plus") else family)
-    folder = folder / name.split("/")[1] if family == "mmedit" else folder
+    folder = folder / name.split("/")[1] if family in ("mmedit", "mmke") else folder
     from hf_kedit.storage.records import read_object
 
     located = source.locate(name, dataset_entry(name).default_split, folder)
