@@ -5,6 +5,8 @@ The run is here, what it looks like in `demo_view`. Every figure is of this one 
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import typer
 from .. import logging as kedit_logging
 from ..errors import DataError, EvaluationError
 from ..storage.parsing import as_mapping, parse_json
+from ..text.processors import shown_text
 from .demo_view import Answers, DemoView, opening
 from .models import DeviceOption, Dtype, DtypeOption, SetOption, hush_transformers, open_model
 from .output import DebugOption, Format, FormatOption, command, console, emit
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 NEW_TOKENS, ANSWER_TOKENS = 10, 8
 """Of what is shown, as many as side effects are judged by; of what tells whether a fact is known."""
-TRIED_FACTS, TRIED_LANDMARKS = 50, 8
+TRIED_FACTS, TRIED_LANDMARKS, TRIED_PICTURES = 50, 8, 8
 PROTOCOL = "generation"
 RELOAD_LIMIT = 500_000_000
 """Models with more parameters are not loaded a second time unless asked."""
@@ -39,11 +42,12 @@ RELOAD_LIMIT = 500_000_000
 # Runs in a fresh interpreter: loads the saved edits and tells what came out.
 _RELOAD = """
 import json, sys
-from hf_kedit import EditableModel
+from hf_kedit import EditableModel, EditRequest
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.evaluation import generate_answers
-folder, prompt, tokens = sys.argv[1:4]
+folder, request, tokens = sys.argv[1:4]
 model = EditableModel.from_pretrained(folder)
+prompt = EditRequest.from_dict(json.loads(request)).rendered(model.tokenizer, model.processor).filled_prompt
 text = generate_answers(model.base_model, model.tokenizer, [prompt], max_new_tokens=int(tokens))[0].text
 sys.stdout.write(json.dumps({"digest": model_digest(model.base_model), "text": text}) + "\\n")
 """
@@ -70,7 +74,10 @@ class DemoOptions:
 @command
 def demo(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="kedit/world-gpt2, kedit/world-llama, or any Hub id or folder.")
+        str,
+        typer.Option(
+            "--model", "-m", help="kedit/world-gpt2, kedit/world-llama, kedit/world-pictures, or any Hub id or folder."
+        ),
     ] = "kedit/world-gpt2",
     method: Annotated[str, typer.Option("--method", "-M", help="Editing method.")] = "rome",
     prompt: Annotated[
@@ -155,27 +162,31 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     layers = model.edit_config.layers or []
     view.title(model.base_model_id, size, model.anatomy.num_layers, model.capabilities.name, layers)
     view.fact(request)
+    # As the model reads it: the same of a request without pictures.
+    assert model.tokenizer is not None  # loaded by name
+    asked = request.rendered(model.tokenizer, model.processor)
+    named = functools.partial(_named, request=asked)
 
-    hops = [probe for probes in request.portability.values() for probe in probes]
-    prompt, watch = request.filled_prompt, watcher_of(options.model)
+    hops = [probe for probes in asked.portability.values() for probe in probes]
+    prompt, watch = asked.filled_prompt, watcher_of(options.model)
     with view.working("editing"):
         digest = model_digest(model.base_model)
-        before, chat = ask(model, request, [prompt, *(hop.prompt for hop in hops)]), ask_in_chat(model, request)
+        before, chat = ask(model, asked, [prompt, *(hop.prompt for hop in hops)]), ask_in_chat(model, request)
         result = model.edit(request, show_progress=False, watch=watch)
         (edit,) = result.edits
-        after, chat_after = ask(model, request, list(before.texts)), ask_in_chat(model, request)
+        after, chat_after = ask(model, asked, list(before.texts)), ask_in_chat(model, request)
     effects: SideEffectReport = result.side_effects
     seconds_edit = float(edit.diagnostics["seconds"])
-    said = {a.question.prompt: (a.before, a.after) for kind in ("fact", "paraphrase") for a in effects.of(kind)}
+    said = {named(a.question.prompt): (a.before, a.after) for kind in ("fact", "paraphrase") for a in effects.of(kind)}
     said |= {f"{question} (chat)": (text, chat_after[question]) for question, text in chat.items()}
     old, new = ({question: texts[i] for question, texts in said.items()} for i in (0, 1))
     view.generations(list(said), old, new, request, seconds_edit)
     view.probabilities(request, before, after)
-    axes = {probe.prompt: axis for axis, probes in request.locality.items() for probe in probes}
+    axes = {probe.prompt: axis for axis, probes in asked.locality.items() for probe in probes}
     rows: list[dict[str, Any]] = [
         {
             "kind": axes.get(a.question.prompt, kind),
-            "prompt": a.question.prompt,
+            "prompt": named(a.question.prompt),
             "before": a.before,
             "after": a.after,
             "unchanged": a.good,
@@ -186,7 +197,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     view.neighbours(rows)
     consequences: list[dict[str, Any]] = [
         {
-            "prompt": hop.prompt,
+            "prompt": named(hop.prompt),
             "wanted": hop.answers,
             "before": before.texts[hop.prompt],
             "after": after.texts[hop.prompt],
@@ -213,7 +224,7 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
         # The other process loads meanwhile.
         model.rollback(edit.id)
         rollback_exact = model_digest(model.base_model) == digest
-        back = ask(model, request, [prompt])
+        back = ask(model, asked, [prompt])
         with view.working("loading the saved edit in a fresh process"):
             reloaded = finish_reload(again)
     finally:
@@ -221,9 +232,9 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
             again.kill()
     reload_exact = None
     if reloaded is not None:
-        reload_exact = reloaded["digest"] == edited_digest and reloaded["text"] == after.texts[request.filled_prompt]
+        reload_exact = reloaded["digest"] == edited_digest and reloaded["text"] == after.texts[prompt]
     view.saved(folder, reload_exact)
-    view.undone(request, back, before, rollback_exact, size)
+    view.undone(asked, back, before, rollback_exact, size)
     seconds = time.perf_counter() - started
     view.end(seconds)
     return {
@@ -234,15 +245,18 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
         "subject": request.subject,
         "target_old": next(iter(request.ground_truth), None),
         "target_new": request.target_new,
-        "before": before.texts[request.filled_prompt],
-        "after": after.texts[request.filled_prompt],
-        "original_again": back.texts[request.filled_prompt],
+        "before": before.texts[prompt],
+        "after": after.texts[prompt],
+        "original_again": back.texts[prompt],
         "probabilities": {
             "before": {"old": before.old, "new": before.new},
             "after": {"old": after.old, "new": after.new},
             "original_again": {"old": back.old, "new": back.new},
         },
-        "paraphrases": [{"prompt": p, "before": said[p][0], "after": said[p][1]} for p in request.rephrase_prompts],
+        "paraphrases": [
+            {"prompt": p, "before": said[p][0], "after": said[p][1]}
+            for p in map(named, [*asked.rephrase_prompts, *asked.repictured_prompts])
+        ],
         "chat": [{"prompt": p, "before": text, "after": chat_after[p]} for p, text in chat.items()],
         "neighbours": rows,
         "consequences": consequences,
@@ -258,6 +272,12 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
     }
 
 
+def _named(prompt: str, request: EditRequest) -> str:
+    """What people read of a question about a request: without what stands for pictures, and another one is named."""
+    text = shown_text(prompt)
+    return f"{text} (another picture)" if prompt in request.repictured_prompts else text
+
+
 # ---------------------------------------------------------------------- the fact
 
 
@@ -270,6 +290,8 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
     source: dict[str, Any] = {"name": "facts", "split": "test", "relation": "landmark_city", "limit": TRIED_LANDMARKS}
     if embedded.is_embedded(options.model):
         source = {"name": "world", "split": "test", "limit": TRIED_FACTS}
+        if model.processor is not None:
+            source = {"name": "world-pictures", "limit": TRIED_PICTURES, "kinds": ("portrait",)}
     if options.prompt is not None and options.target is not None:
         request = EditRequest(options.prompt, options.subject, options.target, rephrase_prompts=options.rephrase)
         if options.ground_truth:
@@ -281,9 +303,11 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
         request.locality = {axis: probes for axis, probes in row.locality.items() if axis != "Same_Subject"}
         return request
     facts = load_requests(load_edit_dataset(**source))
-    texts = _continue(model, [f.filled_prompt for f in facts], ANSWER_TOKENS)
-    for fact in facts:
-        if fact.ground_truth and texts[fact.filled_prompt].startswith(fact.ground_truth[0]):
+    assert model.tokenizer is not None
+    asked = [fact.rendered(model.tokenizer, model.processor).filled_prompt for fact in facts]
+    texts = _continue(model, asked, ANSWER_TOKENS)
+    for fact, prompt in zip(facts, asked, strict=True):
+        if fact.ground_truth and texts[prompt].startswith(fact.ground_truth[0]):
             return fact
     raise DataError(f"{options.model!r} knows none of {len(facts)} facts; name one with --prompt and --target")
 
@@ -326,8 +350,10 @@ def _continue(model: EditableModel, prompts: Sequence[str], tokens: int) -> dict
 
 def start_reload(folder: Path, request: EditRequest) -> subprocess.Popen[str]:
     """Start a new Python that loads the saved edit."""
+    asked = ("prompt", "subject", "target_new", "image")
+    about = {name: value for name, value in request.to_dict().items() if name in asked}
     return subprocess.Popen(
-        [sys.executable, "-c", _RELOAD, str(folder), request.filled_prompt, str(NEW_TOKENS)],
+        [sys.executable, "-c", _RELOAD, str(folder), json.dumps(about), str(NEW_TOKENS)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

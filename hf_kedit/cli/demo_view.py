@@ -15,7 +15,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..drawing.blocks import in_blocks
 from ..storage.display import percent
+from ..text.pictures import pictures_of
 from .output import error_console
 from .side_effects import show_side_effects
 
@@ -30,6 +32,10 @@ _KINDS = {
     "Shared_Name": "shared name",
     "Same_Subject": "same subject",
     "Entities": "other facts",
+    "text": "without picture",
+    "multimodal": "other picture",
+    "Same_Question": "same question",
+    "Same_Picture": "same picture",
 }
 """Locality axis → label for people."""
 _PER_KIND = 2
@@ -65,6 +71,7 @@ class DemoView:
         fancy = encoding.startswith("utf")
         self.full, self.yes, self.no = ("█", "✓", "✗") if fancy else ("#", "yes", "NO")
         self.arrow, self.more, self.dot = ("→", "…", "·") if fancy else ("->", "...", "-")
+        self.colour = fancy and console is not None and not console.no_color and console.color_system is not None
         self.width = min(console.width, _WIDEST) if console else _WIDEST
         self.step = 0
 
@@ -120,7 +127,9 @@ class DemoView:
         """What is to change."""
         self._head("A fact, and what it is to become")
         old = request.ground_truth[0] if request.ground_truth else "?"
-        line = Text.assemble(f"{request.filled_prompt} ", (old, f"bold {OLD}"), f"  {self.arrow}  ")
+        for picture in pictures_of(request.image):
+            self._print(_indented(in_blocks(picture, colour=self.colour)))
+        line = Text.assemble(f"{request.plain_prompt} ", (old, f"bold {OLD}"), f"  {self.arrow}  ")
         self._print(_indented(line.append(request.target_new, f"bold {NEW}")))
 
     def generations(
@@ -237,7 +246,7 @@ class DemoView:
         """The way back."""
         self._head("Undone")
         prompt = request.filled_prompt
-        self._print(_indented(Text.assemble(f"{prompt} ", self._answer(back.texts[prompt], request))))
+        self._print(_indented(Text.assemble(f"{request.plain_prompt} ", self._answer(back.texts[prompt], request))))
         told = f"all {size:,} weights are what they were, bit for bit" if exact else "the weights are NOT the original"
         self._print(Text.assemble("   ", self._mark(exact and back.texts[prompt] == before.texts[prompt]), f" {told}"))
 

@@ -114,6 +114,13 @@ class Picture:
         opened.load()
         return opened
 
+    def thumbnail(self, side: int = 64) -> str:
+        """A small copy for pages, at most so many pixels wide and high, as a ``data:image/jpeg`` URI."""
+        small, buffer = self.image, io.BytesIO()
+        small.thumbnail((side, side))
+        small.save(buffer, "JPEG", quality=80)
+        return f"{_URI}jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
     @property
     def uri(self) -> str:
         """The picture as a ``data:image/png;base64,`` URI, for JSON and HTML."""

@@ -63,6 +63,13 @@ def placeholder(processor: Any) -> str:
     return _WRAPPED.get(token, token + "\n")
 
 
+def shown_text(text: str) -> str:
+    """What people read of a text: without what stands for its pictures."""
+    if not isinstance(text, PicturedText):
+        return text
+    return str(text).replace(placeholder(text.processor) * len(text.pictures), "", 1)
+
+
 class _Writer:
     """Writes chats as a tokenizer does; the user's last turn begins with pictures.
 

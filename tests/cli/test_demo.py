@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from rich.color import Color
 from rich.console import Console
+from rich.style import Style
 
 from hf_kedit import EditableModel
 from hf_kedit.cli.demo_view import Answers, DemoView, opening
+from hf_kedit.drawing.blocks import in_blocks
 from hf_kedit.requests import EditRequest
+from hf_kedit.text.pictures import Picture
 
 from .conftest import Run, data
 
@@ -73,6 +79,18 @@ def test_demo_with_a_fact_of_ones_own(kedit: Run, tmp_path: Path) -> None:
     assert result["neighbours"]
 
 
+def test_demo_with_a_picture(kedit: Run, tmp_path: Path) -> None:
+    words = ["--model", "kedit/world-pictures", "--method", "ft-m", "--output", tmp_path / "edit"]
+    result = data(kedit("demo", *words, "-f", "json"))
+    assert "in the picture" in result["prompt"] and "<image>" not in str(result["paraphrases"])
+    assert result["before"].startswith(result["target_old"]) and result["after"].startswith(result["target_new"])
+    assert result["original_again"] == result["before"]
+    again = result["paraphrases"][-1]
+    assert again["prompt"].endswith("(another picture)") and again["after"].startswith(result["target_new"])
+    assert result["rollback_exact"] is True and result["reload_exact"] is True
+    assert {"text", "multimodal", "Same_Question", "Same_Picture"} == {row["kind"] for row in result["neighbours"]}
+
+
 def test_demo_refuses_a_folder_with_a_model(kedit: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     result = kedit("demo", "--output", tmp_path)
@@ -116,6 +134,34 @@ def _shown(encoding: str = "utf-8", width: int = 80, *, exact: bool = True, good
     view.end(1.0)
     stream.flush()
     return raw.getvalue().decode(encoding)
+
+
+def test_a_picture_in_the_terminal() -> None:
+    """Two pixels in a character, one as its ink and one as its paper; without colours, dark ones are full."""
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    pixels[0], pixels[1] = (250, 0, 0), (0, 0, 250)  # the upper half red over blue, the lower one black
+    picture = Picture.of(pixels)
+    drawn = in_blocks(picture, colour=True, width=4)
+    assert drawn.plain == "▀▀▀▀\n▀▀▀▀"
+    style = drawn.spans[0].style
+    assert isinstance(style, Style) and (style.color, style.bgcolor) == (
+        Color.from_rgb(250, 0, 0),
+        Color.from_rgb(0, 0, 250),
+    )
+    upper, lower = in_blocks(picture, colour=False, width=4).plain.splitlines()
+    assert set(lower) == {"@"} and set(upper) != {"@"}
+
+
+@pytest.mark.parametrize(("colours", "encoding"), [("truecolor", "utf-8"), (None, "utf-8"), ("truecolor", "ascii")])
+def test_a_fact_about_a_picture_shows_it(colours: Any, encoding: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    console = Console(file=stream, width=80, color_system=colours, force_terminal=colours is not None)
+    image = np.full((48, 48, 3), 250, dtype=np.uint8)
+    DemoView(console).fact(EditRequest("It is", target_new="new", ground_truth=["old"], image=image))
+    stream.seek(0)
+    shown = stream.read()
+    assert ("▀" in shown) == (colours is not None and encoding == "utf-8") and "It is" in shown
+    assert len(shown.splitlines()) >= 16
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])

@@ -330,6 +330,12 @@ class VQADataset(Facts):
     name = "mmedit/vqa"
 
 
+class ComprehendEditDataset(Facts):
+    """ComprehendEdit: texts and names of pictures."""
+
+    name = "comprehendedit"
+
+
 _FILES = {
     "akew/counterfact": "AKEW/CounterFact.json",
     "akew/mquake_cf": "AKEW/MQuAKE-CF.json",

@@ -15,6 +15,7 @@ from .facts import (
     AKEWUnifiedDataset,
     CaptionDataset,
     CKnowEditDataset,
+    ComprehendEditDataset,
     CounterFactDataset,
     KnowEditDataset,
     LongFormEditDataset,
@@ -35,6 +36,7 @@ from .measures import (
     test_generation_quality,
     test_prediction_acc,
 )
+from .multimodal import MultimodalEditor
 from .scenario_editors import ConceptEditor, PerEditor, SafetyEditor
 from .training import EditTrainer, PEREditTrainer
 
@@ -73,6 +75,10 @@ HPARAMS = {
     "lora_uns": "LoRA_uns_HyperParams",
     "wise": "WISEHyperParams",
 }
+MULTIMODAL = (
+    "IKEMultimodalHyperParams", "LoRAMultimodalHyperParams", "MENDMultimodalHparams", "SERACMultimodalHparams",
+    "WISEMultimodalHyperParams",
+)  # fmt: skip
 TRAINING = ("KETrainingHparams", "MALMENTrainingHparams", "MENDTrainingHparams", "SERACTrainingHparams")
 
 
@@ -96,8 +102,9 @@ HERE: dict[str, Any] = {
     thing.__name__: thing
     for thing in (
         BaseEditor, BatchEditor, EditTrainer, HyperParams, ConceptEditor, PerEditor, PEREditTrainer,
-        SafetyEditor,
+        SafetyEditor, MultimodalEditor,
         AKEWDataset, AKEWUnifiedDataset, CaptionDataset, CKnowEditDataset, CounterFactDataset, KnowEditDataset,
+        ComprehendEditDataset,
         LongFormEditDataset, MQuAKEDataset, PersonalityDataset, SafetyDataset, SanitizationTrainDataset, VQADataset,
         WikiBigEditDataset, WikiRecentDataset, ZsreDataset,
         compute_edit_quality, encode_ike_facts, n_gram_entropy, summary_metrics, test_generation_quality,
@@ -105,7 +112,8 @@ HERE: dict[str, Any] = {
         get_module, get_parameter, set_requires_grad,
     )
 }  # fmt: skip
-HERE |= dict.fromkeys([*HPARAMS.values(), *TRAINING], HyperParams)
+HERE |= dict.fromkeys([*HPARAMS.values(), *TRAINING, *MULTIMODAL], HyperParams)
+HERE["encode_ike_facts_multimodal"] = encode_ike_facts
 HERE |= {f"apply_{method}_to_model": apply_to_model for method in HPARAMS if method not in ("ike", "mend", "serac")}
 HERE |= {"LOG": get_logger("hf_kedit.compat.easyedit"), "DS_DICT": {"cf": CounterFactDataset, "zsre": ZsreDataset}}
 HERE["ALG_DICT"] = dict.fromkeys(
@@ -120,11 +128,10 @@ _WAYS: dict[str, str] = {
     "EditableModel.from_backend edits models behind an API (docs/scenarios/black_box.md)": """
         DeepEditApiHyperParams FTApiHyperParams apply_ft_api_to_model apply_deepedit_api_to_model""",
     "evaluate_edits(…, scenario='long_text') measures answers (docs/scenarios/long_text.md)": "eval_akew_unstructured",
-    "editing image-text models is planned and not part of this version": """
-        MultimodalEditor MultimodalTrainer IKEMultimodalHyperParams MENDMultimodalHparams SERACMultimodalHparams
-        MENDMultimodalTrainingHparams SERACMultimodalTrainingHparams WISEMultimodalHyperParams ADSEditDataset
-        LoRAMultimodalHyperParams ComprehendEditDataset MultimodalEvaluator compute_multimodal_edit_results
-        encode_ike_facts_multimodal MendMultimodalRewriteExecutor SeracMultimodalRewriteExecutor""",
+    "MultimodalEditor edits models that see; `kedit train` trains editors (docs/training.md)": """
+        MultimodalTrainer MENDMultimodalTrainingHparams SERACMultimodalTrainingHparams ADSEditDataset
+        MultimodalEvaluator compute_multimodal_edit_results MendMultimodalRewriteExecutor
+        SeracMultimodalRewriteExecutor""",
     "`kedit train` with the method instructedit (docs/methods/instructedit.md)": "MultiTaskDataset MultiTaskTrainer",
     "BaseEditor with IKEHyperParams; hf_kedit.methods.ike.build_prompt makes the text alone": "apply_ike_to_model",
     "hf_kedit.training trains editors, and BaseEditor edits with them (MENDHyperParams, SERACHparams …)": """

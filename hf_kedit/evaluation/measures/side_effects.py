@@ -327,7 +327,8 @@ def questions_about(
     """
     prompt, target = request.filled_prompt, request.target_new  # of a chat, the whole of it
     questions = [EffectQuestion("fact", prompt, wanted=target)]
-    questions += [EffectQuestion("paraphrase", text, wanted=target) for text in request.rephrase_prompts]
+    others_alike = (*request.rephrase_prompts, *request.repictured_prompts)
+    questions += [EffectQuestion("paraphrase", text, wanted=target) for text in others_alike]
     if chat:
         questions.append(EffectQuestion("chat", f"Complete this sentence: {request.plain_prompt}", "chat", target))
     for axis, probes in request.locality.items():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from ...errors import EvaluationError, RequestError, check_choice, check_count, shown
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import Continuation, PromptFormat, generate_answers
+from ..asking.ranked import Ranked
 from ..asking.scoring import PairScore, Predicted, Unscored, encode_row, try_score_pairs
 from ..measures import metrics
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 PREFIX_TOKENS = "prefix_tokens"
 """Scorer of `Generation` that compares tokens, not texts."""
-Output = PairScore | Continuation | Predicted | Unscored
+Output = PairScore | Continuation | Predicted | Ranked | Unscored
 
 
 Numbers = dict[tuple[str, str], float]

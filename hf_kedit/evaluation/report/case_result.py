@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import DataError, shown
 from ...requests import EditRequest, Probe
 from ...storage.shapes import of_type
+from ...text.pictures import pictures_of
 from .layout import AboutLayout, Number, RecordLayout
 
 AXES = ("locality", "locality_accuracy", "portability")
@@ -229,7 +230,10 @@ class CaseResult:
 
 
 def easyedit_request(request: EditRequest) -> dict[str, Any]:
-    """A request in the dictionary layout of EasyEdit; what is missing is ``None`` or ``{}``."""
+    """A request in the dictionary layout of EasyEdit; what is missing is ``None`` or ``{}``.
+
+    Of pictures, thumbnails stand there, as ``data:`` URIs.
+    """
 
     def section(axes: Mapping[str, Sequence[Probe]]) -> dict[str, Any]:
         return {
@@ -248,6 +252,7 @@ def easyedit_request(request: EditRequest) -> dict[str, Any]:
         "rephrase_prompt": next(iter(request.rephrase_prompts), None),
         "locality": section(request.locality),
         "portability": section(request.portability),
+        **({} if request.image is None else {"image": [p.thumbnail() for p in pictures_of(request.image)]}),
     }
 
 

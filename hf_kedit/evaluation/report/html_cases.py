@@ -139,10 +139,18 @@ def changed(before: str, after: str, css: str = "") -> str:
 
 
 def asked(request: Mapping[str, Any]) -> str:
-    """Prompt, new answer and old answer of an edit."""
+    """Picture, prompt, new answer and old answer of an edit."""
     old = request.get("ground_truth")
     was = f' <span class="soft">(was: {escape(str(old))})</span>' if old else ""
-    return f'{escape(str(request["prompt"]))} <span class="target">{escape(str(request["target_new"]))}</span>{was}'
+    prompt, target = (escape(str(request[key])) for key in ("prompt", "target_new"))
+    return f'{_thumbnails(request)}{prompt} <span class="target">{target}</span>{was}'
+
+
+def _thumbnails(about: Mapping[str, Any]) -> str:
+    """The pictures of an edit or a question, as they stand in the report; nothing that a page would have to fetch."""
+    given = about.get("image")
+    uris = [uri for uri in given if str(uri).startswith("data:image/")] if isinstance(given, list) else []
+    return "".join(f'<img class="thumb" alt="" src="{escape(str(uri), quote=True)}"> ' for uri in uris)
 
 
 # ---------------------------------------------------------------------- one run with everything
@@ -264,7 +272,8 @@ def _text_table(result: CaseResult) -> str:
         post = changed(str(text["pre"]), str(text["post"]), css)
         rows.append(
             f'<tr class="{css}"><td>{about}{": lost" if css else ""}</td>'
-            + "".join(f'<td class="text">{escape(str(text[key]))}</td>' for key in ("prompt", "pre"))
+            + f'<td class="text">{_thumbnails(text)}{escape(str(text["prompt"]))}</td>'
+            + f'<td class="text">{escape(str(text["pre"]))}</td>'
             + f'<td class="text">{post}</td></tr>'
         )
     head = "<tr><th></th><th>prompt</th><th>written before</th><th>written after</th></tr>"

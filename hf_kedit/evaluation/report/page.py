@@ -65,6 +65,7 @@ details.case[open] { background: var(--panel); padding: 0 1rem .8rem; border-rad
 .target, mark { background: var(--mark); color: inherit; padding: 0 .2em; border-radius: 3px }
 mark.lost { background: var(--lost) } tr.lost td { color: var(--bad) } tr.lost td.text { color: inherit }
 tr.lost td:first-child { box-shadow: inset 3px 0 var(--bad); padding-left: .6rem }
+.thumb { height: 44px; border-radius: 4px; vertical-align: middle; margin: 2px 4px 2px 0; background: var(--track) }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 16em; max-width: 46ch }
 input[type=search] { font: inherit; padding: .4rem .7rem; width: min(26rem, 100%); border: 1px solid var(--soft);
   border-radius: 6px; background: var(--paper); color: inherit; margin: .5rem 0 .8rem }

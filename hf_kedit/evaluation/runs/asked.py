@@ -13,6 +13,8 @@ from typing import Any
 from ...errors import EvaluationError
 from ...logging import get_logger, warn_once
 from ...requests import EditRequest
+from ...text.pictures import PicturedText
+from ...text.processors import shown_text
 from ..asking.generation import Continuation
 from ..asking.scoring import Unscored
 from ..protocols.base import Output, Protocol, Query, Question
@@ -125,7 +127,13 @@ class Asked:
             if exchange.queries:
                 old, new = exchange.before[0], exchange.after[0]
                 if isinstance(old, Continuation) and isinstance(new, Continuation):
-                    about = {"section": question.section, "axis": question.axis, "prompt": question.prompt}
+                    about: dict[str, Any] = {
+                        "section": question.section,
+                        "axis": question.axis,
+                        "prompt": shown_text(question.prompt),
+                    }
+                    if isinstance(question.prompt, PicturedText):
+                        about["image"] = [picture.thumbnail() for picture in question.prompt.pictures]
                     result.texts.append({**about, "pre": old.text, "post": new.text})
         for half in result.halves.values():
             half.about = {section: self.protocol.meta(section) for section in half.sections}

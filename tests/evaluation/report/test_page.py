@@ -204,3 +204,14 @@ def test_the_page_begins_with_what_was_asked_what_changed_and_where_it_hurts():
     assert both.index('<div class="panels lead">') < both.index("<h2>By generation")
     assert "<b>&lt;a&gt;</b>" in both and "At least half of each kind of other answers stayed." in both
     assert "What else changed was not measured." in run([1.0], [], ["generation"]).to_html()
+
+
+def test_pictures_stand_in_the_page_and_nothing_is_fetched():
+    """Of edits and of questions; an address in a report file is left out, and quotes cannot break out."""
+    small = "data:image/jpeg;base64,AAAA"
+    entry = record(0, "generation", 1.0, [1.0, 1.0])
+    entry["requested_rewrite"]["image"] = [small, "https://example.org/x.png", 'data:image/png;base64,"onerror=']
+    entry["texts"][0]["image"] = [small]
+    page = EvaluationReport([entry], {"model": "a/model", "setting": "single", "dataset": "facts"}).to_html()
+    assert page.count(f'<img class="thumb" alt="" src="{small}">') == 3  # what was asked, edit, text
+    assert "example.org" not in page and "&quot;onerror=" in page and '"onerror=' not in page
