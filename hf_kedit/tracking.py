@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .errors import ConfigError, MissingExtraError, nearest, reason_of, shown
 from .journal import EditResult
 from .logging import get_logger
 
 logger = get_logger(__name__)
+_LAST: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""The last step that a tracker was told, which a later call goes on from."""
 PROJECT = "hf_kedit"
 """Project of the runs, unless WANDB_PROJECT or TRACKIO_PROJECT names another."""
 
@@ -49,15 +52,16 @@ class Tracking:
         self._folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(folder)
         self._open: list[Any] = []
         self._own: list[Any] = []
+        self._before: dict[int, int] = {}
 
     def __enter__(self) -> Tracking:
         for entry in self._given:
-            if isinstance(entry, str):
-                if (made := self._attempt(entry, lambda name=entry: self._started(name))) is not None:  # type: ignore[misc]
-                    self._own.append(made)
-                    self._open.append(made)
-            else:
+            if not isinstance(entry, str):
                 self._open.append(entry)
+            elif made := self._attempt(entry, self._started, entry):
+                self._own.append(made)
+                self._open.append(made)
+        self._before = {id(tracker): _LAST.get(tracker, 0) for tracker in self._open}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,11 +78,12 @@ class Tracking:
 
         Args:
             values: name → number; what is none, or not finite, is left out.
-            step: the same as before, or a later one.
+            step: of this run; the same as before, or a later one.
         """
         numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
         for tracker in list(self._open) if numbers else ():
-            if self._attempt(tracker.name, lambda tracker=tracker: (tracker.log(numbers, step=step), True)[1]) is None:  # type: ignore[misc]
+            _LAST[tracker] = at = self._before[id(tracker)] + step
+            if not self._attempt(tracker.name, tracker.log, numbers, step=at):
                 self._open.remove(tracker)
 
     def edits(self, result: EditResult) -> None:
@@ -113,13 +118,14 @@ class Tracking:
         tracker.store_init_configuration(self._settings)
         return tracker
 
-    def _attempt(self, name: str, call: Callable[[], Any]) -> Any:
-        """The value of a call; ``None`` after an error of any kind, of which the user is told."""
+    def _attempt(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a call returns, ``True`` for nothing; ``None`` after an error of any kind, of which the user is told."""
         try:
-            return call()
+            value = function(*args, **kwargs)
         except Exception as error:  # programs of others, and services that may be away
             logger.warning("report_to: %s has failed and is told nothing more: %s", name, reason_of(error))
             return None
+        return True if value is None else value
 
 
 def edit_numbers(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
