@@ -119,7 +119,7 @@ class Tracking:
         return tracker
 
     def _attempt(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a call returns, ``True`` for nothing; ``None`` after an error of any kind, of which the user is told."""
+        """What a call returns, ``True`` for nothing; ``None`` after an error, of which the user is told."""
         try:
             value = function(*args, **kwargs)
         except Exception as error:  # programs of others, and services that may be away
