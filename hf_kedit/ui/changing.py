@@ -88,12 +88,12 @@ def change(visitor: Visitor, form: EditForm, examples: Examples, report: StepRep
     """
     request = request_of(form, examples)
     with visitor.session.inside() as model, steps_told(report):
-        report("loading the method", 0, None)
+        report("loading the method", 1, 100)
         settings = chosen_values(form.method, model.profile, form.settings)
         config = AutoEditConfig.for_method(form.method, **settings)
         if config.complete(model.profile) != model.edit_config:
             model.set_method(config)
-        report("asking the model before the edit", 0, None)
+        report("asking the model before the edit", 4, 100)
         best = top_answers(model, request.filled_prompt)
         result = model.edit(request, show_progress=False, watch=watcher_of(model.base_model_id))
         (edit,) = result.edits

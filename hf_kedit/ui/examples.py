@@ -60,12 +60,11 @@ def _known(model: EditableModel, facts: Sequence[EditRequest]) -> list[EditReque
     assert model.tokenizer is not None
     prompts = [fact.filled_prompt for fact in facts]
     said = generate_answers(model.base_model, model.tokenizer, prompts, ANSWER_TOKENS)
-    known = [
-        fact
-        for fact, answer in zip(facts, said, strict=True)
-        if fact.ground_truth and answer.text.startswith(fact.ground_truth[0])
-    ]
-    return known[:EXAMPLES]
+    known: dict[str | None, EditRequest] = {}  # one of each subject
+    for fact, answer in zip(facts, said, strict=True):
+        if fact.ground_truth and answer.text.startswith(fact.ground_truth[0]):
+            known.setdefault(fact.subject, fact)
+    return list(known.values())[:EXAMPLES]
 
 
 def subject_for(prompt: str, current: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -72,7 +73,10 @@ class Page:
         self.examples = examples_for(model) if examples is None else examples
         self.visitors = Visitors(model)
         self.name, self.has_chat = model.base_model_id, bool(getattr(model.tokenizer, "chat_template", None))
-        with gr.Blocks(title=f"kedit · {self.name}", analytics_enabled=False) as self.blocks:
+        self.home = tempfile.TemporaryDirectory(prefix="kedit-ui-")  # of the archives, as long as the page is there
+        keep = (3600, 6 * 3600)  # seconds: Gradio looks for copies of files that are old, and how old that is
+        title = f"kedit · {self.name}"
+        with gr.Blocks(title=title, analytics_enabled=False, delete_cache=keep) as self.blocks:
             self.word = gr.BrowserState("", storage_key="kedit-visit")
             self.version = gr.State(0)
             self.last = gr.State("")
@@ -108,7 +112,7 @@ class Page:
                 with gr.Column(elem_classes="k-examples", visible=bool(self.examples.requests)):
                     gr.HTML(views.label("Facts that it knows, and what they could become"))
                     self.chips = [
-                        gr.Button(f"{r.subject}: {', '.join(r.ground_truth)} → {r.target_new}", size="sm")
+                        gr.Button(f"{r.filled_prompt} {r.ground_truth[0]} → {r.target_new}", size="sm")
                         for r in self.examples.requests
                     ]
                 self.prompt = gr.Textbox(
@@ -401,7 +405,8 @@ class Page:
         return {self.insides: views.inspection(seen), self.looked_subject: seen.subject}
 
     def _pack(self, visitor: Visitor) -> Shown:
-        return {self.file: gr.update(value=str(sharing.save_archive(visitor)), visible=True)}
+        archive = sharing.save_archive(visitor, Path(self.home.name) / str(id(visitor)))
+        return {self.file: gr.update(value=str(archive), visible=True)}
 
     def _save(self, visitor: Visitor) -> Shown:
         assert self.output is not None
@@ -455,7 +460,7 @@ def _control(setting: FormSetting) -> Any:
     if setting.kind == "switch":
         return gr.Checkbox(bool(setting.value), **given)
     if setting.kind == "choice":
-        return gr.Dropdown(list(setting.choices), value=setting.value, **given)
+        return gr.Dropdown(list(setting.choices), value=setting.value, **given)  # None: as the method has it
     if setting.kind in ("whole", "number"):
         return gr.Number(setting.value, precision=0 if setting.kind == "whole" else None, **given)
     return gr.Textbox("" if setting.value is None else json.dumps(setting.value), placeholder="as it is", **given)

@@ -20,7 +20,7 @@ _ELSEWHERE = {"qlora", "simie", "serac"}
 """Methods that need a quantised model, another method, or a classifier of their own."""
 # Names of files, folders, data sets and models: who may visit a page is not to choose what its machine reads.
 _OURS = {"stats_dataset", "stats_dir", "stats_tokens", "stats_ridge", "editor", "encoder", "retriever", "reader"}
-_OURS |= {"base", "payload_settings", "separator", "system", "prompt_format", "rows_per_step", "demonstrations"}
+_OURS |= {"base", "payload_settings", "separator", "rows_per_step", "demonstrations"}
 Kind = Literal["switch", "whole", "number", "choice", "text"]
 
 
@@ -63,13 +63,8 @@ def settings_of(method: str, profile: ModelProfile) -> list[FormSetting]:
     """
     kind, values = config_class(method), AutoEditConfig.for_method(method).complete(profile).to_dict()
     types, texts = typing.get_type_hints(kind), _explanations(kind)
-    return [
-        FormSetting(
-            field.name, values[field.name], *_control(types[field.name], values[field.name], texts, field.name)
-        )
-        for field in fields(kind)
-        if field.name not in _OURS
-    ]
+    names = [field.name for field in fields(kind) if field.name not in _OURS]
+    return [FormSetting(name, values[name], *_control(types[name], values[name], texts, name)) for name in names]
 
 
 def chosen_values(method: str, profile: ModelProfile, filled: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def _control(kind: Any, value: Any, texts: Mapping[str, str], name: str) -> tupl
     literal = next((part for part in parts if typing.get_origin(part) is Literal), None)
     if isinstance(value, bool) or kind is bool:
         return "switch", about, ()
-    if literal is not None and value is not None:
+    if literal is not None:
         return "choice", about, tuple(map(str, typing.get_args(literal)))
     if isinstance(value, int):
         return "whole", about, ()

@@ -39,14 +39,21 @@ def save_folder(visitor: Visitor, folder: Path) -> Path:
     return folder
 
 
-def save_archive(visitor: Visitor, name: str = "edits") -> Path:
-    """The same as a ZIP file in a fresh temporary folder, for a download."""
-    home = Path(tempfile.mkdtemp(prefix="kedit-ui-"))
-    folder = save_folder(visitor, home / name)
+def save_archive(visitor: Visitor, home: Path, name: str = "edits") -> Path:
+    """The same as a ZIP file, for a download; it takes the place of the one before.
+
+    Args:
+        visitor: whose edits.
+        home: a folder of the visitor's own, made if needed.
+        name: of the folder in the archive.
+    """
+    home.mkdir(parents=True, exist_ok=True)
     target = home / f"{name}.zip"
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            archive.write(file, f"{name}/{file.relative_to(folder)}")
+    with tempfile.TemporaryDirectory(prefix="kedit-ui-") as place:
+        folder = save_folder(visitor, Path(place) / name)
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                archive.write(file, f"{name}/{file.relative_to(folder)}")
     return target
 
 

@@ -32,6 +32,8 @@ _GROUPS = {
     "Other facts of the subject, which should stay": ("same subject",),
     "Nothing to do with it, and changed": ("general", "name"),
 }
+_LAYERS = 12
+"""Of a deep model, so many layers are shown at first."""
 _SHOWN = 4
 """Of answers that did not change and were not to, so many are shown at first."""
 
@@ -84,8 +86,10 @@ def says(answer: str) -> str:
 def edit_result(entry: HistoryEntry) -> str:
     """Everything about one edit: verdict, cards, both texts side by side, probabilities, the course of the loss."""
     edit, effects = entry.edit, entry.effects
+    if effects is None:
+        return hint("The model came with this edit. “Probe” shows what it does.")
     parts = [
-        _verdict(entry),
+        _verdict(entry, effects),
         _cards(effects),
         _harm(effects),
         _side_by_side(effects),
@@ -99,13 +103,12 @@ def edit_result(entry: HistoryEntry) -> str:
     return tag("div", *parts, cls="k-result")
 
 
-def _verdict(entry: HistoryEntry) -> Markup:
-    request, effects = entry.edit.request, entry.effects
+def _verdict(entry: HistoryEntry, effects: SideEffectReport) -> Markup:
+    request = entry.edit.request
     fact = next(iter(effects.of("fact")), None)
     good = fact is not None and fact.good
-    words: list[str] = [
-        tag("b", "Done. " if good and not effects.harm else "Done, but look. " if good else "It did not take. ")
-    ]
+    verdict = ("Done, but look below. " if effects.harm else "Done. ") if good else "It did not take. "
+    words: list[str] = [tag("b", verdict)]
     words += [f"{request.plain_prompt} ", tag("mark", first_words(fact.after if fact else request.target_new))]
     if fact is not None:
         words.append(tag("span", f" was: {first_words(fact.before)}", cls="k-soft"))
@@ -116,7 +119,7 @@ def _verdict(entry: HistoryEntry) -> Markup:
 
 def first_words(text: str, most: int = 8) -> str:
     """What stands before the first end of a sentence, at most some words of it."""
-    sentence = text.replace("\n", " ").split(". ")[0].strip()
+    sentence = text.replace("\n", " ").split(". ")[0].rstrip(" .,").strip()
     words = sentence.split()
     return (" ".join(words[:most]) + (" …" if len(words) > most else "")) or "(nothing)"
 
@@ -232,7 +235,11 @@ def lens_strip(before: LensReading, after: LensReading | None, words: Sequence[s
         cells = [_heat(_whole(text, words), chance, share(chance)) for (text, chance), *_ in readings]
         rows.append(tag("tr", tag("th", str(number + 1)), *cells, cls="differs" if differs else None))
     head = tag("tr", *(tag("th", title) for title in heads))
-    return tag("table", head, *rows, cls="k-heat lens")
+    shown = tag("table", head, *rows[:_LAYERS], cls="k-heat lens")
+    if len(rows) <= _LAYERS:
+        return shown
+    below = tag("table", *rows[_LAYERS:], cls="k-heat lens")
+    return pieces(shown, tag("details", tag("summary", f"{len(rows) - _LAYERS} layers below"), below))
 
 
 def _whole(token: str, words: Sequence[str]) -> str:
@@ -251,9 +258,9 @@ def trace_map(trace: Trace, kind: str) -> Markup:
         cells = [_heat("", max(0.0, min(1.0, (v - low) / (high - low))), f"p = {v:.2f}") for v in values]
         rows.append(tag("tr", name, *cells))
     layers = len(table[0])
-    every = max(1, -(-layers // 12))
+    every = max(1, -(-layers // 10))
     foot = tag("tr", tag("th", "layer"), *(tag("td", str(i + 1) if i % every == 0 else "") for i in range(layers)))
-    return tag("table", *rows, foot, cls="k-heat trace")
+    return tag("table", *rows, foot, cls="k-heat trace" + (" deep" if layers > _LAYERS else ""))
 
 
 def _heat(text: str, value: float, title: str) -> Markup:
@@ -308,7 +315,8 @@ def history_card(entry: HistoryEntry) -> str:
     """One edit of the history."""
     edit = entry.edit
     state = "undone" if entry.is_undone else "on" if entry.is_on else "off"
-    before = next((first_words(answer.before) for answer in entry.effects.of("fact")), "?")
+    asked = entry.effects.of("fact") if entry.effects else []
+    before = next((first_words(answer.before) for answer in asked), ", ".join(edit.request.ground_truth) or "?")
     about = tag("span", state, cls=f"k-badge {state}")
     return tag(
         "div",

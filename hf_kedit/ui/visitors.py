@@ -34,7 +34,7 @@ class HistoryEntry:
     Args:
         edit: what was done.
         settings: of the method, as far as they were chosen.
-        effects: what the model said before and after it.
+        effects: what the model said before and after it; ``None`` for an edit that the model came with.
         chances: the answers to its prompt with their probabilities.
         is_on: whether the visitor has it switched on.
         is_undone: whether it was taken back.
@@ -42,7 +42,7 @@ class HistoryEntry:
 
     edit: Edit
     settings: dict[str, Any]
-    effects: SideEffectReport
+    effects: SideEffectReport | None
     chances: list[Chance]
     is_on: bool = True
     is_undone: bool = False
@@ -122,7 +122,8 @@ class Visitors:
         known = self._find(word)
         if known is not None and word is not None:
             return word, known
-        visitor = Visitor(EditSession(self.model), seen=self.clock())  # waits for the model, so not under the lock
+        session = EditSession(self.model)  # waits for the model, so not under the lock
+        visitor = Visitor(session, [HistoryEntry(edit, {}, None, []) for edit in session.edits], seen=self.clock())
         fresh = secrets.token_urlsafe(24)
         with self._lock:
             self._known[fresh] = visitor

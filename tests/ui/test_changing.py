@@ -12,6 +12,7 @@ from hf_kedit.errors import KeditError, RequestError, UnknownEditError, VisitErr
 from hf_kedit.ui.changing import EditForm, change, request_of, says_now, switch, undo
 from hf_kedit.ui.examples import Examples, subject_for
 from hf_kedit.ui.probing import compare, inspect_prompt
+from hf_kedit.ui.settings import method_choices
 from hf_kedit.ui.visitors import Visitor, Visitors
 
 
@@ -209,3 +210,28 @@ def test_looking_inside(model: EditableModel, examples: Examples, visitor: Visit
     assert seen.trace is None and "Name what" in seen.why_not
     with pytest.raises(RequestError):
         inspect_prompt(visitor.session, [], " ", "", edited=False)
+
+
+def test_edits_that_the_model_came_with_are_in_the_history(examples: Examples) -> None:
+    request = examples.requests[0]
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "rome")
+    (edit,) = model.edit(request).edits
+    edited = model_digest(model.base_model)
+    _, visitor = Visitors(model).enter(None)
+    assert [entry.edit.id for entry in visitor.present] == [edit.id]
+    undo(visitor, edit.id)
+    old, now = answer(visitor, request.filled_prompt)
+    assert old == now and not visitor.session.edits
+    assert [e.id for e in model.edits] == [edit.id] and model_digest(model.base_model) == edited
+
+
+@pytest.mark.slow
+def test_every_method_of_the_list_makes_an_edit(model: EditableModel, examples: Examples) -> None:
+    """With its settings for the model, in a session of its own; whether the fact takes is the method's business."""
+    visitors, digest = Visitors(model), model_digest(model.base_model)
+    for _, method in method_choices():
+        _, visitor = visitors.enter(None)
+        entry = change(visitor, form_of(examples, method=method), examples, quiet)
+        assert entry.edit.method == method and len(visitor.session.edits) == 1
+        undo(visitor, entry.edit.id)
+        assert not visitor.session.edits and model_digest(model.base_model) == digest

@@ -34,7 +34,7 @@ def edited(examples: Examples, visitor: Visitor) -> Visitor:
 
 
 def test_an_archive_holds_what_is_on(edited: Visitor, tmp_path: Path) -> None:
-    zipfile.ZipFile(sharing.save_archive(edited)).extractall(tmp_path)
+    zipfile.ZipFile(sharing.save_archive(edited, tmp_path / "files")).extractall(tmp_path)
     again = EditableModel.from_pretrained(tmp_path / "edits")
     assert [e.id for e in again.edits] == [edited.entries[0].edit.id]
 
