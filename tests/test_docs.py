@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import hf_kedit
+from hf_kedit.evaluation.scenarios import SCENARIOS
 from hf_kedit.methods import registered_methods
 
 from .test_quickstart import ROOT, _agree, _blocks, _expected
@@ -121,6 +122,12 @@ def test_the_reference_has_every_config() -> None:
     configs = {m.config_class.__name__ for m in registered_methods().values() if m.__module__.startswith("hf_kedit.")}
     assert configs
     assert not configs - _documented()
+
+
+def test_the_reference_has_every_scenario() -> None:
+    scenarios = {cls.__name__ for cls in SCENARIOS.values() if cls.__module__.startswith("hf_kedit.")}
+    assert len(scenarios) > 10
+    assert not scenarios - _documented()
 
 
 def test_the_tests_that_pages_name_exist() -> None:
