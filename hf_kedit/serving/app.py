@@ -24,6 +24,7 @@ from ..text.chat import chat_frame
 from ..tokens import context_length, prompt_ids
 from .answering import AnswerSettings, Reply, TokenChance, answer_prompt, default_sampling
 from .protocol import (
+    ALL_EDITS,
     LAST_EVENT,
     AnswerRequest,
     ChatRequest,
@@ -31,6 +32,7 @@ from .protocol import (
     Form,
     as_event,
     as_json,
+    check_sent,
     edit_json,
     error_content,
     error_json,
@@ -44,6 +46,7 @@ try:
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import StreamingResponse
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise require_extra("fastapi", "serve", "a server") from error
 
@@ -265,23 +268,24 @@ class Service:
 
         Raises:
             RequestError: for an unusable one.
+            ServeError: for what nobody may send; see `check_sent`.
             KeditError: if it cannot be made; nothing has changed then.
         """
         rows = body["requests"] if set(body) == {"requests"} else [body]
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise ServeError("requests must be a list of objects with prompt, subject, target_new …", param="requests")
-        requests = [EditRequest.from_dict(row, row=i) for i, row in enumerate(rows)]
+        requests = [check_sent(EditRequest.from_dict(row, row=i)) for i, row in enumerate(rows)]
         with self.variants.changing() as model:
             return model.edit(requests, show_progress=False).edits
 
     def undo_edits(self, which: str) -> list[Edit]:
-        """Take an edit back, or ``"all"``.
+        """Take an edit back, or `ALL_EDITS`.
 
         Raises:
             RollbackError: if it cannot be taken back.
         """
         with self.variants.changing() as model:
-            return model.rollback("all" if which == "all" else [which])
+            return model.rollback(ALL_EDITS if which == ALL_EDITS else [which])
 
 
 @dataclass(frozen=True)
@@ -360,17 +364,20 @@ class Work:
 
 def build_app(service: Service) -> FastAPI:
     """The application that serves a model; see `Service`."""
-    app = FastAPI(title="hf_kedit", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="hf_kedit", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     variants, keys = service.variants, service.keys
 
     async def body_of(request: Request) -> bytes:
         most, found, size = service.limits.body_bytes, bytearray(), 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= most:
-                found += chunk
-            elif size > _DRAINED * most:
-                break
+        try:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= most:
+                    found += chunk
+                elif size > _DRAINED * most:
+                    break
+        except ClientDisconnect as error:
+            raise NoLongerWantedError("the client has gone") from error
         if size > most:
             raise ServeError(
                 f"the body of the request has {'more than ' * (size > _DRAINED * most)}{size} bytes; this server takes"

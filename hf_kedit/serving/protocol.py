@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import KeditError, ModelBusyError, ServeError, UnknownEditError, nearest, shown
 from ..journal import Edit
+from ..requests import EditRequest
 from ..storage.parsing import parse_json
 from .answering import Reply, TokenChance
 
@@ -167,8 +168,12 @@ def read_asked(data: bytes, kind: type[A]) -> A:
 
 def _of_validation(error: ValidationError) -> ServeError:
     """The first thing that is wrong, in words."""
-    # Of a field that takes several kinds each kind has its own complaint; the deepest one fits best.
-    found = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+    # Of a field that takes several kinds each kind has its own complaint; the deepest one fits best, and before it
+    # the one of the kind that was sent.
+    found = max(
+        error.errors(include_url=False, include_input=False),
+        key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")),
+    )
     param = ""
     for step in found["loc"]:
         if isinstance(step, int):
@@ -291,6 +296,27 @@ class Form:
 def _token(token: str, logprob: float) -> dict[str, Any]:
     """A token as chats show it; its bytes are not known where it is a part of a character."""
     return {"token": token, "logprob": logprob, "bytes": None if "\ufffd" in token else list(token.encode())}
+
+
+ALL_EDITS = "all"
+"""What clients name to take every edit back."""
+
+
+def check_sent(request: EditRequest) -> EditRequest:
+    """The edit request of a client.
+
+    Raises:
+        ServeError: if it is called `ALL_EDITS`, or names files, which would be this machine's.
+    """
+    if request.id == ALL_EDITS:
+        raise ServeError(f"an edit cannot be called {ALL_EDITS!r}, which takes every edit back", param="id")
+    probes = [p for axes in (request.locality, request.portability) for several in axes.values() for p in several]
+    for value in (request.image, request.image_rephrase, *(probe.image for probe in probes)):
+        if any(isinstance(one, str) for one in (value if isinstance(value, tuple) else (value,))):
+            raise ServeError(
+                "send pictures as data:image/…;base64,… URIs; files and addresses are not read", param="image"
+            )
+    return request
 
 
 def edit_json(edit: Edit) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class Picture:
                 value = _from_array(pil, value)
             _check_size(*value.size)
             return cls._of_image(value)
+        except pil.UnidentifiedImageError as error:  # its own words name an object and its address
+            raise RequestError("cannot be read as a picture: it is in no format that Pillow knows") from error
         except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
             if isinstance(error, RequestError):
                 raise
@@ -144,7 +146,10 @@ def as_pictured(value: Any) -> Pictured | tuple[Pictured, ...] | None:
         if value.startswith(_LINKS):
             raise RequestError("is an address in the network, and nothing is fetched unasked; use Picture.from_url(…)")
         if value.startswith('["'):  # the column of a table
-            return as_pictured(json.loads(value))
+            try:
+                return as_pictured(json.loads(value))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise RequestError("begins like a list of pictures in JSON, and is none") from error
         return Picture.of(value) if value.startswith(_URI) else value
     if isinstance(value, (list, tuple)):
         if not value:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -318,14 +320,47 @@ def test_edits_over_the_wire(guarded: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"requests": []}, {"requests": "/etc/passwd"}, {"prompt": 3, "target_new": "x"}, {"requests": [1]}]
-)
+    "body",
+    [
+        {}, {"requests": []}, {"requests": "/etc/passwd"}, {"prompt": 3, "target_new": "x"}, {"requests": [1]},
+        {**FACT, "id": "all"}, {**FACT, "image": '["'}, {**FACT, "image": "data:image/png;base64,AAAA"},
+        {**FACT, "locality": {"others": [{"prompt": "x", "image": "/etc/passwd"}]}},
+    ],
+)  # fmt: skip
 def test_unusable_edits_change_nothing(guarded: Callable[..., str], body: Any) -> None:
     url = guarded()
     headers = {"Authorization": f"Bearer {TOKEN}"}
     reply = httpx.post(f"{url}/v1/edits", headers=headers, json=body)
     assert reply.status_code == 400 and reply.json()["error"]["message"]
     assert len(httpx.get(f"{url}/v1/edits", headers=headers).json()["data"]) == 1
+
+
+@pytest.mark.parametrize("name", ["image", "image_rephrase"])
+def test_files_of_the_server_are_not_read(guarded: Callable[..., str], tmp_path: Path, name: str) -> None:
+    """Whether there is such a file, a client does not learn."""
+    (tmp_path / "there").write_text("secret")
+    url, said = guarded(), set()
+    for sent in (str(tmp_path / "there"), str(tmp_path / "not"), ["there", "not"]):
+        reply = httpx.post(f"{url}/v1/edits", headers={"Authorization": f"Bearer {TOKEN}"}, json={**FACT, name: sent})
+        assert reply.status_code == 400 and str(tmp_path) not in reply.text
+        said.add(reply.text)
+    assert len(said) == 1 and "data:image" in said.pop()
+
+
+def test_who_leaves_before_the_body_is_no_error(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    logger = logging.getLogger("hf_kedit")  # which does not pass its records on
+    logger.addHandler(caplog.handler)
+    try:
+        with socket.create_connection((host, int(port))) as sender:
+            sender.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+            sender.shutdown(socket.SHUT_WR)
+            sender.settimeout(PATIENCE)
+            assert sender.recv(1) == b""
+        assert httpx.get(f"{url}/health").json()["open_requests"] == 0
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_keys_are_asked_for(guarded: Callable[..., str]) -> None:
@@ -379,7 +414,8 @@ REFUSED: list[tuple[str, Any, int, str | None, str]] = [
     ("completions", body(model="\ud83d"), 400, "model", "unicode"),
     ("completions", body(model="base+rome+grace"), 400, "model", "does not add up"),
     ("completions", body(prompt="\ud83d half"), 400, "prompt", ""),
-    ("completions", body(prompt=[]), 400, "prompt", ""),
+    ("completions", body(prompt=[]), 400, "prompt", "at least 1"),
+    ("completions", body(prompt=["x"] * 33), 400, "prompt", "at most 32"),
     ("completions", body(prompt=[1, 2]), 400, "prompt[0]", "string"),
     ("completions", body(prompt="word " * 120), 400, "prompt", "this server takes 100"),
     ("completions", body(prompt="word " * 5000), 400, "prompt", "more than 100"),
@@ -407,6 +443,7 @@ REFUSED: list[tuple[str, Any, int, str | None, str]] = [
     ("chat/completions", talk(QUESTION, tools=[{"type": "function"}]), 400, "tools", "not supported"),
     ("chat/completions", talk(QUESTION, top_logprobs=2), 400, "top_logprobs", "needs logprobs"),
     ("nothing", {}, 404, None, "Not Found"),
+    ("completions/", {}, 404, None, "Not Found"),
     ("models", {}, 405, None, "Method Not Allowed"),
 ]  # fmt: skip
 
