@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from hf_kedit import embedded
 from hf_kedit.anatomy import profile_of, resolve_anatomy
@@ -92,7 +92,8 @@ FILES = [p for p in list_hparams() if p.stem in MODELS or p.stem.startswith("wor
 def model_of(stem: str) -> torch.nn.Module:
     """The model of a file, without weights."""
     if stem.startswith("world-"):
-        return AutoModelForCausalLM.from_pretrained(embedded.path(stem))
+        auto = AutoModelForImageTextToText if stem == "world-pictures" else AutoModelForCausalLM
+        return auto.from_pretrained(embedded.path(stem))
     kind, sizes = MODELS[stem]
     if kind in STAND_INS:
         return stand_in(kind, **sizes)
