@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _State:
+class EditsState:
     """All that belongs to a model's edits; nothing of it is written to once it is here.
 
     What belongs to the unedited model (statistics, context templates, fingerprints) is everybody's and stays.
@@ -84,7 +84,7 @@ class EditSession:
     def __init__(self, model: Editing):
         self.model = model
         with model.exclusive():
-            self._state = _State.of(model)
+            self._state = EditsState.of(model)
 
     @property
     def edits(self) -> list[Edit]:
@@ -112,7 +112,7 @@ class _Inside(Switch[Any]):
     def __init__(self, session: EditSession, without: Collection[str]):
         self._session, self._without = session, without
         self._lock = session.model.exclusive()
-        self._before: _State | None = None
+        self._before: EditsState | None = None
         self._locked = self._complete = False
 
     def change(self) -> Editing:
@@ -120,7 +120,7 @@ class _Inside(Switch[Any]):
         model = self._session.model
         self._lock.__enter__()
         self._locked = True
-        self._before = _State.of(model)
+        self._before = EditsState.of(model)
         self._session._state.put_on(model)
         if self._without:
             ids = model.journal.select(list(self._without))
@@ -138,7 +138,7 @@ class _Inside(Switch[Any]):
         try:
             if self._before is not None:
                 if self._complete and not self._without:
-                    self._session._state = _State.of(model)
+                    self._session._state = EditsState.of(model)
                 self._before.put_on(model)
         finally:
             if self._locked:

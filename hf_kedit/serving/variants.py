@@ -17,14 +17,16 @@ from typing import Any
 
 from ..anatomy.switching import uninterrupted
 from ..artifact.packs import OnConflict
-from ..artifact.reading import find_artifact, read_books
-from ..decoding import Decoding, decoding_of
+from ..artifact.reading import find_artifact, restore
+from ..editing.sessions import EditsState
 from ..errors import KeditError, PackError, ServeError, nearest
 from ..journal import Edit, Journal
 from ..model import EditableModel
 
 UNEDITED = "base"
 """Name of the model without any edit."""
+MOST_COMBINATIONS = 16
+"""Combinations of packs of weights that are kept: each takes a sum for every weight that it changes."""
 _PLUS = "+"
 _GLANCE_SECONDS = 0.05  # after which somebody who waits looks whether the answer is still wanted
 
@@ -33,22 +35,7 @@ class NoLongerWantedError(KeditError):
     """Whoever asked has gone."""
 
 
-@dataclass(frozen=True)
-class _State:
-    """A model with one set of edits.
-
-    Args:
-        books: for every kind of edit what its book's `restore` takes.
-        edits: the journal.
-        decoding: how it generates.
-    """
-
-    books: Mapping[str, Any]
-    edits: list[Edit]
-    decoding: Decoding | None
-
-
-_EMPTY: Mapping[str, Any] = {"weights": {}, "adapter": {}, "prompt": ()}  # of books without an edit
+_EMPTY: Mapping[str, Any] = {"weights": {}, "adapter": {}, "prompt": ()}  # what books restore to carry no edit
 
 
 @dataclass(eq=False)
@@ -80,7 +67,15 @@ class Variants:
         self._queue: list[_Ticket] = []
         self._running: list[_Ticket] = []
         self._shown: str | None = name
-        self._states = {name: self._present(), UNEDITED: _State(_EMPTY, [], None)}
+        self._states = {name: EditsState.of(model)}
+        with model.exclusive(), uninterrupted():
+            for kind, nothing in _EMPTY.items():
+                model.books[kind].restore(nothing)
+            model.journal = Journal()
+            model.set_decoding(None)
+            self._states[UNEDITED] = EditsState.of(model)
+            self._states[name].put_on(model)
+        self._combinations: dict[str, EditsState] = {}
         self._packs: dict[str, str | None] = {}  # name → the variant that it is, or None if it can be added to others
 
     @property
@@ -122,14 +117,17 @@ class Variants:
                 )
                 self._packs[name] = None
                 return
-            books = {**_EMPTY, **read_books(artifact, self.model, ignore_fingerprint)}
-            decoding = decoding_of(described["decoding"]) if described.get("decoding") else None
             variant = f"{UNEDITED}{_PLUS}{name}"
-            self._states[variant] = _State(books, artifact.journal.as_list(), decoding)
+            with self.model.exclusive():
+                try:
+                    restore(artifact, self.model, ignore_fingerprint=ignore_fingerprint)
+                    self._states[variant] = EditsState.of(self.model)
+                finally:
+                    self._states[UNEDITED].put_on(self.model)
             self._packs[name] = variant
 
     def find(self, wanted: str) -> str:
-        """The variant of this name, made if it is a combination of packs that nobody has asked for yet.
+        """The variant of this name, which may be a combination of packs.
 
         Raises:
             ServeError: if there is none, naming the nearest; or if packs do not add up.
@@ -153,18 +151,13 @@ class Variants:
                 "a pack is named twice" if single is None else f"{single!r} holds edits that are no change of weights"
             )
             raise ServeError(f"{wanted!r}: {why}, and does not add up with others", param="model")
-        with self._turn(UNEDITED, alone=True):
-            if wanted not in self._states:
-                self.model.set_active(packs, on_conflict="ignore")
-                try:
-                    self._states[wanted] = self._present()
-                finally:
-                    self.model.set_active([])
         return wanted
 
     def edits(self, variant: str) -> list[Edit]:
         """The edits that a variant carries, oldest first."""
-        return list(self._states[variant].edits)
+        if variant in self._states:
+            return list(self._states[variant].journal)
+        return [edit for pack in variant.split(_PLUS)[1:] for edit in self.model.packs.edits(pack)]
 
     # ------------------------------------------------------------------ turns
 
@@ -187,7 +180,7 @@ class Variants:
             try:
                 yield self.model
             finally:
-                self._states[self.name] = self._present()
+                self._states[self.name] = EditsState.of(self.model)
 
     @contextmanager
     def _turn(self, variant: str, *, alone: bool, gone: Callable[[], bool] = lambda: False) -> Iterator[None]:
@@ -221,16 +214,21 @@ class Variants:
     def _show(self, variant: str) -> None:
         if self._shown == variant:
             return
-        state = self._states[variant]
         self._shown = None  # what a failure leaves behind is not known
         with self.model.exclusive(), uninterrupted():
-            for kind, content in state.books.items():
-                self.model.books[kind].restore(content)
-            self.model.journal = Journal(state.edits)
-            self.model.set_decoding(state.decoding)
+            (self._states.get(variant) or self._combined(variant)).put_on(self.model)
         self._shown = variant
 
-    def _present(self) -> _State:
-        model = self.model
-        books = {kind: book.snapshot() for kind, book in model.books.items()}
-        return _State(books, model.journal.as_list(), model.decoding_config)
+    def _combined(self, variant: str) -> EditsState:
+        """The model with packs of weights; the latest combinations are remembered."""
+        if variant not in self._combinations:
+            self._states[UNEDITED].put_on(self.model)
+            self.model.set_active(variant.split(_PLUS)[1:], on_conflict="ignore")
+            try:
+                state = EditsState.of(self.model)
+            finally:
+                self.model.set_active([])
+            while len(self._combinations) >= MOST_COMBINATIONS:
+                self._combinations.pop(next(iter(self._combinations)))
+            self._combinations[variant] = state
+        return self._combinations[variant]

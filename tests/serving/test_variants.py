@@ -58,6 +58,17 @@ def test_packs_of_weights_add_up(service: Service, packs: dict[str, Path]) -> No
     assert variants.model.packs.active == []
 
 
+def test_combinations_do_not_pile_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_kedit.serving.variants.MOST_COMBINATIONS", 2)
+    variants, said = service.variants, {}  # type: ignore[var-annotated]
+    variants._combinations.clear()
+    for _ in range(2):
+        for name in ("base+rome", "base+memit", "base+other+rome"):
+            with variants.showing(variants.find(name)):
+                found = logits(variants.model)
+            assert torch.equal(found, said.setdefault(name, found)) and len(variants._combinations) <= 2
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
