@@ -24,7 +24,7 @@ from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.unlikelihood import Unlikelihood
 from ..engine.weights import get_module, get_weight
-from ..errors import ConfigError, EditFailedError, UnsupportedModelError
+from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError
 from ..logging import get_logger
 from ..registry import Table
 from ..remote.model import RemoteModel
@@ -386,6 +386,22 @@ class Method(ABC):
                 )
             )
         return Outcome(deltas, outcome.diagnostics)
+
+
+def check_scope(scope: str, requests: Sequence[EditRequest]) -> None:
+    """Raise if facts of text are to be written where only pictures come by.
+
+    Raises:
+        RequestError: naming the row.
+    """
+    for request in requests:
+        if scope != "language" and request.image is None:
+            raise RequestError(
+                f"module_scope={scope!r} changes how pictures are seen, and this fact has none; use 'language'",
+                row=request.row,
+                field="image",
+                request_id=request.id,
+            )
 
 
 def check_composition(kind: str, books: Mapping[str, Book]) -> None:

@@ -24,6 +24,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch.func import functional_call
 
+from ..anatomy.sight import ModuleScope, last_projections
 from ..books.beside import Change, running
 from ..books.ledger import WeightDelta
 from ..config import EditConfig, ModelProfile, UnlearningConfig, WeightConfig, adam_step
@@ -35,7 +36,7 @@ from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised,
 from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import BothFormats, Capabilities, Method, Outcome, Workbench, register_method
+from .base import BothFormats, Capabilities, Method, Outcome, Workbench, check_scope, register_method
 
 _STOP_LOSS = 1e-2
 
@@ -53,6 +54,8 @@ class FTConfig(UnlearningConfig, WeightConfig):
         norm_constraint: no element of a weight moves further than this from where the call found it; ``None``:
             unconstrained.
         modules: module names with ``{}`` for the layer index, instead of the projection out of the MLP.
+        module_scope: of a model that sees, the part that is trained: ``language``: the layers above; ``connector``
+            (projector, merger, Q-Former) or ``vision``: the last matrices of that part, or those in ``modules``.
         expert_policy: what is trained in layers with routed experts. ``shared``: the shared expert; layers without one
             are an error. ``top1``: for each request the expert with the largest weight where its first target token is
             predicted.
@@ -65,6 +68,7 @@ class FTConfig(UnlearningConfig, WeightConfig):
     weight_decay: NonNegativeFloat = 0.0
     norm_constraint: PositiveFloat | None = None
     modules: list[str] | None = None
+    module_scope: ModuleScope = "language"
     expert_policy: Literal["shared", "top1"] = "shared"
     train_bias: bool = False
     stop_loss: NonNegativeFloat = _STOP_LOSS
@@ -125,6 +129,9 @@ class FineTuning(Method):
     def parameters(self, requests: Sequence[EditRequest] | None = None) -> list[tuple[str, str]]:
         """(module, parameter name) of everything that is trained, for some requests of the present call or all."""
         config, anatomies = self.config, [self.bench.anatomy]
+        if config.module_scope != "language":
+            paths = config.modules or last_projections(self.bench.model, self.bench.anatomy, config.module_scope)
+            return [(path, name) for path in paths for name in self._trained(path)]
         if self._routed:
             ids = self._experts if requests is None else [request.id for request in requests]
             anatomies = [self.bench.anatomy.with_experts(self._experts[i]) for i in ids]
@@ -133,15 +140,17 @@ class FineTuning(Method):
             templates = config.modules or [anatomy.down(layer).path for anatomy in anatomies]
             for template in templates:
                 path = template.replace("{}", str(layer))
-                module = get_module(self.bench.model, path)
-                names.append((path, "weight"))
-                if config.train_bias and getattr(module, "bias", None) is not None:
-                    names.append((path, "bias"))
+                names += [(path, name) for name in self._trained(path)]
         return list(dict.fromkeys(names))
+
+    def _trained(self, path: str) -> list[str]:
+        biased = getattr(get_module(self.bench.model, path), "bias", None) is not None
+        return ["weight", "bias"] if self.config.train_bias and biased else ["weight"]
 
     @property
     def _routed(self) -> bool:
-        return self.config.expert_policy == "top1" and not self.config.modules
+        routed = self.config.expert_policy == "top1" and self.config.module_scope == "language"
+        return routed and not self.config.modules
 
     def edited_modules(self) -> list[str]:
         """Modules whose parameters are trained."""
@@ -150,6 +159,7 @@ class FineTuning(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check weights and requests."""
         bench, examples = self.bench, self._examples(requests, self.config.objective)
+        check_scope(self.config.module_scope, requests)
         self.unlikelihood(requests)
         if self._routed:
             places = [(example.ids, example.positions[0]) for example in examples]

@@ -28,6 +28,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from ..anatomy import Anatomy
+from ..anatomy.sight import ModuleScope, last_projections, projections_of
 from ..anatomy.switching import Switch, switched
 from ..anatomy.types import LayerAnatomy
 from ..books.ledger import WeightDelta
@@ -41,7 +42,7 @@ from ..engine.weights import get_module, is_quantised, is_transposed
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
 from ..logging import progress_bar
 from ..requests import EditRequest
-from .base import BothFormats, Capabilities, Method, Outcome, register_method
+from .base import BothFormats, Capabilities, Method, Outcome, check_scope, register_method
 from .drift import Restraint
 
 if TYPE_CHECKING:  # PEFT takes seconds to import: only when an adapter is trained
@@ -66,7 +67,10 @@ class LoRAConfig(UnlearningConfig, WeightConfig):
         layers: layers that get an adapter; ``None``: all of them, as published.
         target_modules: the matrices, by the end of their names (``"q_proj"``, ``"attn.c_attn"``), or ``"attention"``:
             the query and value projections, or the matrices into the attention where these are fused; or ``"mlp"``:
-            the projection out of the MLP.
+            the projection out of the MLP. Always within the language model, unless ``module_scope`` says otherwise.
+        module_scope: of a model that sees, the part that gets adapters: ``language``; ``connector`` (projector,
+            merger, Q-Former) or ``vision``: the last matrices of that part, or those that ``target_modules`` names
+            by their ends.
         rank: r.
         lora_alpha: α; the change is scaled by α/r.
         lora_dropout: dropout on the adapter's input while it is trained. Published 0.1; an edit has no data to
@@ -80,6 +84,7 @@ class LoRAConfig(UnlearningConfig, WeightConfig):
     edit_type: ClassVar[str] = "lora"
 
     target_modules: list[str] | None = None
+    module_scope: ModuleScope = "language"
     rank: PositiveInt = 8
     lora_alpha: PositiveInt = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -167,7 +172,9 @@ class _LowRankTraining(Method):
 
     def edited_modules(self) -> list[str]:
         """Names of the matrices that get an adapter."""
-        anatomy = self.bench.anatomy
+        anatomy, scope = self.bench.anatomy, self.config.module_scope
+        if scope != "language":
+            return paths_of_part(self.bench.model, anatomy, scope, self.config.target_modules or [ATTENTION])
         layers = self.config.layers if self.config.layers is not None else range(anatomy.num_layers)
         return target_paths(anatomy, layers, self.config.target_modules or [ATTENTION])
 
@@ -179,6 +186,7 @@ class _LowRankTraining(Method):
                 f" {self.capabilities.name}, or edit with a method that changes the weights beneath it"
             )
         super().check(requests)
+        check_scope(self.config.module_scope, requests)
         self._examples(requests)
         self.unlikelihood(requests)
 
@@ -459,6 +467,24 @@ def target_paths(anatomy: Anatomy, layers: Sequence[int], entries: Sequence[str]
             f" {layers[0]}:\n{anatomy.layer(layers[0]).list_projections()}"
         )
     return list(dict.fromkeys(targets))
+
+
+def paths_of_part(model: nn.Module, anatomy: Anatomy, scope: ModuleScope, entries: Sequence[str]) -> list[str]:
+    """Full names of the matrices that ``target_modules`` means in another part than the language model.
+
+    Raises:
+        LayerError: if nothing in the part has such a name.
+        UnsupportedModelError: if the model has no such part.
+    """
+    if set(entries) <= {ATTENTION, MLP}:  # what is meant by default
+        return last_projections(model, anatomy, scope)
+    paths = projections_of(model, anatomy, scope)
+    chosen = [p for p in paths if any(p == entry or p.endswith(f".{entry}") for entry in entries)]
+    if not chosen:
+        raise LayerError(
+            f"the {scope} of {anatomy.model_class} has no matrix {', '.join(entries)}; it has:\n" + "\n".join(paths)
+        )
+    return chosen
 
 
 def _ending(where: LayerAnatomy, name: str) -> list[str]:
