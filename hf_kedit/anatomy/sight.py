@@ -1,4 +1,4 @@
-"""The parts of a model that sees which are not its language model: what looks at pictures, and what joins the two.
+"""The parts of a model that sees which are not its language model: what looks at pictures, and what joins both.
 
 Found by names, because structure does not tell them apart: a projector is two matrices somewhere between two stacks. The
 names are those of transformers.
