@@ -1,7 +1,7 @@
 """The parts of a model that sees which are not its language model: what looks at pictures, and what joins both.
 
-Found by names, because structure does not tell them apart: a projector is two matrices somewhere between two stacks. The
-names are those of transformers.
+Found by names, because structure does not tell them apart: a projector is two matrices somewhere between two stacks.
+The names are those of transformers.
 """
 
 from __future__ import annotations
