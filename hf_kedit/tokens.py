@@ -402,10 +402,16 @@ class TokenBatch:
 
         What belongs to tokens is padded as they are. Everything else is put one behind the other along its first axis
         (images, patches, or rows), filled with zeros where sizes differ, as processors do with a list of texts. A row
-        without pictures has no part in it, except for models that count rows there.
+        without pictures has no part in it.
+
+        Raises:
+            RequestError: for Mllama, if only some of the rows have pictures: it would show the others an empty one.
         """
         names = list(dict.fromkeys(name for row in self.beside for name in row))
-        by_rows = "aspect_ratio_ids" in names  # Mllama: its pictures are attended to, and stand in no text
+        if "aspect_ratio_ids" in names and not all(self.beside):
+            raise RequestError(
+                "Mllama cannot read texts with pictures and texts without in one batch; ask them apart", field="image"
+            )
         inputs = {}
         for name in names:
             have = next(row[name] for row in self.beside if name in row)
@@ -417,8 +423,6 @@ class TokenBatch:
                         whole[i, start : start + part.shape[1]][tuple(map(slice, part.shape[1:]))] = part[0]
                 inputs[name] = whole
                 continue
-            if by_rows:
-                parts = [have.new_zeros(1, *have.shape[1:]) if part is None else part for part in parts]
             widest = _widest(parts)
             filled = []
             for part in parts:

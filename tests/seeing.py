@@ -180,6 +180,97 @@ def _blip2(text: dict[str, Any] = _OPT) -> tuple[Any, Any]:
     )
 
 
+def _instructblip() -> tuple[Any, Any]:
+    config = transformers.InstructBlipConfig(
+        vision_config=_VISION, qformer_config=_QFORMER, text_config=_LLAMA, num_query_tokens=4, image_token_index=IMAGE
+    )
+    reader = transformers.BlipImageProcessorPil(**_SQUARE)
+    return config, transformers.InstructBlipProcessor(reader, tokenizer(None), tokenizer(None), num_query_tokens=4)
+
+
+def _gemma3() -> tuple[Any, Any]:
+    config = transformers.Gemma3Config(
+        text_config={**_TEXT, "head_dim": 8, "sliding_window": 64},
+        vision_config={"model_type": "siglip_vision_model", **_VISION},
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=IMAGE + 5,
+        eoi_token_index=IMAGE + 6,
+    )
+    reader = transformers.Gemma3ImageProcessorPil(**_SQUARE)
+    words = tokenizer(boi_token="<boi>", eoi_token="<eoi>")
+    return config, transformers.Gemma3Processor(reader, words, image_seq_length=4)
+
+
+def paligemma() -> tuple[Any, Any]:
+    text = {"model_type": "gemma", **_TEXT, "head_dim": 8}
+    vision = {"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False}
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, projection_dim=HIDDEN
+    )
+    reader = transformers.SiglipImageProcessorPil(**_SQUARE, image_seq_length=4)
+    reader.image_seq_length = 4
+    return config, transformers.PaliGemmaProcessor(reader, tokenizer())
+
+
+def _idefics3() -> tuple[Any, Any]:
+    config = transformers.Idefics3Config(
+        text_config=_LLAMA, vision_config=_VISION, image_token_id=IMAGE, scale_factor=1, pad_token_id=0
+    )
+    reader = transformers.Idefics3ImageProcessorPil(
+        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    )
+    return config, transformers.Idefics3Processor(reader, tokenizer(), image_seq_len=4)
+
+
+def _internvl() -> tuple[Any, Any]:
+    vision = {**_VISION, "image_size": [SIDE, SIDE], "patch_size": [14, 14], "use_mean_pooling": False}
+    config = transformers.InternVLConfig(
+        vision_config=vision, text_config=_QWEN2, image_token_id=IMAGE, downsample_ratio=0.5
+    )
+    reader = transformers.GotOcr2ImageProcessorPil(**_SQUARE, crop_to_patches=False)
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    kind = without_videos(transformers.InternVLProcessor)
+    words = tokenizer("<IMG_CONTEXT>", **named, video_token="<|video_pad|>")
+    return config, kind(reader, words, image_seq_length=1)
+
+
+def _mllama() -> tuple[Any, Any]:
+    vision = {
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 1},
+        **{"num_attention_heads": 2, "attention_heads": 2, "image_size": SIDE, "patch_size": 14, "max_num_tiles": 2},
+        **{"supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "intermediate_layers_indices": [0]},
+        **{"vision_output_dim": 32},
+    }
+    text = {**_TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1], "vocab_size": VOCAB}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    reader = transformers.MllamaImageProcessorPil(**_SQUARE, max_image_tiles=2)
+    return config, transformers.MllamaProcessor(reader, tokenizer("<|image|>"))
+
+
+def _llava_next() -> tuple[Any, Any]:
+    pinpoints = [[28, 28], [28, 56], [56, 28]]
+    config = transformers.LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **_VISION, "projection_dim": 16},
+        text_config=_LLAMA,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=pinpoints,
+    )
+    reader = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size=_SQUARE["size"], image_grid_pinpoints=pinpoints
+    )
+    return config, transformers.LlavaNextProcessor(
+        reader,
+        tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_onevision": _llava_onevision,
@@ -187,6 +278,12 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "blip2": _blip2,
+    "instructblip": _instructblip,
+    "llava_next": _llava_next,
+    "gemma3": _gemma3,
+    "idefics3": _idefics3,
+    "internvl": _internvl,
+    "mllama": _mllama,
 }
 
 
@@ -198,6 +295,8 @@ def _built(family: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     state = {}
     for name, value in model.state_dict().items():
         wide = value.dim() > 1 and value.is_floating_point()
+        if "attn_gate" in name or "mlp_gate" in name:
+            value = torch.full_like(value, 0.7)  # Mllama's are closed at first
         state[name] = torch.randn(value.shape) * (0.3 if "embed" in name else 0.18) if wide else value.clone()
     return config, processor, state
 

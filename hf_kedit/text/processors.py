@@ -47,7 +47,14 @@ def picture_frame(
 
     Raises:
         ChatTemplateError: if the template cannot write the conversation.
+        RequestError: for PaliGemma, whose prompt is read in both directions, and its answer behind a mask of its own.
     """
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        raise RequestError(
+            "PaliGemma reads a prompt and its answer by different masks, which edits of pictures do not know; use"
+            " another family (docs/families.md)",
+            field="image",
+        )
     if messages is None:
         return PictureFrame(placeholder(processor) * len(pictures), "", None, tuple(pictures), processor)
     frame: ChatFrame = chat_frame(_Writer(processor, len(pictures)), messages)  # type: ignore[arg-type]

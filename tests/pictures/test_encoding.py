@@ -13,7 +13,7 @@ from hf_kedit.engine.forward import generation_inputs, model_inputs
 from hf_kedit.errors import RequestError
 from hf_kedit.text.pictures import PicturedText
 from hf_kedit.tokens import TokenIds, encode_pair, encode_text, pad_rows, span_tokens
-from tests.seeing import FAMILIES, picture, seeing
+from tests.seeing import FAMILIES, paligemma, picture, seeing
 
 SIZES = ((40, 40), (56, 30))
 
@@ -56,6 +56,11 @@ def test_rows_of_different_shapes_are_batched_as_if_alone(family: str, side: str
     pairs = [encode_pair(processor.tokenizer, r.filled_prompt, r.target_new) for r in _requests(processor)]
     rows = [pairs[0].ids, encode_text(processor.tokenizer, "only text").ids, pairs[1].ids[:-1]]
     batch = pad_rows(rows, side=side)  # type: ignore[arg-type]
+    if family == "mllama":
+        with pytest.raises(RequestError, match="one batch"):
+            model_inputs(model, batch)
+        rows[1] = pairs[0].ids[:-2]
+        batch = pad_rows(rows, side=side)  # type: ignore[arg-type]
     with torch.no_grad():
         together = model(**model_inputs(model, batch)).logits
         for i, row in enumerate(rows):
@@ -127,6 +132,13 @@ def test_a_model_of_text_refuses_pictures() -> None:
     request = EditRequest(prompt="What is it?", target_new="a cat", image=picture(0), id="x")
     with pytest.raises(RequestError, match="reads no pictures"):
         request.rendered(processor.tokenizer)
+
+
+def test_paligemma_is_refused() -> None:
+    _, processor = paligemma()
+    request = EditRequest(prompt="What is it?", target_new="a cat", image=picture(0))
+    with pytest.raises(RequestError, match="PaliGemma"):
+        request.rendered(processor.tokenizer, processor)
 
 
 def test_more_placeholders_than_pictures_are_an_error_of_the_request() -> None:
