@@ -193,8 +193,19 @@ class PairProtocol(Protocol):
             part = [query for query in queries if query.separator == own]
             pairs = [(query.prompt, query.answer or "") for query in part]
             joint = separator if own is None else own
-            scores |= zip(part, try_score_pairs(model, tokenizer, pairs, joint, token_budget), strict=True)
+            scores |= zip(part, self.fed(model, tokenizer, pairs, joint, token_budget), strict=True)
         return [scores[query] for query in queries]
+
+    def fed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[tuple[str, str]],
+        separator: str | None,
+        token_budget: int,
+    ) -> Sequence[Output]:
+        """What comes out where prompts are fed with their answers; by default, how well the answers are predicted."""
+        return try_score_pairs(model, tokenizer, pairs, separator, token_budget)
 
 
 P = TypeVar("P", bound=type[Protocol])

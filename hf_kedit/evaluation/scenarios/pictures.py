@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ...errors import RequestError, check_choice, check_count
 from ...requests import EditRequest
-from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import Continuation
 from ..asking.ranked import Ranked, ranked_predictions
 from ..asking.scoring import PairScore
@@ -25,6 +24,7 @@ from ..protocols.base import (
     Generation,
     Numbers,
     Output,
+    PairProtocol,
     Protocol,
     Query,
     Question,
@@ -131,7 +131,7 @@ class PictureReplies(Generation):
 
 
 @dataclass(frozen=True)
-class RankedLocality(Protocol):
+class RankedLocality(PairProtocol):
     """The published locality: the ids ranked first at all positions, compared rank by rank."""
 
     name: ClassVar[str] = "pictures_ranked"
@@ -143,37 +143,33 @@ class RankedLocality(Protocol):
     def queries(self, question: Question) -> list[Query]:
         return [question.asked(answer) for group in question.groups[:1] for answer in group[:1]]
 
-    def run(
+    def fed(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        queries: Sequence[Query],
+        pairs: Sequence[tuple[str, str]],
         separator: str | None,
-        token_budget: int = TOKEN_BUDGET,
-    ) -> list[Output]:
-        # Ten ids are kept of every query, and cut where a number compares fewer.
-        found: dict[Query, Output] = {}
-        for own in dict.fromkeys(query.separator for query in queries):
-            part = [query for query in queries if query.separator == own]
-            pairs = [(query.prompt, query.answer or "") for query in part]
-            joint = separator if own is None else own
-            ranks = ranked_predictions(model, tokenizer, pairs, max(_RANKS.values()), joint, token_budget)
-            found |= zip(part, ranks, strict=True)
-        return [found[query] for query in queries]
+        token_budget: int,
+    ) -> Sequence[Output]:
+        # Ten ids are kept of every position, and cut where a number compares fewer.
+        return ranked_predictions(model, tokenizer, pairs, max(_RANKS.values()), separator, token_budget)
 
     def accuracy(self, question: Question, outputs: Sequence[Ranked]) -> float | None:
         return None
 
     def agreement(self, before: Sequence[Ranked], after: Sequence[Ranked]) -> float:
-        last = min(len(before[0].ids), len(after[0].ids))
-        return ranked_agreement(before[0].ids[-last:], after[0].ids[-last:], ordered=True)
+        return self._compared(before, after, max(_RANKS.values()))
 
     def changes(self, question: Question, before: Sequence[Ranked], after: Sequence[Ranked]) -> Numbers:
-        count = _RANKS[str(question.axis)]
+        axis = str(question.axis)
+        return {(PICTURES, axis): self._compared(before, after, _RANKS[axis])}
+
+    @staticmethod
+    def _compared(before: Sequence[Ranked], after: Sequence[Ranked], count: int) -> float:
         # A method that works through the prompt writes something in front of it: what both have is compared.
         last = min(len(before[0].ids), len(after[0].ids))
         old, new = ([ids[:count] for ids in outputs[0].ids[-last:]] for outputs in (before, after))
-        return {(PICTURES, str(question.axis)): ranked_agreement(old, new, ordered=True)}
+        return ranked_agreement(old, new, ordered=True)
 
     def payload(self, outputs: Sequence[Ranked]) -> list[list[int]]:
         return [list(ids) for ids in outputs[0].ids]
