@@ -112,8 +112,9 @@ def method_table() -> str:
             can = method.capabilities
             cells = [f"[{can.name}]({PAGES.get(name, name.replace('-', '_'))}.md)"]
             cells += [needs(method), UNDO[can.undo], served(method)]
-            if can.name in single:
-                holds, _, reworded, neighbour, _, general, _, seconds = single[can.name]
+            tried = single.get("auto (ROME)" if name == "auto" else can.name)
+            if tried is not None:
+                holds, _, reworded, neighbour, _, general, _, seconds = tried
                 cells += [holds, reworded, neighbour, general, seconds.split()[0]]
             else:
                 cells += ["–"] * 5
