@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class EditResult:
         shifts: Sequence[AnswerShift] = getattr(seen, "shifts", ()) or [_shift_of(edit) for edit in self.edits]
         shifts = [s for s in shifts if part in (None, "answers") and (s.before, s.after) != (None, None)]
         losses = [edit.diagnostics.get("loss") or [] for edit in self.edits if part in (None, "loss")]
-        losses = [points for points in losses if len(points) > 1]
+        losses = [points for points in losses if len(points) > 1 and all(map(math.isfinite, points))]
         counts: Sequence[KeptCount] = getattr(seen, "counts", ()) if part in (None, "side effects") else ()
         if not (shifts or losses or counts):
             raise RequestError(

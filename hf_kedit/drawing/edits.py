@@ -112,7 +112,7 @@ def _answers(axes: Axes, shifts: Sequence[AnswerShift]) -> None:
     for shift in shifts:
         if shift.prompt != last:
             y += 0.25 if last is not None else 0
-            heading(axes, y, as_label(shift.prompt, 76))
+            heading(axes, y, as_label(shift.prompt, 64))
             y, last = y + 1, shift.prompt
         before, after = (None if value is None else 100 * value for value in (shift.before, shift.after))
         draw_shift(axes, y, before, after, _WANTED if shift.wanted else _OLD)
@@ -128,14 +128,17 @@ def _answers(axes: Axes, shifts: Sequence[AnswerShift]) -> None:
 
 
 def _losses(axes: Axes, losses: Sequence[Sequence[float]]) -> None:
-    top = 1.05 * max(max(points) for points in losses) or 1.0
+    highest = max(0.0, *(max(points) for points in losses))
+    lowest = min(0.0, *(min(points) for points in losses))  # that of an answer to forget has no bound
+    top = highest + (0.05 * (highest - lowest) or 1.0)
     named = len(losses) <= _MOST_NAMED
     lines = []
     for points in losses:
         name = f"{points[-1]:.2g}" if named else ""
         lines.append(Line(name, list(enumerate(points, start=1)), COLOURS[0] if named else PALE))
-    draw_lines(axes, lines, 0, top)
-    axes.set_yticks([0, top / 1.05], ["0", f"{top / 1.05:.3g}"])
+    draw_lines(axes, lines, lowest, top)
+    ticks = [lowest, highest]
+    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.tick_params(length=0, axis="both")
     longest = max(map(len, losses))
     ticks_at(axes, [1, *range(5 * (1 + longest // 40), longest + 1, 5 * (1 + longest // 40))])

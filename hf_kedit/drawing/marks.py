@@ -139,7 +139,10 @@ def beside(axes: Axes, y: float, text: str, points: float = 6, *, right: bool = 
 
 def heading(axes: Axes, y: float, text: str) -> None:
     """A line of text above the bars of a group."""
-    axes.text(0, y, text, transform=axes.get_yaxis_transform(), ha="left", va="center", color=INK, weight="bold")
+    line = axes.text(
+        0, y, text, transform=axes.get_yaxis_transform(), ha="left", va="center", color=INK, weight="bold"
+    )
+    line.set_in_layout(False)  # a long one would take the width from the bars
 
 
 # ---------------------------------------------------------------------- lines

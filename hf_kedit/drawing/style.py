@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import re
 import textwrap
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 from ..errors import DataError, require_extra
 from ..storage.display import printable
@@ -129,7 +132,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=_DPI)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a format that needs TeX, and there is none
         raise DataError(f"cannot write the picture {str(path)!r}: {error}") from error
     return path
 
@@ -144,11 +147,15 @@ def as_label(text: str, most: int = 48) -> str:
 
     Args:
         text: of a user or a model.
-        most: characters; of a longer one, the middle is left out.
+        most: characters, of which those of Chinese, Japanese and Korean count twice, because they are as wide; of a
+            longer text, the middle is left out.
     """
     line = printable(re.sub(r"\s+", " ", text).strip(), keep="")
-    if len(line) > most:
-        line = f"{line[: most // 2].rstrip()} … {line[-(most - most // 2 - 3) :].lstrip()}"
+    ends = list(accumulate(1 + (east_asian_width(c) in "WF") for c in line))
+    if ends and ends[-1] > most:
+        front = bisect_right(ends, most // 2)
+        back = bisect_left(ends, ends[-1] - (most - most // 2 - 3)) + 1
+        line = f"{line[:front].rstrip()} … {line[back:].lstrip()}"
     return "".join(c if c.isspace() or _has_glyph(c) else _NO_GLYPH for c in line)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from hf_kedit import EditableModel, EditRequest, SideEffects, load_edit_dataset, load_requests
 from hf_kedit.errors import RequestError
-from hf_kedit.journal import EditResult
+from hf_kedit.journal import Edit, EditResult
 
 matplotlib = pytest.importorskip("matplotlib")
 PROMPT = "By profession Tarosk Boayond is a"
@@ -114,3 +116,30 @@ def test_many_edits_are_a_bundle_of_losses() -> None:
     prompts = {fact.filled_prompt for fact in facts}
     assert len(prompts & {t.get_text() for t in figure.axes[0].texts}) == 8
     assert "8 of the edits" in figure._supxlabel.get_text()  # type: ignore[attr-defined]
+
+
+def result_of(prompt: str, target: str, loss: list[float]) -> EditResult:
+    measured = {"loss": loss, "target_probability_before": 0.1, "target_probability_after": 0.9}
+    return EditResult([Edit("one", EditRequest(prompt, target_new=target), "ft-m", "batch", "2026", measured)])
+
+
+@pytest.mark.parametrize("text", ["x" * 2000, "word " * 400, "W" * 2000, "\u4e2d" * 2000])
+def test_long_texts_leave_the_chart_its_width(text: str) -> None:
+    figure: Any = result_of(text, text, [2.0, 1.0]).plot()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that does not fit
+        figure.savefig(io.BytesIO(), format="png")
+    assert figure.axes[0].get_position().width > 0.4
+
+
+@pytest.mark.parametrize(("loss", "low"), [([1.0, -2.0], -2), ([-1.0, -2.0], -2), ([2.0, 1.0], 0), ([0.0, 0.0], 0)])
+def test_a_loss_below_zero_is_in_the_chart(loss: list[float], low: float) -> None:
+    figure = result_of("a", "b", loss).plot("loss")
+    assert figure.axes[0].get_ylim()[0] == low and figure.axes[0].get_ylim()[1] > max(loss)
+
+
+@pytest.mark.parametrize("loss", [[math.nan, math.nan], [math.inf, 1.0], [1.0, math.nan]])
+def test_a_loss_that_is_no_number_has_no_chart(loss: list[float]) -> None:
+    assert len(result_of("a", "b", loss).plot().axes) == 1
+    with pytest.raises(RequestError, match="nothing is known of the loss"):
+        result_of("a", "b", loss).plot("loss")

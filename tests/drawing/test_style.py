@@ -75,6 +75,8 @@ def test_what_no_font_has_is_a_box() -> None:
     assert as_label("a\U000f0000b") == "a\u25a1b"  # for private use: nobody's font has it
     assert as_label("Größe → 5 %") == "Größe → 5 %"
     assert as_label(" two\n lines ") == "two lines"
+    ends = as_label("\u4e2d" * 30 + "y" * 30, 20)  # a Chinese character is as wide as two letters
+    assert len(ends) == 5 + 3 + 7 and ends.endswith(" … yyyyyyy")
     short = as_label("x" * 30 + "y" * 30, 20)
     assert len(short) <= 20 and short.startswith("xxx") and short.endswith("yyy") and "…" in short
 
