@@ -29,6 +29,7 @@ _said: set[str] = set()
 StepReport = Callable[[str, int, int | None], None]
 """Is told what goes on, how many steps of it are done, and of how many."""
 _told: ContextVar[StepReport | None] = ContextVar("told", default=None)
+_losses: ContextVar[list[float] | None] = ContextVar("losses", default=None)
 _progress_bars = os.environ.get("HF_KEDIT_DISABLE_PROGRESS_BARS", "0") not in ("1", "true", "True")
 
 
@@ -132,10 +133,12 @@ class _Bar(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         """See tqdm."""
-        report = _told.get()
+        report, (what, total) = _told.get(), self.told
         self.steps += int(n or 0)
+        if total is not None:  # a bar that is not shown is taken to its end from anywhere
+            self.steps = min(self.steps, total)
         if report is not None:
-            report(self.told[0], self.steps, self.told[1])
+            report(what, self.steps, total)
         shown: bool | None = super().update(n)
         return shown
 
@@ -148,10 +151,23 @@ def progress_bar(total: int | None, description: str, *, show: bool = True, **kw
 
 
 @contextlib.contextmanager
-def steps_told(report: StepReport) -> Iterator[None]:
-    """Call ``report`` at every step of the manual bars of this thread, inside the block."""
-    before = _told.set(report)
+def steps_told(report: StepReport, losses: list[float] | None = None) -> Iterator[None]:
+    """Call ``report`` at every step of the manual bars of this thread, inside the block.
+
+    Args:
+        report: what is called.
+        losses: a list that gets the loss of every step of methods that tell it (`tell_loss`), before the report.
+    """
+    before, kept = _told.set(report), _losses.set(losses)
     try:
         yield
     finally:
+        _losses.reset(kept)
         _told.reset(before)
+
+
+def tell_loss(loss: float) -> None:
+    """Tell whoever has asked with `steps_told` the loss of a step."""
+    losses = _losses.get()
+    if losses is not None:
+        losses.append(loss)

@@ -34,7 +34,7 @@ from ..engine.examples import Example, ExampleBatch, Objective, encode_examples,
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised, is_transposed
 from ..errors import EditFailedError, WeightError
-from ..logging import progress_bar
+from ..logging import progress_bar, tell_loss
 from ..requests import EditRequest
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, check_scope, register_method
 
@@ -221,8 +221,9 @@ class FineTuning(Method):
                         self._note_gradients(theta, backward_passes)
                         optimiser.step()
                     keep_within(theta, start, config.norm_constraint)
-                bar.update(1)
                 epoch_losses.append(sum(row[-1] for row in losses) / len(losses))
+                tell_loss(epoch_losses[-1])
+                bar.update(1)
                 if done or (epoch_losses[-1] < config.stop_loss and lost and restraint.within):
                     break
         restraint.settle(lambda: Substituted(bench.model, theta))

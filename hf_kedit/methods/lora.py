@@ -40,7 +40,7 @@ from ..engine.forward import device_of
 from ..engine.unlikelihood import Unlikelihood
 from ..engine.weights import get_module, is_quantised, is_transposed
 from ..errors import ConfigError, EditFailedError, LayerError, UnsupportedModelError
-from ..logging import progress_bar
+from ..logging import progress_bar, tell_loss
 from ..requests import EditRequest
 from .base import BothFormats, Capabilities, Method, Outcome, check_scope, register_method
 from .drift import Restraint
@@ -270,6 +270,7 @@ class _LowRankTraining(Method):
                     (loss + drift + unlikely + self.penalty(tuner)).backward()
                     optimiser.step()
                     self.after_step(tuner, len(batch_losses))
+                tell_loss(batch_losses[-1])
                 bar.update(1)
                 low = config.stop_loss is not None and sum(x[-1] for x in losses) / len(losses) < config.stop_loss
                 if done or (low and lost and restraint.within):

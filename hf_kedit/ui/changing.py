@@ -71,7 +71,9 @@ def request_of(form: EditForm, examples: Examples) -> EditRequest:
     )
 
 
-def change(visitor: Visitor, form: EditForm, examples: Examples, report: StepReport) -> HistoryEntry:
+def change(
+    visitor: Visitor, form: EditForm, examples: Examples, report: StepReport, losses: list[float] | None = None
+) -> HistoryEntry:
     """Make an edit, and note what the model says around it before and after.
 
     It is made with all edits of the visitor in place, also those that are switched off: these are hidden, not taken
@@ -82,18 +84,19 @@ def change(visitor: Visitor, form: EditForm, examples: Examples, report: StepRep
         form: what for.
         examples: of the model.
         report: is told of every step.
+        losses: gets the loss of every step, of methods that tell it.
 
     Raises:
         KeditError: if it cannot be made; nothing has changed then.
     """
     request = request_of(form, examples)
-    with visitor.session.inside() as model, steps_told(report):
-        report("loading the method", 1, 100)
+    with visitor.session.inside() as model, steps_told(report, losses):
+        report("loading the method", 0, None)
         settings = chosen_values(form.method, model.profile, form.settings)
         config = AutoEditConfig.for_method(form.method, **settings)
         if config.complete(model.profile) != model.edit_config:
             model.set_method(config)
-        report("asking the model before the edit", 4, 100)
+        report("asking the model before the edit", 0, None)
         best = top_answers(model, request.filled_prompt)
         result = model.edit(request, show_progress=False, watch=watcher_of(model.base_model_id))
         (edit,) = result.edits

@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import gradio as gr
 
 from .. import embedded
 from ..errors import KeditError
-from ..logging import StepReport, get_logger
+from ..logging import get_logger
 from ..methods import registered_methods
 from ..model import EditableModel
 from . import changing, sharing, views
@@ -43,7 +44,7 @@ other ways to say it, and everything that should stay as it was."""
 _ITSELF, _EDITED = "the model itself", "with your edits"
 # On a narrow screen the result is below the form.
 _SHOW_RESULT = """() => {
-  const result = document.querySelector("#k-edit-result");
+  const result = document.querySelector("#k-right");
   if (result.getBoundingClientRect().top > window.innerHeight / 2) result.scrollIntoView({behavior: "smooth"});
 }"""
 # The link to the file is there a moment after the answer.
@@ -56,6 +57,8 @@ _DOWNLOAD = """() => {
   };
   setTimeout(take, 100);
 }"""
+_REDRAWN = 0.15
+"""Seconds between two pictures of an edit that is being made."""
 _FAILED = "Something went wrong inside the program, and nothing was changed. Its log says what."
 
 
@@ -134,7 +137,7 @@ class Page:
                     how: dict[str, Any] = {"info": "one a line", "lines": 2}
                     self.wordings = gr.Textbox(label="The sentence in other words", elem_id="k-wordings", **how)
                     self.neighbours = gr.Textbox(label="Sentences that should stay", **how)
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_id="k-right"):
                 self.note = _note()
                 self.undo_last = gr.Button("Undo this edit", visible=False, size="sm", elem_id="k-undo")
                 self.result = gr.HTML(views.hint(_NOTHING), elem_id="k-edit-result")
@@ -273,12 +276,9 @@ class Page:
         self.prompt.blur(subject_for, [self.prompt, self.subject], [self.subject], **_LIGHT).then(**says)
         self.method.change(self._chosen, [self.method], [self.method, self.changed], **_LIGHT)
 
-        def edit(*values: Any, progress: Any = gr.Progress()) -> Shown:  # noqa: B008 - how Gradio finds it
-            return self._edit(*values, progress=progress)
-
         touched = [self.note, self.subject, self.says, *self._common, *self._others]
-        done = self.go.click(edit, [self.word, *form], touched, show_progress_on=[self.result], **_MODEL)
-        done.then(None, js=_SHOW_RESULT)
+        self.go.click(None, js=_SHOW_RESULT)
+        self.go.click(self._edit, [self.word, *form], touched, show_progress="hidden", **_MODEL)
         self._on(self.undo_last.click, self._undo, [self.last], self.note)
         asked = [self.asked, self.chat, self.tokens]
         self._on(self.ask.click, self._ask, asked, self.ask_note, [self.answers])
@@ -359,17 +359,32 @@ class Page:
         last = visitor.present[-1] if visitor.present else None
         return {self.word: word, **self._state(visitor), **self._result_of(last), **self._follow(last)}
 
-    def _edit(self, *values: Any, progress: Any = None) -> Shown:
-        """Make the edit that the form describes."""
-        word, prompt, subject, target, method, wordings, neighbours, settings = values
+    def _edit(self, word: str, prompt: str, subject: str, *more: Any) -> Iterator[Shown]:
+        """Make the edit that the form describes, in a thread beside this one, which shows how it gets on."""
         subject = subject_for(prompt, subject)
+        steps: list[tuple[str, int, int | None]] = []
+        losses: list[float] = []
+        shown: Shown = {self.note: views.notice(_FAILED)}
+        done = threading.Event()
 
         def act(visitor: Visitor) -> Shown:
-            form = changing.EditForm(prompt, subject, target, method, wordings, neighbours, settings)
-            entry = changing.change(visitor, form, self.examples, _steps(progress))
+            form = changing.EditForm(prompt, subject, *more)
+            entry = changing.change(visitor, form, self.examples, lambda *step: steps.append(step), losses)
             return {self.says: "", **self._result_of(entry), **self._follow(entry)}
 
-        return {self.subject: subject, **self._guarded(word, self.note, act)}
+        def work() -> None:
+            try:
+                shown.update(self._guarded(word, self.note, act))
+            finally:
+                done.set()
+
+        threading.Thread(target=work, name="kedit ui edit", daemon=True).start()
+        drawn = 0
+        while not done.wait(_REDRAWN):
+            if len(steps) > drawn:
+                drawn = len(steps)
+                yield {self.subject: subject, self.note: views.working(*steps[drawn - 1], losses)}
+        yield {self.subject: subject, **shown}
 
     def _follow(self, entry: HistoryEntry | None) -> Shown:
         """The other tabs begin with the sentence that was edited last."""
@@ -437,16 +452,6 @@ class Page:
 def _note(name: str | None = None) -> Any:
     """A place for one sentence, which takes no room while it is empty."""
     return gr.HTML("", elem_classes="k-note", elem_id=name)
-
-
-def _steps(progress: Any) -> StepReport:
-    """What tells Gradio's bar of the steps of an edit."""
-
-    def report(what: str, done: int, of: int | None) -> None:
-        if progress is not None:
-            progress((done, of) if of else 0.0, desc=what)
-
-    return report
 
 
 def _summary(method: str) -> str:

@@ -46,6 +46,15 @@ def notice(text: str, mood: Mood = "bad") -> str:
     return tag("p", text, cls=f"k-notice {mood}", role="alert" if mood == "bad" else "status") if text else ""
 
 
+def working(what: str, done: int, of: int | None, losses: Sequence[float]) -> str:
+    """What goes on while an edit is made: in words, as a bar, and the course of the loss so far."""
+    share_done = f"width:{100 * done / of:.0f}%" if of else "width:3%"
+    steps = f" · step {done} of {of}" if of else ""
+    bar = tag("span", tag("i", style=share_done), cls="k-bar now")
+    curve = loss_curve(losses) if len(losses) > 1 else None
+    return tag("div", tag("p", tag("b", what.capitalize()), steps), bar, curve, cls="k-working", role="status")
+
+
 def hint(text: str) -> str:
     """What stands where there is nothing yet."""
     return tag("p", text, cls="k-hint")

@@ -20,7 +20,7 @@ from ..engine.capture import Tap, as_rows, listen
 from ..engine.replay import Replay, ReplayRow, Route
 from ..engine.rows import Row
 from ..errors import EditFailedError, UnsupportedModelError
-from ..logging import progress_bar
+from ..logging import progress_bar, tell_loss
 from .optimisers import Adam, GaussNewton, Measured
 from .settings import Guide, ValueSettings
 from .terms import Lane, Terms, lanes_of
@@ -272,8 +272,9 @@ class Optimisation:
                 given = self.delta[self.terms.row_slot] if self.optimiser.by_row else self.delta
                 given = given.detach().requires_grad_(not last)
                 losses = self.losses(given)
-            each_step(len(self.running))
             self.record(losses, first=step == 1)
+            tell_loss(sum(self.loss[request][-1][0] for request in self.running) / len(self.running))
+            each_step(len(self.running))
             if last or not bool(self.active.any()):
                 break
             self.move(losses, given)

@@ -109,11 +109,13 @@ def test_a_bad_form_says_why_and_changes_nothing(
 
 
 def test_an_edit_and_its_way_back(model: EditableModel, examples: Examples, visitor: Visitor) -> None:
-    digest, told = model_digest(model.base_model), list[str]()
+    digest, told, losses = model_digest(model.base_model), list[tuple[str, int, int | None]](), list[float]()
     form = form_of(examples, settings={"v_num_grad_steps": "20"})
-    entry = change(visitor, form, examples, lambda what, done, of: told.append(what))
+    entry = change(visitor, form, examples, lambda *step: told.append(step), losses)
     assert entry.settings == {"v_num_grad_steps": 20}
-    assert "optimising values" in told  # steps are told as they happen
+    steps = [(done, of) for what, done, of in told if what == "optimising values"]
+    assert steps == [(number, 20) for number in range(1, len(losses) + 1)] + [(20, 20)]  # as they happen
+    assert losses == pytest.approx(entry.edit.diagnostics["loss"], abs=1e-5)
     assert all(answer.good for answer in entry.effects.of("fact"))
     target = next(chance for chance in entry.chances if chance.is_target)
     assert target.before < 0.1 < 0.5 < target.after
