@@ -40,6 +40,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "metrics": ("-o", "metrics"),
     "push": ("edits", "org/edits"),
     "rollback": ("edits", "first", "-o", "left"),
+    "ui": ("kedit/world-llama", "--export-space", "space"),
 }
 SLOW: dict[str, tuple[str, ...]] = {
     "bench": ("sweep.yaml",),
