@@ -115,8 +115,12 @@ class Service:
         self._threads = ThreadPoolExecutor(self.limits.parallel, thread_name_prefix="kedit-answer")
 
     def end(self) -> None:
-        """End all answers at their next token."""
+        """End all answers at their next token. A handler of signals may call this: it takes no lock of the threads."""
         self.ending.set()
+
+    def close(self) -> None:
+        """End all answers, and take no more."""
+        self.end()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ questions
@@ -216,8 +220,10 @@ class Service:
         """Begin to answer.
 
         Raises:
-            ServeError: if too many wait already.
+            ServeError: if too many wait already, or the server is ending.
         """
+        if self.ending.is_set():
+            raise self.unwanted()
         if self.open >= self.limits.parallel + self.limits.waiting:
             raise ServeError(
                 f"{self.open} requests are being answered or wait, and this server takes no more; ask again later",
@@ -249,11 +255,14 @@ class Service:
                 work.put(error)
 
         future = self._threads.submit(run)
-        future.add_done_callback(lambda done: work.call(self._finished))
+        future.add_done_callback(lambda done: work.call(self._finished, work, done.cancelled()))
         return work
 
-    def _finished(self) -> None:
+    def _finished(self, work: Work, was_cancelled: bool) -> None:
+        """Called in the event loop when a thread is done with a request, or the server's end has taken it away."""
         self.open -= 1
+        if was_cancelled:
+            work.put(self.unwanted())
 
     def unwanted(self) -> KeditError:
         """What an answer ends in that nobody waits for, or that the end of the server has cut short."""

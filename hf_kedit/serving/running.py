@@ -84,7 +84,7 @@ def run(service: Service, listener: socket.socket) -> None:
     try:
         _server(service).run(sockets=[listener])
     finally:
-        service.end()
+        service.close()
         listener.close()
 
 
@@ -113,4 +113,5 @@ def serving(service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterato
         service.end()
         server.should_exit = True
         thread.join()
+        service.close()
         listener.close()

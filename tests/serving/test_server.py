@@ -283,15 +283,19 @@ def test_too_many_are_told_to_come_back(small: tuple[Service, str]) -> None:
         assert [f.result()[: len(NEW)] for f in first] == [NEW, OLD[: len(NEW)]]
 
 
-def test_the_server_ends_its_answers_when_it_ends(packs: dict[str, Path]) -> None:
-    service = Service(Variants(EditableModel.from_pretrained(packs["rome"]), "mine"))
-    with Brake(service.variants.model, free=2) as brake, ThreadPoolExecutor(1) as threads:
-        with serving(service) as address:
-            asked = threads.submit(text_of, client_of(address), "mine", max_tokens=80)
-            assert brake.held.wait(PATIENCE)
-            service.end()
-            brake.go.set()
-            assert isinstance(asked.exception(PATIENCE), openai.InternalServerError)
+def test_the_server_ends_its_answers_when_it_ends(small: tuple[Service, str]) -> None:
+    """One that is being made, one that waits, and one that comes too late."""
+    service, address = small
+    with Brake(service.variants.model, free=2) as brake, ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(text_of, client_of(address), "mine", max_tokens=80)]
+        assert brake.held.wait(PATIENCE)
+        asked.append(threads.submit(text_of, client_of(address), "base"))
+        _until(lambda: service.open == 2)
+        service.end()
+        with pytest.raises(openai.InternalServerError, match="is ending"):
+            text_of(client_of(address), "mine")
+        brake.go.set()
+        assert all(isinstance(each.exception(PATIENCE), openai.InternalServerError) for each in asked)
         assert brake.passes <= 4
 
 
