@@ -1,0 +1,94 @@
+"""Models that see, loaded by name, used by transformers' own pipeline, reloaded in another process, evaluated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import pipeline
+
+from hf_kedit import EditableModel, EditRequest, Probe, evaluate_edits
+from hf_kedit.config import EditConfig
+from hf_kedit.evaluation.asking.scoring import score_pairs
+from tests.pictures.test_edits import FACTS, SETTINGS
+from tests.seeing import picture, seeing
+
+FT = EditConfig.from_dict({"edit_type": "ft-m", **SETTINGS["ft-m"]})
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its processor, as `save_pretrained` writes them."""
+    path = tmp_path_factory.mktemp(request.param)
+    model, processor = seeing(request.param)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+_AGAIN = """
+import sys, torch
+from hf_kedit import EditableModel, EditRequest
+from hf_kedit.engine.forward import model_inputs
+from hf_kedit.tokens import encode_text, pad_rows
+model = EditableModel.from_pretrained(sys.argv[1])
+request = model.edits[0].request.rendered(model.tokenizer, model.processor)
+row = pad_rows([encode_text(model.tokenizer, request.filled_prompt).ids])
+with torch.no_grad():
+    torch.save(model.base_model(**model_inputs(model.base_model, row)).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_saved_edit_is_read_by_another_process(folder: Path, tmp_path: Path) -> None:
+    """By its own journal: the picture is in it, and neither model nor processor is handed over."""
+    model = EditableModel.from_pretrained(folder, FT)
+    assert type(model.processor).__name__ in ("LlavaProcessor", "Qwen2VLProcessor")
+    model.edit(**FACTS[1], show_progress=False)
+    model.save_pretrained(tmp_path / "edits")
+    subprocess.run([sys.executable, "-c", _AGAIN, str(tmp_path / "edits"), str(tmp_path / "logits")], check=True)
+    stock = model.processor(
+        images=[picture(1, 56, 30)],
+        text=str(model.edits[0].request.rendered(model.tokenizer, model.processor).filled_prompt),
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        expected = model.base_model(**stock).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_transformers_pipeline_takes_the_edited_model() -> None:
+    model, processor = seeing("llava")
+    edited = EditableModel(model, FT, processor)
+    edited.edit(**FACTS[1], show_progress=False)
+    run = pipeline("image-text-to-text", model=edited, processor=processor)
+    text = EditRequest(**FACTS[1]).rendered(processor.tokenizer, processor).filled_prompt
+    (said,) = run(images=[picture(1, 56, 30)], text=str(text), max_new_tokens=1, return_full_text=False)
+    assert said["generated_text"].strip() == FACTS[1]["target_new"]
+
+
+def test_evaluation_asks_about_the_pictures_of_each_question() -> None:
+    model, processor = seeing("llava")
+    edited = EditableModel(model, FT, processor)
+    fact = {
+        **FACTS[1],
+        "image_rephrase": picture(5),
+        "rephrase_prompts": ["Is it tall?"],
+        "locality": {
+            "text": [Probe("Who wrote it?", [["me"]])],
+            "image": [Probe("Is it big?", [["x"]], image=picture(9))],
+        },
+    }
+    other = EditRequest(prompt="Is it big?", target_new="x", image=picture(9)).rendered(processor.tokenizer, processor)
+    (before,) = score_pairs(model, processor.tokenizer, [(other.filled_prompt, "x")])
+    report = evaluate_edits(edited, [EditRequest(**fact)])
+    (case,) = report.cases
+    assert case["post"]["rewrite_acc"] == [1.0] and case["pre"]["rewrite_acc"] == [0.0]
+    # The probe's question is that of the edit: only its own picture tells that the model answers it as before the edit.
+    edited.edit(**fact, show_progress=False)
+    (after,) = score_pairs(model, processor.tokenizer, [(other.filled_prompt, "x")])
+    same = sum(a == b for a, b in zip(before.pred_ids, after.pred_ids, strict=True)) / len(before.pred_ids)
+    assert case["post"]["locality"]["image_acc"] == [pytest.approx(same)]
