@@ -87,7 +87,7 @@ def test_evaluation_asks_about_the_pictures_of_each_question() -> None:
     report = evaluate_edits(edited, [EditRequest(**fact)])
     (case,) = report.cases
     assert case["post"]["rewrite_acc"] == [1.0] and case["pre"]["rewrite_acc"] == [0.0]
-    # The probe's question is that of the edit: only its own picture tells that the model answers it as before the edit.
+    # The question is the edit's: only its own picture tells that the model answers as it does after the edit.
     edited.edit(**fact, show_progress=False)
     (after,) = score_pairs(model, processor.tokenizer, [(other.filled_prompt, "x")])
     same = sum(a == b for a, b in zip(before.pred_ids, after.pred_ids, strict=True)) / len(before.pred_ids)
