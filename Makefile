@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test real lint format docs wheel venv clean
+.PHONY: help demo test real lint format docs notebooks wheel venv clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +61,9 @@ docs: export SITE_EDIT_URI ?= $(shell git remote get-url origin 2>/dev/null | se
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.stamp-docs
 	$(BIN)/mkdocs build --strict
+
+notebooks: $(STAMP)
+	$(BIN)/python docs/notebooks/make.py
 
 wheel: $(VENV)/.stamp-dev
 	$(PIP) wheel --no-deps --wheel-dir dist .

@@ -156,15 +156,71 @@ def test_the_methods_written_on_the_page_work(tmp_path: Path) -> None:
         assert _agree(shown, wanted), f"printed {shown!r}, the comment says {wanted!r}"
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (DOCS / "notebooks").glob("*.ipynb")))
-def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every cell runs; the last ones assert what the text claims."""
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(DOCS / "notebooks" / name, as_version=4)
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+# ---------------------------------------------------------------------- notebooks
+
+NOTEBOOKS = sorted(path.stem for path in (DOCS / "notebooks").glob("*.ipynb"))
+
+
+def _script(name: str) -> dict[str, Any]:
+    pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    return runpy.run_path(str(DOCS / "notebooks" / name))
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """One for all notebooks, which forgets their names in between: it imports torch once. `make notebooks` starts one for each."""
+    client = pytest.importorskip("jupyter_client")
+    manager = client.AsyncKernelManager(kernel_name="python3")
+    manager.start_kernel = partial(
+        manager.start_kernel, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     )
-    client.execute()
-    assert "assert" in "".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    yield manager
+    if manager.has_kernel:
+        asyncio.run(manager.shutdown_kernel(now=True))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook(name: str, tmp_path: Path, kernel: Any) -> None:
+    """Every cell runs; the last ones assert what the text claims."""
+    make = _script("make.py")
+    notebook = make["read"](name)
+    make["execute"](notebook, tmp_path, kernel)
+    assert "assert" in notebook.cells[-1].source
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_stored_notebook(name: str) -> None:
+    """Its head is as `make.py` writes it, its outputs are there, without a path of this machine, and small."""
+    make = _script("make.py")
+    path = DOCS / "notebooks" / f"{name}.ipynb"
+    stored, wanted = make["nbformat"].read(path, as_version=4), make["read"](name)
+    assert [c.source for c in stored.cells] == [c.source for c in wanted.cells], "run make notebooks"
+    assert stored.cells[0].source.startswith("# ") and "colab" in stored.cells[0].source
+    outputs = [o for c in stored.cells if c.cell_type == "code" for o in c.outputs]
+    assert any("image/png" in o.get("data", {}) for o in outputs), "a picture is worth looking at"
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 300_000 and not re.search(r"/(home|root|tmp|work)/", text)
+
+
+def test_what_stands_in_the_head_of_every_notebook_is_put_there_once() -> None:
+    make = _script("make.py")
+    assert 1 == sum("find_spec" in cell.source for cell in make["read"](NOTEBOOKS[0]).cells)
+    assert make["INSTALL"].count("%pip install") == 1
+
+
+def test_a_notebook_becomes_a_page() -> None:
+    pages = _script("pages.py")
+    text, pictures = pages["page"](DOCS / "notebooks" / "president_story.ipynb")
+    assert text.startswith("# The president story") and "find_spec" not in text
+    assert "[Open in Colab](https://colab" in text and "badge.svg" not in text  # nothing is loaded from there
+    assert "```python\n" in text and "<table" in text and "<style" not in text
+    assert all(data.startswith(b"\x89PNG") and f"]({name})" in text for name, data in pictures.items()) and pictures
+
+
+def test_the_site_shows_every_notebook() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = (DOCS / "notebooks" / "index.md").read_text(encoding="utf-8")
+    assert not [n for n in NOTEBOOKS if f"notebooks/{n}.md" not in nav or f"]({n}.md)" not in listed]
+    assert len(NOTEBOOKS) >= 12

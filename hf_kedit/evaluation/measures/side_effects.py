@@ -270,11 +270,11 @@ class SideEffects:
         return [_Scored(prompt, answer, wanted, request.separator_or(None)) for answer, wanted in answers.items()]
 
     def _beginning(self, text: str, like: str) -> str:
-        """As many tokens of a text as another one has."""
+        """As many tokens of a text as another one has, without the full stop that may come early."""
         if self._tokenizer is None:
             return ""
         ids, length = (self._tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, like))
-        return str(self._tokenizer.decode(ids[: len(length)], skip_special_tokens=True)).strip()
+        return str(self._tokenizer.decode(ids[: len(length)], skip_special_tokens=True)).strip(" \n.,;:")
 
     def _probabilities(self, model: PreTrainedModel) -> list[float | None]:
         """Of every scored answer, geometric mean over its tokens; ``None`` where it cannot be scored."""
