@@ -42,9 +42,9 @@ def read(name: str) -> Any:
     """A notebook, with its head as it should be."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     first, second = notebook.cells[0], notebook.cells[1]
-    title, *text = first.source.split("\n")
-    text = [line for line in text if "colab-badge" not in line]
-    first.source = "\n".join([title, "", badge(name), *text])
+    title, *lines = first.source.split("\n")
+    text = "\n".join(line for line in lines if "colab-badge" not in line).strip("\n")
+    first.source = f"{title}\n\n{badge(name)}\n\n{text}"
     if "find_spec" not in second.source:
         notebook.cells.insert(1, nbformat.v4.new_code_cell())
     notebook.cells[1].source = INSTALL
