@@ -14,6 +14,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 FOLDER = Path(__file__).resolve().parent
+_IMAGES = {"image/png": "png", "image/jpeg": "jpg"}
 _BADGE = re.compile(r"\[!\[(Open in Colab)\]\([^)]*\)\]\(([^)]*)\)")
 
 
@@ -46,11 +47,12 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
 def _shown(output: dict[str, Any], stem: str, pictures: dict[str, bytes]) -> list[str]:
     """An output: its picture, else its table, else its text."""
     data = output.get("data", {})
-    if "image/png" in data:
-        name = f"{stem}-{len(pictures) + 1}.png"
-        pictures[name] = base64.b64decode("".join(data["image/png"]))
-        width = output.get("metadata", {}).get("image/png", {}).get("width")
-        return [f"![what the cell draws]({name}){{ width={width} }}" if width else f"![what the cell draws]({name})"]
+    for kind, ending in _IMAGES.items():
+        if kind in data:
+            name = f"{stem}-{len(pictures) + 1}.{ending}"
+            pictures[name] = base64.b64decode("".join(data[kind]))
+            width = output.get("metadata", {}).get(kind, {}).get("width")
+            return [f"![what the cell draws]({name})" + (f"{{ width={width} }}" if width else "")]
     if "text/html" in data:
         table = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
         return [re.sub(r"\n\s*", "\n", table).strip()]
