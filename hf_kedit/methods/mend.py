@@ -161,7 +161,6 @@ class MENDEditor(Editor):
 class MEND(HyperMethod):
     """Edits with a trained `MENDEditor`."""
 
-    pictures = True
     config_class = MENDConfig
     editor_class = MENDEditor
     capabilities = Capabilities(

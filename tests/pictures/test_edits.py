@@ -123,7 +123,7 @@ def test_texts_in_front_leave_the_picture_where_it_is(family: str, method: str) 
     assert [t.ids for t in texts] == [t.ids for t in alone]
 
 
-@pytest.mark.parametrize("method", ["kn", "serac", "dinm"])
+@pytest.mark.parametrize("method", ["kn", "mend", "serac", "dinm"])
 def test_methods_of_text_say_so_before_anything_is_touched(method: str) -> None:
     model, processor = seeing("llava")
     before = {name: t.clone() for name, t in model.state_dict().items()}
