@@ -461,7 +461,7 @@ def _summary(method: str) -> str:
 
 def _control(setting: FormSetting) -> Any:
     """The control of one setting, with its explanation."""
-    given: dict[str, Any] = {"label": setting.name, "info": setting.about}
+    given: dict[str, Any] = {"label": setting.name, "info": setting.about, "interactive": True}
     if setting.kind == "switch":
         return gr.Checkbox(bool(setting.value), **given)
     if setting.kind == "choice":

@@ -211,3 +211,18 @@ def test_a_phone_shows_all_of_it(browser: Any, server: tuple[EditableModel, str]
         assert width <= 390, f"{tab} is {width} pixels wide"
     assert "1 edit on" in guest.text(".k-head")
     guest.context.close()
+
+
+def test_settings_of_the_chosen_method_count(guest: Guest) -> None:
+    """Controls are made of the config of whatever method is chosen; what is changed there goes into the edit."""
+    guest.page.get_by_text("Settings of the method").click()
+    guest.page.get_by_label("Method").first.click()
+    guest.page.get_by_role("option", name="ROME", exact=True).click()
+    steps = guest.page.locator("label", has_text="v_num_grad_steps").locator("input").first
+    steps.fill("21")
+    steps.blur()
+    guest.page.wait_for_timeout(300)  # the page tells the server what was typed
+    guest.press("Change the fact")
+    guest.see("1 edit on")
+    guest.go("Share")
+    assert "v_num_grad_steps=21" in guest.page.locator(".cm-content").first.inner_text()
