@@ -154,7 +154,7 @@ class Talk:
         sees = sys.stdin.isatty()
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        if sees:
+        if sees and os.name != "nt":  # Windows edits lines by itself
             import readline  # noqa: F401  # lines can be edited and are remembered
         while True:
             try:

@@ -172,7 +172,7 @@ def _secret(variable: str | None) -> str | None:
     if variable is None:
         return None
     key = os.environ.get(variable, "")
-    if not key.strip() or not key.isascii() or not key.isprintable() or key != key.strip():
+    if not key or " " in key or not key.isascii() or not key.isprintable():
         raise ServeError(
             f"the environment variable {variable} holds no key: set it to letters, digits and signs without spaces"
         )

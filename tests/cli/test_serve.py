@@ -100,11 +100,13 @@ def test_a_server_for_other_machines_warns(start: Callable[..., Any]) -> None:
         (["--token-env", "T"], 2, "nothing to edit"),
         (["--pack", "rome"], 2, "NAME=FOLDER"),
         (["--api-key-env", "KEDIT_NO_SUCH_VARIABLE"], 1, "KEDIT_NO_SUCH_VARIABLE holds no key"),
+        (["--api-key-env", "KEDIT_TWO_WORDS"], 1, "KEDIT_TWO_WORDS holds no key"),
         (["--name", "base"], 1, "cannot be called 'base'"),
         (["--host", "no.such.host.invalid"], 1, "cannot listen at no.such.host.invalid"),
     ],
 )
-def test_wrong_options(kedit: Run, words: list[str], code: int, says: str) -> None:
+def test_wrong_options(kedit: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, says: str) -> None:
+    monkeypatch.setenv("KEDIT_TWO_WORDS", "two words")
     result = kedit("serve", "kedit/world-gpt2", "--port", "0", *words)
     assert result.exit_code == code and says in re.sub(r"[\s│]+", " ", result.stderr), result.stderr
 
