@@ -174,6 +174,16 @@ def test_damaged_weights_are_refused_before_anything_happens(world_gpt2: Editabl
         world_gpt2.edit(facts(1))
 
 
+def test_an_edit_where_gradients_are_switched_off(world_gpt2: EditableModel) -> None:
+    (fact,) = facts(1)
+    with torch.no_grad():
+        world_gpt2.set_method("ft-m").edit(fact)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(EditFailedError, match="outside the block"):
+        world_gpt2.edit(fact)
+    assert len(world_gpt2.rollback("all")) == 1
+
+
 def test_ids_are_unique_in_a_model(world_gpt2: EditableModel) -> None:
     (fact,) = facts(1)
     world_gpt2.edit(fact.with_id("mine"))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import torch
+
 from ..anatomy.switching import Switch, interrupted, uninterrupted
 from ..books.book import Book, all_disabled, remove_from, restore_all, snapshot_all
 from ..data.loading import requests_of
@@ -100,7 +102,13 @@ class Editing(EditedModel):
         return result
 
     def _ready(self) -> Switch[None]:
-        """A block in which the model is there for its method alone, which has fetched before what it reads."""
+        """A block in which the model is there for its method alone, which has fetched before what it reads.
+
+        Raises:
+            EditFailedError: in inference mode, where nothing has a gradient (in `torch.no_grad` it is switched on).
+        """
+        if torch.is_inference_mode_enabled():
+            raise EditFailedError("edits need gradients: call edit outside the block of torch.inference_mode()")
         self._method.fetch()
         return self.exclusive()
 
@@ -209,6 +217,7 @@ class Editing(EditedModel):
         """The edits that a joint solve is for: those of methods that spread facts over layers."""
         return [e for e in self.journal if issubclass(method_class(e.method), SpreadMethod)]
 
+    @torch.enable_grad()
     def _solve_together(
         self,
         edits: Sequence[Edit],
@@ -308,6 +317,7 @@ class Editing(EditedModel):
                     result.failed.extend((r, error) for r in batch)
         return result
 
+    @torch.enable_grad()
     def _edit_batch(self, batch: Sequence[EditRequest], read: Sequence[EditRequest]) -> list[Edit]:
         """Compute one batch and put it on the weights and into the journal.
 

@@ -8,7 +8,7 @@ and the run is planned; `Run` carries it out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,7 +69,7 @@ def evaluate_edits(
     keep_edits: bool = False,
     cache: PreEditCache | None = None,
     prompt_transform: PromptTransform | None = None,
-    collapse_text: Sequence[str] | str | None = None,
+    collapse_text: Iterable[str] | str | None = None,
     abilities: Sequence[Ability] = (),
     output_dir: str | Path | None = None,
     shard: str | None = None,
@@ -147,6 +147,8 @@ def evaluate_edits(
     if not isinstance(separator, str | None):
         raise EvaluationError(f"separator must be text or None, not {shown(separator)}")
     texts = [collapse_text] if isinstance(collapse_text, str) else collapse_text
+    if isinstance(texts, Iterable):
+        texts = list(texts)
     if texts is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise EvaluationError("collapse_text must be a text or a list of texts, not an empty list or something else")
     cases = _cases(model, dataset, setting, limit, chosen)

@@ -97,7 +97,7 @@ def test_the_perplexity_is_that_of_the_texts_of_the_run(editable, tokenizer, cac
     """Two runs that share what was measured before, and not the texts."""
     for text in ("Oslo is a", "Jan Mol works for the railway."):
         wanted = functional.perplexity(editable.base_model, tokenizer, [text]).pooled
-        report = evaluate_edits(editable, many(1), "sequential", collapse_text=text, cache=cache)
+        report = evaluate_edits(editable, many(1), "sequential", collapse_text=iter([text]), cache=cache)
         assert report.checkpoints[-1]["perplexity_before"] == pytest.approx(wanted, rel=1e-4)
 
 
