@@ -14,6 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import KeditError, RequestError, ServeError, require_extra
@@ -55,6 +56,13 @@ COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
 """Tokens of an answer where a request does not say; the first is OpenAI's."""
 _UNKNOWN_CONTEXT = 2**17
 _GLANCE_SECONDS = 0.2  # after which it is looked whether the client is still there
+_PAGE = Path(__file__).with_name("page.html")
+# The page's own style and script, this server's answers, and nothing else: what a model writes cannot load anything.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 _DRAINED = 8  # times the largest body: so much of a larger one is read, so that its sender hears why it was refused
 _T = TypeVar("_T")
 
@@ -396,11 +404,14 @@ def build_app(service: Service) -> FastAPI:
             )
         return bytes(found)
 
-    def admit(request: Request, *, editing: bool = False) -> None:
+    def check_host(request: Request) -> None:
         host = (request.headers.get("host") or "").rpartition("]")
         name = (host[0] + host[1] or host[2].partition(":")[0]).lower()
         if keys.hosts is not None and name not in keys.hosts:
             raise ServeError("this server answers to the name of its own machine only", status=403, code="wrong_host")
+
+    def admit(request: Request, *, editing: bool = False) -> None:
+        check_host(request)
         if editing and keys.editing is None:
             raise ServeError("edits are switched off here (kedit serve --allow-edits)", status=403, code="edits_off")
         wanted = [keys.editing] if editing else [keys.asking, keys.editing] if keys.asking else []
@@ -413,6 +424,11 @@ def build_app(service: Service) -> FastAPI:
                 status=401,
                 code="invalid_api_key",
             )
+
+    @app.get("/")
+    async def page(request: Request) -> Response:
+        check_host(request)
+        return Response(_PAGE.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
 
     @app.get("/health")
     async def health() -> Response:
