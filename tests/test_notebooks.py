@@ -77,4 +77,4 @@ def test_the_site_shows_every_notebook() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = (DOCS / "notebooks" / "index.md").read_text(encoding="utf-8")
     assert not [n for n in NOTEBOOKS if f"notebooks/{n}.md" not in nav or f"]({n}.md)" not in listed]
-    assert len(NOTEBOOKS) >= 12
+    assert len(NOTEBOOKS) >= 14

@@ -5,6 +5,7 @@ The numbers are those of `Results.summary` and `Results.curve`, the intervals th
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,8 @@ _Points = Iterable[tuple[int, float]]
 _READING = "Line in a bar: 95 % interval. Stroke across: before the edits. n: edits with such questions."
 _MOST_BANDS = 3
 """Lines with bands in one chart; more of them hide each other."""
+_TITLE = 24
+"""Characters in a line of the title of one of several charts side by side; longer ones reach into the next chart."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,14 @@ def plot_runs(runs: Runs[Any], kind: PlotKind | None, protocol: str | None, axes
     if axes is not None:
         raise EvaluationError("a comparison has a chart for each number, and ax= takes one; leave it out")
     thin = len(protocols) > 1
+    names_of = {key: textwrap.fill(label_of(*key).replace("_", " "), _TITLE) for key in keys}
     with house_style("a report"):
         counts = [len(by_run) for _, by_run in groups]
-        height = 1.3 + 0.35 * (len(groups) - 1) + (0.42 if thin else 0.32) * sum(counts)
+        height = 1.3 + 0.17 * max(name.count("\n") for name in names_of.values())
+        height += 0.35 * (len(groups) - 1) + (0.42 if thin else 0.32) * sum(counts)
         figure = new_figure(max(WIDTH, 1.5 + 1.5 * len(keys)), height)
         grid = figure.subplots(len(groups), len(keys), squeeze=False, sharex=True, height_ratios=counts)
-        for number, (title, by_run) in enumerate(groups):
+        for number, (group, by_run) in enumerate(groups):
             for place, key in enumerate(keys):
                 cell = grid[number][place]
                 means = [found.get(key, []) for found in by_run.values()]
@@ -114,8 +119,9 @@ def plot_runs(runs: Runs[Any], kind: PlotKind | None, protocol: str | None, axes
                 cell.set_yticks(range(len(by_run)), names)
                 n = {mean.rests_on.n for found in means for mean in found if mean.rests_on is not None}
                 about = f"n {_span(n)}" if n else ""
-                cell.set_title(f"{label_of(*key)}\n{about}" if number == 0 else about, fontsize=8.5, linespacing=1.4)
-            grid[number][0].set_ylabel(as_label(title, 28))
+                title = f"{names_of[key]}\n{about}" if number == 0 else about
+                cell.set_title(title, fontsize=8.5, linespacing=1.4)
+            grid[number][0].set_ylabel(as_label(group, 28))
         dark = f"Dark: {_said(protocols[:1])}. Pale: {_said(protocols[1:])}. " if thin else ""
         name_figure(figure, _title(runs, protocols, None), dark + _READING)
     return figure

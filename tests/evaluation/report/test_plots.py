@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -79,6 +80,20 @@ def test_a_comparison_has_a_bar_for_every_run_number_and_protocol() -> None:
     assert "Dark: by generation. Pale: teacher forced." in figure._supxlabel.get_text()  # type: ignore[attr-defined]
     alone = Comparison({"a": good, "b": bad}).plot(protocol="generation")
     assert [bar.get_width() for bar in alone.axes[0].patches] == [100, 50]
+
+
+def test_long_names_of_numbers_do_not_reach_into_the_next_chart() -> None:
+    names = ("old_answer", "paraphrase_old_answer", "target", "preferred")
+    one = sequence().records[-1]
+    record = {**one, "pre": {}, "post": {"erasure likelihood": dict.fromkeys(names, [0.5]), "metric_meta": {}}}
+    reports = {label: EvaluationReport([record], {"model": "m", "method": label}) for label in ("a", "b")}
+    figure = Comparison(reports).plot("bars")
+    figure.canvas.draw()
+    titles = [a._left_title for a in figure.axes]  # type: ignore[attr-defined]
+    assert "paraphrase old answer" in titles[1].get_text()
+    extents = [title.get_window_extent() for title in titles]
+    assert all(a.x1 < b.x0 for a, b in pairwise(extents))
+    assert extents[-1].x1 <= figure.bbox.x1
 
 
 def test_runs_of_a_sweep_stand_in_their_groups() -> None:
