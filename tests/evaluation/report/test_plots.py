@@ -85,7 +85,7 @@ def test_a_comparison_has_a_bar_for_every_run_number_and_protocol() -> None:
 def test_long_names_of_numbers_do_not_reach_into_the_next_chart() -> None:
     names = ("old_answer", "paraphrase_old_answer", "target", "preferred")
     one = sequence().records[-1]
-    record = {**one, "pre": {}, "post": {"erasure likelihood": dict.fromkeys(names, [0.5]), "metric_meta": {}}}
+    record = {**one, "pre": {}, "post": {"erasure likelihood": {name: [0.5] for name in names}, "metric_meta": {}}}
     reports = {label: EvaluationReport([record], {"model": "m", "method": label}) for label in ("a", "b")}
     figure = Comparison(reports).plot("bars")
     figure.canvas.draw()
