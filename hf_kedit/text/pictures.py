@@ -148,7 +148,7 @@ def as_pictured(value: Any) -> Pictured | tuple[Pictured, ...] | None:
         if value.startswith('["'):  # the column of a table
             try:
                 return as_pictured(json.loads(value))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # of JSON, or of a number of thousands of digits
                 raise RequestError("begins like a list of pictures in JSON, and is none") from error
         return Picture.of(value) if value.startswith(_URI) else value
     if isinstance(value, (list, tuple)):
