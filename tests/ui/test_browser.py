@@ -18,7 +18,7 @@ pytest.importorskip("gradio", reason="needs the extra demo")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-PATIENCE = 30_000  # milliseconds, on a busy machine
+PATIENCE = 90_000  # milliseconds, on a busy machine
 HOSTILE = "<img src=x onerror=\"document.body.id='caught'\">"
 pytestmark = pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"there is no Chromium at {CHROMIUM}")
 
