@@ -184,6 +184,22 @@ def test_an_edit_where_gradients_are_switched_off(world_gpt2: EditableModel) -> 
     assert len(world_gpt2.rollback("all")) == 1
 
 
+@pytest.mark.parametrize("method", ["t-patcher", "calinet", "wise"])
+def test_gradients_after_an_answer_in_inference_mode(method: str) -> None:
+    """What a first forward loads and keeps is no tensor of inference mode, through which nothing could be trained."""
+    model = EditableModel.from_pretrained("kedit/world-gpt2", method)
+    first, second = facts(2)
+    model.edit(first)
+    assert model.tokenizer is not None
+    ids = model.tokenizer(first.filled_prompt, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        model(input_ids=ids)
+    states = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=states).logits.sum().backward()
+    assert states.grad is not None and bool(states.grad.abs().sum() > 0)
+    model.edit(second)
+
+
 def test_ids_are_unique_in_a_model(world_gpt2: EditableModel) -> None:
     (fact,) = facts(1)
     world_gpt2.edit(fact.with_id("mine"))

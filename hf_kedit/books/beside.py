@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..anatomy.outputs import hooks, module_input
 from ..anatomy.switching import Switch, uninterrupted
 from ..engine.capture import first, with_first
+from ..engine.devices import to_stay
 from .deltas import WeightDelta
 
 
@@ -61,7 +62,9 @@ class Change:
         states = first(output)
         if self.bias is not None:
             return with_first(output, (states.float() + self.bias.to(states.device)).to(states.dtype))
-        self.factors = [f.to(states.device) for f in self.factors]
+        if any(f.device != states.device for f in self.factors):
+            with to_stay():
+                self.factors = [f.to(states.device) for f in self.factors]
         change = module_input(args, kwargs).float()
         with torch.autocast(states.device.type, enabled=False):
             for factor in self.factors:

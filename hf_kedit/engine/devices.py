@@ -30,6 +30,17 @@ def synchronise(model: torch.nn.Module) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
+@contextlib.contextmanager
+def to_stay() -> Iterator[None]:
+    """A block for making what is kept for later forwards, in the middle of one that `torch.inference_mode` may be around.
+
+    What is made there is an inference tensor otherwise, through which no later pass can have a gradient.
+    """
+    with_gradients = torch.is_grad_enabled()  # switched on by leaving the mode
+    with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
+        yield
+
+
 class PeakMemory:
     """What the accelerators of a model give at most from now on, summed over them.
 

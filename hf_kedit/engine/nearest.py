@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .devices import to_stay
+
 SAME_PROMPT = 1e-4
 """Queries closer than this times their norm are one prompt."""
 _FIRST_CAPACITY = 16
@@ -83,8 +85,9 @@ class Vectors:
     def on(self, device: torch.device) -> torch.Tensor:
         """The vectors on a device; moved there for good, because the model lives there now."""
         if self._buffer.rows.device != device:
-            squares = self._buffer.squares[: self.size].to(device)
-            self._buffer = _Buffer(self.tensor.to(device), self.size, squares)
+            with to_stay():
+                squares = self._buffer.squares[: self.size].to(device)
+                self._buffer = _Buffer(self.tensor.to(device), self.size, squares)
         return self.tensor
 
     def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

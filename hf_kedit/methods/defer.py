@@ -28,6 +28,7 @@ from ..books.site_book import SiteEntry, SiteMemory, check_finite, register_memo
 from ..books.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..config import ModelProfile
 from ..config.spaces import layer_windows, times
+from ..engine.devices import to_stay
 from ..engine.examples import Example
 from ..engine.weights import compute_device, get_module, weight_shape
 from ..errors import ConfigError, RollbackError
@@ -126,7 +127,8 @@ class Deferral(SiteMemory):
     def _defer(self, call: SiteCall) -> torch.Tensor | None:
         frame = call.frame
         if needs_whole_prompt(frame, "DEFER"):
-            self.network = self.network.to(call.inputs.device)
+            with to_stay():
+                self.network = self.network.to(call.inputs.device)
             gate, value = self.network(call.at_key(call.inputs).float())
             frame.held[self.key] = gate >= self.threshold, value
         elif frame.phase != "decode":

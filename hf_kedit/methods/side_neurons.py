@@ -18,6 +18,7 @@ from ..books.book import Saved
 from ..books.site_book import SiteMemory, check_finite, register_memory
 from ..books.sites import SiteCall, SiteFunction
 from ..engine.activations import Activation, hidden_activation
+from ..engine.devices import to_stay
 from ..engine.neurons import FIELDS, NeuronGroup, joined, neuron_output, pack_groups, unpack_groups, without
 from ..errors import ArtifactError, UnsupportedModelError
 
@@ -62,7 +63,8 @@ class SideNeurons(SiteMemory):
             return call.output
         known, device = self._loaded.get(call.path), call.output.device
         if known is None or known[0] is not groups or known[1] != device:
-            known = self._loaded[call.path] = (groups, device, joined(groups).to(device))
+            with to_stay():
+                known = self._loaded[call.path] = (groups, device, joined(groups).to(device))
         return call.output + neuron_output(call.inputs, known[2], self.activation).to(call.output.dtype)
 
     # ------------------------------------------------------------------ books

@@ -18,6 +18,7 @@ from ..books.book import Saved
 from ..books.site_book import SiteMemory, check_finite, register_memory
 from ..books.sites import SiteCall, SiteFunction, held_decision, needs_whole_prompt
 from ..engine.activations import Activation, activation_distance, hidden_activation, mean_over_tokens
+from ..engine.devices import to_stay
 from ..engine.sparse import SparseMatrix
 from ..engine.weights import get_module, get_weight
 from ..errors import ArtifactError
@@ -109,7 +110,8 @@ class WiseSite(SiteMemory):
     def _deltas(self, device: torch.device) -> list[torch.Tensor]:
         """The candidates' changes on a device; loaded anew when the state has changed."""
         if self._loaded is None or self._loaded[0] is not self.state or self._loaded[1] != device:
-            self._loaded = (self.state, device, [c.delta.to(device) for c in self.state.candidates])
+            with to_stay():
+                self._loaded = (self.state, device, [c.delta.to(device) for c in self.state.candidates])
         return self._loaded[2]
 
     # ------------------------------------------------------------------ books

@@ -87,7 +87,10 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             if wanted is None or own[id(value)].device == device:
                 return own[id(value)]
             value = value.clone()  # a copy to another device shares nothing
-        return Placed(value, device) if device.type == NAME else value
+        if device.type != NAME:
+            return value
+        with torch.inference_mode(value.is_inference()):  # a view of a tensor from outside of the mode is none of it
+            return Placed(value, device)
 
     return tree_map(dressed, result)
 

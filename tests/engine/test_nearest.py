@@ -93,3 +93,13 @@ def test_vectors_grow_without_being_copied() -> None:
     assert lists[21].tensor[20, 0] == 20 and other.tensor[20, 0] == -1
     changed = lists[20].with_changed([3], torch.full((1, 2), 50.0))
     assert changed.nearest(torch.full((1, 2), 50.0))[1].item() == 3 and lists[20].tensor[3, 0] == 3
+
+
+def test_a_list_that_is_moved_in_inference_mode_goes_on_as_any_other() -> None:
+    """The move stays, so that rows are added and gradients taken outside of the mode as well."""
+    vectors = Vectors(3).with_row(torch.ones(3)).with_row(torch.zeros(3))
+    with torch.inference_mode():
+        moved = vectors.on(torch.device("meta"))  # another device than the CPU, on every machine
+        assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+    assert moved.device.type == "meta" and not moved.is_inference()
+    vectors.with_row(torch.ones(3, device="meta"))
