@@ -32,7 +32,7 @@ def synchronise(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def to_stay() -> Iterator[None]:
-    """A block for making what is kept for later forwards, in the middle of one that `torch.inference_mode` may be around.
+    """A block for making what later forwards use, too, in the middle of one that `torch.inference_mode` may be around.
 
     What is made there is an inference tensor otherwise, through which no later pass can have a gradient.
     """
