@@ -63,7 +63,8 @@ def markdown_code(text: str, *, cell: bool = False) -> str:
 
 def python_text(text: str) -> str:
     """The text as a string in a line of code, which it does not end, nor the block that the line stands in."""
-    return json.dumps(printable(text, keep=""), ensure_ascii=False)
+    # Escaped when it is code already, where an escape means the character itself.
+    return printable(json.dumps(text, ensure_ascii=False), keep="")
 
 
 def _is_control(character: str) -> bool:

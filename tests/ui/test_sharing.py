@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -91,7 +94,8 @@ def test_texts_stay_texts_in_programs(edited: Visitor, text: str) -> None:
     request.target_new = text
     words = shlex.split(sharing.as_command("m", edited.entries[:1]))
     assert words[words.index("--target") + 1] == text
-    compile(sharing.as_python("m", edited.entries[:1]), "program", "exec")
+    program = ast.parse(sharing.as_python("m", edited.entries[:1]))
+    assert text in [node.value for node in ast.walk(program) if isinstance(node, ast.Constant)]
 
 
 # ---------------------------------------------------------------------- the Space
@@ -118,7 +122,7 @@ def test_the_exported_app_starts(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     commands(["ui", "kedit/world-gpt2", "--export-space", str(tmp_path), "--format", "quiet"], standalone_mode=False)
     port = _free_port()
-    environment = {**_environment(), "HOST": "127.0.0.1", "PORT": str(port)}
+    environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port)}
     process = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
     try:
         page = _wait_for(f"http://127.0.0.1:{port}/", process)
@@ -128,15 +132,7 @@ def test_the_exported_app_starts(tmp_path: Path) -> None:
     assert "kedit/world-gpt2" in page and "Change the fact" in page
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
-
-
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
