@@ -443,7 +443,7 @@ class Page:
             return "", ""
 
     def _code_of(self, visitor: Visitor, repo: str) -> tuple[str, str]:
-        entries = [entry for entry in visitor.present if entry.is_on]
+        entries = visitor.shared
         if not entries:
             return "# change a fact first\n", "# change a fact first\n"
         return sharing.as_python(self.name, entries, repo), sharing.as_command(self.name, entries, repo)

@@ -15,25 +15,14 @@ from ..storage.display import python_text
 from .visitors import HistoryEntry, Visitor
 
 
-def entries_on(visitor: Visitor) -> list[HistoryEntry]:
-    """The edits that are shared: those that are switched on.
-
-    Raises:
-        RequestError: if there are none.
-    """
-    shared = [entry for entry in visitor.present if entry.is_on]
-    if not shared:
-        raise RequestError("there is nothing to share yet: change a fact first, or switch an edit on")
-    return shared
-
-
 def save_folder(visitor: Visitor, folder: Path) -> Path:
     """Write the edits that are on into a folder, as `EditableModel.save_pretrained` does.
 
     Raises:
         RequestError: if there are none.
     """
-    entries_on(visitor)
+    if not visitor.shared:
+        raise RequestError("there is nothing to share yet: change a fact first, or switch an edit on")
     with visitor.session.inside(without=visitor.off) as model:
         model.save_pretrained(folder)
     return folder
@@ -88,10 +77,10 @@ def push(visitor: Visitor, repo_id: str, token: str, *, private: bool) -> str:
 
 
 def as_python(model: str, entries: Sequence[HistoryEntry], repo_id: str = "") -> str:
-    """The Python program that makes the same edits."""
+    """The Python program that makes the same edits, of which there is at least one."""
+    method = entries[0].edit.method
     lines = ["from hf_kedit import EditableModel", ""]
-    lines.append(f'model = EditableModel.from_pretrained({python_text(model)}, "{_first_method(entries)}")')
-    method = _first_method(entries)
+    lines.append(f'model = EditableModel.from_pretrained({python_text(model)}, "{method}")')
     for entry in entries:
         if entry.edit.method != method or entry.settings:
             method = entry.edit.method
@@ -125,7 +114,3 @@ def as_command(model: str, entries: Sequence[HistoryEntry], repo_id: str = "") -
     if repo_id.strip():
         lines.append(shlex.join(["kedit", "push", "edits", repo_id.strip()]))
     return "\n".join(lines) + "\n"
-
-
-def _first_method(entries: Sequence[HistoryEntry]) -> str:
-    return entries[0].edit.method if entries else "auto"

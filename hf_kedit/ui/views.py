@@ -67,14 +67,13 @@ def label(text: str) -> str:
 
 def header(name: str, about: str, visitor: Visitor | None) -> str:
     """The head of the page: which model, and how many of one's own edits are on."""
-    present = visitor.present if visitor else []
-    on = sum(entry.is_on for entry in present)
+    present, on = (len(visitor.present), len(visitor.shared)) if visitor else (0, 0)
     if not present:
         state = "no edits yet"
-    elif on == len(present):
+    elif on == present:
         state = f"{on} edit{'' if on == 1 else 's'} on"
     else:
-        state = f"{on} of {len(present)} edits on"
+        state = f"{on} of {present} edits on"
     return tag(
         "header",
         tag("h1", "kedit"),
@@ -338,7 +337,7 @@ def history_card(entry: HistoryEntry) -> str:
 
 def share_summary(visitor: Visitor) -> str:
     """What would be shared now."""
-    shared = [entry for entry in visitor.present if entry.is_on]
+    shared = visitor.shared
     if not shared:
         return hint("Nothing to share yet. Change a fact in the first tab; it can be downloaded and pushed from here.")
     facts = [

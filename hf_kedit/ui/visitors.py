@@ -67,12 +67,17 @@ class Visitor:
     @property
     def off(self) -> list[str]:
         """Ids of the edits that are switched off."""
-        return [entry.edit.id for entry in self.entries if not entry.is_on and not entry.is_undone]
+        return [entry.edit.id for entry in self.present if not entry.is_on]
 
     @property
     def present(self) -> list[HistoryEntry]:
         """The edits that were not taken back."""
         return [entry for entry in self.entries if not entry.is_undone]
+
+    @property
+    def shared(self) -> list[HistoryEntry]:
+        """The present edits that are switched on: what the visitor's model says, and what leaves the page."""
+        return [entry for entry in self.present if entry.is_on]
 
     def entry(self, edit_id: str) -> HistoryEntry:
         """One of the present edits.
@@ -147,8 +152,9 @@ class Visitors:
         with self._lock:
             for old in [name for name, one in self._known.items() if now - one.seen > self.idle]:
                 del self._known[old]
-            visitor = self._known.get(word) if isinstance(word, str) else None
-            if visitor is not None and isinstance(word, str):
-                visitor.seen = now
-                self._known.move_to_end(word)
+            if not isinstance(word, str) or word not in self._known:  # a browser sends what it likes
+                return None
+            visitor = self._known[word]
+            visitor.seen = now
+            self._known.move_to_end(word)
             return visitor
