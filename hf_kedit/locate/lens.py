@@ -68,7 +68,7 @@ def logit_lens(
     return LensReading(
         prompt,
         [
-            [(str(decode([place])), chance) for place, chance in zip(row, numbers, strict=True)]
-            for row, numbers in zip(places.tolist(), chances.tolist(), strict=True)
+            [(str(decode([place])), chance) for place, chance in zip(row, likely, strict=True)]
+            for row, likely in zip(places.tolist(), chances.tolist(), strict=True)
         ],
     )

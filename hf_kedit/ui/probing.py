@@ -81,22 +81,26 @@ def compare(session: EditSession, off: Sequence[str], text: str, *, chat: bool, 
         raise RequestError("write something for the model to complete")
     if len(prompts) > _MOST_PROMPTS or max(map(len, prompts)) > MOST_CHARACTERS:
         raise RequestError(f"at most {_MOST_PROMPTS} lines, of at most {MOST_CHARACTERS} characters each")
-    alone = prompts[0] if len(prompts) == 1 and not chat else None
     with session.inside(without=off) as model:
         after = _said(model, prompts, chat, tokens)
-        claims = {prompt: [c.edit_id for c in model.explain(prompt) if c.claimed] for prompt in prompts}
-        best = top_answers(model, alone) if alone is not None else []
         with model.disable_edits():
             before = _said(model, prompts, chat, tokens)
-            best = list(dict.fromkeys([*best, *(top_answers(model, alone) if alone is not None else [])]))[:6]
-            old = chances_of(model, alone, best) if alone is not None else []
-        new = chances_of(model, alone, best) if alone is not None else []
-    found = [Chance(*each) for each in zip(best, old, new, strict=True)]
-    found.sort(key=lambda chance: -max(chance.before, chance.after))
+        claims = [[c.edit_id for c in model.explain(prompt) if c.claimed] for prompt in prompts]
+        chances = _both_chances(model, prompts[0]) if len(prompts) == 1 and not chat else []
     return [
-        BothAnswers(prompt, old_text, new_text, found if prompt == alone else [], claims[prompt])
-        for prompt, old_text, new_text in zip(prompts, before, after, strict=True)
+        BothAnswers(prompt, old, new, chances, claimed)
+        for prompt, old, new, claimed in zip(prompts, before, after, claims, strict=True)
     ]
+
+
+def _both_chances(model: EditableModel, prompt: str) -> list[Chance]:
+    """The best answers of the model with and without its edits, the most probable first."""
+    best = top_answers(model, prompt)
+    with model.disable_edits():
+        best = list(dict.fromkeys([*best, *top_answers(model, prompt)]))[:6]
+        old = chances_of(model, prompt, best)
+    found = [Chance(*each) for each in zip(best, old, chances_of(model, prompt, best), strict=True)]
+    return sorted(found, key=lambda chance: -max(chance.before, chance.after))
 
 
 @dataclass(frozen=True)
@@ -140,22 +144,19 @@ def inspect_prompt(session: EditSession, off: Sequence[str], prompt: str, subjec
     with session.inside(without=off) as model:
         with model.disable_edits():
             before, words = logit_lens(model, prompt), top_answers(model, prompt)
-            trace = None if edited else _trace(model, prompt, subject, words)
-        after = logit_lens(model, prompt) if model.edits else None
-        words_now = top_answers(model, prompt)
-        trace = _trace(model, prompt, subject, words_now) if edited else trace
-    if isinstance(trace, Trace):
-        return Inspection(subject, before, after, [*words_now, *words], trace)
-    return Inspection(subject, before, after, [*words_now, *words], None, trace or "it was not traced")
+            traced = None if edited else _trace(model, prompt, subject, words)
+        after, now = (logit_lens(model, prompt), top_answers(model, prompt)) if model.edits else (None, words)
+        trace, why_not = traced or _trace(model, prompt, subject, now)
+    return Inspection(subject, before, after, [*now, *words], trace, why_not)
 
 
-def _trace(model: EditableModel, prompt: str, subject: str, words: Sequence[str]) -> Trace | str:
-    """Which states carry the model's answer; or why that cannot be told."""
+def _trace(model: EditableModel, prompt: str, subject: str, words: Sequence[str]) -> tuple[Trace | None, str]:
+    """Which states carry the model's answer; or ``None``, and why that cannot be told."""
     if not subject:
-        return "Name what the sentence is about: its words are blurred to see what they carry."
+        return None, "Name what the sentence is about: its words are blurred to see what they carry."
     fact = {"prompt": prompt, "subject": subject, "ground_truth": list(words[:1])}
     report = causal_trace(model, [fact], kinds=("hidden",), samples=_SAMPLES, known_only=False, show_progress=False)
-    return report.traces[0] if report.traces else report.skipped[0][1]
+    return (report.traces[0], "") if report.traces else (None, report.skipped[0][1])
 
 
 def _said(model: EditableModel, prompts: Sequence[str], chat: bool, tokens: int) -> list[str]:
