@@ -63,8 +63,11 @@ def settings_of(method: str, profile: ModelProfile) -> list[FormSetting]:
     """
     kind, values = config_class(method), AutoEditConfig.for_method(method).complete(profile).to_dict()
     types, texts = typing.get_type_hints(kind), _explanations(kind)
-    names = [field.name for field in fields(kind) if field.name not in _OURS]
-    return [FormSetting(name, values[name], *_control(types[name], values[name], texts, name)) for name in names]
+    found = []
+    for name in (field.name for field in fields(kind) if field.name not in _OURS):
+        control, choices = _control(types[name], values[name])
+        found.append(FormSetting(name, values[name], control, texts.get(name, ""), choices))
+    return found
 
 
 def chosen_values(method: str, profile: ModelProfile, filled: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,18 +98,17 @@ def chosen_values(method: str, profile: ModelProfile, filled: Mapping[str, Any])
     return values
 
 
-def _control(kind: Any, value: Any, texts: Mapping[str, str], name: str) -> tuple[Kind, str, tuple[str, ...]]:
-    """Kind of control, explanation and choices of a field."""
-    about = texts.get(name, "")
+def _control(kind: Any, value: Any) -> tuple[Kind, tuple[str, ...]]:
+    """Kind of control and choices of a field, from its type and its value."""
     parts = [kind, *typing.get_args(kind)]
     literal = next((part for part in parts if typing.get_origin(part) is Literal), None)
     if isinstance(value, bool) or kind is bool:
-        return "switch", about, ()
+        return "switch", ()
     if literal is not None:
-        return "choice", about, tuple(map(str, typing.get_args(literal)))
+        return "choice", tuple(map(str, typing.get_args(literal)))
     if isinstance(value, int):
-        return "whole", about, ()
-    return ("number" if isinstance(value, float) else "text"), about, ()
+        return "whole", ()
+    return ("number" if isinstance(value, float) else "text"), ()
 
 
 def _explanations(kind: type[Any]) -> dict[str, str]:
