@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..evaluation import SideEffectReport
-from ..evaluation.measures.side_effects import Answered
+from ..evaluation.measures.side_effects import Answered, EffectKind
 from ..evaluation.report.html_cases import changed
 from ..locate import LensReading, Trace
 from ..storage.display import printable
@@ -15,7 +15,7 @@ from .probing import BothAnswers, Chance, Inspection
 from .visitors import HistoryEntry, Visitor
 
 Mood = Literal["good", "bad", "plain"]
-_CARDS: dict[str, tuple[str, str]] = {
+_CARDS: dict[EffectKind, tuple[str, str]] = {
     "fact": ("says it now", "the sentence itself"),
     "paraphrase": ("in other words", "other wordings give the new answer"),
     "chat": ("asked in a chat", "the chat gives the new answer"),
@@ -24,7 +24,7 @@ _CARDS: dict[str, tuple[str, str]] = {
     "general": ("unrelated kept", "prompts that have nothing to do with it"),
     "name": ("name intact", "it can still copy the name"),
 }
-_GROUPS = {
+_GROUPS: dict[str, tuple[EffectKind, ...]] = {
     "The sentence": ("fact",),
     "In other words": ("paraphrase",),
     "In a chat": ("chat",),
@@ -135,7 +135,7 @@ def first_words(text: str, most: int = 8) -> str:
 def _cards(effects: SideEffectReport) -> Markup:
     cards = []
     for kind, (label, meaning) in _CARDS.items():
-        answers = effects.of(kind)  # type: ignore[arg-type]
+        answers = effects.of(kind)
         if not answers:
             continue
         good = sum(answer.good for answer in answers)
@@ -154,7 +154,7 @@ def _harm(effects: SideEffectReport) -> Markup | None:
 def _side_by_side(effects: SideEffectReport) -> Markup:
     parts = []
     for title, kinds in _GROUPS.items():
-        answers = [answer for kind in kinds for answer in effects.of(kind)]  # type: ignore[arg-type]
+        answers = [answer for kind in kinds for answer in effects.of(kind)]
         if kinds[0] == "general":
             answers = [answer for answer in answers if not answer.good]
         if not answers:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PlotKind = Literal["bars", "curves"]
-_Points = Iterable[tuple[int, float]]
 _READING = "Line in a bar: 95 % interval. Stroke across: before the edits. n: edits with such questions."
 _MOST_BANDS = 3
 """Lines with bands in one chart; more of them hide each other."""
