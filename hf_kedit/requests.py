@@ -296,10 +296,9 @@ class EditRequest:
     @property
     def without_subject(self) -> bool:
         """Whether the fact is about a picture whose prompt names no subject ("What is this?")."""
-        named = self.subject is not None and (
-            SLOT in self.prompt or find_subject(self.prompt, self.subject) is not None
-        )
-        return self.image is not None and not named
+        if self.image is None or SLOT in self.prompt:
+            return False
+        return self.subject is None or find_subject(self.prompt, self.subject) is None
 
     def check_subject(self) -> None:
         """Raise what `subject_span` raises, except of a fact that is `without_subject`."""

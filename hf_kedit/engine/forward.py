@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -23,8 +23,8 @@ from .weights import compute_device
 
 
 @lru_cache(maxsize=256)
-def _parameters(forward_class: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(forward_class.forward).parameters)
+def _parameters(forward_class: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward_class.forward).parameters
 
 
 def _inner(model: Any) -> Any:
@@ -87,7 +87,8 @@ def _positions_in_pictures(model: PreTrainedModel, batch: TokenBatch, inputs: di
 
 def _blank(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     """One empty picture for a model whose forward cannot do without (BLIP-2); no token of a text stands for it."""
-    needed = inspect.signature(type(_inner(model)).forward).parameters
+    kind: Any = type(_inner(model))
+    needed = _parameters(kind)
     if "pixel_values" not in needed or needed["pixel_values"].default is not inspect.Parameter.empty:
         return {}
     size, like = model.config.vision_config.image_size, next(iter(_inner(model).parameters()))
