@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...books.sites import prompt_lengths
-from ...engine.forward import Positions, device_of, frozen_eval, gather_logits
+from ...engine.forward import frozen_eval
 from ...errors import EvaluationError, RequestError
-from ...tokens import pad_id, pad_rows, vocabulary_size
+from ...tokens import vocabulary_size
 from .batching import TOKEN_BUDGET, is_encoder_decoder, make_batches, stock_model
-from .scoring import LOGIT_BUDGET, TargetRow, Unscored, encode_row
+from .scoring import LOGIT_BUDGET, TargetRow, Unscored, encode_row, target_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,10 +71,7 @@ def ranked_predictions(
     with frozen_eval(model), torch.inference_mode():
         for group in batches:
             members = [rows[pair] for pair in group]
-            batch = pad_rows([row.inputs for row in members], pad_id(tokenizer)).to(device_of(model))
-            positions = Positions.of([range(len(row.inputs)) for row in members], batch.input_ids)
-            with prompt_lengths(model, [row.first + 1 for row in members]):
-                best = gather_logits(model, batch, positions).topk(k, -1).indices.tolist()
+            best = target_logits(model, tokenizer, members, everywhere=True).topk(k, -1).indices.tolist()
             place = 0
             for pair, row in zip(group, members, strict=True):
                 ids = tuple(map(tuple, best[place : place + len(row.inputs)]))

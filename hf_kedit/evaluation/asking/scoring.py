@@ -299,9 +299,16 @@ def _decoder_lead(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
 
 
 def target_logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, members: Sequence[TargetRow]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, members: Sequence[TargetRow], everywhere: bool = False
 ) -> torch.Tensor:
-    """One forward pass: the float32 logits ``[positions, vocab]`` that predict the targets, row after row."""
+    """One forward pass: the float32 logits ``[positions, vocab]`` that predict the targets, row after row.
+
+    Args:
+        model: of the rows.
+        tokenizer: of the model.
+        members: the rows.
+        everywhere: at all positions that are fed, prompts included.
+    """
     padding, device = pad_id(tokenizer), device_of(model)
     batch = pad_rows([r.inputs for r in members], padding).to(device)
     extra: dict[str, Any] = {}
@@ -311,7 +318,8 @@ def target_logits(
         if accepts(model, "decoder_attention_mask"):
             extra["decoder_attention_mask"] = decoder.attention_mask
     scored = extra.get("decoder_input_ids", batch.input_ids)
-    positions = Positions.of([r.columns for r in members], scored)
+    columns = [range(len(r.decoder or r.inputs)) if everywhere else r.columns for r in members]
+    positions = Positions.of(columns, scored)
     # Edits that route by prompts must not look at the target; the encoder's input is all prompt.
     ends = [len(r.inputs) if r.decoder is not None else r.first + 1 for r in members]
     with prompt_lengths(model, ends):
