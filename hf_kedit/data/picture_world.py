@@ -112,7 +112,8 @@ PICTURE_RELATIONS: dict[str, tuple[Relation, ...]] = {
 }
 """Kind of picture -> what can be asked about it."""
 
-_SHAPE_KEYS = {f"shape_{'kind' if name == 'shape' else name}": name for name in SHAPE_FEATURES}
+_SHAPE_KEYS = {relation.key: relation.object_kind for relation in PICTURE_RELATIONS["shapes"]}
+"""What is asked of shapes -> the feature that answers it."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class PictureWorld:
         if relation.key == "person_name":
             return [s.subject for s in self.scenes["portrait"]]
         if relation.subject_kind == "shapes":
-            return SHAPE_FEATURES[_SHAPE_KEYS[relation.key]]
+            return SHAPE_FEATURES[relation.object_kind]
         return self.world.objects[relation.object_kind]
 
     def asked(self, scene: Scene) -> tuple[Relation | Composition, ...]:
