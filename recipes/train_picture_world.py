@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from train_world import MaskHooks, enrichment_masks, learning_rate, make_rows, parse_settings, test_cases
+from train_world import MaskHooks, enrichment_masks, learning_rate, make_rows, parse_settings, set_rates, test_cases
 from train_world import Settings as WorldSettings
 from train_world import accuracy as text_accuracy
 from transformers import (
@@ -451,13 +451,6 @@ def learn_to_see(
             optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             bar.set_postfix(looks=f"{loss.item():.3f}")
-
-
-def set_rates(optimizers: Sequence[torch.optim.Optimizer], peaks: Sequence[Sequence[float]], factor: float) -> None:
-    """Set all learning rates to this share of their peaks."""
-    for optimizer, peak in zip(optimizers, peaks, strict=True):
-        for group, lr in zip(optimizer.param_groups, peak, strict=True):
-            group["lr"] = lr * factor
 
 
 def train(

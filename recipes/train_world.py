@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -315,6 +315,13 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], peaks: Sequence[Sequence[float]], factor: float) -> None:
+    """Set all learning rates to this share of their peaks."""
+    for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for group, lr in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = lr * factor
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -333,10 +340,7 @@ def train(settings: Settings, model: PreTrainedModel, rows: Rows) -> None:
         fade = (settings.enrich_fade - step / settings.steps) / max(1e-9, settings.enrich_fade - settings.enrich_until)
         masked = torch.rand(len(ids), generator=generator) < fade
         hooks.lower, hooks.upper = enrichment_masks(name_end, masked)
-        factor = learning_rate(settings, step)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            for group, lr in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = lr * factor
+        set_rates(optimizers, peaks, learning_rate(settings, step))
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
             logits = model(input_ids=ids, use_cache=False).logits
         losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
