@@ -57,12 +57,11 @@ def last_projections(model: nn.Module, anatomy: Anatomy, scope: ModuleScope) -> 
         UnsupportedModelError: if the model has no such part.
     """
     paths = projections_of(model, anatomy, scope)
-    if scope == "vision":
-        paths = [path for path in paths if _block(path) is not None]
-        last = max(number for path in paths if (number := _block(path)) is not None)
-        read = _layer_read(model.config)
+    blocks = {path: number for path in paths if (number := _block(path)) is not None}
+    if scope == "vision" and blocks:
+        last, read = max(blocks.values()), _layer_read(model.config)
         wanted = last if read is None else read if read >= 0 else last + 1 + read
-        paths = [path for path in paths if _block(path) == min(wanted, last)] or paths
+        paths = [path for path, number in blocks.items() if number == min(wanted, last)] or list(blocks)
     return [path for path in paths if ".output.dense" not in path][-2:]  # a Q-Former's way out for text
 
 
