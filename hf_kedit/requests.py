@@ -244,12 +244,11 @@ class EditRequest:
         if self.prompt_format == "both":
             self._fail("a request with pictures is either plain or a chat, not both", "prompt_format")
         chat = with_system(self.messages, None, self.prompt) if self.prompt_format == "chat" else None
+        alone = None if chat is None else picture_frame(processor, (), chat).of_text
 
         def around(image: Any) -> ChatFrame | None:
             pictures = in_row(lambda _: pictures_of(image), self)
-            if not pictures:
-                return None if chat is None else picture_frame(processor, (), chat).of_text
-            return picture_frame(processor, pictures, chat)
+            return picture_frame(processor, pictures, chat) if pictures else alone
 
         return replace(self, frame=around(self.image))._framed(around)
 
