@@ -97,8 +97,7 @@ def mmedit_row(
     Raises:
         DataError: the template has not exactly one ``{}``, or there is no such folder.
     """
-    if not isinstance(template, str) or template.count("{}") != 1:
-        raise DataError(f"template must have one '{{}}' for the question, not {template!r}.")
+    _check_template(template)
     columns = mend_columns(record, axis="text")
     if not columns["target_new"]:
         record.report.drop("no alternative target")
@@ -119,6 +118,11 @@ def mmedit_row(
         *_taught(record, template, image, again),
     ]
     yield make_row(record, dataset, task="multimodal", image=image, image_rephrase=again, **columns)
+
+
+def _check_template(template: Any) -> None:
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise DataError(f"template must have one '{{}}' for the question, not {template!r}.")
 
 
 def _hops(record: Record, template: str, image: str | None) -> Iterator[RawRow]:
@@ -193,8 +197,8 @@ def comprehendedit_row(
     Raises:
         DataError: the template has not exactly one ``{}``, or there is no such folder.
     """
-    if template is not None and template.count("{}") != 1:
-        raise DataError(f"template must have one '{{}}' for the question, not {template!r}.")
+    if template is not None:
+        _check_template(template)
     target = record.text("answer")
     if not target:
         record.report.drop("no target")
