@@ -123,8 +123,7 @@ def test_texts_in_front_leave_the_picture_where_it_is(family: str, method: str) 
     assert [t.ids for t in texts] == [t.ids for t in alone]
 
 
-@pytest.mark.parametrize("method", ["kn", "mend", "serac", "dinm"])
-def test_methods_of_text_say_so_before_anything_is_touched(method: str) -> None:
+def test_methods_of_text_say_so_before_anything_is_touched() -> None:
     model, processor = seeing("llava")
     before = {name: t.clone() for name, t in model.state_dict().items()}
     edited = EditableModel(model, "ft-m", processor)
@@ -133,4 +132,4 @@ def test_methods_of_text_say_so_before_anything_is_touched(method: str) -> None:
         edited.edit(**FACTS[0])
     assert error.value.field == "image" and not edited.edits
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert not registered_methods()[method].pictures
+    assert not any(registered_methods()[method].pictures for method in ("kn", "mend", "serac", "dinm"))
