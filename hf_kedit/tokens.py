@@ -32,7 +32,7 @@ ALIGNED = frozenset({"mm_token_type_ids", "token_type_ids", "cross_attention_mas
 class TokenIds(tuple[int, ...]):
     """Token ids of a text with pictures, together with what else the model reads: pixels, sizes, kinds of tokens.
 
-    They travel together from the processor to the forward (`pad_rows`, `TokenBatch.inputs`), so that whoever passes
+    They travel together from the processor to the forward (`pad_rows`, `TokenBatch.pictures`), so that whoever passes
     ids on passes the pictures on. What begins as these ids do and ends earlier keeps them, any other part is plain.
 
     Args:

@@ -299,8 +299,3 @@ class PictureFrame(ChatFrame):
     def about(self, pictures: Sequence[Picture]) -> PictureFrame:
         """The same frame around other pictures, as many."""
         return replace(self, pictures=tuple(pictures))
-
-
-def plain_text(text: str) -> str:
-    """A text without its pictures, for what only shows or stores it."""
-    return str(text) if isinstance(text, PicturedText) else text

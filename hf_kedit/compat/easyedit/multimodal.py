@@ -159,7 +159,7 @@ class MultimodalEditor(BaseEditor):
 
 def _each(value: Any, count: int, name: str) -> list[Any]:
     """One value for each edit: a list of as many, or the same for all where it is a text, a picture or ``None``."""
-    if value is None or isinstance(value, (str, Path)) or not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple)):
         if value is not None and count > 1 and name != "file_type":
             raise RequestError(f"is one value for {count} edits", field=name)
         return [value] * count
