@@ -461,6 +461,8 @@ def test_comprehendedit_has_a_template_for_each_source() -> None:
     assert probes(bird)["text"] == [("nq question: who wrote the first cook book", [["Jan Mol"]])]
     assert bird["extra"]["category"] == "object recognition" and bird["extra"]["img_topk"] == [1, 2]
     assert only("comprehendedit", template="{}")[0]["prompt"] == "What is this bird called?"
+    with pytest.raises(DataError, match="template"):
+        load("comprehendedit", template=3)
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_only_the_named_part_changes_and_comes_back(family: str, scope: str, met
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+def test_a_tower_whose_blocks_have_no_numbers_is_taken_from_its_end() -> None:
+    text, seer = tiny_model("llama"), torch.nn.Module()
+    names = ("early", "middle", "late")
+    seer.vision_tower = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in names})
+    paths = [f"vision_tower.{name}" for name in names]
+    assert last_projections(seer, resolve_anatomy(text), "vision") == paths[1:]
+
+
 @pytest.mark.parametrize("method", ["ft-m", "lora"])
 def test_a_fact_of_text_cannot_be_written_where_pictures_are_seen(method: str) -> None:
     model, processor = seeing("llava")
