@@ -21,6 +21,7 @@ from hf_kedit import EditableModel, EditRequest, FTMConfig, ROMEConfig
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import UnsupportedModelError
 from tests.golden_cases import load_model
+from tests.marked import marked, rewrite_marked
 from tests.models import FAMILIES, HYBRIDS, REMOTE_LAYOUTS, UNUSUAL, stand_in, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,8 +93,8 @@ def measured() -> Any:
     yield rows
     if UPDATE and set(rows) == set(families()):
         RESULTS.write_text(json.dumps({n: rows[n] for n in families()}, indent=1) + "\n", encoding="utf-8")
-        _rewrite(PAGE, page_table(results()))
-        _rewrite(README, readme_table(results()))
+        rewrite_marked(PAGE, "families", page_table(results()))
+        rewrite_marked(README, "families", readme_table(results()))
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -113,8 +114,8 @@ def test_the_pages_show_the_results() -> None:
     if UPDATE:
         pytest.skip("they are being rewritten")
     assert set(results()) == set(families())
-    assert _table(PAGE) == page_table(results())
-    assert _table(README) == readme_table(results())
+    assert marked(PAGE, "families") == page_table(results())
+    assert marked(README, "families") == readme_table(results())
 
 
 def page_table(rows: dict[str, dict[str, Any]]) -> str:
@@ -139,20 +140,3 @@ def readme_table(rows: dict[str, dict[str, Any]]) -> str:
 
 def _word(value: bool | None) -> str:
     return "–" if value is None else "yes" if value else "no"
-
-
-def _parts(path: Path) -> tuple[str, str, str]:
-    head, begin, rest = path.read_text(encoding="utf-8").partition("<!-- families: begin")
-    remark, _, rest = rest.partition("\n")
-    table, end, tail = rest.partition("<!-- families: end -->")
-    assert begin and end, path
-    return f"{head}{begin}{remark}\n", table, f"{end}{tail}"
-
-
-def _table(path: Path) -> str:
-    return _parts(path)[1]
-
-
-def _rewrite(path: Path, table: str) -> None:
-    head, _, tail = _parts(path)
-    path.write_text(f"{head}{table}{tail}", encoding="utf-8")

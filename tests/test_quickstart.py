@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from hf_kedit.cli import app
 from hf_kedit.cli.methods import method_rows
+from tests.marked import marked, rewrite_marked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("docs/quickstart.md", "README.md")
@@ -155,14 +156,11 @@ def _method_table(summaries: dict[str, str] | None = None) -> str:
 def test_readme_lists_the_methods_that_exist(name: str) -> None:
     """``KEDIT_UPDATE_README=1`` rewrites the table instead of comparing it."""
     path = ROOT / name
-    head, begin, rest = path.read_text(encoding="utf-8").partition("<!-- methods: begin")
-    remark, _, rest = rest.partition("\n")
-    table, end, tail = rest.partition("<!-- methods: end -->")
-    assert begin and end
+    table = marked(path, "methods")
     written = dict(re.findall(r"^\| `([\w-]+)` \| (.*?) \|", table, flags=re.MULTILINE))
     wanted = _method_table(written if name == "README.zh.md" else None)
     if os.environ.get("KEDIT_UPDATE_README") == "1":
-        path.write_text(f"{head}{begin}{remark}\n{wanted}{end}{tail}", encoding="utf-8")
+        rewrite_marked(path, "methods", wanted)
     else:
         assert table == wanted, "run KEDIT_UPDATE_README=1 pytest tests/test_quickstart.py -k readme_lists"
         assert "（待写）" not in table, "say in Chinese what the new method does"

@@ -17,13 +17,13 @@ from hf_kedit import EditableModel
 from hf_kedit.config import EditConfig
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import UnsupportedModelError
+from tests.marked import marked, rewrite_marked
 from tests.pictures.test_edits import FACTS, SETTINGS, holds
 from tests.seeing import FAMILIES, seeing
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "docs" / "image_families.json", ROOT / "docs" / "families.md"
 UPDATE = os.environ.get("KEDIT_UPDATE_FAMILIES") == "1"
-BEGIN, END = "<!-- images: begin (made by tests/pictures/test_families.py, do not edit) -->\n", "<!-- images: end -->"
 _TRAINED = {"lr": 3e-2, "num_steps": 12, "drift_bound": None, "stop_probability": None}
 STEPS: dict[str, dict[str, Any]] = {
     "ft-m": {"edit_type": "ft-m", "layers": [1], **_TRAINED},
@@ -75,8 +75,7 @@ def measured() -> Any:
     yield rows
     if UPDATE and set(rows) == set(FAMILIES):
         RESULTS.write_text(json.dumps({n: rows[n] for n in FAMILIES}, indent=1) + "\n", encoding="utf-8")
-        head, _, tail = _parts()
-        PAGE.write_text(head + table(results()) + tail, encoding="utf-8")
+        rewrite_marked(PAGE, "images", table(results()))
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -95,7 +94,7 @@ def test_the_table_says_what_happens(family: str, measured: dict[str, Any], tmp_
 def test_the_page_shows_the_results() -> None:
     if UPDATE:
         pytest.skip("it is being rewritten")
-    assert set(results()) == set(FAMILIES) and _parts()[1] == table(results())
+    assert set(results()) == set(FAMILIES) and marked(PAGE, "images") == table(results())
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -105,10 +104,3 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         told = ["yes" if row[key] else "no" for key in ("text", *STEPS, "undone", "saved")]
         lines.append(f"| {' | '.join([name, row['class'], '`' + row['layers'] + '`', *told])} |")
     return "\n".join(lines) + "\n"
-
-
-def _parts() -> tuple[str, str, str]:
-    head, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    inside, end, tail = rest.partition(END)
-    assert begin and end
-    return head + begin, inside, end + tail
