@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hf_kedit.testing.hub import LoopbackHub
 
@@ -76,3 +77,16 @@ def hub() -> Iterator[LoopbackHub]:
     LOOPBACK.reset()
     yield LOOPBACK
     LOOPBACK.reset()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium without a window: one for each file, because Playwright keeps an event loop as long as it runs."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
+    chromium = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+    if not chromium.is_file():
+        pytest.skip(f"there is no Chromium at {chromium}")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,15 +77,12 @@ def test_no_page_loads_anything_from_another_host(site: Path) -> None:
             assert not re.match(r"(https?:)?//", address), f"{page.relative_to(site)} loads {address}"
 
 
-def test_a_browser_asks_nobody_else_and_finds_a_word(site: Path) -> None:
+def test_a_browser_asks_nobody_else_and_finds_a_word(site: Path, browser: Any) -> None:
     """What scripts load is seen only by running them: the first page, a page with code, the search, on a phone too."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or pytest.skip("no chromium")
     handler = functools.partial(_QuietHandler, directory=str(site))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as driver:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         home = f"http://127.0.0.1:{server.server_port}/"
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 390, "height": 800})
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -97,7 +94,7 @@ def test_a_browser_asks_nobody_else_and_finds_a_word(site: Path) -> None:
         page.locator(".md-search__input").fill("null space")
         found = page.locator(".md-search-result__link", has_text="AlphaEdit").first
         found.wait_for(timeout=90_000)  # the index is built in the page, on a busy machine slowly
-        browser.close()
+        page.close()
         server.shutdown()
     assert asked and all(url.startswith((home, "data:", "blob:")) for url in asked)
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+from screens import reduce
 
 from hf_kedit import EditableModel
 from hf_kedit.ui.layout import serve
@@ -91,8 +91,7 @@ def take(page: Page, screen: str, tab: str, folder: Path | None) -> None:
     elif (screen, tab) in KEPT:
         file = HERE / f"{KEPT[screen, tab]}.png"
         page.screenshot(path=str(file))
-        with Image.open(file) as picture:  # 128 colours are enough for a page, and a third of the bytes
-            picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
+        reduce(file, file)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,19 +10,8 @@ import pytest
 
 from .conftest import KEY, METHODS, NEW, OLD, OWN, PROMPT
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 PATIENCE = 90_000  # milliseconds, on a busy machine
 HOSTILE = "<img src=x onerror=\"document.title='caught'\">"
-pytestmark = pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"there is no Chromium at {CHROMIUM}")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

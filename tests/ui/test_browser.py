@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,9 @@ from hf_kedit import EditableModel
 from hf_kedit.engine.weights import model_digest
 
 pytest.importorskip("gradio", reason="needs the extra demo")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
 
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 PATIENCE = 90_000  # milliseconds, on a busy machine
 HOSTILE = "<img src=x onerror=\"document.body.id='caught'\">"
-pytestmark = pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"there is no Chromium at {CHROMIUM}")
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +27,6 @@ def server() -> Iterator[tuple[EditableModel, str]]:
     app = serve(model, wait=False)
     yield model, app.local_url
     app.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 class Guest:
