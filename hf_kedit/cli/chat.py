@@ -31,7 +31,6 @@ from .models import (
     SystemOption,
     TrustOption,
     UntieOption,
-    edits_at,
     open_model,
     parse_layers,
 )
@@ -91,11 +90,9 @@ def chat(
     Reads standard input line by line, which may be a pipe. A model without a chat template completes what you write.
     --method is for the edits that you make (default: that of the saved edits, else auto).
     """
-    artifact = edits_at(model, revision)
-    wants_method = method is None and config is None and artifact is None
     editable = open_model(
         model,
-        "auto" if wants_method else method,
+        method,
         config,
         set_,
         flags={"layers": parse_layers(layers), "prompt_format": prompt_format, "system": system},
@@ -105,7 +102,7 @@ def chat(
         base=base,
         trust_remote_code=trust_remote_code,
         untie=untie,
-        artifact=artifact,
+        default_method="auto",
     )
     if editable.tokenizer is None:
         raise ConfigError("the model has no tokenizer, without which it can be told nothing")

@@ -186,6 +186,7 @@ def open_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     needs_method: bool = True,
+    default_method: str | None = None,
     untie: bool = False,
     base: str | None = None,
     artifact: Artifact | None = None,
@@ -204,6 +205,7 @@ def open_model(
         revision: of the model's repository.
         trust_remote_code: as in transformers.
         needs_method: whether a model without saved edits needs a method.
+        default_method: the one that it gets where none is named; ``None``: one has to be named.
         untie: give a tied head a weight of its own.
         base: base model for saved edits instead of their own. If that was quantised, another form of the same model
             is taken as well; otherwise it must have the same weights.
@@ -223,7 +225,9 @@ def open_model(
     if artifact is None and (base is not None or (config is None and needs_method)):
         artifact = edits_at(name, revision)
     if artifact is None and config is None and needs_method:
-        raise typer.BadParameter("name a method, or give a config file that does", param_hint="--method")
+        config = build_config(default_method, None, settings, **given)
+        if config is None:
+            raise typer.BadParameter("name a method, or give a config file that does", param_hint="--method")
     hush_transformers()
     from ..model import EditableModel
 

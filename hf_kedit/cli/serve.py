@@ -21,7 +21,6 @@ from .models import (
     SetOption,
     TrustOption,
     UntieOption,
-    edits_at,
     open_model,
     parse_layers,
 )
@@ -29,8 +28,6 @@ from .output import DebugOption, Format, FormatOption, command, emit, error_cons
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-DEFAULT_METHOD = "auto"
 
 
 @command
@@ -111,11 +108,9 @@ def serve(
     )
     listener = listening(host, port)  # before the model is loaded, which may take long
     with listener:
-        artifact = edits_at(model, revision)
-        wants_method = method is None and config is None and artifact is None and allow_edits
         editable = open_model(
             model,
-            DEFAULT_METHOD if wants_method else method,
+            method,
             config,
             set_,
             flags={"layers": parse_layers(layers)},
@@ -125,8 +120,8 @@ def serve(
             base=base,
             trust_remote_code=trust_remote_code,
             untie=untie,
-            artifact=artifact,
-            needs_method=False,
+            needs_method=allow_edits,
+            default_method="auto",
         )
         variants = Variants(editable, name or _name_of(model))
         for label, source in packs:
