@@ -7,6 +7,7 @@ A message names what was wrong, where (row, field), and what to do about it.
 
 from __future__ import annotations
 
+import importlib.util
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -226,3 +227,9 @@ def check_count(what: str, value: Any, least: int = 1) -> None:
 def require_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """Build the error for a missing optional package (raise the result)."""
     return MissingExtraError(f"{purpose} needs the package '{package}': pip install \"hf_kedit[{extra}]\"")
+
+
+def check_extra(package: str, extra: str, purpose: str) -> None:
+    """Raise what `require_extra` builds if the package is not installed, without importing it."""
+    if importlib.util.find_spec(package) is None:
+        raise require_extra(package, extra, purpose)

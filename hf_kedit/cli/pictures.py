@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import require_extra
+from ..errors import check_extra
 
 _FORMATS = (".png", ".svg", ".pdf")
 PlotOption = Annotated[
@@ -27,10 +26,4 @@ def check_plot(file: Path | None) -> None:
         return
     if file.is_dir() or file.suffix.lower() not in _FORMATS:
         raise typer.BadParameter(f"{file}: name a file that ends with {', '.join(_FORMATS)}", param_hint="--plot")
-    need_matplotlib("drawing (--plot)")
-
-
-def need_matplotlib(purpose: str) -> None:
-    """Raise a `MissingExtraError` without matplotlib, which is not imported for that."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise require_extra("matplotlib", "viz", purpose)
+    check_extra("matplotlib", "viz", "drawing (--plot)")

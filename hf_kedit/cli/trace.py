@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import check_extra
 from .models import BaseOption, DeviceOption, DtypeOption, ModelOption, RevisionOption, TrustOption, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit
-from .pictures import PlotOption, check_plot, need_matplotlib
+from .pictures import PlotOption, check_plot
 
 if TYPE_CHECKING:
     from ..locate import LayerSuggestion, TraceReport
@@ -89,7 +90,7 @@ def trace(
     if suggest is not None:
         kinds = list(dict.fromkeys([*kinds, "hidden", "mlp", "hidden_without_mlp"]))
     if output is not None and plots:
-        need_matplotlib("drawing heat maps (--no-plots leaves them out)")
+        check_extra("matplotlib", "viz", "drawing heat maps (--no-plots leaves them out)")
     check_plot(plot)
     from ..locate import causal_trace, suggest_layers
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import check_extra
 from .models import (
     BaseOption,
     DeviceOption,
@@ -61,10 +61,7 @@ def ui(
             quiet=files,
         )
         return
-    if importlib.util.find_spec("gradio") is None:
-        from ..errors import require_extra
-
-        raise require_extra("gradio", "demo", "the page in the browser")
+    check_extra("gradio", "demo", "the page in the browser")
     hush_transformers()
     editable = open_model(
         model,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import struct
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, KeditError, ModelFileError, reason_of, require_extra, shown
+from ..errors import ConfigError, KeditError, ModelFileError, check_extra, reason_of, shown
 from ..logging import get_logger, progress
 from ..storage.files import first_time
 from ..storage.repository import download
@@ -237,8 +236,7 @@ def require_gguf(purpose: str) -> None:
     Raises:
         MissingExtraError: naming the extra.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise require_extra("gguf", "gguf", purpose)
+    check_extra("gguf", "gguf", purpose)
 
 
 def read_metadata(file: GgufFile) -> dict[str, Any]:

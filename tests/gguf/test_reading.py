@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import random
@@ -30,7 +31,6 @@ from hf_kedit.errors import (
     MissingExtraError,
     ModelFileError,
 )
-from hf_kedit.gguf import reading
 from hf_kedit.loading import load_base, load_tokenizer
 from hf_kedit.testing.hub import LoopbackHub
 from tests.gguf.files import CHAT, byte_level, logits, random_model
@@ -244,9 +244,9 @@ def test_commands_take_a_file(files: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_package(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = reading.importlib.util.find_spec
+    found = importlib.util.find_spec
     monkeypatch.setattr(
-        reading.importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else found(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else found(name, *rest)
     )
     with pytest.raises(MissingExtraError, match=r"reading world\.gguf needs the package 'gguf'.*hf_kedit\[gguf\]"):
         EditableModel.from_pretrained(files / "world.gguf", QUICK)
