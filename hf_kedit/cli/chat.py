@@ -264,7 +264,7 @@ class Talk:
 
     def _ids(self, question: str) -> tuple[Sequence[int], int]:
         """Token ids of a question, behind as much of what was said before as fits, and how long the answer may be."""
-        from ..text.chat import chat_frame
+        from ..text.chat import chat_frame, with_system
         from ..tokens import context_length, prompt_ids
 
         tokenizer, config = self.model.tokenizer, self.model.base_model.config
@@ -274,8 +274,7 @@ class Talk:
         while True:
             text = question
             if self.chats:
-                system = [] if self.system is None else [{"role": "system", "content": self.system}]
-                turns = [*system, *earlier, {"role": "user", "content": question}]
+                turns = with_system([*earlier, {"role": "user", "content": question}], self.system, question)
                 text = chat_frame(tokenizer, turns).text(question)
             ids = prompt_ids(tokenizer, text, encoder_decoder=bool(config.is_encoder_decoder))
             if len(ids) + most <= context:

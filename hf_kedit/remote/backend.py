@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ..errors import BackendError, shown
-from ..text.chat import Messages
+from ..text.chat import Messages, with_system
 from .endpoint import Endpoint
 
 TextOrMessages = str | Messages
@@ -122,9 +122,8 @@ class OpenAICompatibleBackend:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not messages:
             raise BackendError("a conversation has at least one message")
-        if self.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
-        return self.endpoint.ask(self._request(common | {"messages": messages}), chat_reply)
+        told = with_system(messages, self.system, "")
+        return self.endpoint.ask(self._request(common | {"messages": told}), chat_reply)
 
     def target_scores(self, prompt: str, target: str) -> TargetScores | None:
         """Token by token, how probable a continuation is; ``None`` in a chat, or where the server does not say.
