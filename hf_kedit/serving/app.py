@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import KeditError, RequestError, ServeError, require_extra
 from ..journal import Edit
@@ -64,7 +64,6 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _DRAINED = 8  # times the largest body: so much of a larger one is read, so that its sender hears why it was refused
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -442,7 +441,7 @@ def build_app(service: Service) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def one_model(request: Request, name: str) -> Response:
         admit(request)
-        return _json(_model(await _in_thread(variants.find, name)))
+        return _json(_model(variants.find(name)))
 
     def _model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": service.started, "owned_by": "hf_kedit"}
@@ -467,7 +466,7 @@ def build_app(service: Service) -> FastAPI:
     async def respond(
         request: Request, asked: AnswerRequest, prompts: list[list[int]], sampling: AnswerSettings, *, chat: bool
     ) -> Response:
-        variant = await _in_thread(variants.find, asked.model)
+        variant = variants.find(asked.model)
         name = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         form = Form({"id": name, "created": int(time.time()), "model": asked.model}, chat=chat)
         read = sum(map(len, prompts))
@@ -489,19 +488,19 @@ def build_app(service: Service) -> FastAPI:
     @app.get("/v1/edits")
     async def list_edits(request: Request, model: str | None = None) -> Response:
         admit(request, editing=True)
-        variant = variants.name if model is None else await _in_thread(variants.find, model)
+        variant = variants.name if model is None else variants.find(model)
         return _json({"object": "list", "model": variant, "data": [edit_json(e) for e in variants.edits(variant)]})
 
     @app.post("/v1/edits")
     async def add_edits(request: Request) -> Response:
         admit(request, editing=True)
-        made = await _in_thread(service.make_edits, read_body(await body_of(request)))
+        made = await asyncio.to_thread(service.make_edits, read_body(await body_of(request)))
         return _json({"object": "list", "model": variants.name, "data": [edit_json(e) for e in made]}, 201)
 
     @app.delete("/v1/edits/{which:path}")
     async def undo(request: Request, which: str) -> Response:
         admit(request, editing=True)
-        gone = await _in_thread(service.undo_edits, which)
+        gone = await asyncio.to_thread(service.undo_edits, which)
         return _json({"object": "list", "deleted": True, "data": [edit_json(e) for e in gone]})
 
     @app.exception_handler(KeditError)
@@ -563,8 +562,3 @@ async def _events(
 
 def _json(content: Any, status: int = 200) -> Response:
     return Response(as_json(content), status, media_type="application/json")
-
-
-async def _in_thread(function: Callable[..., _T], *args: Any) -> _T:
-    """Call a function that may wait for the model, in a thread of its own."""
-    return await asyncio.to_thread(function, *args)
