@@ -264,19 +264,19 @@ class Talk:
 
     def _ids(self, question: str) -> tuple[Sequence[int], int]:
         """Token ids of a question, behind as much of what was said before as fits, and how long the answer may be."""
+        from ..serving.answering import asked_ids, context_of
         from ..text.chat import chat_frame, with_system
-        from ..tokens import context_length, prompt_ids
 
-        tokenizer, config = self.model.tokenizer, self.model.base_model.config
+        tokenizer = self.model.tokenizer
         assert tokenizer is not None
-        context, earlier = context_length(config) or 2**17, self.messages
+        context, earlier = context_of(self.model), self.messages
         most = self.max_tokens or min(CHAT_TOKENS if self.chats else COMPLETION_TOKENS, context // 2)
         while True:
             text = question
             if self.chats:
                 turns = with_system([*earlier, {"role": "user", "content": question}], self.system, question)
                 text = chat_frame(tokenizer, turns).text(question)
-            ids = prompt_ids(tokenizer, text, encoder_decoder=bool(config.is_encoder_decoder))
+            ids = asked_ids(self.model, text)
             if len(ids) + most <= context:
                 self.messages = earlier
                 return ids, most

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..engine.forward import device_of
-from ..tokens import pad_id
+from ..tokens import context_length, pad_id, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI's servers give for minus infinity, which JSON cannot hold."""
+_UNKNOWN_CONTEXT = 2**17
 _CONTEXT_TOKENS = 8  # of the prompt, before which an answer is decoded: some tokenizers drop a space at a text's start
 _COLDEST = 1e-4  # at and below it the likeliest token is taken, as at 0
 _BROKEN = "\ufffd"  # stands for a character of which only some bytes are there
@@ -98,6 +99,22 @@ class Reply:
 
 Told = Callable[[str, list[TokenChance]], None]
 """Called with every new piece of text and its tokens."""
+
+
+def context_of(model: EditableModel) -> int:
+    """How many tokens a prompt and its answer may have together; a large number where the model does not say."""
+    return context_length(model.base_model.config) or _UNKNOWN_CONTEXT
+
+
+def asked_ids(model: EditableModel, text: str) -> list[int]:
+    """A prompt as `answer_prompt` takes it.
+
+    Raises:
+        RequestError: if the text holds half a character.
+    """
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    return list(prompt_ids(tokenizer, text, encoder_decoder=bool(model.base_model.config.is_encoder_decoder)))
 
 
 def default_sampling(model: EditableModel, max_tokens: int, **asked: Any) -> AnswerSettings:

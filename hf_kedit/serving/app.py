@@ -22,8 +22,7 @@ from ..journal import Edit
 from ..logging import get_logger
 from ..requests import EditRequest
 from ..text.chat import chat_frame
-from ..tokens import context_length, prompt_ids
-from .answering import AnswerSettings, Reply, TokenChance, answer_prompt, default_sampling
+from .answering import AnswerSettings, Reply, TokenChance, answer_prompt, asked_ids, context_of, default_sampling
 from .protocol import (
     ALL_EDITS,
     LAST_EVENT,
@@ -54,7 +53,6 @@ except ImportError as error:
 logger = get_logger(__name__)
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
 """Tokens of an answer where a request does not say; the first is OpenAI's."""
-_UNKNOWN_CONTEXT = 2**17
 _GLANCE_SECONDS = 0.2  # after which it is looked whether the client is still there
 _PAGE = Path(__file__).with_name("page.html")
 # The page's own style and script, this server's answers, and nothing else: what a model writes cannot load anything.
@@ -139,7 +137,8 @@ class Service:
             ServeError: if the tokenizer has no template, or the user has not spoken last.
             ChatTemplateError: if the template cannot write it.
         """
-        tokenizer, messages = self._tokenizer, [message.plain for message in asked.messages]
+        tokenizer: Any = self.variants.model.tokenizer
+        messages = [message.plain for message in asked.messages]
         if not getattr(tokenizer, "chat_template", None):
             raise ServeError(
                 "this model has no chat template: ask it at /v1/completions, with a prompt", param="messages"
@@ -196,12 +195,11 @@ class Service:
         )
 
     def _ids(self, text: str, param: str) -> list[int]:
-        model = self.variants.model.base_model
         most = min(self.limits.prompt_tokens or self._context, self._context)
         if len(text) > 64 * most:  # no tokenizer has tokens this long, and it should not read a book in vain
             raise self._too_long(f"more than {most}", most, param)
         try:
-            ids = list(prompt_ids(self._tokenizer, text, encoder_decoder=bool(model.config.is_encoder_decoder)))
+            ids = asked_ids(self.variants.model, text)
         except RequestError as error:
             raise ServeError(str(error), param=param) from error
         if len(ids) > most:
@@ -214,12 +212,8 @@ class Service:
         )
 
     @property
-    def _tokenizer(self) -> Any:
-        return self.variants.model.tokenizer
-
-    @property
     def _context(self) -> int:
-        return context_length(self.variants.model.base_model.config) or _UNKNOWN_CONTEXT
+        return context_of(self.variants.model)
 
     # ------------------------------------------------------------------ answers
 
