@@ -9,7 +9,7 @@ turns, in the order in which they came, because there is one set of weights.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from ..anatomy.switching import uninterrupted
 from ..artifact.packs import OnConflict
 from ..artifact.reading import find_artifact, restore
+from ..books.book import remove_from
 from ..editing.sessions import EditsState
 from ..errors import KeditError, PackError, ServeError, nearest
 from ..journal import Edit, Journal
@@ -33,9 +34,6 @@ _GLANCE_SECONDS = 0.05  # after which somebody who waits looks whether the answe
 
 class NoLongerWantedError(KeditError):
     """Whoever asked has gone."""
-
-
-_EMPTY: Mapping[str, Any] = {"weights": {}, "adapter": {}, "prompt": ()}  # what books restore to carry no edit
 
 
 @dataclass(eq=False)
@@ -55,6 +53,7 @@ class Variants:
 
     Raises:
         ServeError: for a name that cannot be one.
+        WeightError: if somebody else has written to the edited weights.
     """
 
     def __init__(self, model: EditableModel, name: str):
@@ -69,8 +68,7 @@ class Variants:
         self._shown: str | None = name
         self._states = {name: EditsState.of(model)}
         with model.exclusive(), uninterrupted():
-            for kind, nothing in _EMPTY.items():
-                model.books[kind].restore(nothing)
+            remove_from(model.books.values(), model.journal.select("all"))
             model.journal = Journal()
             model.set_decoding(None)
             self._states[UNEDITED] = EditsState.of(model)

@@ -46,6 +46,20 @@ def test_base_is_the_unedited_model_to_the_bit(service: Service, packs: dict[str
             assert torch.equal(logits(variants.model), logits(fresh)) and not variants.model.edits
 
 
+def test_a_model_with_edits_of_any_kind_has_its_base(packs: dict[str, Path]) -> None:
+    fresh = EditableModel.from_pretrained(MODEL)
+    before, plain = surface(fresh.base_model), logits(fresh)
+    for name, folder in packs.items():
+        model = EditableModel.from_pretrained(folder)
+        edited, variants = logits(model), Variants(model, "mine")
+        assert torch.equal(logits(model), edited), name  # it is shown as it came
+        with variants.showing("base"):
+            assert difference(before, surface(model.base_model)) is None, name
+            assert torch.equal(logits(model), plain) and not any(book.edit_ids for book in model.books.values())
+        with variants.showing("mine"):
+            assert torch.equal(logits(model), edited), name
+
+
 def test_packs_of_weights_add_up(service: Service, packs: dict[str, Path]) -> None:
     expected = EditableModel.from_pretrained(MODEL)
     for name in ("other", "memit"):
