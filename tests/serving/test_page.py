@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from hf_kedit.serving.app import Service
+
 from .conftest import KEY, METHODS, NEW, OLD, OWN, PROMPT
 
 PATIENCE = 90_000  # milliseconds, on a busy machine
@@ -49,11 +51,16 @@ def test_edits_of_every_kind_beside_the_unedited_model(page: Any, url: str) -> N
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_texts_are_texts(page: Any, url: str) -> None:
+def test_texts_are_texts(page: Any, url: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model says, whole or in pieces, is no part of the page."""
+    tokenizer: Any = service.variants.model.tokenizer
+    plain = tokenizer.decode
     page.goto(url)
     page.wait_for_selector("#left option >> nth=1", state="attached")
     page.check("input[value=chat]")
-    ask(page, HOSTILE)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "decode", lambda *a, **k: plain(*a, **k).replace(" ", f" {HOSTILE}"))
+        assert all(HOSTILE in said for said in ask(page, PROMPT))
     assert page.title() == "kedit serve" and page.locator("img").count() == 0
     page.check("input[value=text]")
     left, _ = ask(page, PROMPT * 60)
