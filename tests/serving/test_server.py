@@ -24,7 +24,7 @@ from hf_kedit.serving.running import address_of, is_loopback, listening, serving
 from hf_kedit.serving.variants import Variants
 from hf_kedit.text.chat import chat_frame, chat_text
 from hf_kedit.tokens import prompt_ids
-from tests.serving.conftest import FACT, KEY, METHODS, NEW, OLD, OWN, PROMPT, TOKEN, client_of
+from tests.serving.conftest import FACT, KEY, METHODS, NEW, OLD, OWN, PROMPT, TOKEN, client_of, until
 
 QUESTION = [{"role": "user", "content": PROMPT}]
 PATIENCE = 60
@@ -236,14 +236,6 @@ def small(packs: dict[str, Path]) -> Iterator[tuple[Service, str]]:
         yield service, address
 
 
-def _until(true: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if true():
-            return
-        threading.Event().wait(0.005)
-    raise AssertionError("it does not come to pass")
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_hangs_up_ends_the_answer(small: tuple[Service, str], stream: bool) -> None:
     service, address = small
@@ -265,7 +257,7 @@ def test_who_hangs_up_ends_the_answer(small: tuple[Service, str], stream: bool) 
         connection.close()
         threading.Event().wait(0.5)  # the server looks for the client a few times a second
         brake.go.set()
-        _until(lambda: service.open == 0)
+        until(lambda: service.open == 0)
         assert brake.passes <= 4
     assert text_of(client_of(address), "mine").startswith(NEW)
 
@@ -275,7 +267,7 @@ def test_too_many_are_told_to_come_back(small: tuple[Service, str]) -> None:
     client = client_of(address)
     with Brake(service.variants.model, free=0) as brake, ThreadPoolExecutor(2) as threads:
         first = [threads.submit(text_of, client, name) for name in ("mine", "base")]
-        _until(lambda: service.open == 2)
+        until(lambda: service.open == 2)
         with pytest.raises(openai.RateLimitError, match="takes no more"):
             text_of(client, "mine")
         assert httpx.get(f"{address}/health").json() == {"status": "ok", "model": "mine", "open_requests": 2}
@@ -290,7 +282,7 @@ def test_the_server_ends_its_answers_when_it_ends(small: tuple[Service, str]) ->
         asked = [threads.submit(text_of, client_of(address), "mine", max_tokens=80)]
         assert brake.held.wait(PATIENCE)
         asked.append(threads.submit(text_of, client_of(address), "base"))
-        _until(lambda: service.open == 2)
+        until(lambda: service.open == 2)
         service.end()
         with pytest.raises(openai.InternalServerError, match="is ending"):
             text_of(client_of(address), "mine")

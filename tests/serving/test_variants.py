@@ -15,7 +15,7 @@ from hf_kedit.errors import PackError, ServeError
 from hf_kedit.serving.app import Service
 from hf_kedit.serving.variants import NoLongerWantedError, Variants
 from tests.fuzz.states import difference, surface
-from tests.serving.conftest import MODEL, PROMPT
+from tests.serving.conftest import MODEL, PROMPT, until
 
 PATIENCE = 60
 
@@ -148,23 +148,15 @@ class Guest:
         self._thread.join(PATIENCE)
 
 
-def _waiting(variants: Variants, count: int) -> None:
-    for _ in range(1000):
-        if len(variants._queue) == count:
-            return
-        threading.Event().wait(0.005)
-    raise AssertionError("nobody waits")
-
-
 def test_turns_are_taken_in_order(packs: dict[str, Path]) -> None:
     """Two of one kind are inside together; a third one of it waits behind one of another kind."""
     variants, order = Variants(EditableModel.from_pretrained(packs["rome"]), "mine"), []
     first, second = Guest(variants, "base", order), Guest(variants, "base", order)
     assert first.inside.wait(PATIENCE) and second.inside.wait(PATIENCE)
     other = Guest(variants, "mine", order)
-    _waiting(variants, 1)
+    until(lambda: len(variants._queue) == 1)
     late = Guest(variants, "base", order)
-    _waiting(variants, 2)
+    until(lambda: len(variants._queue) == 2)
     first.leave()
     assert not other.inside.is_set() and not late.inside.is_set()
     second.leave()
