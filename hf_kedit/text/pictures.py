@@ -254,17 +254,13 @@ class PicturedText(str):
         return self.with_text(str(other) + str(self))
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, PicturedText) and self.pictures == other.pictures
-        return same and str(self) == str(other)
+        return isinstance(other, PicturedText) and self.pictures == other.pictures and super().__eq__(other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash((str(self), self.pictures))
-
-    def __str__(self) -> str:
-        return "".join(self)  # a plain string
+        return hash((super().__hash__(), self.pictures))
 
     def __reduce__(self) -> Any:
         return PicturedText, (str(self), self.pictures, self.processor)

@@ -56,7 +56,7 @@ def picture_questions(request: EditRequest) -> list[Question]:
     """What a rendered request is asked for beside the usual questions; the axis of each names its number."""
     standard = standard_questions(request)
     (edit,) = (q for q in standard if q.section == "rewrite")
-    named = [("m_generality", replace(edit, prompt=text)) for text in request.repictured_prompts]
+    named = {"m_generality": [replace(edit, prompt=text) for text in request.repictured_prompts]}
     for name, axis in _LOCALITY.items():
         seen = name == "m_locality"
         chosen = {
@@ -65,13 +65,12 @@ def picture_questions(request: EditRequest) -> list[Question]:
             for i, probe in enumerate(probes)
             if (key == axis if axis in request.locality else (probe.image is not None) == seen)
         }
-        named += [(name, q) for q in standard if q.section == "locality" and (q.axis, q.index) in chosen]
-    counted: dict[str, int] = {}
-    questions = []
-    for name, question in named:
-        questions.append(replace(question, section=PICTURES, axis=name, index=counted.get(name, 0)))
-        counted[name] = counted.get(name, 0) + 1
-    return questions
+        named[name] = [q for q in standard if q.section == "locality" and (q.axis, q.index) in chosen]
+    return [
+        replace(question, section=PICTURES, axis=name, index=i)
+        for name, questions in named.items()
+        for i, question in enumerate(questions)
+    ]
 
 
 def _number(question: Question, score: float | None) -> Numbers:
