@@ -127,6 +127,7 @@ class Run:
         with self.unedited():
             self.fingerprint = self.model.fingerprint()
         self._asked: dict[tuple[str, int], Asked] = {}
+        self._rendered: dict[int, EditRequest] = {}
         self.edits_before = [] if self.setting == SAVED else [edit.id for edit in self.model.edits]
 
     def unedited(self) -> contextlib.AbstractContextManager[Any]:
@@ -193,27 +194,32 @@ class Run:
         """The cases with their questions under a protocol, which are computed once."""
         for case in cases:
             if (protocol.name, case.number) not in self._asked:
-                self._asked[protocol.name, case.number] = Asked(case, protocol, self.as_asked(case.request, protocol))
+                self._asked[protocol.name, case.number] = Asked(case, protocol, self.as_asked(case, protocol))
         return [self._asked[protocol.name, case.number] for case in cases]
 
-    def as_asked(self, request: EditRequest, protocol: Protocol) -> EditRequest:
-        """A request as its questions are asked.
+    def as_asked(self, case: Case, protocol: Protocol) -> EditRequest:
+        """The request of a case as its questions are asked: written (and its pictures read) once for all protocols.
 
         Raises:
             ChatTemplateError: if it is to be put as a chat and the tokenizer has no template for it.
             EvaluationError: if the protocol would put the chat into another frame.
         """
-        own = request.in_format(None if self.setting == SAVED else self.model.edit_config.prompt_format, self.system)
-        if self.model.is_remote:  # which writes its chats itself
-            return own.asked("plain")
-        asked = own.asked(self.prompt_format, self.system)
+        if case.number not in self._rendered:
+            self._rendered[case.number] = self._render(case.request)
+        asked = self._rendered[case.number]
         frame = getattr(protocol, "prompt_format", "raw")
         if asked.prompt_format == "chat" and frame != "raw":
             raise EvaluationError(
                 f"protocol {protocol.name!r} has prompt_format={frame!r}, and the questions are chats already; leave"
                 " one of them out"
             )
-        return asked.rendered(self.tokenizer, self.model.processor)
+        return asked
+
+    def _render(self, request: EditRequest) -> EditRequest:
+        own = request.in_format(None if self.setting == SAVED else self.model.edit_config.prompt_format, self.system)
+        if self.model.is_remote:  # which writes its chats itself
+            return own.asked("plain")
+        return own.asked(self.prompt_format, self.system).rendered(self.tokenizer, self.model.processor)
 
     def outputs(self, protocol: Protocol, queries: Sequence[Query]) -> Outputs:
         """Ask the model as it is now."""
