@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
 
 from .errors import DataError, RequestError, SubjectNotFoundError, nearest, shown
 from .storage.cells import check_plain, read_cell
-from .storage.records import CsvRow, read_rows
+from .storage.records import CsvRow, read_rows, rows_of_columns
 from .text.chat import TEXT_FORMATS, ChatFrame, Messages, TextFormat, chat_frame, read_messages, with_system
 from .text.joining import separator_between
 from .text.pictures import Pictured, PictureFrame, as_pictured, pictured_to_json, pictures_of
@@ -554,8 +554,8 @@ def load_requests(source: RequestSource) -> list[EditRequest]:
     """Turn anything that a user may pass to ``edit`` into a validated list.
 
     Args:
-        source: an `EditRequest`, a dict, a list of either, a ``datasets.Dataset``, or the path of a JSON, JSONL
-            or CSV file.
+        source: an `EditRequest`, a dict, a list of either, a ``datasets.Dataset`` or a slice of one (a dict of
+            columns), or the path of a JSON, JSONL or CSV file.
 
     Returns:
         A non-empty list; ids are unique where given.
@@ -569,7 +569,7 @@ def load_requests(source: RequestSource) -> list[EditRequest]:
     if isinstance(source, (str, Path)):
         rows: Iterable[Any] = read_rows(source)
     elif isinstance(source, Mapping):
-        rows = [source]
+        rows = rows_of_columns(source) if isinstance(source.get("prompt"), list) else [source]
     elif isinstance(source, Iterable):
         rows = source
     else:

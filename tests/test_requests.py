@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,13 @@ def test_nothing_to_edit(empty: Any, tmp_path: Path) -> None:
         empty = path
     with pytest.raises(DataError, match="empty"):
         load_requests(empty)
+
+
+def test_a_slice_of_a_dataset_is_its_rows() -> None:
+    rows = [GOOD | {"id": name, "rephrase_prompts": [f"{name}?"]} for name in "abc"]
+    assert load_requests(Dataset.from_list(rows)[1:]) == load_requests(rows[1:])
+    with pytest.raises(RequestError, match="must be a string"):  # columns of several lengths are no slice
+        load_requests({"prompt": ["{} a", "{} b"], "subject": ["A"], "target_new": ["x", "y"]})
 
 
 def test_duplicate_ids() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -61,6 +61,18 @@ def read_records(file: str) -> Generator[Any, None, None]:
         raise DataError(f"cannot read {name!r}: it is not UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise DataError(f"cannot read {name!r}: {error}") from error
+
+
+def rows_of_columns(columns: Mapping[str, Any]) -> list[Any]:
+    """The rows of what a slice of a ``datasets.Dataset`` is: a dict of columns, each a list with one cell per row.
+
+    Args:
+        columns: column name → cells; anything else is handed back as the one row that it then is.
+    """
+    lengths = {len(cells) if isinstance(cells, list) else None for cells in columns.values()}
+    if len(lengths) != 1 or None in lengths:
+        return [columns]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def read_rows(path: str | Path) -> list[Any]:
