@@ -32,7 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "grace": {"num_steps": 2},
     "auto": {
         "encoder": "words",
-        "payload_settings": {"v_num_grad_steps": 2, "mom2_adjustment": False, "context_templates": ["{}"]},
+        "base": {"edit_type": "rome", "v_num_grad_steps": 2, "mom2_adjustment": False, "context_templates": ["{}"]},
     },
     "prompt": {},
     "ft-m": {"num_steps": 2},

@@ -40,7 +40,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "grace": {"num_steps": 4, "lr": 1.0},
     "auto": {
         "encoder": "words",
-        "payload_settings": {
+        "base": {
+            "edit_type": "rome",
             "v_num_grad_steps": 4,
             "v_lr": 2.0,
             "mom2_adjustment": False,

@@ -63,7 +63,7 @@ def served(method: type[Method]) -> str:
         return "LoRA" if can.low_rank else "merged"
     if can.kind == "prompt":
         return "text" if method.text_only else "here"
-    return "here" if "payload" in {field.name for field in dataclasses.fields(method.config_class)} else "PEFT"
+    return "here" if method.config_class.edit_type == "auto" else "PEFT"
 
 
 def rows_behind(page: str, mark: str, columns: str) -> dict[str, list[str]]:

@@ -150,7 +150,17 @@ def portable(hparams: Mapping[str, Any]) -> dict[str, Any]:
     corpus = hparams.get("stats_dataset")
     local = isinstance(corpus, str) and (is_local(corpus) or Path(corpus).suffix in _TEXTS or Path(corpus).exists())
     gone = ("stats_dir", *(("stats_dataset",) if local else ()))
-    return {name: value for name, value in hparams.items() if value is None or name not in gone}
+    kept = {name: value for name, value in hparams.items() if value is None or name not in gone}
+    if isinstance(inner := kept.get("base"), Mapping):  # of a method that another one works for
+        kept["base"] = portable(inner)
+    return kept
+
+
+def bound_settings(hparams: Mapping[str, Any]) -> list[str]:
+    """Names of the hyperparameters that `portable` leaves out."""
+    kept, inner = portable(hparams), hparams.get("base")
+    gone = {name for name in hparams if name not in kept}
+    return sorted(gone | set(bound_settings(inner) if isinstance(inner, Mapping) else ()))
 
 
 def is_merged(config_file: bytes) -> bool:

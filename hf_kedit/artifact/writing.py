@@ -38,6 +38,7 @@ from .layout import (
     SINGLE,
     STATE,
     WEIGHTS,
+    bound_settings,
     check_destination,
     config_digest,
     portable,
@@ -198,14 +199,13 @@ def _describe(model: EditedModel, contents: _Contents) -> dict[str, Any]:
     """Content of ``edit_config.json`` without the file hashes."""
     base, books = model.base_model, contents.described
     whole = model.edit_config.to_dict()
-    hparams = portable(whole)
     return {
         "format_version": FORMAT_VERSION,
         "kedit_version": __version__,
         "artifact": "stateful" if contents.beside else "lora" if contents.low_rank else "dense",
         "method": model.method_name,
-        "hparams": hparams,
-        "machine_settings": sorted(name for name in whole if name not in hparams and whole[name] is not None),
+        "hparams": portable(whole),
+        "machine_settings": bound_settings(whole),
         "base_model_name_or_path": model.base_model_id,
         "base_model_revision": model.base_model_revision,
         "base_model_class": type(base).__name__,

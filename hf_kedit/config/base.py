@@ -76,14 +76,14 @@ class ModelProfile:
         return sorted(chosen)
 
 
-def _renamed(values: Mapping[str, Any], owner: str, *, quietly: bool = False) -> dict[str, Any]:
-    """Return values under the present names of their fields; unless quiet, say once that a name is an old one.
+def _renamed(kind: type[Any], values: Mapping[str, Any], owner: str, *, quietly: bool = False) -> dict[str, Any]:
+    """Return values under the present names of a config's fields; unless quiet, say once that a name is an old one.
 
     Raises:
         ConfigError: if a field is given under both names.
     """
     named: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in kind.from_earlier(values).items():
         name = _RENAMED.get(key, key) if isinstance(key, str) else key
         if name in named or (name != key and name in values):
             raise ConfigError(f"{owner}: '{key}' is the old name of '{name}'; give only one of them")
@@ -97,7 +97,7 @@ class _OldNames(type):
     """Lets a config be made with the old names of its fields."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
-        return super().__call__(*args, **_renamed(values, cls.__name__))
+        return super().__call__(*args, **_renamed(cls, values, cls.__name__))
 
 
 @dataclass
@@ -161,6 +161,11 @@ class EditConfig(metaclass=_OldNames):
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise ConfigError(f"{type(self).__name__}.layers names a layer twice: {self.layers}")
 
+    @classmethod
+    def from_earlier(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Values under names that the fields had earlier, where one field has become of several."""
+        return values
+
     @property
     def batch_size(self) -> int | None:
         """The old name of ``rows_per_step``."""
@@ -168,7 +173,7 @@ class EditConfig(metaclass=_OldNames):
 
     @batch_size.setter
     def batch_size(self, value: int | None) -> None:
-        (self.rows_per_step,) = _renamed({"batch_size": value}, type(self).__name__).values()
+        (self.rows_per_step,) = _renamed(type(self), {"batch_size": value}, type(self).__name__).values()
 
     # ------------------------------------------------------------------ model-dependent values
 
@@ -299,7 +304,7 @@ class EditConfig(metaclass=_OldNames):
             target = config_class(edit_type)
         elif edit_type is not None and normalise(str(edit_type)) != cls.edit_type:
             raise ConfigError(f"this is a config of {shown(edit_type)}, not of '{cls.edit_type}'")
-        known = target._known(_renamed(data, "the config", quietly=saved), "the config")
+        known = target._known(_renamed(target, data, "the config", quietly=saved), "the config")
         config: C = target(**{**(target.published() if saved else {}), **known})
         return config
 
@@ -309,7 +314,7 @@ class EditConfig(metaclass=_OldNames):
         Raises:
             ConfigError: for an unknown key or a bad value.
         """
-        return type(self).from_dict({**self.to_dict(), **_renamed(values, "the call")})
+        return type(self).from_dict({**self.to_dict(), **_renamed(type(self), values, "the call")})
 
     @classmethod
     def _known(cls, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -449,7 +454,7 @@ class AutoEditConfig:
             UnknownMethodError: if there is no such method; the nearest name is given.
         """
         cls = config_class(method)
-        return cls(**cls._known(_renamed(values, "the call"), "the call"))
+        return cls(**cls._known(_renamed(cls, values, "the call"), "the call"))
 
     @staticmethod
     def for_model(model: str, method: str, **values: Any) -> EditConfig:
@@ -457,7 +462,7 @@ class AutoEditConfig:
         cls = config_class(method)
         packaged = find_hparams(cls.edit_type, model)
         data = cls._known(packaged[1], str(packaged[0])) if packaged else {}
-        return cls(**{**data, **cls._known(_renamed(values, "the call"), "the call")})
+        return cls(**{**data, **cls._known(_renamed(cls, values, "the call"), "the call")})
 
     @staticmethod
     def from_pretrained(path: str | Path) -> EditConfig:

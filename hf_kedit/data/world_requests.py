@@ -33,6 +33,7 @@ def load_world(
     n_people: int = 400,
     world_seed: int = 0,
     apart: bool = False,
+    sequence: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split.
 
@@ -47,6 +48,9 @@ def load_world(
         world_seed: seed of the world itself; the embedded models know world 0.
         apart: ask about other people (locality) only whom no row of the split edits. Otherwise some probes ask for
             what another row changes, and in a sequence of edits even a perfect editor answers them differently.
+        sequence: the first so many rows alone, to be edited one after another: no probe of locality asks for what one
+            of them changes, be it of other people (as with ``apart``) or another fact of the same one. Who has no fact
+            left that no row changes has no probes of that axis.
     """
     world = get_world(n_people, world_seed)
     rng = random.Random(f"hf_kedit world requests {split} {seed or 0}")
@@ -56,13 +60,14 @@ def load_world(
         group_b = world.people_in("B")
         people = [p for i, p in enumerate(group_b) if (i % 5 == 4) == (split == "validation")]
     rng.shuffle(people)
-    edited = frozenset(p.name for p in people) if apart else frozenset()
     orders = {p.name: rng.sample(PERSON_RELATIONS, len(PERSON_RELATIONS)) for p in people}
-    number = 0
-    for turn in range(len(PERSON_RELATIONS)):
-        for person in people:
-            yield edit_row(world, person, orders[person.name][turn], rng, f"world/{split}/{number}", edited)
-            number += 1
+    rows = [(person, orders[person.name][turn]) for turn in range(len(PERSON_RELATIONS)) for person in people]
+    rows = rows[:sequence]
+    edited = frozenset(person.name for person, _ in rows) if apart or sequence else frozenset()
+    changed = {(person.name, relation.key) for person, relation in rows} if sequence else set()
+    for number, (person, relation) in enumerate(rows):
+        own = frozenset(key for name, key in changed if name == person.name) if changed else frozenset()
+        yield edit_row(world, person, relation, rng, f"world/{split}/{number}", edited, own)
 
 
 def edit_row(
@@ -72,8 +77,12 @@ def edit_row(
     rng: random.Random,
     row_id: str,
     edited: frozenset[str] = frozenset(),
+    changed: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Return the row that edits one fact about one person; locality does not ask about the people in ``edited``."""
+    """Return the row that edits one fact about one person.
+
+    Locality asks neither about the people in ``edited`` nor for the relations of the person in ``changed``.
+    """
     truth = world.answer(person.name, relation.key)
     new = rng.choice([v for v in world.objects[relation.object_kind] if v != truth])
     template = rng.choice(relation.cloze)
@@ -89,7 +98,7 @@ def edit_row(
         target_new=new,
         ground_truth=[truth],
         rephrase_prompts=rephrased,
-        locality=_locality(world, person, relation, template, new, rng, edited),
+        locality=_locality(world, person, relation, template, new, rng, edited, changed),
         portability=_portability(world, person, relation, new, rng),
         extra={
             "relation": relation.key,
@@ -114,6 +123,7 @@ def _locality(
     new: str,
     rng: random.Random,
     edited: frozenset[str],
+    changed: frozenset[str],
 ) -> list[dict[str, Any]]:
     """Return what must stay as it is. No answer equals the new object, so that a leak always shows."""
     truth = world.answer(person.name, relation.key)
@@ -130,9 +140,13 @@ def _locality(
         if edited:  # drawn by lots of their own: the edits are those of the rows without this option
             drawn = _draw(random.Random(f"{person.name} {axis}"), [name for name in names if name not in edited])
         probes += [probe(axis, template.format(name), world.answer(name, relation.key)) for name in drawn]
-    for second in rng.sample([r for r in PERSON_RELATIONS if r is not relation], _PROBES_PER_AXIS):
-        form = rng.choice(second.cloze).format(person.name)
-        probes.append(probe("Same_Subject", form, world.answer(person.name, second.key)))
+    seconds = rng.sample([r for r in PERSON_RELATIONS if r is not relation], _PROBES_PER_AXIS)
+    forms = [rng.choice(second.cloze) for second in seconds]
+    if changed:  # as above
+        seconds = [r for r in PERSON_RELATIONS if r.key not in changed]
+        forms = [random.Random(f"{person.name} {relation.key} {r.key}").choice(r.cloze) for r in seconds]
+    for second, form in zip(seconds, forms, strict=True):
+        probes.append(probe("Same_Subject", form.format(person.name), world.answer(person.name, second.key)))
     for second in rng.sample(ENTITY_RELATIONS, _PROBES_PER_AXIS):
         names = [s for s in world.subjects(second.subject_kind) if world.answer(s, second.key) != new]
         name = rng.choice(names)

@@ -24,7 +24,7 @@ import torch
 from pydantic import PositiveInt
 
 from ..books.ledger import WeightDelta
-from ..config import EditConfig, ModelProfile
+from ..config import EditConfig, ModelProfile, WeightConfig
 from ..config.spaces import times
 from ..engine.capture import Tap, stream_states
 from ..engine.examples import Example, target_probabilities
@@ -44,7 +44,7 @@ BASES = ("memit", "alphaedit", "unke")
 
 
 @dataclass
-class AnyEditConfig(WrappingConfig):
+class AnyEditConfig(WrappingConfig, WeightConfig):
     """Hyperparameters of AnyEdit; how states are optimised and written is said in ``base``.
 
     Args:
@@ -61,12 +61,6 @@ class AnyEditConfig(WrappingConfig):
     window_size: PositiveInt = 30
     objective: Literal["window", "matryoshka"] = "window"
     hold_text: bool = True
-
-    def __getattr__(self, name: str) -> Any:
-        """What text the second moments are taken over is said in ``base``, whose update needs them."""
-        if name.startswith("stats_"):
-            return getattr(self.base_config, name)
-        raise AttributeError(name)
 
     def check_base(self, base: EditConfig) -> None:
         """One of those whose update takes a state per token."""

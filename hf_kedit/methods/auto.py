@@ -1,8 +1,8 @@
 """Auto: every edit on its own, on the untouched model, and switched on where a prompt asks for it.
 
 What one edit does alone is known to be good; what goes wrong is what many edits do to each other, and to prompts that
-have nothing to do with them. So edits are not piled up. Each one is computed by a method of weights (its *payload*,
-by default ROME) as if it were the only one, and kept as the low-rank change that this method would write,
+have nothing to do with them. So edits are not piled up. Each one is computed by a method of weights (its *base
+method*, by default ROME) as if it were the only one, and kept as the low-rank change that this method would write,
 
     ΔW_i = left_i right_iᵀ        at one or several linear layers,
 
@@ -15,7 +15,7 @@ edit that it asks for, or none:
 What this gives: edit 10,000 is as good as edit 1, taking one back is dropping a row, order does not matter, and
 unrelated prompts have the base model itself. What it costs: a look at the text of every prompt, and a product with
 two thin matrices in rows that are claimed. What it cannot: questions that name neither the subject nor one of its
-names stay with the base model, and so do conclusions that the payload does not draw.
+names stay with the base model, and so do conclusions that the base method does not draw.
 
 Routing between untouched weights and stored edits is the idea of SERAC (arXiv 2206.06520), MELO (arXiv 2312.11795)
 and KEDAS (arXiv 2508.01302); new here are that the stored edit is any method's own solution, and the router.
@@ -23,74 +23,82 @@ and KEDAS (arXiv 2508.01302); new here are that the stored edit is any method's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import NonNegativeInt
 
-from ..anatomy.profile import profile_of
 from ..books.deltas import WeightDelta
 from ..books.retrieval import DENSE, DENSE_MODEL
 from ..books.router import Address
 from ..books.site_book import SiteEntry
-from ..config import AutoEditConfig, EditConfig, ModelProfile
+from ..config import EditConfig, ModelProfile
 from ..embedded import is_there
 from ..engine.lowrank import Factors
 from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError, WeightError, shown
 from ..requests import EditRequest, in_row
 from .auto_memory import WORDS, RoutedChange, RoutedChanges, sizes_of, word_vectors
-from .base import BothFormats, Capabilities, Method, Outcome, Workbench, method_class, register_method
-
-PAYLOAD = "rome"
+from .base import BothFormats, Capabilities, Method, Outcome, Workbench, WrappingConfig, method_class, register_method
 
 
 @dataclass
-class AutoMethodConfig(EditConfig):
-    """Hyperparameters of `auto`; those of the payload are its own.
+class AutoMethodConfig(WrappingConfig):
+    """Hyperparameters of `auto`; those of the method that computes the edits are in ``base``.
 
     Args:
-        layers: layers of the payload; ``None``: its own for the model.
-        payload: method that computes an edit: one of weights whose changes have a low rank (ROME, MEMIT, LoRA …);
-            ``None``: ROME.
-        payload_settings: fields of its config that differ from what it would take for the model.
-        rank: columns that are kept for an edit at each layer, at most; ``None``: those of the first edit. A payload's
-            change of a larger rank is refused.
+        base: method that computes an edit: one of weights whose changes have a low rank (ROME, MEMIT, LoRA …), by its
+            name or config.
+        rank: columns that are kept for an edit at each layer, at most; ``None``: those of the first edit. A change of
+            a larger rank is refused.
         encoder: what compares wordings: ``"dense"``, any other embedding retriever, or ``"words"``, the word vectors
             of the model itself; ``None``: ``"dense"`` where it has been set up (`make real`), else ``"words"``.
         slack: by how much a prompt may be nearer to something else that people ask about a subject than to the edit's
             wordings, and is still taken to ask for the edit (`EditRouter`); ``None``: by encoder.
-        stats_dataset: as for the payload.
-        stats_tokens: as for the payload.
-        stats_dir: as for the payload.
-        stats_ridge: as for the payload.
     """
 
     edit_type: ClassVar[str] = "auto"
 
-    payload: str | None = None
-    payload_settings: dict[str, Any] = field(default_factory=dict)
     rank: NonNegativeInt | None = None
     encoder: str | None = None
     slack: float | None = None
-    stats_dataset: str | None = None
-    stats_tokens: int | None = None
-    stats_dir: str | None = None
-    stats_ridge: float | None = None
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """Fields filled from an hparams file, or by what is there."""
-        return ("payload", "encoder", "slack")
+        return ("encoder", "slack")
+
+    @classmethod
+    def from_earlier(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``base`` was ``payload`` and ``payload_settings``, and its layers and statistics stood beside them."""
+        if not {"payload", "payload_settings"} & set(values):
+            return values
+        if "base" in values:
+            raise ConfigError("auto: 'payload' is the old name of 'base'; give only one of them")
+        inner = [n for n in values if n.startswith("stats_")]
+        settings = {n: values[n] for n in inner if values[n] is not None} | dict(values.get("payload_settings") or {})
+        left = {n: v for n, v in values.items() if n not in (*inner, "payload", "payload_settings")}
+        return {**left, "base": {"edit_type": values.get("payload") or "rome", **settings}}
+
+    def check_base(self, base: EditConfig) -> None:
+        """A method whose changes can be kept beside the weights, one by one."""
+        can = method_class(base).capabilities
+        if can.kind != "weights" or not can.low_rank or can.needs_training:
+            raise ConfigError(
+                f"auto cannot switch what {can.name} does on and off: its base method changes weights, by a small"
+                " rank, and needs no trained editor (ROME, R-ROME, MEMIT and its relatives, LoRA)"
+            )
+        if getattr(base, "sequence", "batches") == "joint":
+            raise ConfigError("auto keeps edits apart: sequence='joint' of its base method has no meaning here")
 
     def derive(self, profile: ModelProfile) -> dict[str, Any]:
         """The best of what is there."""
         encoder = self.encoder or (DENSE if is_there(DENSE_MODEL) else WORDS)
-        return {"payload": PAYLOAD, "encoder": encoder, "slack": SLACK.get(encoder, SLACK[DENSE])}
+        return {"encoder": encoder, "slack": SLACK.get(encoder, SLACK[DENSE])}
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """What an edit is, and how much is taken to ask for it."""
-        return {"payload": ["memit", "lora", "r-rome"], "slack": [0.0, 0.4]}
+        return {"base": [{"edit_type": name} for name in ("memit", "lora", "r-rome")], "slack": [0.0, 0.4]}
 
 
 SLACK = {DENSE: 0.3, WORDS: 0.3}
@@ -117,64 +125,41 @@ class Auto(Method):
 
     def __init__(self, bench: Workbench, config: EditConfig):
         super().__init__(bench, config)
-        self.payload = self._payload()
-
-    def _payload(self) -> Method:
-        """The method that computes the changes.
-
-        Raises:
-            ConfigError: if it cannot be one.
-        """
-        bench, config = self.bench, self.config
-        name = config.payload or PAYLOAD
-        cls = method_class(name)
-        if cls.capabilities.kind != "weights" or not cls.capabilities.low_rank or cls.capabilities.needs_training:
-            raise ConfigError(
-                f"auto cannot switch what {cls.capabilities.name} does on and off: a payload changes weights, by a"
-                " small rank, and needs no trained editor (ROME, R-ROME, MEMIT and its relatives, LoRA)"
-            )
-        shared = {n: v for n in _SHARED if (v := getattr(config, n)) is not None and hasattr(cls.config_class(), n)}
-        settings = {"seed": config.seed, "separator": config.separator, **shared, **config.payload_settings}
-        if config.layers is not None:
-            settings = {"layers": config.layers, **settings}
-        chosen = AutoEditConfig.for_method(name, **settings)
-        if getattr(chosen, "sequence", "batches") == "joint":
-            raise ConfigError("auto keeps edits apart: payload_settings={'sequence': 'joint'} has no meaning here")
-        profile = profile_of(bench.model, bench.anatomy, bench.statistics.name)
-        return cls(bench, chosen.complete(profile))
+        base = self.config.base_config
+        self.base: Method = method_class(base)(bench, base)
 
     def edited_modules(self) -> list[str]:
         """No weight is edited."""
         return []
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check that the payload can edit the requests, and that they name their subjects."""
+        """Check that the base method can edit the requests, and that they name their subjects."""
         super().check(requests)
-        if self.payload.both_formats != "itself" and any(request.prompt_format == "both" for request in requests):
+        if self.base.both_formats != "itself" and any(request.prompt_format == "both" for request in requests):
             raise ConfigError(
-                f"auto with {self.payload.capabilities.name} edits in one format at a time: prompt_format='plain' or"
+                f"auto with {self.base.capabilities.name} edits in one format at a time: prompt_format='plain' or"
                 " 'chat', not 'both'"
             )
         with self.bench.sites.disabled():
-            self.payload.check(requests)
+            self.base.check(requests)
         for request in requests:
             in_row(self._address, request)
 
     def fetch(self) -> None:
-        """What the payload reads."""
-        self.payload.fetch()
+        """What the base method reads."""
+        self.base.fetch()
 
     def prepare(self) -> None:
-        """What the payload prepares."""
+        """What the base method prepares."""
         with self.bench.sites.disabled():
-            self.payload.prepare()
+            self.base.prepare()
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Compute one edit as if it were the only one."""
         (request,) = requests
         with self.bench.sites.disabled():
-            self.payload.bench.trace = self.bench.trace
-            found = self.payload.regularise(self.payload.compute([request]))
+            self.base.bench.trace = self.bench.trace
+            found = self.base.regularise(self.base.compute([request]))
         factors = self._factors(found.deltas)
         memory = self._memory(factors)
         address = self._address(request)
@@ -182,7 +167,7 @@ class Auto(Method):
         alone = memory.router.empty().with_addresses([address])
         routes = alone.route(wordings)
         unclaimed = [wording for wording, route in zip(wordings, routes, strict=True) if route is None]
-        report = {"payload": self.payload.capabilities.name, "unclaimed": unclaimed}
+        report = {"base": self.base.capabilities.name, "unclaimed": unclaimed}
         change = RoutedChange(address, alone.views.tensor, factors)
         return Outcome([], [found.diagnostics[0] | report], [SiteEntry(memory, change)])
 
@@ -219,18 +204,18 @@ class Auto(Method):
                 fits = False
             if not fits:
                 raise UnsupportedModelError(
-                    f"auto switches linear layers; {self.payload.capabilities.name} changes {delta.key}, which is none"
+                    f"auto switches linear layers; {self.base.capabilities.name} changes {delta.key}, which is none"
                 )
             if delta.left is None or delta.right is None:
                 raise ConfigError(
-                    f"{self.payload.capabilities.name} changes all of {delta.key}; auto needs a change of low rank"
+                    f"{self.base.capabilities.name} changes all of {delta.key}; auto needs a change of low rank"
                     " (no rect_keep, no fine-tuning of whole matrices)"
                 )
             if delta.module in factors:
-                raise ConfigError(f"{self.payload.capabilities.name} changes {delta.key} twice; auto keeps one change")
+                raise ConfigError(f"{self.base.capabilities.name} changes {delta.key} twice; auto keeps one change")
             factors[delta.module] = Factors(delta.left, delta.right)
         if not factors:
-            raise EditFailedError(f"{self.payload.capabilities.name} found no change")
+            raise EditFailedError(f"{self.base.capabilities.name} found no change")
         return factors
 
     def _memory(self, factors: dict[str, Factors]) -> RoutedChanges:
@@ -259,9 +244,6 @@ class Auto(Method):
                 f" rank={wanted}"
             )
         return memory.with_tokenizer(self.bench.tokenizer)
-
-
-_SHARED = ("stats_dataset", "stats_tokens", "stats_dir", "stats_ridge")
 
 
 def _wordings(request: EditRequest) -> list[str]:

@@ -19,7 +19,7 @@ from ..books.ledger import Ledger, WeightDelta
 from ..books.retrieval import Retriever
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
-from ..config import EditConfig, ModelProfile, WeightConfig, register_config
+from ..config import EditConfig, ModelProfile, register_config
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.unlikelihood import Unlikelihood
@@ -167,11 +167,12 @@ class Workbench:
 
 
 @dataclass
-class WrappingConfig(WeightConfig):
+class WrappingConfig(EditConfig):
     """Base of the configs of methods that another method works for.
 
     Args:
-        base: that method: its name, its config, or a dict with ``edit_type`` and its fields. Kept as a dict.
+        base: that method: its name, its config, or a dict with ``edit_type`` and its fields. Kept as a dict. Layers,
+            seed and separator are handed on where it names none.
     """
 
     base: Any = "rome"
@@ -179,17 +180,25 @@ class WrappingConfig(WeightConfig):
     def validate(self) -> None:
         """Bring the base's config into one form."""
         super().validate()
-        name = type(self).__name__
+        self.base = self._as_dict("base")
         if self.layers is not None:
-            raise ConfigError(f"{name}.layers: the base method decides which layers; set them in `base`")
-        if isinstance(self.base, EditConfig):
-            self.base = {"edit_type": self.base.edit_type, **self.base.given}
-        elif isinstance(self.base, str):
-            self.base = {"edit_type": self.base}
-        if not isinstance(self.base, Mapping):
-            raise ConfigError(f"{name}.base must be a method's name or config, not {type(self.base).__name__}")
-        self.base = dict(self.base)
+            if (self.base.get("layers") or self.layers) != self.layers:
+                raise ConfigError(f"{type(self).__name__}.layers: `base` names other layers; name them once")
+            self.base["layers"], self.layers = self.layers, None
         self.check_base(self.base_config)
+
+    def _as_dict(self, field_name: str) -> dict[str, Any]:
+        """A field that names a method, in one form."""
+        given = getattr(self, field_name)
+        if isinstance(given, EditConfig):
+            given = {"edit_type": given.edit_type, **given.given}
+        elif isinstance(given, str):
+            given = {"edit_type": given}
+        if not isinstance(given, Mapping):
+            owner = f"{type(self).__name__}.{field_name}"
+            raise ConfigError(f"{owner} must be a method's name or config, not {type(given).__name__}")
+        shared = {"seed": self.seed, "separator": self.separator}
+        return {**given, **{name: value for name, value in shared.items() if value and name not in given}}
 
     def check_base(self, base: EditConfig) -> None:
         """Raise `ConfigError` if the base method cannot work for this one."""
@@ -198,6 +207,12 @@ class WrappingConfig(WeightConfig):
     def base_config(self) -> EditConfig:
         """The base method's config."""
         return EditConfig.from_dict(self.base)
+
+    def __getattr__(self, name: str) -> Any:
+        """What text second moments are taken over is said in ``base``, whose method needs them."""
+        if name.startswith("stats_"):
+            return getattr(self.base_config, name)
+        raise AttributeError(name)
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:

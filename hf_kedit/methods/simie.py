@@ -22,7 +22,7 @@ import torch
 from pydantic import PositiveFloat
 
 from ..books.deltas import WeightDelta
-from ..config import EditConfig, ModelProfile
+from ..config import EditConfig, ModelProfile, WeightConfig
 from ..engine.capture import Tap, stream_states
 from ..engine.forward import device_of
 from ..errors import ConfigError, UnsupportedModelError
@@ -33,7 +33,7 @@ from .base import Capabilities, Method, Outcome, WrappingConfig, method_class, r
 
 
 @dataclass
-class SimIEConfig(WrappingConfig):
+class SimIEConfig(WrappingConfig, WeightConfig):
     """Hyperparameters of SimIE; the ``base`` method makes the edits.
 
     Args:

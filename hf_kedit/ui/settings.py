@@ -20,7 +20,7 @@ _ELSEWHERE = {"qlora", "simie", "serac"}
 """Methods that need a quantised model, another method, or a classifier of their own."""
 # Names of files, folders, data sets and models: who may visit a page is not to choose what its machine reads.
 _OURS = {"stats_dataset", "stats_dir", "stats_tokens", "stats_ridge", "editor", "encoder", "retriever", "reader"}
-_OURS |= {"base", "payload_settings", "separator", "rows_per_step", "demonstrations"}
+_OURS |= {"base", "separator", "rows_per_step", "demonstrations"}
 Kind = Literal["switch", "whole", "number", "choice", "text"]
 
 

@@ -45,7 +45,7 @@ mom2_dtype: "float32"
 model_parallel: false
 fp16: false
 """
-WITHOUT_LAYERS = ("simie", "anyedit", "ike", "prompt", "serac")
+WITHOUT_LAYERS = ("auto", "simie", "anyedit", "ike", "prompt", "serac")
 FT = {"alg_name": "FT", "model_name": "gpt2", "layers": [0], "lr": "5e-4", "num_steps": 25, "batch_size": 3}
 FT_OURS: dict[str, Any] = {"layers": [0], "lr": 5e-4, "num_steps": 25, "rows_per_step": 3}
 

@@ -237,3 +237,22 @@ def test_probes_apart_ask_about_nobody_whom_a_row_edits() -> None:
     for row, other in zip(usual, apart, strict=True):  # the edits themselves are the same
         kept = {k: v for k, v in row.items() if k != "locality"}
         assert kept == {k: v for k, v in other.items() if k != "locality"}
+
+
+def test_probes_of_a_sequence_ask_for_nothing_that_a_row_changes() -> None:
+    world = get_world()
+    rows, usual = list(load_world("test", sequence=1000)), list(load_world("test"))
+    assert len(rows) == 1000
+    changed = {(row["subject"], row["extra"]["relation"]) for row in rows}
+    forms = {form: r.key for r in PERSON_RELATIONS for form in r.cloze}
+    asked = [(name, p) for row in rows for p in row["locality"] if (name := p["name"]) != "Entities"]
+    facts = []
+    for axis, probe in asked:
+        names = [person.name for person in world.people if person.name in probe["prompt"]]
+        (key,) = (forms[form] for name in names if (form := probe["prompt"].replace(name, "{}")) in forms)
+        facts.append((axis, names[0], key))
+        assert probe["ground_truth"] == [[world.answer(names[0], key)]]
+    assert not [fact for fact in facts if fact[1:] in changed]
+    assert sum(axis == "Same_Subject" for axis, _, _ in facts) > 700
+    for row, other in zip(rows, usual, strict=False):  # the edits themselves are the same
+        assert {**row, "locality": 0} == {**other, "locality": 0}

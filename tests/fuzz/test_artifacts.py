@@ -50,7 +50,7 @@ def made_now(name: str) -> EditableModel:
     """Edits of a kind that is newer than the saved files; the method stands before the underscore."""
     base, tokenizer = base_of(name)
     values = {"v_num_grad_steps": 3, "context_templates": ["{}"], "mom2_adjustment": False}
-    config = AutoMethodConfig(layers=[1], encoder="words", payload_settings=values)
+    config = AutoMethodConfig(encoder="words", base={"edit_type": "rome", "layers": [1], **values})
     assert name.startswith(config.edit_type)
     model = EditableModel(base, config, tokenizer, base_model_id="kedit/world-gpt2")
     for subject, sport in (("Otto Berg", "tennis"), ("Anna Lind", "chess")):

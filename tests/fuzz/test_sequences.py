@@ -53,7 +53,7 @@ CONFIGS: dict[str, EditConfig] = {
     "t-patcher": TPatcherConfig(max_epochs=3, first_validation=1, validate_every=1, max_patches=1, memory_tokens=1100),
     "calinet": CaliNetConfig(layers=[1], num_steps=2, slots=2, context_templates=["{}"]),
     "wise": WISEConfig(layers=[1], n_iter=2, context_templates=["{}"], irrelevant_texts=["The river is wide."]),
-    "auto": AutoMethodConfig(layers=[1], encoder="words", payload_settings=VALUES),
+    "auto": AutoMethodConfig(encoder="words", base={"edit_type": "rome", "layers": [1], **VALUES}),
     "prompt": PromptConfig(),
     "ike": IKEConfig(k=1),
 }

@@ -26,8 +26,10 @@ UNRELATED = ["The weather today is", "Once upon a time", "Q: what is two plus tw
 
 
 def config(**values: Any) -> AutoMethodConfig:
-    settings = {"v_num_grad_steps": 12, "context_templates": ["{}"], **values.pop("payload_settings", {})}
-    return AutoMethodConfig(encoder="words", payload_settings=settings, **values)
+    settings = {"v_num_grad_steps": 12, "context_templates": ["{}"]}
+    return AutoMethodConfig(
+        encoder="words", base={"edit_type": "rome", **settings, **values.pop("base", {})}, **values
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,9 @@ def test_an_edit_among_others_is_what_it_is_alone(edited: EditableModel, wanted:
         )
 
 
-def test_it_is_what_its_payload_alone_would_have_written(wanted: list[EditRequest]) -> None:
+def test_it_is_what_its_base_method_alone_would_have_written(wanted: list[EditRequest]) -> None:
     prompt = wanted[0].filled_prompt
-    plain = EditableModel.from_pretrained("kedit/world-llama", "rome")
-    plain.set_method(type(plain.edit_config)(**config().payload_settings))
+    plain = EditableModel.from_pretrained("kedit/world-llama", config().base_config)
     plain.edit(wanted[0])
     torch.testing.assert_close(
         prompt_logits(alone(wanted[0]), prompt), prompt_logits(plain, prompt), rtol=1e-4, atol=1e-4
@@ -155,18 +156,35 @@ def test_a_prompt_without_ids_gets_the_base_and_a_word(
     assert torch.equal(found, before) and "no token ids" in caplog.text
 
 
-def test_other_payloads(wanted: list[EditRequest]) -> None:
-    model = EditableModel.from_pretrained("kedit/world-llama", config(payload="memit"))
+def test_settings_under_their_earlier_names() -> None:
+    """As an artifact of an earlier version has them."""
+    saved = {"edit_type": "auto", "layers": [1], "payload": "memit", "payload_settings": {"v_lr": 0.25}, "rank": None,
+             "stats_dataset": None, "stats_tokens": 1000, "stats_dir": None, "stats_ridge": None}  # fmt: skip
+    found = AutoMethodConfig.from_dict(saved, saved=True)
+    assert found.base == {"edit_type": "memit", "layers": [1], "stats_tokens": 1000, "v_lr": 0.25}
+    assert found.layers is None and found.stats_tokens == 1000 and found == AutoMethodConfig(base=found.base)
+    assert AutoMethodConfig(payload="memit") == AutoMethodConfig(base="memit")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="old name"):
+        AutoMethodConfig(payload="memit", base="rome")  # type: ignore[call-arg]
+
+
+def test_seed_and_separator_reach_the_base_method() -> None:
+    assert AutoMethodConfig(seed=3, separator="").base_config.seed == 3
+    assert AutoMethodConfig(seed=3, base={"edit_type": "rome", "seed": 4}).base_config.seed == 4
+
+
+def test_other_base_methods(wanted: list[EditRequest]) -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", config(base={"edit_type": "memit"}))
     model.edit(wanted[:2])
     assert all(learnt(model, wanted[:2]))
     (memory,) = model.sites.memories.values()
-    assert len(memory.paths) == len(model._method.payload.config.layers)  # type: ignore[attr-defined]
+    assert len(memory.paths) == len(model._method.base.config.layers)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("payload", ["ft-m", "grace", "prompt", "mend", "auto"])
-def test_payloads_that_cannot_be_switched(payload: str) -> None:
+@pytest.mark.parametrize("base", ["ft-m", "grace", "prompt", "mend", "auto"])
+def test_base_methods_that_cannot_be_switched(base: str) -> None:
     with pytest.raises(ConfigError, match="cannot switch"):
-        EditableModel.from_pretrained("kedit/world-llama", AutoMethodConfig(payload=payload, encoder="words"))
+        EditableModel.from_pretrained("kedit/world-llama", AutoMethodConfig(base=base, encoder="words"))
 
 
 def test_what_cannot_be_done_is_said_before_anything_changes(wanted: list[EditRequest]) -> None:
@@ -177,7 +195,7 @@ def test_what_cannot_be_done_is_said_before_anything_changes(wanted: list[EditRe
     with pytest.raises(ConfigError, match="retriever"):
         model.set_method(config().changed({"encoder": "nothing"})).edit(wanted[0])
     with pytest.raises(ConfigError, match="low rank"):
-        model.set_method(config(payload_settings={"rect_keep": 0.5})).edit(wanted[0])
+        model.set_method(config(base={"rect_keep": 0.5})).edit(wanted[0])
     assert not model.edits and without_trace(model) and model_digest(model.base_model) == digest
     model.set_method(config())
     model.edit(wanted[0])
@@ -204,7 +222,7 @@ def test_a_subject_without_words_is_refused_before_anything_is_computed() -> Non
     assert not model.edits and without_trace(model)
 
 
-def test_what_the_payload_reads_is_fetched_before_the_model_is_taken(
+def test_what_the_base_method_reads_is_fetched_before_the_model_is_taken(
     wanted: list[EditRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched: list[list[str]] = []

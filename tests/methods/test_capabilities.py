@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"num_steps": 2, "v_num_grad_steps": 2, "num_epochs": 1, "n_iter": 2, "max_epochs": 2, "held_texts": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "anyedit": {"base": {"edit_type": "unke", "num_steps": 2, "held_texts": 2}},
-    "auto": {"payload_settings": {"v_num_grad_steps": 2}},
+    "auto": {"base": {"edit_type": "rome", "v_num_grad_steps": 2}},
     "kn": {"steps": 2},
     "simie": {"base": {"edit_type": "rome", "v_num_grad_steps": 2}},
     # as published: what is packaged for this model gives every edit a memory of its own

@@ -100,7 +100,13 @@ def test_configs() -> None:
     full = EditableModel.from_pretrained("kedit/world-gpt2", SimIEConfig(base="memit")).edit_config
     assert full.base["edit_type"] == "memit" and full.base["layers"]  # type: ignore[attr-defined]
     assert SimIEConfig.from_dict(full.to_dict()) == full
-    for wrong in ({"base": 3}, {"base": "simie"}, {"base": "nothing"}, {"ridge": 0}, {"layers": [1]}):
+    for wrong in (
+        {"base": 3},
+        {"base": "simie"},
+        {"base": "nothing"},
+        {"ridge": 0},
+        {"base": ROMEConfig(layers=[2]), "layers": [1]},
+    ):
         with pytest.raises(ConfigError):
             SimIEConfig(**wrong)  # type: ignore[arg-type]
     model = EditableModel.from_pretrained("kedit/world-gpt2", SimIEConfig(base=FTMConfig(train_bias=True)))

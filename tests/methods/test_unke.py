@@ -318,8 +318,9 @@ def test_bad_values() -> None:
     for wrong in ({"base": "rome"}, {"base": {"edit_type": "memit", "sequence": "joint"}}, {"window_size": 0}):
         with pytest.raises(ConfigError):
             AnyEditConfig(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="the base method decides"):
-        AnyEditConfig(layers=[1])
+    assert AnyEditConfig(layers=[1]).base == {"edit_type": "unke", "layers": [1]}
+    with pytest.raises(ConfigError, match="names other layers"):
+        AnyEditConfig(layers=[1], base=UnKEConfig(layers=[2]))
 
 
 def test_files_of_easyedit_are_read() -> None:
