@@ -22,6 +22,7 @@ from . import (  # noqa: F401
     mquake,
     opinions,
     picture_requests,
+    pitfalls,
     plus,
     qa_sets,
     ripple,

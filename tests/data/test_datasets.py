@@ -58,7 +58,7 @@ def test_the_whole_catalogue_is_registered() -> None:
         "knowedit", "counterfact", "counterfact_flat", "counterfact_plus", "zsre", "zsre_plus", "mquake",
         "ripple_edits", "cknowedit", "conceptedit", "safeedit", "personalityedit", "mmedit", "qaedit", "wikibigedit",
         "ultraeditbench", "halluedit", "akew", "unke", "leme", "fever",
-        "vlkeb", "mmke", "comprehendedit",
+        "vlkeb", "mmke", "comprehendedit", "conflictedit", "roundedit",
     }  # fmt: skip
     parts = {
         "knowedit": ("wiki_recent", "zsre", "wikibio", "wiki_counterfact", "convsent", "sanitation"),
@@ -72,6 +72,8 @@ def test_the_whole_catalogue_is_registered() -> None:
         "akew": ("counterfact", "mquake_cf", "wikiupdate"),
         "leme": ("counterfact", "zsre"),
         "wikibigedit": WIKIBIGEDIT_STEPS,
+        "conflictedit": ("coverage", "reverse", "composite"),
+        "roundedit": ("easy", "hard"),
     }  # fmt: skip
     for family, names in parts.items():
         assert {n for n in FILED if n.startswith(f"{family}/")} == {f"{family}/{part}" for part in names}
@@ -504,3 +506,48 @@ def test_leme_and_fever() -> None:
     assert row["extra"]["coupled"][0]["properties"] == {"mother tongue": ["Dutch"]} and row["task"] == "longform"
     assert [r["target_new"] for r in only("fever")] == ["REFUTES", "SUPPORTS"]
     assert probes(only("fever")[1])["unrel_prompt"] == [("Acme makes tea.", [["REFUTES"]])]
+
+
+def test_two_edits_that_contradict_each_other() -> None:
+    prompts = SAMPLES / "conflictedit" / "conflict_prompts.json"
+    first, second = only("conflictedit/reverse", prompts=str(prompts))
+    assert (first["prompt"], first["target_new"], first["ground_truth"]) == (
+        "The father of Ada Bell is",
+        "Piet Mol",
+        ["Jan Bell"],
+    )
+    assert first["rephrase_prompts"] == ["Ada Bell was fathered by", "Ada Bell's dad is"]
+    assert first["group_id"] == second["group_id"] and (second["group_index"], second["group_size"]) == (1, 2)
+    assert (second["prompt"], second["target_new"]) == ("The child of Piet Mol is", "Eva Sund")
+    assert not first["portability"] and first["extra"]["conflict"] == "reverse"
+    # What holds after both: the father of the second edit's new child.
+    holds = [(p["name"], p["prompt"], p["ground_truth"]) for p in second["portability"]]
+    assert holds == [
+        ("Conflict", prompt, [["Piet Mol"]])
+        for prompt in ("The father of Eva Sund is", "Eva Sund was fathered by", "Eva Sund's dad is")
+    ]
+    composite = only("conflictedit/composite")[1]
+    assert composite["prompt"] == "The spouse of Jan Bell is"
+    # The mother of his child, by the fact that she is his wife; and the fact that ties the two, which should stay.
+    assert [(p["prompt"], p["ground_truth"]) for p in composite["portability"]] == [
+        ("The mother of Ada Bell is", [["Maja Lund"]])
+    ]
+    assert [(p["name"], p["prompt"], p["ground_truth"]) for p in composite["locality"]] == [
+        ("Tied_Fact", "The child of Jan Bell is", [["Ada Bell"]])
+    ]
+    again = only("conflictedit/coverage")[1]
+    assert again["prompt"] == "The father of Ada Bell is" and again["target_new"] == "Karl Oster"
+    assert [(p["prompt"], p["ground_truth"]) for p in again["portability"]] == [(again["prompt"], [["Karl Oster"]])]
+    with pytest.raises(DataError, match=r"one \{\} each"):
+        only("conflictedit/coverage", prompts={"P22": ["no slot"]})
+
+
+def test_there_and_back() -> None:
+    there, back = only("roundedit/easy", prompts={"P276": ["The place of {} is"]})
+    assert (there["target_new"], there["ground_truth"]) == ("Castle Arn", ["North Island"])
+    assert (back["target_new"], back["ground_truth"]) == ("North Island", ["Castle Arn"])
+    assert there["prompt"] == back["prompt"] and there["rephrase_prompts"] == back["rephrase_prompts"]
+    assert [(p["prompt"], p["ground_truth"]) for p in back["locality"]] == [
+        ("The Tidewater Tour is located in", [["South Island"], ["Mainland"]]),
+        ("The place of The Tidewater Tour is", [["South Island"], ["Mainland"]]),
+    ]

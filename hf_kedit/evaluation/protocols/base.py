@@ -8,7 +8,7 @@ is a subclass with the decorator `register_protocol`; the runner and the report 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -147,6 +147,25 @@ class Protocol(ABC):
 
     def changes(self, question: Question, before: Sequence[Any], after: Sequence[Any]) -> Numbers:
         """Further numbers that the outputs before and after an edit give together; they stand behind the edit."""
+        return {}
+
+    def stages(self, requests: Sequence[EditRequest]) -> Mapping[str, tuple[int, ...]]:
+        """States on the way through a unit that are asked about as well: name → places of the edits made by then.
+
+        Where there are any, the edits of a unit are made one after another, and `course` is told what came out.
+
+        Args:
+            requests: of the unit, in the order in which they are made.
+        """
+        return {}
+
+    def course(self, question: Question, states: Mapping[str, Sequence[Any]]) -> Numbers:
+        """Further numbers that the outputs of all states of a unit give together; they stand behind the edit.
+
+        Args:
+            question: of a section of the protocol's own.
+            states: outputs of the question's queries ``before``, at every stage, and ``after``.
+        """
         return {}
 
     def why_unscored(self, question: Question) -> str:

@@ -24,6 +24,8 @@ from .plan import Case
 logger = get_logger(__name__)
 STANDARD = ("rewrite", "rephrase", "locality", "portability")
 """Sections whose scores stand under their own name; other protocols name theirs in `Protocol.details`."""
+BEFORE, AFTER = "before", "after"
+"""The states that every edit has; a unit may have more between them."""
 Answers = Mapping[Query, Output]
 PromptTransform = Callable[[EditRequest, str], str]
 
@@ -38,6 +40,7 @@ class Exchange:
         posed: what is asked after the edit in their place: other prompts, where a method works through the prompt.
         before: outputs of the unedited model, one per query.
         after: outputs of the edited model.
+        between: stage of the unit (`Protocol.stages`) → outputs.
     """
 
     question: Question
@@ -45,19 +48,18 @@ class Exchange:
     posed: list[Query]
     before: list[Output] = field(default_factory=list)
     after: list[Output] = field(default_factory=list)
+    between: dict[str, list[Output]] = field(default_factory=dict)
 
-    def usable(self, protocol: Protocol) -> tuple[list[Any], list[Any], str]:
-        """The outputs before and after of the queries that could be run; if there are none that count, the reason."""
-        bad = [o.reason for pair in zip(self.before, self.after, strict=True) for o in pair if isinstance(o, Unscored)]
-        good = [
-            pair
-            for pair in zip(self.before, self.after, strict=True)
-            if not any(isinstance(output, Unscored) for output in pair)
-        ]
+    def usable(self, protocol: Protocol) -> tuple[dict[str, list[Any]], str]:
+        """The outputs of each state of the queries that could be run; if there are none that count, the reason."""
+        states = {BEFORE: self.before, **self.between, AFTER: self.after}
+        answers = list(zip(*states.values(), strict=True))
+        bad = [output.reason for answer in answers for output in answer if isinstance(output, Unscored)]
+        good = [answer for answer in answers if not any(isinstance(output, Unscored) for output in answer)]
         if bad and protocol.needs_all_outputs:
             good = []
         reason = "" if good else bad[0] if bad else protocol.why_unscored(self.question)
-        return [old for old, _ in good], [new for _, new in good], reason
+        return {name: [answer[i] for answer in good] for i, name in enumerate(states)}, reason
 
 
 class Asked:
@@ -89,6 +91,11 @@ class Asked:
         for exchange in self.exchanges:
             exchange.before = [before[query] for query in exchange.queries]
             exchange.after = [after[query] for query in exchange.posed]
+
+    def answer_between(self, stage: str, now: Answers) -> None:
+        """Fill in the answers at a stage of the unit."""
+        for exchange in self.exchanges:
+            exchange.between[stage] = [now[query] for query in exchange.posed]
 
     def to_score(self) -> Iterable[tuple[Question, list[Output]]]:
         """All that is scored, for `Protocol.prepare_scores`."""
@@ -142,9 +149,10 @@ class Asked:
     def _score(self, exchange: Exchange, result: CaseResult) -> str:
         """Note the scores of a question in the result; returns why there are none, empty if there are."""
         protocol, question = self.protocol, exchange.question
-        old, new, reason = exchange.usable(protocol)
+        states, reason = exchange.usable(protocol)
         if reason:
             return reason
+        old, new = states[BEFORE], states[AFTER]
         before, after = protocol.accuracy(question, old), protocol.accuracy(question, new)
         if question.section == "locality":
             try:
@@ -163,7 +171,7 @@ class Asked:
             result.pre.add_score(question.section, question.axis, before)
             result.post.add_score(question.section, question.axis, after)
         else:
-            return self._count(exchange, result, old, new, (before, after))
+            return self._count(exchange, result, states, (before, after))
         for half, outputs, score in ((result.pre, old, before), (result.post, new, after)):
             if score is not None:
                 for (section, key), value in protocol.details(question, outputs, score).items():
@@ -174,16 +182,16 @@ class Asked:
         self,
         exchange: Exchange,
         result: CaseResult,
-        old: Sequence[Any],
-        new: Sequence[Any],
+        states: Mapping[str, Sequence[Any]],
         scores: tuple[float | None, float | None],
     ) -> str:
-        """`_score` for a question of a section of the protocol's own: its numbers before, after, and of both."""
+        """`_score` for a question of a section of the protocol's own: its numbers before, after, and of all states."""
         protocol, question = self.protocol, exchange.question
+        old, new = states[BEFORE], states[AFTER]
         before, after = (
             protocol.details(question, outputs, score) for outputs, score in zip((old, new), scores, strict=True)
         )
-        changes = protocol.changes(question, old, new)
+        changes = {**protocol.changes(question, old, new), **protocol.course(question, states)}
         both = [place for place in before if place in after]
         for place in both:
             result.pre.add_number(*place, before[place])

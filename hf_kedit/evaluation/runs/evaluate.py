@@ -173,6 +173,11 @@ def evaluate_edits(
             system,
         )
         units = make_units(cases, setting, batch_size)
+        if setting != "single" and any(run.stages(unit) for unit in units):
+            raise EvaluationError(
+                "what is measured between the edits of a unit needs setting='single', which undoes each unit; not"
+                f" {setting!r}"
+            )
         plan = make_plan(units, setting, whens, checkpoints)
         settings = run.settings(cases, batch_size, whens, checkpoints)
         if chosen is not None:

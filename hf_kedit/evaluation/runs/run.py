@@ -160,11 +160,26 @@ class Run:
         with bar as steps, restored(self.model, keep_edits) if sequential else contextlib.nullcontext():
             for index in needed:
                 with contextlib.nullcontext() if sequential else restored(self.model):
-                    self.edit(units[index])
+                    self.make(units[index])
                     for step in by_unit.get(index, ()):
                         self.carry_out(step, [cases[n] for n in step.cases])
                 if steps is not None:
                     steps.update(len(units[index]))
+
+    def stages(self, unit: Sequence[Case]) -> dict[str, tuple[int, ...]]:
+        """What the protocols want to see on the way through a unit (`Protocol.stages`)."""
+        requests = [case.request for case in unit]
+        return {name: places for protocol in self.protocols for name, places in protocol.stages(requests).items()}
+
+    def look(self, stage: str, unit: Sequence[Case]) -> None:
+        """Ask about a unit at a stage of its edits."""
+        requests = [case.request for case in unit]
+        for protocol in self.protocols:
+            if stage in protocol.stages(requests):
+                group = self._posed(protocol, unit)
+                now = self.outputs(protocol, queries_of(group, posed=True))
+                for asked in group:
+                    asked.answer_between(stage, now)
 
     def carry_out(self, step: Step, cases: Sequence[Case]) -> None:
         """Measure one step and keep its results."""
@@ -289,10 +304,7 @@ class Run:
         results = []
         for protocol in self.protocols:
             began = time.perf_counter()
-            group = self.asked(protocol, cases)
-            if self.transform is not None:
-                for asked in group:
-                    asked.pose(self.transform)
+            group = self._posed(protocol, cases)
             before = self._before(protocol, queries_of(group))
             after = self.outputs(protocol, queries_of(group, posed=True))
             for asked in group:
@@ -304,7 +316,43 @@ class Run:
             results += measured
         return results
 
+    def _posed(self, protocol: Protocol, cases: Sequence[Case]) -> list[Asked]:
+        """The cases with their questions as the edited model is asked them."""
+        group = self.asked(protocol, cases)
+        if self.transform is not None:
+            for asked in group:
+                asked.pose(self.transform)
+        return group
+
     # -- editing
+
+    def make(self, unit: Sequence[Case]) -> None:
+        """Make the edits of a unit: together, or, where protocols look on the way, one after another."""
+        stages = self.stages(unit)
+        if not stages:
+            self.edit(unit)
+            return
+        looks: dict[int, str] = {}  # edits made → stage, of those that the way to the end passes through
+        for stage, places in stages.items():
+            if places == tuple(range(len(places))):
+                looks[len(places)] = stage
+            else:
+                with restored(self.model):
+                    self._edit_in_order([unit[place] for place in places])
+                    self.look(stage, unit)
+        self._edit_in_order(unit, looks)
+
+    def _edit_in_order(self, part: Sequence[Case], looks: Mapping[int, str] | None = None) -> None:
+        """Make edits of a unit one after another; where one cannot be made, the others are left out with it."""
+        for made, case in enumerate(part, start=1):
+            self.edit([case])
+            if case.number in self.failed:
+                about = self.failed[case.number]
+                for other in part:
+                    self.failed[other.number] = {**about, "case_id": other.number, "id": other.request.id}
+                return
+            if looks and made in looks:
+                self.look(looks[made], part)
 
     def edit(self, unit: Sequence[Case]) -> None:
         """Make the edits of a unit together; notes what each took, or why it could not be made."""
