@@ -37,8 +37,8 @@ from .normalise import RawRow, Record, fill_slots, make_probe, make_row
 from .sources import Source
 
 CONFLICT, TIED_FACT, TRUE_OBJECTS = "Conflict", "Tied_Fact", "True_Objects"
-TYPES = ("coverage", "reverse", "composite")
-PARTS = ("easy", "hard")
+CONFLICT_TYPES = ("coverage", "reverse", "composite")
+ROUND_PARTS = ("easy", "hard")
 _PUBLISHED = "https://github.com/zjunlp/PitfallsKnowledgeEditing (data/GPT-J/ or data/GPT2-XL/)"
 
 
@@ -109,7 +109,7 @@ def _probes(record: Record, axis: str, prompts: list[str], answers: list[list[st
     return [probe for prompt in prompts for probe in make_probe(record, axis, prompt, answers)]
 
 
-@register_records({f"conflictedit/{kind}": _source(f"{kind}_edit.json") for kind in TYPES})
+@register_records({f"conflictedit/{kind}": _source(f"{kind}_edit.json") for kind in CONFLICT_TYPES})
 def conflict_rows(
     record: Record,
     *,
@@ -132,8 +132,8 @@ def conflict_rows(
     """
     known = _prompts(prompts)
     kind, edits, triples = record.text("type"), record.children("edits"), record.children("triples")
-    if kind not in TYPES:
-        raise record.fail(f"must be one of {', '.join(TYPES)}", "type")
+    if kind not in CONFLICT_TYPES:
+        raise record.fail(f"must be one of {', '.join(CONFLICT_TYPES)}", "type")
     if len(edits) != 2:
         raise record.fail("must have two edits", "edits")
     first, second = (_fact(edit, known) for edit in edits)
@@ -157,7 +157,7 @@ def conflict_rows(
     )  # fmt: skip
 
 
-@register_records({f"roundedit/{part}": _source(f"{part}.json") for part in PARTS})
+@register_records({f"roundedit/{part}": _source(f"{part}.json") for part in ROUND_PARTS})
 def round_rows(
     record: Record,
     *,

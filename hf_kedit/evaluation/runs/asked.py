@@ -24,7 +24,7 @@ from .plan import Case
 logger = get_logger(__name__)
 STANDARD = ("rewrite", "rephrase", "locality", "portability")
 """Sections whose scores stand under their own name; other protocols name theirs in `Protocol.details`."""
-BEFORE, AFTER = "before", "after"
+BEFORE_EDITS, AFTER_EDITS = "before", "after"
 """The states that every edit has; a unit may have more between them."""
 Answers = Mapping[Query, Output]
 PromptTransform = Callable[[EditRequest, str], str]
@@ -52,7 +52,7 @@ class Exchange:
 
     def usable(self, protocol: Protocol) -> tuple[dict[str, list[Any]], str]:
         """The outputs of each state of the queries that could be run; if there are none that count, the reason."""
-        states = {BEFORE: self.before, **self.between, AFTER: self.after}
+        states = {BEFORE_EDITS: self.before, **self.between, AFTER_EDITS: self.after}
         answers = list(zip(*states.values(), strict=True))
         bad = [output.reason for answer in answers for output in answer if isinstance(output, Unscored)]
         good = [answer for answer in answers if not any(isinstance(output, Unscored) for output in answer)]
@@ -152,7 +152,7 @@ class Asked:
         states, reason = exchange.usable(protocol)
         if reason:
             return reason
-        old, new = states[BEFORE], states[AFTER]
+        old, new = states[BEFORE_EDITS], states[AFTER_EDITS]
         before, after = protocol.accuracy(question, old), protocol.accuracy(question, new)
         if question.section == "locality":
             try:
@@ -187,7 +187,7 @@ class Asked:
     ) -> str:
         """`_score` for a question of a section of the protocol's own: its numbers before, after, and of all states."""
         protocol, question = self.protocol, exchange.question
-        old, new = states[BEFORE], states[AFTER]
+        old, new = states[BEFORE_EDITS], states[AFTER_EDITS]
         before, after = (
             protocol.details(question, outputs, score) for outputs, score in zip((old, new), scores, strict=True)
         )

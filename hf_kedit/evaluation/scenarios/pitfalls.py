@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ...data.pitfalls import CONFLICT, TIED_FACT, TRUE_OBJECTS, TYPES
+from ...data.pitfalls import CONFLICT, CONFLICT_TYPES, TIED_FACT, TRUE_OBJECTS
 from ...errors import RequestError
 from ...requests import EditRequest, Probe
 from ..asking.scoring import PairScore
@@ -44,7 +44,7 @@ ROUNDS = register_metrics(
         "FR": Metric("share of cases in which more than half of them are", better="lower", share=True),
     },
 )  # fmt: skip
-FIRST, SECOND = "first edit", "second edit alone"
+FIRST_EDIT, SECOND_ALONE = "first edit", "second edit alone"
 _EARLIER = "first_of_two"
 
 
@@ -84,7 +84,7 @@ class _Course(PairProtocol):
         """
 
     def stages(self, requests: Sequence[EditRequest]) -> Mapping[str, tuple[int, ...]]:
-        return {FIRST: (0,)} if len(requests) == 2 else {}
+        return {FIRST_EDIT: (0,)} if len(requests) == 2 else {}
 
     def questions(self, request: EditRequest) -> list[Question]:
         earlier = request.metadata.get(_EARLIER)
@@ -125,7 +125,7 @@ class ConflictAnswers(_Course):
     name: ClassVar[str] = "conflict"
 
     def stages(self, requests: Sequence[EditRequest]) -> Mapping[str, tuple[int, ...]]:
-        alone = {SECOND: (1,)} if kind_of(requests[-1]) == "coverage" else {}
+        alone = {SECOND_ALONE: (1,)} if kind_of(requests[-1]) == "coverage" else {}
         return {**super().stages(requests), **alone} if len(requests) == 2 else {}
 
     def facts(self, prompts: list[str], target: str, second: EditRequest) -> dict[str, list[tuple[str, str]]]:
@@ -139,12 +139,12 @@ class ConflictAnswers(_Course):
     def course(self, question: Question, states: Mapping[str, Sequence[Any]]) -> Numbers:
         assert isinstance(question, FactsQuestion)
         p = {name: question.likelihoods(outputs) for name, outputs in states.items()}
-        if FIRST not in p:
+        if FIRST_EDIT not in p:
             return {}
         after = p["after"]
-        alone = (p[SECOND]["second"], p[SECOND]["first"]) if SECOND in p else None
+        alone = (p[SECOND_ALONE]["second"], p[SECOND_ALONE]["first"]) if SECOND_ALONE in p else None
         tied = (p["before"]["tied"], after["tied"]) if "tied" in after else None
-        numbers = conflict_scores(p[FIRST]["first"], after["first"], after["holds"], alone=alone, tied=tied)
+        numbers = conflict_scores(p[FIRST_EDIT]["first"], after["first"], after["holds"], alone=alone, tied=tied)
         return {(CONFLICTS, key): value for key, value in numbers.items()}
 
 
@@ -163,9 +163,9 @@ class RoundAnswers(_Course):
     def course(self, question: Question, states: Mapping[str, Sequence[Any]]) -> Numbers:
         assert isinstance(question, FactsQuestion)
         p = {name: question.likelihoods(outputs) for name, outputs in states.items()}
-        if FIRST not in p:
+        if FIRST_EDIT not in p:
             return {}
-        there, before, after = p[FIRST], p["before"], p["after"]
+        there, before, after = p[FIRST_EDIT], p["before"], p["after"]
         objects = [name for name in after if name != "new"]
         numbers = round_scores(
             (there["new"], there["old"]),
@@ -236,7 +236,7 @@ class ConflictEdit(_Two):
         "prompt, rephrase_prompts": "prompts over which a fact's probability is averaged",
         f"portability[{CONFLICT}]": "on the second edit: prompts with what holds after both",
         f"locality[{TIED_FACT}]": "on the second edit: the fact that ties the two, if there is one",
-        "extra.conflict": f"{', '.join(TYPES)}",
+        "extra.conflict": f"{', '.join(CONFLICT_TYPES)}",
     }
     layouts: ClassVar[Mapping[str, str]] = {"edits": "conflictedit/coverage"}
     needed: ClassVar[tuple[str, str]] = ("portability", CONFLICT)
@@ -246,8 +246,8 @@ class ConflictEdit(_Two):
 
     def check(self, second: EditRequest) -> None:
         """The kind of the conflict must be known."""
-        if kind_of(second) not in TYPES:
-            raise _bad(second, f"extra.conflict must be one of {', '.join(TYPES)}", "metadata")
+        if kind_of(second) not in CONFLICT_TYPES:
+            raise _bad(second, f"extra.conflict must be one of {', '.join(CONFLICT_TYPES)}", "metadata")
 
 
 @register_scenario
