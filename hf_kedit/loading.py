@@ -93,10 +93,10 @@ def _loader_of(config: Any, name: str) -> Any:
     """The class that loads a model with such a config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-    if getattr(config, "is_encoder_decoder", False):
-        return AutoModelForSeq2SeqLM
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
     if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     ):
@@ -155,8 +155,9 @@ def load_processor(
     except Exception as error:  # whatever is missing: a file, a package, a part of a processor
         try:
             return _without_videos(name, config, options)
-        except Exception as other:
-            reason = f"{type(error).__name__}: {error}" if str(error) else str(other)
+        except Exception as other:  # an ImportError names the package to install
+            named = other if isinstance(other, ImportError) or not str(error) else error
+            reason = f"{type(named).__name__}: {' '.join(str(named).split())}"
     logger.warning("no processor could be loaded from %r (%s); pass processor= to edit with images", name, reason)
     return None
 

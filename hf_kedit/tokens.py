@@ -16,7 +16,7 @@ import torch
 from .errors import ConfigError, RequestError
 from .text.joining import separator_between
 from .text.pictures import PicturedText
-from .text.processors import processed
+from .text.processors import answers_apart, processed
 from .text.scripts import HALF, is_writable
 
 if TYPE_CHECKING:
@@ -236,6 +236,8 @@ def encode_pair(
     """
     joint = separator_between(prompt, target) if separator is None else separator
     text = prompt + joint + target
+    if isinstance(prompt, PicturedText) and answers_apart(prompt.processor):
+        return _pair_apart(tokenizer, prompt, joint + target)
     encoded = encode_text(tokenizer, text)
     if encoded.offsets is not None:
         start = next(
@@ -268,6 +270,19 @@ def encode_pair(
     return EncodedPair(encoded.ids, start, encoded.offsets, text)
 
 
+def _pair_apart(tokenizer: PreTrainedTokenizerBase, prompt: PicturedText, answer: str) -> EncodedPair:
+    """A prompt and an answer that are tokenised apart, each of its own type (`answers_apart`)."""
+    encoded = encode_text(tokenizer, prompt)
+    after = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    assert isinstance(encoded.ids, TokenIds) and encoded.offsets is not None
+    beside = dict(encoded.ids.beside)
+    types = beside["token_type_ids"]
+    beside["token_type_ids"] = torch.cat([types, types.new_ones(1, len(after["input_ids"]))], dim=1)
+    offsets = [(a + len(prompt), b + len(prompt)) for a, b in after["offset_mapping"]]
+    ids = TokenIds([*encoded.ids, *map(int, after["input_ids"])], beside, encoded.ids.key)
+    return EncodedPair(ids, len(encoded.ids), [*encoded.offsets, *offsets], prompt + answer)
+
+
 def _pictured_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: TokenIds, start: int) -> TokenIds:
     """Ids of prompt and target, with what the processor made of the prompt alone where that has no part in the ids.
 
@@ -295,6 +310,17 @@ def encode_target(tokenizer: PreTrainedTokenizerBase, target: str, *, eos: bool 
     if eos and tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))
     return ids
+
+
+def decoder_lead(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Special tokens that the tokenizer puts before a decoder target (BART's ``<s>``, language codes)."""
+    encoded = tokenizer(text_target=target, return_special_tokens_mask=True)
+    lead: list[int] = []
+    for token, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        if not special:
+            break
+        lead.append(int(token))
+    return lead
 
 
 # ---------------------------------------------------------------------- positions

@@ -9,84 +9,38 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from hf_kedit.text.processors import without_videos
-
-VOCAB, HIDDEN, INNER, LAYERS, IMAGE, SIDE = 176, 32, 48, 3, 150, 28
-_CHARACTERS = ["▁", *(chr(c) for c in range(33, 127)), "\n"]
-_NAMED = ("<pad>", "<s>", "</s>", "<unk>")
-_IMAGE_TOKENS = (
-    *("<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<boi>", "<eoi>"),
-    *("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<img>", "</img>", "[IMG]", "[IMG_BREAK]"),
-    *("[IMG_END]", "<|image|>", "<row_1_col_1>", "<IMG_CONTEXT>"),
+from tests import seeing_more
+from tests.seeing_parts import (
+    HIDDEN,
+    IMAGE,
+    INNER,
+    LAYERS,
+    LLAMA,
+    MROPE,
+    QWEN2,
+    SIDE,
+    SQUARE,
+    TEXT,
+    VISION,
+    VOCAB,
+    tokenizer,
 )
-
-
-def tokenizer(image_token: str | None = "<image>", **extra: str) -> PreTrainedTokenizerFast:
-    """One token per character; tokens of pictures from id `IMAGE` on. ``None``: the processor names its token."""
-    vocabulary = {text: i for i, text in enumerate((*_NAMED, *_CHARACTERS))}
-    for i in range(len(vocabulary), IMAGE):
-        vocabulary[f"<unused{i}>"] = i
-    built = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    built.decoder = decoders.Metaspace(prepend_scheme="never")
-    names = [image_token or "<image>", *(name for name in _IMAGE_TOKENS if name != (image_token or "<image>"))]
-    built.add_special_tokens(names)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=built,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-        extra_special_tokens=extra if image_token is None else {"image_token": image_token, **extra},
-    )
-
-
-def picture(seed: int, width: int = 40, height: int = 40) -> Image.Image:
-    """Noise."""
-    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (height, width, 3), np.uint8))
-
-
-_TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_LLAMA = {"model_type": "llama", **_TEXT}
-_QWEN2 = {"model_type": "qwen2", **_TEXT}
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": 14,
-}
-_SQUARE = {"size": {"height": SIDE, "width": SIDE}}
+from tests.seeing_parts import picture as picture
 
 
 def _llava() -> tuple[Any, Any]:
     config = transformers.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **_VISION, "projection_dim": 16},
-        text_config=_LLAMA,
+        vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 16},
+        text_config=LLAMA,
         image_token_index=IMAGE,
         vision_feature_layer=-1,
     )
-    reader = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=_SQUARE["size"])
+    reader = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE["size"])
     processor = transformers.LlavaProcessor(
         reader,
         tokenizer(),
@@ -100,14 +54,14 @@ def _llava() -> tuple[Any, Any]:
 
 def _llava_onevision() -> tuple[Any, Any]:
     config = transformers.LlavaOnevisionConfig(
-        vision_config={"model_type": "siglip_vision_model", **_VISION},
-        text_config=_QWEN2,
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        text_config=QWEN2,
         image_token_index=IMAGE,
         video_token_index=IMAGE + 2,
         image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]],
     )
     reader = transformers.LlavaOnevisionImageProcessorPil(
-        **_SQUARE, image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]]
+        **SQUARE, image_grid_pinpoints=[[28, 28], [28, 56], [56, 28], [56, 56]]
     )
     kind = without_videos(transformers.LlavaOnevisionProcessor)
     processor = kind(
@@ -116,13 +70,12 @@ def _llava_onevision() -> tuple[Any, Any]:
     return config, processor
 
 
-_MROPE = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
 _PADS = {"image_token_id": IMAGE, "video_token_id": IMAGE + 2, "vision_start_token_id": IMAGE + 3}
 _PADS |= {"vision_end_token_id": IMAGE + 4}
 
 
 def _qwen(name: str, reader: str, vision: dict[str, Any], **text: Any) -> tuple[Any, Any]:
-    config = getattr(transformers, f"{name}Config")(text_config={**_MROPE, **text}, vision_config=vision, **_PADS)
+    config = getattr(transformers, f"{name}Config")(text_config={**MROPE, **text}, vision_config=vision, **_PADS)
     patch = vision.get("patch_size", 14)
     pixels = {"min_pixels": (2 * patch) ** 2, "max_pixels": (4 * patch) ** 2}
     images = getattr(transformers, reader)(patch_size=patch, merge_size=2, **pixels)
@@ -166,56 +119,45 @@ _OPT = {
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 _T5 = {
-    **{"model_type": "t5", "vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2},
+    **{"model_type": "t5", "vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": LAYERS},
     **{"num_decoder_layers": LAYERS, "num_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0},
+    "tie_word_embeddings": False,
 }
 
 
-def _blip2(text: dict[str, Any] = _OPT) -> tuple[Any, Any]:
+def _blip2(text: dict[str, Any] = _OPT, ends: str = "") -> tuple[Any, Any]:
     config = transformers.Blip2Config(
-        vision_config=_VISION, qformer_config=_QFORMER, text_config=text, num_query_tokens=4, image_token_index=IMAGE
+        vision_config=VISION, qformer_config=_QFORMER, text_config=text, num_query_tokens=4, image_token_index=IMAGE
     )
-    return config, transformers.Blip2Processor(
-        transformers.BlipImageProcessorPil(**_SQUARE), tokenizer(None), num_query_tokens=4
-    )
+    reader = transformers.BlipImageProcessorPil(**SQUARE)
+    return config, transformers.Blip2Processor(reader, tokenizer(None, ends=ends), num_query_tokens=4)
 
 
 def _instructblip() -> tuple[Any, Any]:
     config = transformers.InstructBlipConfig(
-        vision_config=_VISION, qformer_config=_QFORMER, text_config=_LLAMA, num_query_tokens=4, image_token_index=IMAGE
+        vision_config=VISION, qformer_config=_QFORMER, text_config=LLAMA, num_query_tokens=4, image_token_index=IMAGE
     )
-    reader = transformers.BlipImageProcessorPil(**_SQUARE)
+    reader = transformers.BlipImageProcessorPil(**SQUARE)
     return config, transformers.InstructBlipProcessor(reader, tokenizer(None), tokenizer(None), num_query_tokens=4)
 
 
 def _gemma3() -> tuple[Any, Any]:
     config = transformers.Gemma3Config(
-        text_config={**_TEXT, "head_dim": 8, "sliding_window": 64},
-        vision_config={"model_type": "siglip_vision_model", **_VISION},
+        text_config={**TEXT, "head_dim": 8, "sliding_window": 64},
+        vision_config={"model_type": "siglip_vision_model", **VISION},
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=IMAGE + 5,
         eoi_token_index=IMAGE + 6,
     )
-    reader = transformers.Gemma3ImageProcessorPil(**_SQUARE)
+    reader = transformers.Gemma3ImageProcessorPil(**SQUARE)
     words = tokenizer(boi_token="<boi>", eoi_token="<eoi>")
     return config, transformers.Gemma3Processor(reader, words, image_seq_length=4)
 
 
-def paligemma() -> tuple[Any, Any]:
-    text = {"model_type": "gemma", **_TEXT, "head_dim": 8}
-    vision = {"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False}
-    config = transformers.PaliGemmaConfig(
-        text_config=text, vision_config=vision, image_token_index=IMAGE, projection_dim=HIDDEN
-    )
-    reader = transformers.SiglipImageProcessorPil(**_SQUARE, image_seq_length=4)
-    reader.image_seq_length = 4
-    return config, transformers.PaliGemmaProcessor(reader, tokenizer())
-
-
 def _idefics3() -> tuple[Any, Any]:
     config = transformers.Idefics3Config(
-        text_config=_LLAMA, vision_config=_VISION, image_token_id=IMAGE, scale_factor=1, pad_token_id=0
+        text_config=LLAMA, vision_config=VISION, image_token_id=IMAGE, scale_factor=1, pad_token_id=0
     )
     reader = transformers.Idefics3ImageProcessorPil(
         size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
@@ -224,11 +166,11 @@ def _idefics3() -> tuple[Any, Any]:
 
 
 def _internvl() -> tuple[Any, Any]:
-    vision = {**_VISION, "image_size": [SIDE, SIDE], "patch_size": [14, 14], "use_mean_pooling": False}
+    vision = {**VISION, "image_size": [SIDE, SIDE], "patch_size": [14, 14], "use_mean_pooling": False}
     config = transformers.InternVLConfig(
-        vision_config=vision, text_config=_QWEN2, image_token_id=IMAGE, downsample_ratio=0.5
+        vision_config=vision, text_config=QWEN2, image_token_id=IMAGE, downsample_ratio=0.5
     )
-    reader = transformers.GotOcr2ImageProcessorPil(**_SQUARE, crop_to_patches=False)
+    reader = transformers.GotOcr2ImageProcessorPil(**SQUARE, crop_to_patches=False)
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     kind = without_videos(transformers.InternVLProcessor)
     words = tokenizer("<IMG_CONTEXT>", **named, video_token="<|video_pad|>")
@@ -242,24 +184,24 @@ def _mllama() -> tuple[Any, Any]:
         **{"supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "intermediate_layers_indices": [0]},
         **{"vision_output_dim": 32},
     }
-    text = {**_TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1], "vocab_size": VOCAB}
+    text = {**TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1], "vocab_size": VOCAB}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    reader = transformers.MllamaImageProcessorPil(**_SQUARE, max_image_tiles=2)
+    reader = transformers.MllamaImageProcessorPil(**SQUARE, max_image_tiles=2)
     return config, transformers.MllamaProcessor(reader, tokenizer("<|image|>"))
 
 
 def _llava_next() -> tuple[Any, Any]:
     pinpoints = [[28, 28], [28, 56], [56, 28]]
     config = transformers.LlavaNextConfig(
-        vision_config={"model_type": "clip_vision_model", **_VISION, "projection_dim": 16},
-        text_config=_LLAMA,
+        vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 16},
+        text_config=LLAMA,
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         image_grid_pinpoints=pinpoints,
     )
     reader = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size=_SQUARE["size"], image_grid_pinpoints=pinpoints
+        size={"shortest_edge": SIDE}, crop_size=SQUARE["size"], image_grid_pinpoints=pinpoints
     )
     return config, transformers.LlavaNextProcessor(
         reader,
@@ -278,12 +220,14 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "blip2": _blip2,
+    "blip2_t5": lambda: _blip2(_T5, "$A </s>"),
     "instructblip": _instructblip,
     "llava_next": _llava_next,
     "gemma3": _gemma3,
     "idefics3": _idefics3,
     "internvl": _internvl,
     "mllama": _mllama,
+    **seeing_more.FAMILIES,
 }
 
 
@@ -304,6 +248,8 @@ def _built(family: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
 def _empty(config: Any) -> PreTrainedModel:
     kind = transformers.AutoModelForImageTextToText._model_mapping[type(config)]
     model: PreTrainedModel = kind(config)
+    if config.model_type == "florence2":
+        model.generation_config.forced_bos_token_id = 1  # as the published ones have it
     return model.eval()
 
 

@@ -445,7 +445,8 @@ class Prompter:
         lead = 0
         while lead < len(ids) and ids[lead] in specials:
             lead += 1
-        if 0 < lead < len(ids) and ids[lead - 1] in pictures and not str(self.tokenizer.decode([ids[lead]])).strip():
+        shown = lead < len(ids) and not pictures.isdisjoint(ids[:lead])
+        if shown and not str(self.tokenizer.decode([ids[lead]])).strip():
             lead += 1  # the line break that belongs to the placeholder
         turn = self._last_turn(ids)
         lead = lead if turn is None else turn[0]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..requests import EditRequest, in_row
-from ..tokens import as_ids, encode_pair, encode_target, pad_id, pad_rows, prompt_ids
-from .forward import Positions, device_of, generation_inputs, logits_at, model_inputs
+from ..tokens import as_ids, decoder_lead, encode_pair, encode_target, pad_id, pad_rows, prompt_ids
+from .forward import Positions, decoder_start, device_of, generation_inputs, logits_at, model_inputs
 from .rows import check_length
 
 if TYPE_CHECKING:
@@ -81,12 +81,12 @@ def _encode(
     if model.config.is_encoder_decoder:
         encoded = prompt_ids(tokenizer, request.filled_prompt, encoder_decoder=True)
         targets = encode_target(tokenizer, request.target_new, eos=True)
-        begin = model.config.decoder_start_token_id
-        begin = tokenizer.pad_token_id if begin is None else begin
-        shifted = (int(begin), *targets[:-1])  # the decoder sees the target shifted right by one
+        begin = (decoder_start(model), *decoder_lead(tokenizer, request.target_new))
+        last, count = len(begin) - 1, len(targets)
         if objective == "prompt_last":
-            return Example(as_ids(encoded), (0,) * len(targets), tuple(targets), shifted[:1])
-        return Example(as_ids(encoded), tuple(range(len(targets))), tuple(targets), shifted)
+            return Example(as_ids(encoded), (last,) * count, tuple(targets), begin)
+        positions = tuple(range(last, last + count))  # the decoder sees the target shifted right by one
+        return Example(as_ids(encoded), positions, tuple(targets), (*begin, *targets[:-1]))
     pair = encode_pair(tokenizer, request.filled_prompt, request.target_new, request.separator_or(separator))
     last = pair.prompt_length - 1
     if objective == "prompt_last":

@@ -17,7 +17,7 @@ from ..anatomy.outputs import hooks, replace_block_output
 from ..anatomy.probing import evaluating
 from ..anatomy.switching import Switch, switched
 from ..errors import ConfigError
-from ..tokens import TokenBatch
+from ..tokens import TokenBatch, TokenIds
 from .access import alone
 from .weights import compute_device
 
@@ -59,11 +59,36 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
 def generation_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     """What ``generate`` takes of a padded batch, which counts positions itself: ids, mask, and pictures if any."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if not batch.beside:
-        return inputs | _blank(model, batch)
-    dtype = next(iter(_inner(model).parameters())).dtype
-    pictures = batch.pictures()
-    return inputs | {name: t.to(dtype) if t.is_floating_point() else t for name, t in pictures.items()}
+    if batch.beside:
+        dtype = next(iter(_inner(model).parameters())).dtype
+        inputs |= {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.pictures().items()}
+    else:
+        inputs |= _blank(model, batch)
+    if _inner(model).config.model_type == "paligemma":
+        # A text without pictures is read as an answer is, in one direction: without types, whether the model looks
+        # ahead would depend on the padding.
+        alone = torch.tensor([not row for row in batch.beside or [{}] * len(batch.starts)], device=batch.starts.device)
+        types = inputs.get("token_type_ids", torch.zeros_like(batch.input_ids))
+        inputs["token_type_ids"] = types.masked_fill(alone[:, None], 1)
+    return inputs
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that the decoder of an encoder-decoder begins with; a model that sees keeps it with its text stack."""
+    config = model.config
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        for holder in (config, config.get_text_config(decoder=True), getattr(model, "generation_config", None)):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                return value
+    return 0
+
+
+def seen_from(model: torch.nn.Module, ids: Sequence[int], position: int) -> int:
+    """How many of a row's tokens decide what is read at a position: PaliGemma's tokens see all of their prompt."""
+    if isinstance(ids, TokenIds) and _inner(model).config.model_type == "paligemma":
+        return max(position + 1, int((ids.beside["token_type_ids"] == 0).sum()))
+    return position + 1
 
 
 def image_ids(model: torch.nn.Module) -> set[int]:

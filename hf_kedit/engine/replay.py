@@ -320,9 +320,13 @@ class Replay:
     # ------------------------------------------------------------------ checking
 
     def _route_key(self) -> tuple[Any, ...]:
-        # Without a column before the window a comparison says nothing of prefixes.
-        pictured = bool(self.batch.beside)
-        return (self.layer, self.behind, self.start > 0, pictured, str(next(self.model.parameters()).dtype))
+        # Without a column before the window a comparison says nothing of prefixes, nor does a window with one column
+        # of a prompt that is read in both directions of one with several.
+        pictured, ahead = bool(self.batch.beside), 0
+        for row, first in zip(self.batch.beside, self.batch.starts.tolist(), strict=False):
+            if "token_type_ids" in row:
+                ahead = max(ahead, int((row["token_type_ids"][0, max(self.start - first, 0) :] == 0).sum()))
+        return (self.layer, self.behind, self.start > 0, pictured, ahead > 1, str(next(self.model.parameters()).dtype))
 
     def _verified(self) -> dict[tuple[Any, ...], Route]:
         return _ROUTES.setdefault(self.model, {})

@@ -21,7 +21,7 @@ from ..anatomy.switching import Switch
 from ..logging import get_logger
 from ..tokens import TokenBatch, pad_rows
 from .capture import Tap, capture_at, listen
-from .forward import device_of
+from .forward import device_of, seen_from
 from .replay import added_at, passed_through, recorded_structures
 from .rows import Row
 
@@ -78,12 +78,13 @@ class Sweep:
         self._chunks = []
         for start in range(0, len(order), chunk):
             places = order[start : start + chunk]
-            batch = pad_rows([rows[i].ids[: rows[i].fact + 1] for i in places], fill, side="right").to(device)
+            needed = [rows[i].ids[: seen_from(model, rows[i].ids, rows[i].fact)] for i in places]
+            batch = pad_rows(needed, fill, side="right").to(device)
             self._chunks.append(_Chunk(places, batch, torch.tensor([rows[i].fact for i in places], device=device)))
         width = next(model.parameters()).element_size() * anatomy.hidden_size
-        needed = width * sum(chunk.batch.input_ids.numel() for chunk in self._chunks)
+        size = width * sum(chunk.batch.input_ids.numel() for chunk in self._chunks)
         restartable = not anatomy.is_encoder_decoder and anatomy.one_stream is not False
-        self.restart = restart and restartable and needed <= kept
+        self.restart = restart and restartable and size <= kept
 
     def read(
         self, taps: Sequence[Tap], layer: int, *, offsets: Mapping[str, torch.Tensor] | None = None

@@ -30,7 +30,7 @@ from ..anatomy.structure import unwrap
 from ..anatomy.switching import Switch
 from ..engine.batches import in_batches
 from ..engine.capture import Tap, as_rows, listen, rewritten
-from ..engine.forward import Positions, device_of, frozen_eval, logits_at, model_inputs
+from ..engine.forward import Positions, decoder_start, device_of, frozen_eval, logits_at, model_inputs
 from ..engine.weights import get_module
 from ..errors import AnatomyError, ConfigError, UnsupportedModelError
 from ..logging import get_logger, progress
@@ -187,11 +187,9 @@ class _Text:
         encoded = encode_prompt(tokenizer, fact.prompt)
         subject = span_tokens(tokenizer, encoded, fact.span)
         if getattr(model.config, "is_encoder_decoder", False):
-            start = model.config.decoder_start_token_id
             ids = prompt_ids(tokenizer, fact.prompt, encoder_decoder=True)
             answers = [encode_target(tokenizer, a) for a in fact.answers]
-            begin = int(tokenizer.pad_token_id if start is None else start)
-            return cls(list(ids), subject, begin, len(encoded.ids), candidates=answers)
+            return cls(list(ids), subject, decoder_start(model), len(encoded.ids), candidates=answers)
         pairs = [encode_pair(tokenizer, fact.prompt, a, fact.separator) for a in fact.answers]
         answers = [list(p.target_ids) for p in pairs if p.prompt_ids == encoded.ids]
         return cls(list(encoded.ids), subject, None, len(encoded.ids), candidates=answers)

@@ -13,7 +13,12 @@ from ..errors import RequestError
 from .chat import ChatFrame, chat_frame
 from .pictures import Picture, PicturedText, PictureFrame
 
-_WRAPPED = {"<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>"}  # Qwen's stands between two tokens
+_WRAPPED = {  # what stands between two tokens
+    "Qwen": ("<|vision_start|>", "<|vision_end|>"),
+    "Glm4": ("<|begin_of_image|>", "<|end_of_image|>"),
+}
+_PLACES_ITSELF = ("Blip2", "InstructBlip", "Florence2")
+_APART = "PaliGemmaProcessor"
 
 
 def sees(processor: Any) -> bool:
@@ -47,27 +52,31 @@ def picture_frame(
 
     Raises:
         ChatTemplateError: if the template cannot write the conversation.
-        RequestError: for PaliGemma, whose prompt is read in both directions, and its answer behind a mask of its own.
     """
-    if type(processor).__name__ == "PaliGemmaProcessor":
-        raise RequestError(
-            "PaliGemma reads a prompt and its answer by different masks, which edits of pictures do not know; use"
-            " another family (docs/families.md)",
-            field="image",
-        )
     if messages is None:
-        return PictureFrame(placeholder(processor) * len(pictures), "", None, tuple(pictures), processor)
+        after = "\n" if answers_apart(processor) else ""
+        return PictureFrame(placeholder(processor) * len(pictures), after, None, tuple(pictures), processor)
     frame: ChatFrame = chat_frame(_Writer(processor, len(pictures)), messages)  # type: ignore[arg-type]
     return PictureFrame(frame.before, frame.after, frame.varied, tuple(pictures), processor)
 
 
 def placeholder(processor: Any) -> str:
-    """The text that stands for one picture; empty where the processor puts it there itself (BLIP-2)."""
-    token = getattr(processor, "image_token", None)
-    if token is None or hasattr(processor, "num_query_tokens"):
+    """The text that stands for one picture; empty where the processor puts it there itself (BLIP-2, Florence-2)."""
+    token, kind = getattr(processor, "image_token", None), type(processor).__name__
+    if token is None or kind.startswith(_PLACES_ITSELF):
         return ""
     token = str(getattr(token, "content", token))
-    return _WRAPPED.get(token, token + "\n")
+    before, behind = next((marks for name, marks in _WRAPPED.items() if kind.startswith(name)), ("", ""))
+    return before + token + (behind or ("" if answers_apart(processor) else "\n"))
+
+
+def answers_apart(processor: Any) -> bool:
+    """Whether a prompt and its answer are two texts: PaliGemma reads a prompt in both directions, its answer in one.
+
+    The processor ends such a prompt with a line break, and `processed` leaves that to it. Tokens of an answer have
+    1 as `token_type_ids`, those of a prompt 0.
+    """
+    return type(processor).__name__ == _APART
 
 
 def shown_text(text: str) -> str:
@@ -111,8 +120,9 @@ def processed(text: PicturedText) -> tuple[list[int], dict[str, Any]]:
         RequestError: if the processor does not take text and pictures together.
     """
     images = [picture.image for picture in text.pictures]
+    written = str(text).removesuffix("\n") if answers_apart(text.processor) else str(text)
     try:
-        inputs = dict(text.processor(images=images, text=str(text), return_tensors="pt"))
+        inputs = dict(text.processor(images=images, text=written, return_tensors="pt"))
     except Exception as error:  # processors are programs of others, and raise what they like
         raise RequestError(
             f"the processor ({type(text.processor).__name__}) cannot read {len(images)} picture(s) with the text"
@@ -120,5 +130,6 @@ def processed(text: PicturedText) -> tuple[list[int], dict[str, Any]]:
             field="image",
         ) from error
     ids = [int(i) for i in inputs.pop("input_ids")[0]]
-    inputs.pop("attention_mask", None)
+    for name in ("attention_mask", "labels"):  # PaliGemma's are those of no answer
+        inputs.pop(name, None)
     return ids, inputs

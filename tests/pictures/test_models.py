@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from transformers import pipeline
 
 from hf_kedit import EditableModel, EditRequest, Probe, evaluate_edits
 from hf_kedit.config import EditConfig
+from hf_kedit.engine.weights import model_digest
 from hf_kedit.evaluation.asking.scoring import score_pairs
-from tests.pictures.test_edits import FACTS, SETTINGS
+from hf_kedit.loading import load_processor
+from tests.pictures.test_edits import FACTS, SETTINGS, holds
 from tests.seeing import picture, seeing
 
 FT = EditConfig.from_dict({"edit_type": "ft-m", **SETTINGS["ft-m"]})
@@ -27,6 +30,29 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("family", ["blip2_t5", "florence2", "paligemma", "glm4v"])
+def test_a_model_is_found_by_its_name_with_its_processor(family: str, tmp_path: Path) -> None:
+    model, processor = seeing(family)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    edited = EditableModel.from_pretrained(tmp_path, FT)
+    assert type(edited.base_model) is type(model) and type(edited.processor).__name__ == type(processor).__name__
+    before = model_digest(edited.base_model)
+    edited.edit(**FACTS[1], show_progress=False)
+    assert holds(edited, FACTS[1])[0]
+    edited.rollback()
+    assert model_digest(edited.base_model) == before == model_digest(model)
+
+
+def test_a_package_that_a_processor_lacks_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, processor = seeing("smolvlm")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with mock.patch("transformers.models.smolvlm.processing_smolvlm.num2words", None):
+        assert load_processor(str(tmp_path), model.config) is None
+    assert "num2words" in caplog.text and "processor=" in caplog.text
 
 
 _AGAIN = """

@@ -69,15 +69,6 @@ def make_batches(
         yield group
 
 
-def decoder_start(model: PreTrainedModel) -> int:
-    for config in (model.config, getattr(model, "generation_config", None)):
-        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                return value
-    return 0
-
-
 def stand_in_bos(tokenizer: PreTrainedTokenizerBase) -> int:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(tokenizer, name, None)

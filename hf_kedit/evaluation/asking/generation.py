@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ...anatomy.switching import Switch, switched
-from ...engine.forward import device_of, frozen_eval, generating, generation_inputs
+from ...engine.forward import decoder_start, device_of, frozen_eval, generating, generation_inputs
 from ...errors import ChatTemplateError, EvaluationError, shown
 from ...remote.backend import TextOrMessages
 from ...remote.model import RemoteModel
@@ -31,7 +31,6 @@ from ...tokens import context_length, pad_id, pad_rows, prompt_ids
 from .batching import (
     TOKEN_BUDGET,
     cut_left,
-    decoder_start,
     is_encoder_decoder,
     make_batches,
     stand_in_bos,
@@ -208,7 +207,7 @@ def _generate_batch(
     encoder_decoder = is_encoder_decoder(model)
     # An encoder reads padding on the right as in training; a decoder must have its prompt at the right edge.
     batch = pad_rows(rows, pad_id(tokenizer), "right" if encoder_decoder else "left").to(device_of(model))
-    criteria = [_FirstLineWritten(tokenizer, 0 if encoder_decoder else batch.input_ids.shape[1])] if cut_lines else []
+    criteria = [_FirstLineWritten(tokenizer)] if cut_lines else []
     output = model.generate(
         **generation_inputs(model, batch),
         generation_config=config,
@@ -217,9 +216,9 @@ def _generate_batch(
     )
     new = output[:, 1:] if encoder_decoder else output[:, batch.input_ids.shape[1] :]
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    for number, row in enumerate(new.tolist()):
+    for row in new.tolist():
         end = next((i for i, token in enumerate(row) if token in ends), None)
-        stop = criteria[0].written.get(number) if criteria else None
+        stop = criteria[0].line(row) if criteria else None
         length = min(len(row) if end is None else end, len(row) if stop is None else stop)
         text = str(tokenizer.decode(row[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         cut = [text.find(s) for s in (*(["\n"] if cut_lines else []), *stop_strings) if s in text]
@@ -248,24 +247,25 @@ class _SeededTopK(LogitsProcessor):
 class _FirstLineWritten(StoppingCriteria):
     """Ends a row once it has written a newline, behind which the answer is cut anyway.
 
-    ``written`` maps the row to the number of new tokens it had then; what follows is padding.
+    It remembers nothing of the rows: what stands between a model and its callers may generate them in several calls.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_width: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.prompt_width = prompt_width
         self.has_newline: dict[int, bool] = {}
-        self.written: dict[int, int] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        last: list[int] = input_ids[:, -1].tolist()
-        for number, token in enumerate(last):
-            if token not in self.has_newline:
-                self.has_newline[token] = "\n" in self.tokenizer.decode([token])
-            if self.has_newline[token]:
-                self.written.setdefault(number, input_ids.shape[1] - self.prompt_width)
-        done = [number in self.written for number in range(input_ids.shape[0])]
+        done = [self._ends(token) for token in input_ids[:, -1].tolist()]
         return torch.tensor(done, device=input_ids.device, dtype=torch.bool)
+
+    def line(self, row: Sequence[int]) -> int | None:
+        """How many of a row's new tokens belong to its first line, the newline included; padding follows."""
+        return next((i + 1 for i, token in enumerate(row) if self._ends(token)), None)
+
+    def _ends(self, token: int) -> bool:
+        if token not in self.has_newline:
+            self.has_newline[token] = "\n" in self.tokenizer.decode([token])
+        return self.has_newline[token]
 
 
 def _greedy_config(

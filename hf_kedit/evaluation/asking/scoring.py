@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...books.sites import prompt_lengths
-from ...engine.forward import Positions, accepts, device_of, frozen_eval, gather_logits
+from ...engine.forward import Positions, accepts, decoder_start, device_of, frozen_eval, gather_logits
 from ...errors import EvaluationError, RequestError
 from ...remote.backend import TargetScores
 from ...remote.model import RemoteModel
 from ...tokens import (
     as_ids,
     context_length,
+    decoder_lead,
     encode_pair,
     encode_target,
     encode_text,
@@ -34,7 +35,6 @@ from ...tokens import (
 from .batching import (
     TOKEN_BUDGET,
     cut_left,
-    decoder_start,
     is_encoder_decoder,
     make_batches,
     stand_in_bos,
@@ -268,7 +268,7 @@ def encode_row(
     if is_encoder_decoder(model):
         source = prompt_ids(tokenizer, prompt, encoder_decoder=True)
         source, cut = cut_left(tokenizer, source, len(source), limit)
-        lead = _decoder_lead(tokenizer, target)
+        lead = decoder_lead(tokenizer, target)
         labels = [*lead, *encode_target(tokenizer, target)]
         decoder = (decoder_start(model), *labels[:-1])  # labels shifted right by one
         return TargetRow(as_ids(source), decoder, len(lead), tuple(labels[len(lead) :]), cut)
@@ -285,17 +285,6 @@ def encode_row(
     fed = ids[:-1]  # nothing is read off the last target token
     fed, cut = cut_left(tokenizer, fed, start, limit)
     return TargetRow(as_ids(fed), None, start - 1 - cut, wanted, cut)
-
-
-def _decoder_lead(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
-    """Special tokens that the tokenizer puts before a decoder target (BART's ``<s>``, language codes)."""
-    encoded = tokenizer(text_target=target, return_special_tokens_mask=True)
-    lead: list[int] = []
-    for token, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-        if not special:
-            break
-        lead.append(int(token))
-    return lead
 
 
 def target_logits(
