@@ -37,6 +37,7 @@ from .logging import get_logger
 from .remote.backend import TextBackend
 from .remote.model import RemoteModel
 from .statistics.corpora import Corpus
+from .storage.files import write_text
 from .storage.repository import cached_commit
 
 if TYPE_CHECKING:
@@ -322,13 +323,13 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             rephrasings: a conversation for each other wording, too.
 
         Raises:
+            ArtifactError: if the file cannot be written.
             DataError: if the model carries no edits.
         """
         lines = finetune_lines(
             [edit.request for edit in self.edits], system=system, least=least, rephrasings=rephrasings
         )
-        Path(file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return Path(file)
+        return write_text(Path(file), "".join(line + "\n" for line in lines))
 
     def explain(self, prompt: str) -> list[RouteCandidate]:
         """Which edits of `auto` a prompt is compared with, the nearest first, and whether one of them claims it.

@@ -116,6 +116,11 @@ class EditRequest:
         if not isinstance(self.metadata, Mapping):
             self._fail(f"must be a dict, not {type(self.metadata).__name__}", "metadata")
         check_plain("metadata", self.metadata, self._fail)
+        for name in ("target_neg", "loc_prompt"):  # which methods read as texts
+            if self.metadata.get(name) not in (None, ""):
+                self._check_text(name, self.metadata[name])
+        if self.metadata.get("erase"):
+            self.metadata = {**self.metadata, "erase": _erased(self.metadata["erase"], self.row)}
 
     # ------------------------------------------------------------------ text
 
@@ -381,7 +386,6 @@ class EditRequest:
         if not metadata.get("erase") and isinstance(extra, Mapping) and extra.get("erase"):
             metadata["erase"] = extra["erase"]
         if metadata.get("erase"):
-            metadata["erase"] = _erased(metadata["erase"], row)
             data["target_new"] = data.get("target_new") or ERASED
         unknown = [name for name in data if name not in _FIELDS]
         if unknown:

@@ -329,6 +329,13 @@ LONE = "\ud83d"
         ({"metadata": {"a": (1, 2)}}, "metadata.a"),
         ({"metadata": {1: "a"}}, "metadata"),
         ({"metadata": {"a": {None: 1}}}, "metadata.a"),
+        ({"metadata": {"target_neg": 5}}, "target_neg"),
+        ({"metadata": {"target_neg": ["x"]}}, "target_neg"),
+        ({"metadata": {"target_neg": " "}}, "target_neg"),
+        ({"metadata": {"loc_prompt": {}, "a": 1}}, "loc_prompt"),
+        ({"metadata": {"erase": 5}}, "erase"),
+        ({"metadata": {"erase": ["x", 5]}}, "erase"),
+        ({"metadata": {"erase": {"x": 1}}}, "erase"),
     ],
 )
 def test_what_could_be_edited_but_never_saved_is_refused_at_once(change: dict[str, Any], field: str) -> None:
@@ -363,3 +370,8 @@ def test_a_row_may_bring_its_separator(tmp_path: Path) -> None:
     assert "separator" not in EditRequest(**GOOD).to_dict()  # files are as they were
     (tmp_path / "r.jsonl").write_text(json.dumps(GOOD | {"separator": ""}))
     assert load_requests(tmp_path / "r.jsonl")[0].separator == ""
+
+
+def test_answers_that_are_to_go_are_a_list_however_they_are_named() -> None:
+    assert EditRequest(**GOOD, metadata={"erase": "chess"}).unwanted == ["chess"]
+    assert EditRequest.from_dict(GOOD | {"erase": "chess"}).unwanted == ["chess"]

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import ArtifactError
 from ..storage.display import percent
+from ..storage.files import write_text
 from .hub import back_to
 from .models import BaseOption, DeviceOption, Dtype, DtypeOption, TrustOption, edits_at, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console
@@ -89,8 +90,7 @@ def export_finetune(
         raise ArtifactError(f"{source!r} holds no saved edits (no edit_config.json), and is no file of requests")
     requests = requests_of(source) if artifact is None else [edit.request for edit in artifact.journal]
     lines = finetune_lines(requests, system=system, least=least, rephrasings=rephrasings)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_text(output, "".join(line + "\n" for line in lines))
     data = {"output": str(output), "edits": len(requests), "lines": len(lines)}
 
     def show(console: Any) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from ..config import easyedit as easyedit_hparams
 from ..config import read_mapping
+from ..storage.files import write_text
 from .output import DebugOption, Format, FormatOption, command, emit, error_console
 
 
@@ -34,7 +35,7 @@ def convert_hparams(
     text = f"# From EasyEdit's {source.name}{f' for {model}' if model else ''}.\n"
     text += yaml.safe_dump(_plain(lines), sort_keys=False)
     if output is not None:
-        output.write_text(text, encoding="utf-8")
+        write_text(output, text)
     data["output"] = None if output is None else str(output)
 
     def show(console: Any) -> None:

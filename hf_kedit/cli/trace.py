@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import check_extra
+from ..storage.files import write_text
 from .models import BaseOption, DeviceOption, DtypeOption, ModelOption, RevisionOption, TrustOption, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit
 from .pictures import PlotOption, check_plot
@@ -166,9 +167,8 @@ def _write(report: TraceReport, suggestion: LayerSuggestion | None, folder: Path
 
     files = [report.save(folder / "trace.json")]
     if suggestion is not None:
-        path = folder / "layers.json"
-        path.write_text(json.dumps(suggestion.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        files.append(path)
+        said = json.dumps(suggestion.to_dict(), ensure_ascii=False, indent=1) + "\n"
+        files.append(write_text(folder / "layers.json", said))
     if plots and report.traces:
         if len(report.traces) > 1:
             files.append(save_figure(plot_average(report), folder / "average.png"))

@@ -23,7 +23,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAd
 from ..errors import ConfigError, LayerError, nearest, shown
 from ..logging import get_logger, info_once, warn_once
 from ..registry import CONFIGS, normalise
-from ..storage.files import first_time
+from ..storage.files import first_time, write_text
 from ..text.chat import TextFormat
 from ..text.scripts import HALF, is_writable
 from .easyedit import convert_hparams
@@ -351,10 +351,12 @@ class EditConfig(metaclass=_OldNames):
         return converted.config
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``edit_config.json`` into a folder (made if needed)."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write ``edit_config.json`` into a folder (made if needed).
+
+        Raises:
+            ArtifactError: if it cannot be written.
+        """
+        write_text(Path(save_directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls: type[C], path: str | Path) -> C:

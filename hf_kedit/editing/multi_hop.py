@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..books.prompt_book import PromptBook
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..journal import Journal
 from ..requests import EditRequest
 from ..text.joining import separator_between
@@ -91,10 +91,12 @@ def answer_by_hops(
         candidates: facts that are looked at for each of them.
 
     Raises:
-        ConfigError: for a number below 1.
+        ConfigError: for a number below 1, or a question that is no text.
     """
-    if most_hops < 1 or candidates < 1:
-        raise ConfigError("most_hops and candidates must be at least 1")
+    if not isinstance(question, str) or not question.strip():
+        raise ConfigError(f"question must be a text, not {shown(question)}")
+    if not all(isinstance(number, int) and number >= 1 for number in (most_hops, candidates)):
+        raise ConfigError("most_hops and candidates must be whole numbers of at least 1")
     hops: list[Hop] = []
     text = _STEP.replace("{question}", question)
     while len(hops) < most_hops:

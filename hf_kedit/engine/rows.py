@@ -140,8 +140,15 @@ def check_lengths(model: PreTrainedModel, rows: Sequence[Row], requests: Sequenc
         check_length(model, requests[row.owner], len(row.ids) + 1)
 
 
-def check_length(model: PreTrainedModel, request: EditRequest, tokens: int) -> None:
-    """Raise if a request's prompt and target do not fit into the model's context.
+def check_length(
+    model: PreTrainedModel,
+    request: EditRequest,
+    tokens: int,
+    *,
+    what: str = "prompt and target have",
+    field: str = "target_new",
+) -> None:
+    """Raise if a text of a request (by default its prompt with its target) does not fit into the model's context.
 
     Raises:
         TargetTooLongError: naming the request.
@@ -149,8 +156,8 @@ def check_length(model: PreTrainedModel, request: EditRequest, tokens: int) -> N
     limit = context_length(model.config)
     if limit is not None and tokens > limit:
         raise TargetTooLongError(
-            f"prompt and target have {tokens} tokens, the model's context has {limit}",
+            f"{what} {tokens} tokens, the model's context has {limit}",
             row=request.row,
-            field="target_new",
+            field=field,
             request_id=request.id,
         )

@@ -18,6 +18,7 @@ from ..drawing.marks import heat_map
 from ..drawing.style import SMALL, SOFT, as_label, house_style, name_figure, new_figure
 from ..errors import RequestError
 from ..requests import EditRequest
+from ..storage.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -238,11 +239,12 @@ class TraceReport:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write `to_dict` as JSON (folders are made); returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        return path
+        """Write `to_dict` as JSON (folders are made); returns the path.
+
+        Raises:
+            ArtifactError: if it cannot be written.
+        """
+        return write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
 
 
 def _rounded(table: torch.Tensor) -> Any:

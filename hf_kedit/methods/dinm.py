@@ -140,6 +140,11 @@ class DINM(Method):
         super().check(requests)
         for request in requests:
             in_row(self._examples, request)
+            if unwanted := request.metadata.get("target_neg"):  # read by itself, where the layer is located
+                tokens = len(encode_text(self.bench.tokenizer, unwanted).ids)
+                check_length(
+                    self.bench.model, request, tokens, what="the answer that is to go has", field="target_neg"
+                )
         self.unlikelihood(requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:

@@ -77,7 +77,7 @@ class DPO(LoRA):
         """Check as LoRA does, and the answers that are to go as far as the requests name them."""
         super().check(requests)
         for request in requests:
-            if request.metadata.get(REJECTED) == request.target_new:
+            if str(request.metadata.get(REJECTED)).strip() == request.target_new:
                 raise RequestError("is the new answer itself", row=request.row, field=REJECTED, request_id=request.id)
         self._examples([rejected for r in requests if (rejected := self._rejected(r)) is not None])
 

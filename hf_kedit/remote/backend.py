@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ..errors import BackendError, shown
 from ..text.chat import Messages, with_system
+from ..text.scripts import HALF, is_writable
 from .endpoint import Endpoint
 
 TextOrMessages = str | Messages
@@ -29,7 +32,7 @@ class TextBackend(Protocol):
         Args:
             prompt: a text or a conversation.
             max_new_tokens: at most so many tokens.
-            stop: end before the first of these.
+            stop: end before the first of these texts.
             temperature: 0 for the most probable text.
         """
 
@@ -48,6 +51,35 @@ class TargetScores:
 
     log_probabilities: tuple[float, ...]
     most_probable: tuple[bool, ...]
+
+
+def check_asked(prompt: Any, max_new_tokens: Any, stop: Any, temperature: Any) -> tuple[str, ...]:
+    """Check what a backend is asked, and return the texts before which the answer ends.
+
+    Raises:
+        BackendError: if it is not as `TextBackend.generate` describes it.
+    """
+    is_chat = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    said = prompt if is_chat else [{"role": "user", "content": prompt}]
+    if not said:
+        raise BackendError("a conversation has at least one message")
+    for turn in said:
+        texts = [turn.get("role"), turn.get("content")] if isinstance(turn, Mapping) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise BackendError(
+                f'{shown(prompt)} is neither a text nor a conversation such as [{{"role": "user", "content": "…"}}]'
+            )
+        if not all(is_writable(str(text)) for text in texts):
+            raise BackendError(f"the prompt {HALF}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
+    if not all(isinstance(text, str) and text and is_writable(text) for text in stops):
+        raise BackendError(f"stop must be texts that are not empty, not {shown(stop)}")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise BackendError(f"max_new_tokens must be a whole number of at least 1, not {shown(max_new_tokens)}")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature < math.inf:
+        raise BackendError(f"temperature must be a number of at least 0, not {shown(temperature)}")
+    return stops
 
 
 class OpenAICompatibleBackend:
@@ -90,14 +122,20 @@ class OpenAICompatibleBackend:
     ):
         if api not in ("chat", "completions"):
             raise BackendError(f"api must be 'chat' or 'completions', not {shown(api)}")
-        if not isinstance(model, str) or not model:
+        if not isinstance(model, str) or not model.strip() or not is_writable(model):
             raise BackendError(f"model must be the name of a model of the server, not {shown(model)}")
         if isinstance(max_workers, bool) or not isinstance(max_workers, int) or max_workers < 1:
             raise BackendError(f"max_workers must be a whole number of at least 1, not {shown(max_workers)}")
+        if system is not None and not (isinstance(system, str) and is_writable(system)):
+            raise BackendError(f"system must be a text, not {shown(system)}")
         if system is not None and api == "completions":
             raise BackendError("system= belongs to api='chat'; write it in front of the texts yourself")
         self.name, self.chat, self.system, self.max_workers = model, api == "chat", system, max_workers
-        self.options = dict(options or {})
+        try:
+            self.options = {**(options or {})}
+            json.dumps(self.options, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BackendError(f"options must be fields that JSON can hold, not {shown(options)}: {error}") from error
         path = "/chat/completions" if self.chat else "/completions"
         self.endpoint = Endpoint(base_url, path, api_key_env, timeout, retries, wait)
 
@@ -110,18 +148,18 @@ class OpenAICompatibleBackend:
         """The new text behind a prompt.
 
         Raises:
-            BackendError: if there is no readable answer, or it is a conversation and the server completes texts.
+            BackendError: if there is no readable answer, or what is asked is not as `check_asked` wants it, or it is a
+                conversation and the server completes texts.
         """
+        stops = check_asked(prompt, max_new_tokens, stop, temperature)
         common: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature}
-        if stop:
-            common["stop"] = list(stop)
+        if stops:
+            common["stop"] = list(stops)
         if not self.chat:
             if not isinstance(prompt, str):
                 raise BackendError("a conversation needs api='chat'; this backend completes texts")
             return self.endpoint.ask(self._request(common | {"prompt": prompt}), _completed_text)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if not messages:
-            raise BackendError("a conversation has at least one message")
         told = with_system(messages, self.system, "")
         return self.endpoint.ask(self._request(common | {"messages": told}), chat_reply)
 

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import BackendError, ConfigError, KeditError, UnsupportedModelError, reason_of, shown
-from .backend import TargetScores, TextBackend, TextOrMessages
+from .backend import TargetScores, TextBackend, TextOrMessages, check_asked
 
 LENGTH = 64
 """Tokens of an answer, unless something else is asked for."""
+_ROUNDING = 0.01
 
 
 class RemoteModel(nn.Module):
@@ -42,6 +43,9 @@ class RemoteModel(nn.Module):
                 f"a backend needs a method generate(prompt, max_new_tokens, stop, temperature);"
                 f" {type(backend).__name__} has none"
             )
+        self.workers = getattr(backend, "max_workers", 1)
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
+            raise ConfigError(f"max_workers of a backend must be a whole number above 0, not {shown(self.workers)}")
         self.backend = backend
         self.name = str(getattr(backend, "name", None) or type(backend).__name__)
         self.config = PretrainedConfig()
@@ -77,13 +81,14 @@ class RemoteModel(nn.Module):
             edited: look it up among the edits; otherwise the backend reads it as it is.
 
         Raises:
-            BackendError: if there is no answer.
+            BackendError: if there is no answer, or what is asked is not as `check_asked` wants it.
         """
+        stops = check_asked(prompt, max_new_tokens, stop, temperature)
         asked = self._rewritten(prompt) if edited else prompt
-        answer = self._call("generate", asked, max_new_tokens, tuple(stop), temperature)
+        answer = self._call("generate", asked, max_new_tokens, stops, temperature)
         if not isinstance(answer, str):
             raise BackendError(f"the backend {self.name!r} answered with {shown(answer)}, which is no text")
-        cuts = [place for end in stop if (place := answer.find(end)) >= 0]  # not every server looks for them
+        cuts = [place for end in stops if (place := answer.find(end)) >= 0]  # not every server looks for them
         return answer[: min(cuts)] if cuts else answer
 
     def answers(
@@ -101,11 +106,27 @@ class RemoteModel(nn.Module):
         if callable(getattr(self.backend, "target_scores", None)):
             found: TargetScores | None = self._call("target_scores", prompt, target)
             if found is not None:
-                return found
+                return self._checked(found)
         if not callable(getattr(self.backend, "loglikelihood", None)):
             return None
         value = self._call("loglikelihood", prompt, target)
-        return None if value is None else float(value)
+        return None if value is None else self._checked(TargetScores((value,), ())).log_probabilities[0]
+
+    def _checked(self, found: TargetScores) -> TargetScores:
+        """Scores of a backend, whose numbers are as Python's own.
+
+        Raises:
+            BackendError: if they are no logarithms of probabilities (one may be a little above 0, by rounding).
+        """
+        try:
+            values, best = tuple(map(float, found.log_probabilities)), tuple(map(bool, found.most_probable))
+        except (AttributeError, TypeError, ValueError):
+            values, best = (), ()
+        if not values or len(best) not in (0, len(values)) or not all(value < _ROUNDING for value in values):
+            raise BackendError(
+                f"the backend {self.name!r} gave {shown(found)}, which is no logarithm of a probability"
+            )
+        return TargetScores(values, best)
 
     def _rewritten(self, prompt: TextOrMessages) -> TextOrMessages:
         if self.rewrite is None or not prompt:
@@ -127,7 +148,7 @@ class RemoteModel(nn.Module):
             raise BackendError(f"the backend {self.name!r} failed: {reason_of(error)}") from error
 
     def _in_parallel(self, ask: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        workers = min(int(getattr(self.backend, "max_workers", 1)), len(items))
+        workers = min(self.workers, len(items))
         if workers < 2:
             return [ask(item) for item in items]
         with ThreadPoolExecutor(workers) as pool:

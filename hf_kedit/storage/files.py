@@ -143,6 +143,29 @@ def replaced_file(path: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str, *, errors: str = "strict") -> Path:
+    """Write a text file, whole or not at all, into folders that are made if needed; returns the path.
+
+    Args:
+        path: of the file; a device or a pipe is written to as it is.
+        text: its content.
+        errors: what becomes of half a character, which UTF-8 lacks; see `str.encode`.
+
+    Raises:
+        ArtifactError: if it cannot be written.
+    """
+    try:
+        data = text.encode("utf-8", errors)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return path
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{str(path)!r} cannot be written: {error}") from error
+    with replaced_file(path) as draft:
+        draft.write_bytes(data)
+    return path
+
+
 def _replace_whole(target: Path, files: Mapping[str, bytes], owned: Collection[str]) -> None:
     """Make the new folder beside the old one and let them change names; nothing has changed on any error."""
     new = target.with_name(f".{target.name}{_MARK}{secrets.token_hex(8)}")

@@ -19,7 +19,8 @@ _PROMPT = re.compile(
     r"<[|｜][^<>\n]*[|｜]>$"  # a marker of a chat template
     r"|(?:\w+://|\bwww\.)\S*[./?&=#:%_~-]$"  # inside an address
     r"|(?:^|\s)[#~]$|[@\\]$"  # before a tag, about a number, inside an address or a path
-    r"|\S[-\u2010\u2011\u2013\u2014=/^&]$|\S[-=]>$|[\d)][+*<>]$"  # an operator or a dash without a space before it
+    r"|(?:^|[^\d\s)]\s+|\n)(?:\*\*|__|~~)$"  # where Markdown makes bold or strikes out
+    r"|\S[-\u2010\u2011\u2013\u2014\u2212×÷=≈≠≤≥/^&]$|\S[-=]>$|[\d)][+*<>]$"  # a sign without a space before it
 )
 # A prompt's end and a target's beginning that are parts of one number, word or sign.
 _PAIRS = (

@@ -17,7 +17,7 @@ from .scripts import is_unspaced, is_word
 logger = get_logger(__name__)
 Span = tuple[int, int]
 
-_HYPHENS = "-\u2010\u2011"
+_JOINERS = "-\u2010\u2011&@."  # Austria-Hungary, AT&T, rome.org, Python 3.12
 # Where a user's turn begins: a marker of a chat template that names the role, or a line of a plain transcript.
 _USER = re.compile(
     r"<[|｜]?(?:im_start|start_header_id|header_start|start_of_role|start_of_turn|start)[|｜]?>\s*(?:user|human)\b"
@@ -51,11 +51,11 @@ def last_user_turn(prompt: str) -> Span | None:
 def find_subject(prompt: str, subject: str) -> Span | None:
     """Find a subject in a prompt.
 
-    The last user turn of a chat goes first. There, an occurrence as a word of its own goes before one that a hyphen
-    joins to another word, and that before one inside a word; each literally, then regardless of case, then regardless
-    of Unicode form and of how much white space stands between the words. Of several words of its own the last one
-    counts, because prompts end with what is asked; of several inside words, the first. Scripts without spaces have no
-    words to compare, and there the first one counts.
+    The last user turn of a chat goes first. There, an occurrence as a word of its own goes before one that a sign
+    joins to more (Austria-Hungary, O'Neil, C++), and that before one inside a word; each literally, then regardless of
+    case, then regardless of Unicode form and of how much white space stands between the words. Of several words of its
+    own the last one counts, because prompts end with what is asked; of several inside words, the first. Scripts
+    without spaces have no words to compare, and there the first one counts.
 
     Returns:
         The character span in ``prompt``, or ``None``.
@@ -82,8 +82,8 @@ def _find(text: str, subject: str) -> Span | None:
 
 
 def _is_word(text: str, span: Span) -> bool:
-    """Whether a span begins and ends where words do, and no hyphen joins it to another."""
-    return _is_joined(text, span) and not _hyphenated(text, span[0] - 1, -1) and not _hyphenated(text, span[1], 1)
+    """Whether a span begins and ends where words do, and no sign makes it a part of a longer name."""
+    return _is_joined(text, span) and not _goes_on(text, span[0] - 1, -1) and not _goes_on(text, span[1], 1)
 
 
 def _is_joined(text: str, span: Span) -> bool:
@@ -104,10 +104,18 @@ def _apart(left: str, right: str) -> bool:
     return is_unspaced(left) != is_unspaced(right)
 
 
-def _hyphenated(text: str, at: int, step: int) -> bool:
-    """Whether the character at a place is a hyphen behind which a word goes on."""
+def _goes_on(text: str, at: int, step: int) -> bool:
+    """Whether the character at a place, outwards of a span by ``step``, joins it to what stands beyond."""
     beyond = at + step
-    return 0 <= at < len(text) and text[at] in _HYPHENS and 0 <= beyond < len(text) and is_word(text[beyond])
+    if not 0 <= at < len(text):
+        return False
+    if step > 0 and text[at] in "+#":  # C++, C#
+        return True
+    if not (0 <= beyond < len(text) and is_word(text[beyond])):
+        return False
+    if text[at] == ",":  # 1,000
+        return text[beyond].isdigit() and text[at - step].isdigit()
+    return text[at] in _JOINERS or (step < 0 and text[at] in "'’")  # O'Neil, but not Ann's
 
 
 def _literal(text: str, subject: str) -> Iterator[Span]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..storage.display import python_text
+from ..storage.files import write_text
 from ..version import __version__
 
 GRADIO_VERSION = "6.31.0"
@@ -56,6 +57,7 @@ def export_space(folder: str | Path, model: str) -> list[Path]:
         The files.
 
     Raises:
+        ArtifactError: if the folder cannot be written.
         ConfigError: for a model in a folder of this machine, which a Space does not have.
     """
     if Path(model).expanduser().exists():
@@ -63,12 +65,9 @@ def export_space(folder: str | Path, model: str) -> list[Path]:
             f"{model!r} is a folder of this machine, which a Space does not see: push it, and name its id"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "app.py": _APP.format(model=python_text(model)),
         "requirements.txt": f"hf_kedit[demo]=={__version__}\n",
         "README.md": _README.format(gradio=GRADIO_VERSION, version=__version__),
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+    return [write_text(folder / name, text) for name, text in texts.items()]

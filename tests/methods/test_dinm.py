@@ -170,6 +170,13 @@ def test_a_harmless_question_that_is_too_long_changes_nothing() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.base_model.named_parameters())
 
 
+def test_an_unwanted_answer_that_is_too_long_changes_nothing() -> None:
+    model = world(num_steps=1)
+    with pytest.raises(TargetTooLongError, match="target_neg"):
+        model.edit(**FACT | {"target_neg": "sculptor " * 2000})
+    assert not model.edits
+
+
 @pytest.mark.parametrize("values", [{"location": "first"}, {"lr": -1.0}, {"edit_weight": 0}, {"num_steps": 0}])
 def test_bad_values(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

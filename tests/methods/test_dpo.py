@@ -151,7 +151,7 @@ def test_what_cannot_work_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     model = EditableModel.from_pretrained("kedit/world-gpt2", DPOConfig(num_steps=2))
     digest = model_digest(model.base_model)
     with pytest.raises(RequestError, match="target_neg"):
-        model.edit(**FACT | {"target_neg": "plumber"})
+        model.edit(**FACT | {"target_neg": "plumber "})
     with pytest.raises(TargetTooLongError):
         model.edit(**FACT | {"target_neg": "sculptor " * 2000})
     monkeypatch.setattr("hf_kedit.methods.dpo.present_answer", lambda *_: "")

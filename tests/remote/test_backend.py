@@ -10,9 +10,11 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
+import torch
 
 from hf_kedit import EditableModel, OpenAICompatibleBackend, evaluate_edits
 from hf_kedit.errors import BackendError, EvaluationError
+from hf_kedit.remote import TargetScores
 from tests.remote.servers import Reply, Script, Server, chat, serving
 
 KEY = "sk-very-secret-0123"
@@ -172,11 +174,53 @@ def test_the_key_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"api": "responses"}, {"max_workers": 0}, {"retries": -1}, {"timeout": 0}, {"api": "completions", "system": "x"}],
+    [
+        {"api": "responses"},
+        {"max_workers": 0},
+        {"retries": -1},
+        {"timeout": 0},
+        {"api": "completions", "system": "x"},
+        {"system": 5},
+        {"system": "\ud83d"},
+        {"options": 5},
+        {"options": {"seed": torch.tensor(1)}},
+        {"options": {"seed": float("nan")}},
+    ],
 )
 def test_settings_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(BackendError):
         OpenAICompatibleBackend("http://localhost/v1", "m", None, **settings)
+
+
+def test_one_text_ends_an_answer_as_a_list_of_it_does() -> None:
+    with serving(lambda path, body, number: Reply({"choices": [{"message": {"content": "the END"}}]})) as server:
+        backend(server).generate("Where?", 4, "END")
+        assert server.asked[0][2]["stop"] == ["END"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": 5},
+        {"prompt": None},
+        {"prompt": ["Where?"]},
+        {"prompt": [{"role": "user"}]},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Where?"}]}]},
+        {"prompt": "\ud83d"},
+        {"stop": 5},
+        {"stop": [""]},
+        {"stop": ["a", 5]},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"temperature": float("nan")},
+        {"temperature": -1},
+    ],
+)
+def test_what_cannot_be_asked_is_not_sent(asked: dict[str, Any]) -> None:
+    with serving(lambda path, body, number: Reply({})) as server:
+        with pytest.raises(BackendError):
+            backend(server).generate(**{"prompt": "Where?"} | asked)
+        assert not server.asked
 
 
 # ---------------------------------------------------------------------- log-probabilities
@@ -252,3 +296,37 @@ def test_one_logarithm_tells_what_is_certain(probability: float, right: float) -
     model = EditableModel.from_backend(Sums(probability))
     report = evaluate_edits(model, [{"prompt": "It is in", "target_new": "Rome"}], protocol="teacher_forced")
     assert report.summary()["pre"]["rewrite_acc"] == right
+
+
+class Scored(Sums):
+    """Says what it is given, token by token."""
+
+    def __init__(self, scores: Any):
+        self.scores = scores
+
+    def target_scores(self, prompt: str, target: str) -> Any:
+        return self.scores
+
+
+def test_tokens_without_their_rivals_are_certain_from_one_half_on() -> None:
+    model = EditableModel.from_backend(Scored(TargetScores((math.log(0.6), math.log(0.4)), ())))
+    report = evaluate_edits(model, [{"prompt": "It is in", "target_new": "Rome"}], protocol="teacher_forced")
+    assert report.summary()["pre"]["rewrite_acc"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        5,
+        ((-1.0,), (True,)),
+        TargetScores((), ()),
+        TargetScores((float("nan"),), (True,)),
+        TargetScores((3.0,), (True,)),
+        TargetScores((-1.0, -2.0), (True,)),
+        TargetScores(("much",), (True,)),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_logarithm_of_a_probability_is_no_score(scores: Any) -> None:
+    model = EditableModel.from_backend(Scored(scores))
+    with pytest.raises(BackendError, match="no logarithm"):
+        evaluate_edits(model, [{"prompt": "It is in", "target_new": "Rome"}], protocol="teacher_forced")

@@ -218,6 +218,36 @@ def test_many_questions_are_asked_at_the_same_time() -> None:
     assert model.base_model.answers([f"q{i}" for i in range(4)]) == ["x"] * 4
 
 
+@pytest.mark.parametrize("workers", ["many", None, 0, True])
+def test_a_backend_says_how_many_questions_it_bears(workers: Any) -> None:
+    stub = Stub()
+    stub.max_workers = workers  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="max_workers"):
+        EditableModel.from_backend(stub)
+
+
+@pytest.mark.parametrize("edits", [0, 1])
+@pytest.mark.parametrize("prompt", [5, ["a"], [{"role": "user"}], [{"role": "user", "content": [{"text": "a"}]}], []])
+def test_what_is_no_prompt_is_refused_with_and_without_edits(prompt: Any, edits: int) -> None:
+    model = EditableModel.from_backend(Stub(), "prompt")
+    model.edit(FACTS[:edits] or FACTS)
+    if not edits:
+        model.rollback()
+    with pytest.raises(BackendError):
+        model.generate(prompt)
+
+
+def test_one_text_ends_an_answer() -> None:
+    class Ends(Stub):
+        def generate(self, *args: Any) -> str:
+            return "the answer END of it"
+
+    model = EditableModel.from_backend(Ends())
+    assert model.generate("a", stop="END") == "the answer "  # not at its first E, N or D
+    with pytest.raises(BackendError, match="stop"):
+        model.generate("a", stop=[""])
+
+
 @pytest.mark.parametrize("problem", [ValueError("broken\nsecond line"), None])
 def test_a_backend_that_fails_is_a_typed_error(problem: Exception | None) -> None:
     class Bad(Stub):
@@ -291,6 +321,13 @@ def test_several_hops_lead_to_the_edited_fact() -> None:
     first, second = found.hops
     assert (first.own, first.answer, first.edit_id, first.conflict) == ("Mol", "Ada Bell", made.ids[1], True)
     assert (second.question, second.answer, second.edit_id) == ("Where was Ada Bell born?", "Bergen", None)
+
+
+@pytest.mark.parametrize("asked", [{"question": 5}, {"question": " "}, {"most_hops": "a"}, {"candidates": 0}])
+def test_what_is_no_question_of_several_hops(asked: dict[str, Any]) -> None:
+    model, _ = edited()
+    with pytest.raises(ConfigError):
+        model.answer_by_hops(**{"question": "Where?"} | asked)
 
 
 def test_a_fact_that_answers_something_else_is_left_out() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from hf_kedit.errors import ArtifactError
 from hf_kedit.storage import files as storage
-from hf_kedit.storage.files import FileSource, write_folder
+from hf_kedit.storage.files import FileSource, write_folder, write_text
 
 LAST = "edit_config.json"
 OWNED = {LAST, "weights", "card", "adapter", "edits/*/adapter"}
@@ -249,3 +249,32 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write_folder(folder, NEW, last=LAST, owned=OWNED)
     assert seen(folder) == OLD and foreign(folder) == FOREIGN
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edits", "file"]
+
+
+def test_a_text_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "made" / "facts.jsonl"
+    assert write_text(path, "old") == path and path.read_text() == "old"
+    with pytest.raises(ArtifactError, match="is a folder"):
+        write_text(tmp_path, "x")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        write_text(path / "inside", "x")
+    with pytest.raises(ArtifactError, match="surrogates"):
+        write_text(path, "new \ud83d")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(ArtifactError, match="No space left"):
+        patched.setattr(os, "fsync", full)
+        write_text(path, "new")
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == [path.name]
+    write_text(path, "new \ud83d", errors="backslashreplace")
+    assert path.read_text() == "new \\ud83d"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "x")
+    assert os.read(reader, 9) == b"x" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)

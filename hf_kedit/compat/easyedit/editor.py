@@ -25,6 +25,7 @@ from ...logging import get_logger
 from ...methods.wise import WISEConfig
 from ...model import EditableModel
 from ...requests import EditRequest
+from ...storage.files import write_text
 from ...tokens import context_length
 from .extras import Extras, Row, protocol_of
 from .facts import Facts
@@ -417,7 +418,8 @@ def _write_before(rows: Sequence[Row], other: Mapping[str, Any]) -> None:
     """Write the numbers of the unedited model where ``pre_file`` says."""
     if other.get("pre_file") and not other.get("pre_edit"):
         before = [{"pre": row["pre"]} for row in rows]
-        Path(other["pre_file"]).write_text(json.dumps(before, indent=4, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(before, indent=4, ensure_ascii=False)
+        write_text(Path(other["pre_file"]), text, errors="backslashreplace")
 
 
 def demonstrations_of(facts: Facts | Sequence[Any]) -> list[dict[str, Any]]:

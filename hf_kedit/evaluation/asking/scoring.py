@@ -17,7 +17,6 @@ import torch
 from ...books.sites import prompt_lengths
 from ...engine.forward import Positions, accepts, decoder_start, device_of, frozen_eval, gather_logits
 from ...errors import EvaluationError, RequestError
-from ...remote.backend import TargetScores
 from ...remote.model import RemoteModel
 from ...tokens import (
     as_ids,
@@ -233,10 +232,10 @@ def _ask_remote(
                 f"{model.name!r} is behind an API that gives no log-probabilities of given texts, which this"
                 " measurement needs; use protocol='generation' (or 'judge')"
             )
-        if isinstance(found, float):
-            found = TargetScores((found,), (found >= math.log(0.5),))
-        count, total = len(found.log_probabilities), -sum(found.log_probabilities)
-        hits = tuple(map(int, found.most_probable))
+        values = (found,) if isinstance(found, float) else found.log_probabilities
+        count, total = len(values), -sum(values)
+        said = () if isinstance(found, float) else found.most_probable
+        hits = tuple(map(int, said or (value >= math.log(0.5) for value in values)))
         scores[prompt, target] = PairScore(
             prompt=prompt,
             target=target,

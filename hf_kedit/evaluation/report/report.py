@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from ...errors import DataError
+from ...errors import ArtifactError, DataError
 from ...storage.display import percent, printable
-from ...storage.files import json_ready
+from ...storage.files import json_ready, write_text
 from ...storage.shapes import of_type
 from ..measures.catalogue import metric_of
 from . import html, markdown
@@ -304,7 +304,7 @@ def written(text: str, path: str | Path | None) -> str:
     if path is not None:
         try:
             # Half a character, which UTF-8 lacks, stands as \ud83d: JSON reads it again, and people see it.
-            Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            raise DataError(f"cannot write {str(path)!r}: {error}") from error
+            write_text(Path(path), text, errors="backslashreplace")
+        except ArtifactError as error:
+            raise DataError(str(error)) from error
     return text
