@@ -278,6 +278,8 @@ def _without_library(base: str, here: str, singles: Mapping[str, str] = MappingP
     example = next(iter(singles.values()), "")
     load = f'PeftModel.from_pretrained(base, {python_text(here)}, subfolder="{example}")'
     repo, file = inside_repository(_shown(base) if base else "the base model")
+    if not file and repo.lower().endswith(".gguf"):  # a file of some machine, of which the name is all that is told
+        repo, file = "the folder that it is in", repo
     place = f"{python_text(repo)}, gguf_file={python_text(file)}" if file else python_text(repo)
     alone = f"Each edit alone is an adapter too: {markdown_code(load)}.\n"
     return f"""Without `hf_kedit`, the same edits are a LoRA adapter of scaling 1:

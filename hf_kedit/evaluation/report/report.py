@@ -306,5 +306,5 @@ def written(text: str, path: str | Path | None) -> str:
             # Half a character, which UTF-8 lacks, stands as \ud83d: JSON reads it again, and people see it.
             write_text(Path(path), text, errors="backslashreplace")
         except ArtifactError as error:
-            raise DataError(str(error)) from error
+            raise DataError(f"cannot write the report: {error}") from error
     return text
