@@ -400,8 +400,7 @@ class EditRequest:
         target = data.get("target_new")
         if isinstance(target, Mapping) and isinstance(target.get("str"), str):
             data["target_new"] = target["str"]
-        kept = {k: v for k, v in data.items() if v is not None}
-        return cls(**kept, metadata=metadata, row=row)
+        return cls(**{k: v for k, v in data.items() if v is not None}, metadata=metadata, row=row)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict from which `from_dict` builds an equal request."""
