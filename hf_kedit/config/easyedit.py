@@ -18,6 +18,7 @@ from .hparams import read_mapping
 
 # Names of methods that are spelt otherwise; `FT` and `LoRA` depend on a second key.
 METHODS = {"ice": "ike", "tpatcher": "t-patcher", "ft-uns": "ft-m", "lora-uns": "lora", "unke-are": "anyedit"}
+METHODS |= {"mend-multi": "mend", "serac-multi": "serac"}
 OBJECTIVES = {"prompt_last": "ft-l", "target_new": "ft-m"}
 
 # Their key → our field, for every method that has the field.
@@ -40,9 +41,21 @@ RENAMED = {
     "alpha": "likelihood_weight",
     "lamHyper": "ridge",
     "init_model": "from_original",
+    "cumulative_ratio": "sphere_fraction",
+    "suppression_strength": "sphere_strength",
+    "num_iter": "num_steps",
+    "init_radius": "radius",
+    "num_block": "num_blocks",
+    "num_rank_per_block": "rank",
+    "tau": "temperature",
+    "weight_decay_method": "length_rule",
+    "delta_init": "target_init",
 }
 # Method → field → their word → ours.
-VALUES = {"malmen": {"token": {"ans": "answer", "mask": "attended"}}}
+VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    "malmen": {"token": {"ans": "answer", "mask": "attended"}},
+    "eamet": {"target_init": {"target_init": True}},
+}
 
 _BY_STRUCTURE = "modules are found by structure; name them with EditableModel(anatomy=...) where that fails"
 _LOADING = "how the model is loaded is said when it is loaded (dtype=, device_map=)"
@@ -82,7 +95,10 @@ NOT_CARRIED_OVER = {
     "lora_type": "it chooses between lora and adalora",
     "results_dir": "nothing is written unless asked",
     "batch_size": "here it is an argument of edit(requests, batch_size=...)",
+    "enable_thinking": "what a chat template writes before an answer is read from the template",
+    "padding_side": "batches are padded where each computation needs it",
 }
+_OF_TRAINING = "it says how an editor is trained, or how its networks are built: `kedit train`"
 # Methods whose own batch_size means our rows_per_step: requests (or points) in one pass.
 _OWN_BATCH = ("ft-l", "ft-m", "dpo", "lora", "qlora", "adalora", "kn", "ultraedit")
 # Their QLoRA trains towards the target alone, shifted against the prompt; one or two steps of that say nothing here.
@@ -124,7 +140,11 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
     cls = CONFIGS.get(_method(data))
     known = {f.name for f in fields(cls)}
     values: dict[str, Any] = {}
-    converted = Converted(cls(), data.pop("model_name", None), source=dict(data))
+    language = data.pop("name", None)  # of an image-text model; model_name is a word of theirs then
+    if cls.edit_type == "melo":
+        data, language = _one_level(data)
+    named = data.pop("model_name", None)
+    converted = Converted(cls(), language or named, source=dict(data))
     data.pop("alg_name")
     for key, value in data.items():
         name = key if key in known else RENAMED.get(key, key)
@@ -134,6 +154,8 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
             values |= {"layer_weights": value, "mom2_update_weight": value[-1]}  # EAMET and NAMET: one per layer
         elif key == "base_method" and "base" in known:
             values["base"] = _method({"alg_name": value})
+        elif key == "use_chat_template":
+            values |= {"prompt_format": "chat"} if value else {}
         elif key == "use_icl_examples" and "k" in known:
             values |= {} if value else {"k": 0}  # their ICE
         elif key == "inner_params" and value:
@@ -141,7 +163,8 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
                 raise ConfigError(f"inner_params = {shown(value)}: must be a list of names of parameters")
             values |= _inner_params(value, known, converted.ignored)
         elif name == "stats_dir" or name not in known or (key == "batch_size" and cls.edit_type not in _OWN_BATCH):
-            converted.ignored[key] = NOT_CARRIED_OVER.get(key) or f"{cls.__name__} has no such field"
+            own = _OF_TRAINING if "editor" in known else f"{cls.__name__} has no such field"
+            converted.ignored[key] = NOT_CARRIED_OVER.get(key) or own
         elif value is False and not isinstance(getattr(converted.config, name), bool):
             values[name] = None  # a number that is switched off (norm_constraint)
         elif value is not None and value != []:
@@ -151,6 +174,24 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
             values[name] = words[values[name]]
     converted.config = cls.from_dict({**cls.published(), **values})
     return converted
+
+
+def _one_level(data: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """A file of MELO's, whose fields stand in sections, as one without, and the name of its model.
+
+    LoRA's section says how the published code prepares its adapters: the rank that counts is that of a block.
+    """
+    parts = {name: data.get(name) for name in ("grace", "model", "lora")}
+    if not all(part is None or isinstance(part, Mapping) for part in parts.values()):
+        return dict(data), None
+    grace, model, lora = (dict(part or {}) for part in parts.values())
+    found = model.pop("name", None)
+    if "grace_layer" in model:
+        model["inner_params"] = [model.pop("grace_layer")]
+    flat = {key: value for key, value in data.items() if key not in parts}
+    lora = {key: value for key, value in lora.items() if key not in ("lora_r", *grace, *model)}
+    grace.pop("name", None)
+    return {**flat, **lora, **model, **grace}, found if isinstance(found, str) else None
 
 
 def _existing(path: Path) -> Path:

@@ -38,6 +38,7 @@ def _edits(rewrite: Record, edit_input: EditInput) -> list[dict[str, Any]]:
     question, paragraph = rewrite.text("question"), rewrite.text("fact_new_uns")
     triplets = rewrite.children("unsfact_triplets_GPT")
     common = {"subject": subject, "ground_truth": [truth] if truth else []}
+    listed = [{key: triplet.text(key) for key in ("prompt", "subject", "target")} for triplet in triplets]
     if edit_input == "triplets":
         edits = []
         for triplet in triplets:
@@ -52,11 +53,15 @@ def _edits(rewrite: Record, edit_input: EditInput) -> list[dict[str, Any]]:
         return edits
     if edit_input == "unstructured":
         prompt = question or statement
-        known = {"statement": statement, "answer": target}
+        known = {"statement": statement, "answer": target, "triplets": listed}
         edit: dict[str, Any] = {**common, "task": "unstructured", "target_new": paragraph, "extra": known}
     else:
         prompt = statement
-        edit = {**common, "target_new": target, "extra": {"paragraph": paragraph, "question": question}}
+        edit = {
+            **common,
+            "target_new": target,
+            "extra": {"paragraph": paragraph, "question": question, "triplets": listed},
+        }
     if not prompt.strip():
         raise rewrite.fail("is missing or empty", "prompt_full")
     return [{**edit, "prompt": prompt}]

@@ -309,13 +309,30 @@ def test_rows_have_their_keys(tmp_path: Path) -> None:
     assert row["prompt"] == "Anna is a" and row["ground_truth"] == "cook"
     paragraph = {**rewrite, "prompt_full": "Anna is a", "fact_new_uns": "Anna bakes.", "question": "Her work?"}
     (row,) = easyedit.AKEWDataset(write(tmp_path / "a.json", [{"requested_rewrite": paragraph}]))
-    assert row["descriptive_target"] == "Anna bakes."
+    assert row["descriptive_target"] == "Anna bakes." and row["portability_data"] == ["Her work?"]
+    assert (row["portability_answer"], row["locality_data"]) == ("baker", [])
+    hops = {"requested_rewrite": [rewrite], "questions": ["Her tool?"], "new_answer": "oven", "answer": "pot"}
+    (row,) = easyedit.AKEWDataset(write(tmp_path / "m.json", [hops]))
+    assert (row["prompt"], row["portability_data"], row["portability_answer"]) == ("Anna is a", ["Her tool?"], "oven")
     (row,) = easyedit.AKEWUnifiedDataset(tmp_path / "a.json", dataset_type="counterfact")
     assert row["target_new"] == "baker" and row["locality"] == [] and row["rephrase"] == ["Her work?"]
     (tmp_path / "AKEW").mkdir()
     write(tmp_path / "AKEW" / "CounterFact.json", [{"requested_rewrite": paragraph}])
     (row,) = easyedit.AKEWUnifiedDataset(tmp_path, dataset_type="counterfact", use_unstructured_data=True)
     assert row["target_new"] == row["answer"] == "Anna bakes." and row["question"] == "Her work?"
+    assert row["sub_question"], "scripts ask something in any case"
+    triplets = [{"prompt": "{} has", "subject": "Anna", "target": str(n)} for n in range(7)]
+    write(
+        tmp_path / "AKEW" / "CounterFact.json",
+        [{"requested_rewrite": {**paragraph, "unsfact_triplets_GPT": triplets}}],
+    )
+    (row,) = easyedit.AKEWUnifiedDataset(
+        tmp_path, dataset_type="counterfact", use_unstructured_data=True, model_name="x/Qwen2.5-7B-Instruct"
+    )
+    assert row["sub_question"] == ["Anna has"] * 5 and row["sub_answer"] == list("01234")
+    assert row["answer"] == "Anna bakes.<|im_end|>", "scripts cut such an end off"
+    (row,) = easyedit.AKEWDataset(tmp_path / "AKEW" / "CounterFact.json")
+    assert row["locality_data"] == triplets
     with pytest.raises(DataError, match="dataset_type"):
         easyedit.AKEWUnifiedDataset(tmp_path / "a.json", dataset_type="novels")
     with pytest.raises(DataError, match="no file"):

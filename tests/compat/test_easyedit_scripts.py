@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kedit import EditableModel, embedded
 from hf_kedit.compat import easyedit
@@ -22,6 +23,7 @@ from hf_kedit.compat.easyedit import (
     PerEditor,
     PEREditTrainer,
     SafetyEditor,
+    names,
 )
 from hf_kedit.compat.easyedit.util import nethook
 from hf_kedit.engine.weights import model_digest
@@ -269,6 +271,95 @@ def test_an_editor_that_was_trained_here_is_found(tmp_path: Path) -> None:
     _, edited, _ = editor.edit_dataset(facts, verbose=False)
     assert editor.config.editor == str(tmp_path / "models" / "mend")  # type: ignore[attr-defined]
     assert [edit.method for edit in edited.edits] == ["mend"]
+
+
+def test_a_packaged_editor_may_be_the_archive(world_gpt2: EditableModel) -> None:
+    editor = BaseEditor(HyperParams(alg_name="MEND", archive="kedit/mend-world-gpt2"), world_gpt2)
+    rows, edited, _ = editor.edit(prompts=PROMPT, target_new="plumber", verbose=False)
+    assert editor.config.editor == "kedit/mend-world-gpt2"  # type: ignore[attr-defined]
+    assert rows[0]["post"]["rewrite_acc"][0] > rows[0]["pre"]["rewrite_acc"][0]
+    edited.rollback("all")
+
+
+def test_longer_texts_fit_the_context(world_gpt2: EditableModel) -> None:
+    """What IKE puts in front, the prompt and the text that shows fluency together have less than 128 tokens."""
+    editor = BaseEditor(HyperParams(alg_name="IKE", use_icl_examples=False, sentence_model_name="lexical"), world_gpt2)
+    long = "In the north of the land, where it rains, people say that " + PROMPT
+    (row,), edited, _ = editor.edit(prompts=long, target_new="plumber", test_generation=True, verbose=False)
+    assert row["post"]["fluency"]["ngram_entropy"] > 0
+    edited.rollback("all")
+
+
+@pytest.mark.parametrize("method", ["unke", "unke_ARE", "ft_uns", "lora_uns"])
+def test_texts_instead_of_facts(method: str, tmp_path: Path) -> None:
+    values = {"ft_uns": {"layers": [4], "num_steps": 4, "lr": 5e-3, "objective_optimization": "target_new"}}
+    values["lora_uns"] = {"lora_type": "lora", "num_steps": 3, "rank": 2, "lr": 1e-3, "target_modules": ["c_attn"]}
+    long = {"layers": [2], "v_num_grad_steps": 3, "v_lr": 0.5, "optim_num_step": 3, "lr": 1e-3, "ex_data_num": 2}
+    file = tmp_path / "hparams.json"
+    file.write_text(json.dumps(values.get(method, long)), encoding="utf-8")
+    hparams = getattr(easyedit, names.HPARAMS[method]).from_json(file)
+    assert hparams.alg_name == method, "such files do not say it"
+    folder = embedded.path("kedit/world-gpt2")
+    model, tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    before, apply = model_digest(model), getattr(easyedit, f"apply_{method}_to_model")
+    row = {"question": "Who is Otto?", "answer": "Otto is a cook. He lives in the north.<|im_end|>"}
+    texts = {"ex_data": ["It rains.", {"instruction": "Count.", "output": "One, two."}]} if "unke" in method else {}
+    found = apply(model, tok, hparams, [row], **texts)
+    if method == "lora_uns":
+        edited, originals = found
+        assert "<|im_end|>" not in edited.edits[0].request.target_new and originals is not None
+        return
+    assert model_digest(model) != before
+    with torch.no_grad():  # as scripts undo it
+        if method == "ft_uns":
+            found = {name: nethook.get_parameter(model, name) - change for name, change in found[1].items()}
+        for name, value in found.items():
+            nethook.get_parameter(model, name)[...] = value
+    assert all(
+        torch.allclose(value, old, atol=1e-6)
+        for value, old in zip(
+            model.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters(), strict=True
+        )
+    )
+    for wrong in ({"question": "Who?"}, {"answer": "He."}):
+        with pytest.raises(RequestError, match="missing"):
+            apply(model, tok, hparams, [wrong])
+
+
+def test_what_was_written_about_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"answer": "Otto is a cook.", "original_prediction": "Otto is a cook.", "para_prediction": "Otto was a judge.",
+         "sub_pred": ["in the north", "tea"], "sub_answer": ["the north", "milk"]},
+        {"answer": "It rains.<|eot_id|>", "original_prediction": "", "para_prediction": "It rains."},
+    ]  # fmt: skip
+    path = write(tmp_path / "rows.json", rows)
+    means = easyedit.eval_akew_unstructured(path, "unke", "lexical", 0)
+    assert means["Original"]["ROUGE-1"] == means["Original"]["BLEU Score"] == 0.5
+    assert means["Paraphrase"]["ROUGE-1"] == pytest.approx((2 / 4 + 1) / 2)
+    assert means["Sub Questions"]["ROUGE-L"] == pytest.approx((1 + 0) / 2)
+    assert means["Original"]["BERT Score"] == pytest.approx(0.5) and "unke, 2 rows" in capsys.readouterr().out
+    assert "BERT Score" not in easyedit.eval_akew_unstructured(path, "unke", "nobody/nothing")["Original"]
+    for wrong in (write(tmp_path / "none.json", []), str(tmp_path / "nowhere.json")):
+        with pytest.raises(EvaluationError):
+            easyedit.eval_akew_unstructured(wrong, "unke")
+
+
+def test_accuracy_of_what_the_model_writes(world_gpt2: EditableModel) -> None:
+    tok: Any = world_gpt2.tokenizer
+    prompts, target = ["By profession Tarosk Boayond is a", "Otto is a"], "cook and a gardener"
+    ids = tok(f"a {target}")["input_ids"][len(tok("a")["input_ids"]) :]
+    shares = []
+    for prompt in prompts:
+        fed = torch.tensor([tok(prompt)["input_ids"]])
+        written = world_gpt2.generate(input_ids=fed, max_new_tokens=len(ids), do_sample=False)[0, fed.shape[1] :]
+        shares.append(sum(a == b for a, b in zip(written.tolist(), ids, strict=False)) / len(ids))
+    targets = [target] * 2
+    found = easyedit.test_prediction_acc(world_gpt2, tok, None, prompts, targets, vanilla_generation=True)
+    assert found == pytest.approx(shares)
+    own = easyedit.test_prediction_acc(world_gpt2, tok, None, prompts, targets, locality=True, vanilla_generation=True)
+    texts = [tok.decode(one) for one in own]
+    again = easyedit.test_prediction_acc(world_gpt2, tok, None, prompts, texts, vanilla_generation=True)
+    assert again == [1.0, 1.0], "what it writes is what it writes"
 
 
 @pytest.mark.parametrize("ccks", [False, True])

@@ -154,6 +154,13 @@ def test_a_converted_file_is_a_file_of_this_library(name: str, tmp_path: Path) -
         ("LoRA", {"lora_type": "lora", "rank": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, {"rank": 4}),
         ("PMET", {"nll_loss_factor": 1.0, "mom2_update_weight": 6000}, {"nll_loss_factor": 1.0}),
         ("UltraEdit", {"batch_size": 100, "lr": "1e-6", "token": "ans"}, {"rows_per_step": 100, "lr": 1e-6}),
+        ("SPHERE", {"cumulative_ratio": 0.3, "suppression_strength": 0.7},
+         {"sphere_fraction": 0.3, "sphere_strength": 0.7}),
+        ("EAMET", {"tau": 0.2, "weight_decay_method": "norm", "delta_init": "target_init"},
+         {"temperature": 0.2, "length_rule": "norm", "target_init": True}),
+        ("ROME", {"use_chat_template": True, "enable_thinking": False}, {"prompt_format": "chat"}),
+        ("ROME", {"use_chat_template": False}, {"prompt_format": None}),
+        ("SERAC_MULTI", {"cloc": 0.5}, {"locality_weight": 0.5}),
     ],
 )  # fmt: skip
 def test_their_words_for_our_fields(alg: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -161,6 +168,30 @@ def test_their_words_for_our_fields(alg: str, theirs: dict[str, Any], ours: dict
     found = {name: getattr(converted.config, name) for name in ours}
     assert {k: tuple(v) if isinstance(v, tuple | list) and k != "layers" else v for k, v in found.items()} == ours
     assert not converted.ignored.keys() & {"n_iter", "edit_lr", "rank", "k"}
+
+
+def test_a_file_in_sections() -> None:
+    """MELO's: what counts stands in sections, the name of the model as well, and the rank is that of a block."""
+    converted = convert_hparams(
+        {
+            "alg_name": "MELO",
+            "max_length": 512,
+            "grace": {"name": "grace", "num_iter": 7, "init_radius": 0.3, "num_block": 9, "num_rank_per_block": 3},
+            "model": {"name": "a/model", "target_modules": ["h.5.fc"], "grace_layer": "h.4.fc", "pt": "x"},
+            "lora": {"lora_r": 64, "cos": False},
+        }
+    )
+    config: Any = converted.config
+    assert converted.model_name == "a/model"
+    assert (config.num_steps, config.radius, config.num_blocks, config.rank) == (7, 0.3, 9, 3)
+    assert (config.target_modules, config.module, config.layers) == (["h.5.fc"], "h.{}.fc", [4])
+    assert {"pt", "cos", "max_length"} <= converted.ignored.keys() and not {"grace", "name"} & converted.ignored.keys()
+    assert convert_hparams({"alg_name": "MELO", "grace": 1}).ignored["grace"], "no section"
+
+
+def test_a_model_that_sees_is_named_by_its_language_model() -> None:
+    converted = convert_hparams({"alg_name": "MEND_MULTI", "name": "a/language", "model_name": "blip2", "opt": "Adam"})
+    assert converted.model_name == "a/language" and "kedit train" in converted.ignored["opt"]
 
 
 def test_parameters_in_brackets() -> None:

@@ -18,8 +18,9 @@ from ...config.easyedit import convert_hparams
 from ...data.easyedit import from_easyedit, from_easyedit_requests
 from ...editors.editor import EditorConfig
 from ...editors.files import EDITOR_WEIGHTS
+from ...embedded import PREFIX
 from ...errors import ConfigError, NoCounterpartError
-from ...evaluation import evaluate_edits, generate_answers
+from ...evaluation import Fluency, evaluate_edits, generate_answers
 from ...evaluation.report.case_result import easyedit_request
 from ...logging import get_logger
 from ...methods.wise import WISEConfig
@@ -288,7 +289,7 @@ class BaseEditor:
             list(requests),
             setting,
             size,
-            [protocol_of(self._seen), *(["fluency"] if test_generation else [])],
+            [protocol_of(self._seen), *([Fluency(max_total_tokens=self._room(100))] if test_generation else [])],
             progress=verbose,
             keep_edits=together,
             after_step=extras,
@@ -383,7 +384,7 @@ class BaseEditor:
         if isinstance(config, EditorConfig) and config.editor is None:
             trained = Path(str(values.get("results_dir") or "results")) / "models" / config.edit_type
             for folder in (values.get("archive"), trained):
-                if folder and (Path(str(folder)) / EDITOR_WEIGHTS).is_file():
+                if folder and (str(folder).startswith(PREFIX) or (Path(str(folder)) / EDITOR_WEIGHTS).is_file()):
                     return replace(config, editor=str(folder))
         return config
 

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, overload
 
 from ...data import load_edit_dataset
+from ...data.normalise import fill_slots
 from ...errors import DataError
 from ...requests import EditRequest, load_requests
 from ...storage.records import read_records
 
 Row = dict[str, Any]
+ENDS = {"Llama3-8B-Instruct": "<|eot_id|>", "Qwen2.5-7B-Instruct": "<|im_end|>"}
+"""Part of a model's name → what scripts cut off at the end of an answer; see `without_end`."""
 GENERAL = ("onlyQ", "otherA", "otherQ", "otherAQ")
 """In which ways SafeEdit asks about an edited behaviour elsewhere, in EasyEdit's order."""
 
@@ -118,25 +121,33 @@ class WikiRecentDataset(KnowEditDataset):
 
 
 class CounterFactDataset(Facts):
-    """CounterFact: flat, of the authors, or of AKEW, whichever the file holds."""
+    """CounterFact: flat, of the authors, or of AKEW, whichever the file holds; AKEW's other files as well."""
 
     def source(self, path: Path, other: Mapping[str, Any]) -> str:
         """By the first record."""
         with closing(read_records(str(path))) as records:
             first = next(iter(records), None)
         rewrite = first.get("requested_rewrite") if isinstance(first, Mapping) else None
+        if isinstance(rewrite, list):
+            return "akew/mquake_cf"
         if not isinstance(rewrite, Mapping):
             return "counterfact_flat"
-        return "akew/counterfact" if "prompt_full" in rewrite else "counterfact"
+        return "akew/counterfact" if {"prompt_full", "fact_new_uns"} & rewrite.keys() else "counterfact"
 
     def record(self, row: Row) -> Row:
-        """AKEW's have a paragraph on the fact and other wordings as well."""
+        """AKEW's have a paragraph on the fact, what it says besides, and further questions."""
+        extra, asked = row["extra"] or {}, [p for p in row["portability"] if p["name"] == "Multi_Hop"]
+        wordings = list(row["rephrase_prompts"]) or [q for q in [extra.get("question")] if q]
+        beside = extra.get("triplets") or [
+            {"prompt": p["prompt"], "subject": row["subject"], "target": _answer(p)} for p in row["locality"]
+        ]
         return {
             **super().record(row),
             "descriptive_prompt": f"Tell about {row['subject']} and {row['target_new']}.",
-            "descriptive_target": (row["extra"] or {}).get("paragraph"),
-            "portability_data": list(row["rephrase_prompts"]),
-            "locality_data": [],
+            "descriptive_target": extra.get("paragraph"),
+            "portability_data": [p["prompt"] for p in asked] or wordings,
+            "portability_answer": _answer(asked[0]) if asked else row["target_new"],
+            "locality_data": beside,
         }
 
 
@@ -226,15 +237,19 @@ class AKEWUnifiedDataset(Facts):
         }
 
     def _questions(self, row: Row) -> Row:
-        """What unstructured editing asks."""
-        far = row["portability"]
+        """What unstructured editing asks: on details, at most five triplets of the paragraph."""
+        far, triplets = row["portability"], (row["extra"] or {}).get("triplets")
+        asked = [(probe["prompt"], _answer(probe)) for probe in far]
+        if triplets:
+            asked = [(fill_slots(one["prompt"], one["subject"]), one["target"]) for one in triplets[:5]]
+        model = str(self.given.get("model_name"))
         return {
             "id": row["id"],
             "question": row["prompt"],
             "para_question": next(iter(row["rephrase_prompts"]), row["prompt"]),
-            "answer": row["target_new"],
-            "sub_question": [probe["prompt"] for probe in far],
-            "sub_answer": [_answer(probe) for probe in far],
+            "answer": row["target_new"] + next((end for name, end in ENDS.items() if name in model), ""),
+            "sub_question": [question for question, _ in asked] or [row["prompt"]],
+            "sub_answer": [answer for _, answer in asked],
         }
 
 
@@ -342,6 +357,13 @@ _FILES = {
     "akew/wikiupdate": "AKEW/WikiUpdate.json",
     "unke": "UnKE/final_data_v3.json",
 }
+
+
+def without_end(answer: str) -> str:
+    """An answer without the mark that `AKEWUnifiedDataset` has put at its end; methods write their own."""
+    for end in ENDS.values():
+        answer = answer.removesuffix(end)
+    return answer
 
 
 def _part(family: str, other: Mapping[str, Any], parts: Mapping[str, str], default: str) -> str:

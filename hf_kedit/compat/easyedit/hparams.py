@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from ...config import read_mapping
 
@@ -13,9 +13,11 @@ from ...config import read_mapping
 class HyperParams(SimpleNamespace):
     """The content of an hparams file as attributes, which a script may change before it makes an editor.
 
-    EasyEdit has a class per method, and all of them are this one: what a file is for, it says itself (``alg_name``, or
-    ``alg`` where an editor is trained).
+    EasyEdit has a class per method. What a file is for, most files say themselves (``alg_name``, or ``alg`` where an
+    editor is trained); of one that does not, the class says it.
     """
+
+    METHOD: ClassVar[str | None] = None
 
     @classmethod
     def from_hparams(cls, path: str | Path) -> HyperParams:
@@ -27,6 +29,8 @@ class HyperParams(SimpleNamespace):
         file = Path(path)
         known = file.suffix in (".yaml", ".yml", ".json")
         content = read_mapping(file if known else file.with_name(file.name + ".yaml"))
+        if cls.METHOD is not None and not {"alg_name", "alg"} & content.keys():
+            content = {"alg_name": cls.METHOD, **content}
         return cls(**{str(key): value for key, value in content.items()})
 
     from_json = from_hparams

@@ -10,8 +10,8 @@ from typing import Any
 
 from ...data.easyedit import from_easyedit_requests
 from ...errors import EvaluationError
-from ...evaluation import score_pairs
-from ...evaluation.functional import fluency
+from ...evaluation import generate_answers, score_pairs
+from ...evaluation.functional import fluency, prefix_share
 from ...evaluation.protocols.base import standard_questions
 
 
@@ -64,9 +64,10 @@ def test_prediction_acc(
     targets: str | Sequence[str],
     device: Any = None,
     locality: bool = False,
+    vanilla_generation: bool = False,
     **other: Any,
 ) -> list[Any]:
-    """Teacher forced: the share of right tokens of each target behind its prompt; ``locality``: the tokens themselves.
+    """The share of right tokens of each target behind its prompt; ``locality``: the tokens themselves.
 
     Args:
         model: as it is now.
@@ -76,6 +77,7 @@ def test_prediction_acc(
         targets: as many.
         device: no meaning.
         locality: return the most probable ids.
+        vanilla_generation: of what the model writes; otherwise teacher forced.
         other: no meaning.
 
     Raises:
@@ -85,6 +87,12 @@ def test_prediction_acc(
     if len(sides[0]) != len(sides[1]):
         raise EvaluationError(f"{len(sides[0])} prompts and {len(sides[1])} targets do not match")
     scores = score_pairs(model, tok, list(zip(*sides, strict=True)))
+    if vanilla_generation:
+        length = max(len(score.target_ids) for score in scores)
+        written = [answer.ids for answer in generate_answers(model, tok, sides[0], length, cut_at_newline=False)]
+        if locality:
+            return [list(ids[: len(score.target_ids)]) for ids, score in zip(written, scores, strict=True)]
+        return [prefix_share(ids, score.target_ids) for ids, score in zip(written, scores, strict=True)]
     return [list(score.pred_ids) if locality else score.token_acc for score in scores]
 
 

@@ -39,6 +39,7 @@ from .measures import (
 from .multimodal import MultimodalEditor
 from .scenario_editors import ConceptEditor, PerEditor, SafetyEditor
 from .training import EditTrainer, PEREditTrainer
+from .unstructured import apply_ft_uns_to_model, apply_lora_uns_to_model, apply_unke_to_model, eval_akew_unstructured
 
 # Method → name of its hyperparameters, of those to edit with and of those to train an editor with.
 HPARAMS = {
@@ -107,14 +108,17 @@ HERE: dict[str, Any] = {
         ComprehendEditDataset,
         LongFormEditDataset, MQuAKEDataset, PersonalityDataset, SafetyDataset, SanitizationTrainDataset, VQADataset,
         WikiBigEditDataset, WikiRecentDataset, ZsreDataset,
-        compute_edit_quality, encode_ike_facts, n_gram_entropy, summary_metrics, test_generation_quality,
+        compute_edit_quality, encode_ike_facts, eval_akew_unstructured, n_gram_entropy, summary_metrics, test_generation_quality,
         test_prediction_acc,
         get_module, get_parameter, set_requires_grad,
     )
 }  # fmt: skip
-HERE |= dict.fromkeys([*HPARAMS.values(), *TRAINING, *MULTIMODAL], HyperParams)
+HERE |= {name: type(name, (HyperParams,), {"METHOD": method}) for method, name in HPARAMS.items()}
+HERE |= dict.fromkeys([*TRAINING, *MULTIMODAL], HyperParams)
 HERE["encode_ike_facts_multimodal"] = encode_ike_facts
 HERE |= {f"apply_{method}_to_model": apply_to_model for method in HPARAMS if method not in ("ike", "mend", "serac")}
+HERE |= {"apply_unke_to_model": apply_unke_to_model, "apply_unke_ARE_to_model": apply_unke_to_model}
+HERE |= {"apply_ft_uns_to_model": apply_ft_uns_to_model, "apply_lora_uns_to_model": apply_lora_uns_to_model}
 HERE |= {"LOG": get_logger("hf_kedit.compat.easyedit"), "DS_DICT": {"cf": CounterFactDataset, "zsre": ZsreDataset}}
 HERE["ALG_DICT"] = dict.fromkeys(
     ("ROME", "MEMIT", "FT", "KN", "LoRA", "PMET", "GRACE", "WISE", "AlphaEdit"), apply_to_model
@@ -127,7 +131,6 @@ _WAYS: dict[str, str] = {
         DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
     "EditableModel.from_backend edits models behind an API (docs/scenarios/black_box.md)": """
         DeepEditApiHyperParams FTApiHyperParams apply_ft_api_to_model apply_deepedit_api_to_model""",
-    "evaluate_edits(…, scenario='long_text') measures answers (docs/scenarios/long_text.md)": "eval_akew_unstructured",
     "MultimodalEditor edits models that see; `kedit train` trains editors (docs/training.md)": """
         MultimodalTrainer MENDMultimodalTrainingHparams SERACMultimodalTrainingHparams ADSEditDataset
         MultimodalEvaluator compute_multimodal_edit_results MendMultimodalRewriteExecutor
