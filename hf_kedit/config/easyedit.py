@@ -163,8 +163,8 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
                 raise ConfigError(f"inner_params = {shown(value)}: must be a list of names of parameters")
             values |= _inner_params(value, known, converted.ignored)
         elif name == "stats_dir" or name not in known or (key == "batch_size" and cls.edit_type not in _OWN_BATCH):
-            own = _OF_TRAINING if "editor" in known else f"{cls.__name__} has no such field"
-            converted.ignored[key] = NOT_CARRIED_OVER.get(key) or own
+            why = _OF_TRAINING if "editor" in known else f"{cls.__name__} has no such field"
+            converted.ignored[key] = NOT_CARRIED_OVER.get(key) or why
         elif value is False and not isinstance(getattr(converted.config, name), bool):
             values[name] = None  # a number that is switched off (norm_constraint)
         elif value is not None and value != []:

@@ -108,8 +108,8 @@ HERE: dict[str, Any] = {
         ComprehendEditDataset,
         LongFormEditDataset, MQuAKEDataset, PersonalityDataset, SafetyDataset, SanitizationTrainDataset, VQADataset,
         WikiBigEditDataset, WikiRecentDataset, ZsreDataset,
-        compute_edit_quality, encode_ike_facts, eval_akew_unstructured, n_gram_entropy, summary_metrics, test_generation_quality,
-        test_prediction_acc,
+        compute_edit_quality, encode_ike_facts, eval_akew_unstructured, n_gram_entropy, summary_metrics,
+        test_generation_quality, test_prediction_acc,
         get_module, get_parameter, set_requires_grad,
     )
 }  # fmt: skip

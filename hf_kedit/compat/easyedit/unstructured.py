@@ -1,4 +1,4 @@
-"""EasyEdit's functions for texts instead of facts: its ``apply_…_to_model`` of UnKE, AnyEdit (``unke_ARE``), FT and LoRA.
+"""EasyEdit's functions for texts instead of facts: its ``apply_…_to_model`` of UnKE, AnyEdit, FT and LoRA.
 
 They take a model of transformers, rows of `AKEWUnifiedDataset`, and give back what each of them gives there.
 """
@@ -55,7 +55,7 @@ def _apply(
                 raise RequestError("is missing or empty", row=number, field=key)
         requests.append({"prompt": row["question"], "target_new": without_end(row["answer"])})
     if not isinstance(model, EditableModel):
-        texts = ex_data and [text if isinstance(text, str) else "\n".join(text.values()) for text in ex_data]
+        texts = [text if isinstance(text, str) else "\n".join(text.values()) for text in ex_data or ()]
         model = EditableModel(model, convert_hparams(values_of(hparams)).config, tok, corpus=texts or None)
     return apply_to_model(model, tok, requests, hparams)
 
