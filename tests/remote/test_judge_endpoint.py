@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import tracemalloc
+from http.client import parse_headers
 
 import pytest
 
@@ -76,7 +77,10 @@ BAD = {
 
 @contextlib.contextmanager
 def server(send):
-    """A server on this machine; ``send(connection)`` answers each request after it was read."""
+    """A server on this machine; ``send(connection)`` answers each request after all of it was read.
+
+    A connection that is closed with bytes unread is reset, and what was sent before may never arrive.
+    """
     listening = socket.create_server(("127.0.0.1", 0))
     done = threading.Event()
 
@@ -91,9 +95,9 @@ def server(send):
     def answer(connection):
         with connection, contextlib.suppress(OSError):
             connection.settimeout(5)
-            request = b""
-            while b"\r\n\r\n" not in request:
-                request += connection.recv(65536)
+            with connection.makefile("rb") as request:
+                request.readline()
+                request.read(int(parse_headers(request)["Content-Length"]))
             send(connection, done)
 
     threading.Thread(target=serve, daemon=True).start()
