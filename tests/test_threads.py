@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TextIteratorStreamer
 
 from hf_kedit import EditableModel, EditRequest, IKEConfig, MENDConfig, ROMEConfig, evaluate_edits
@@ -26,6 +27,8 @@ from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import EditFailedError, ModelBusyError, WeightError
 from hf_kedit.methods import ike
 from hf_kedit.methods.mend import MENDEditor
+from hf_kedit.statistics.collecting import collect_moments
+from hf_kedit.statistics.corpora import text_corpus
 from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.storage.repository import push_files
 from hf_kedit.testing.hub import LoopbackHub
@@ -465,6 +468,33 @@ def test_nobody_waits_for_the_hub(
     else:
         assert [e.id for e in model.edits] and not torch.equal(logits(model, ids), logits(fresh(), ids))
         assert torch.equal(logits(model), plain) is (what == "demonstrations")
+
+
+def test_a_text_is_fetched_before_the_model_is_taken(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The moments are those of the same lines on this machine; the Hub is asked while others may use the model."""
+    lines = [
+        f"{name} was born in {year} and plays the sport of tennis." for year in range(1900, 1960) for name in NAMES
+    ]
+    Dataset.from_dict({"text": lines}).push_to_hub("org/text")
+    model = fresh()
+    taken: list[bool] = []
+
+    class Watched:
+        def __enter__(self) -> None:
+            taken.append(busy(model))
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr(hub, "lock", Watched())
+    settings = {**FIELDS["rome"], "mom2_adjustment": True, "stats_tokens": 700, "stats_dir": str(tmp_path)}
+    model.set_method(ROMEConfig(layers=[1], stats_dataset="org/text", **settings))
+    edit(model, FACTS[0])
+    assert taken and not any(taken)
+    found = model.statistics.moments([DOWN])[DOWN]
+    here = collect_moments(fresh().base_model, model.tokenizer, [DOWN], text_corpus(lines), tokens=700)[DOWN]
+    assert found.count == 700 and torch.equal(found.total, here.total)
 
 
 # ---------------------------------------------------------------------- edits that are switched off

@@ -111,6 +111,10 @@ class AnyEdit(Method):
         """Names of the modules that the base method edits."""
         return self.base.edited_modules()
 
+    def fetch(self) -> None:
+        """What the base method reads."""
+        self.base.fetch()
+
     def prepare(self) -> None:
         """Prepare the base method."""
         self.base.prepare()

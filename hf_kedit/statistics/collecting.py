@@ -77,7 +77,7 @@ def collect_moments(
     Raises:
         StatisticsError: if the corpus has no text.
     """
-    limit = context_length(model.config) or 2048
+    limit = reading_length(model)
     device = device_of(model)
     budget = token_budget or _BUDGETS.get(device.type, _BUDGET_ELSEWHERE)
     if checkpoint is not None and workers.count > 1:
@@ -124,6 +124,11 @@ def collect_moments(
         with contextlib.suppress(OSError):
             checkpoint.unlink(missing_ok=True)
     return {m: SecondMoment(total, int(count), corpus.name) for m, total in zip(modules, whole, strict=True)}
+
+
+def reading_length(model: PreTrainedModel) -> int:
+    """Tokens that are read of one text, at most."""
+    return context_length(model.config) or 2048
 
 
 def _add_rows(

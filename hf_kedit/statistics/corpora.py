@@ -43,16 +43,39 @@ class Corpus:
         place: folder or repository that may hold finished statistics instead of texts.
         later: ``later(n)`` iterates from text ``n`` on, for texts that cost something to make; ``None``: the first
             ``n`` are read and left aside.
+        far: the texts come over a network.
     """
 
     name: str
     texts: Callable[[], Iterator[str]]
     place: str | None = None
     later: Callable[[int], Iterator[str]] | None = None
+    far: bool = False
 
     def from_text(self, start: int) -> Iterator[str]:
         """The texts from number ``start`` on."""
         return islice(self.texts(), start, None) if self.later is None else self.later(start)
+
+    def held(self, count: Callable[[str], int], tokens: int) -> Corpus:
+        """The same corpus with its first texts in memory.
+
+        Args:
+            count: how many tokens a text counts for.
+            tokens: how many the texts in memory have together, at least, if there are so many.
+        """
+        texts, left = [], tokens
+        for text in self.texts():
+            texts.append(text)
+            left -= count(text)
+            if left <= 0:
+                break
+
+        def later(start: int) -> Iterator[str]:
+            yield from texts[start:]
+            if left <= 0:  # there may be more
+                yield from islice(self.texts(), max(start, len(texts)), None)
+
+        return Corpus(self.name, lambda: later(0), self.place, later)
 
 
 def text_corpus(texts: Sequence[str]) -> Corpus:
@@ -98,7 +121,8 @@ def hub_corpus(name: str) -> Corpus:
             if isinstance(text, str) and text.strip():
                 yield text
 
-    return Corpus("hub-" + name.replace("/", "--").replace(":", "-"), texts, place=None if rest else identifier)
+    label = "hub-" + name.replace("/", "--").replace(":", "-")
+    return Corpus(label, texts, place=None if rest else identifier, far=True)
 
 
 def shared_corpus(folder: Path) -> Corpus:

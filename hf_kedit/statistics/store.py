@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from ..engine.experts import ExpertSlice
 from ..engine.weights import get_module, model_fingerprint, weight_shape
 from ..errors import StatisticsError
-from ..logging import get_logger, info_once, warn_once
+from ..logging import get_logger, info_once, progress_bar, warn_once
 from ..storage.files import cache_home
-from .collecting import collect_moments, write_tensors
+from ..tokens import encode_text
+from .collecting import collect_moments, reading_length, write_tensors
 from .corpora import Corpus, packaged_corpus, packaged_tokens
 from .moments import FULL_TOKENS_PER_WIDTH, SecondMoment, SharedMoments, find_shared, push_moments, slug
 from .published import PublishedMoments, find_published
@@ -84,6 +85,7 @@ class StatisticsStore:
         self._moments: dict[str, SecondMoment] = {}
         self._factors: dict[str, MomentFactor] = {}
         self._asked = False
+        self._held: Corpus | None = None  # a text from far away, until the moments are computed
         self._found: SharedMoments | PublishedMoments | None = None
 
     @property
@@ -115,7 +117,7 @@ class StatisticsStore:
             StatisticsError: if there are fewer tokens than input dimensions, or the named repository holds statistics
                 of other weights or modules.
         """
-        missing = self.workers.union(self.fetch(modules, per_width=per_width))
+        missing = self.workers.union(self._find(modules, per_width))
         if missing:
             self._compute(missing, *self._wanted(missing, per_width))
         for module in modules:
@@ -125,6 +127,7 @@ class StatisticsStore:
     def fetch(self, modules: Sequence[str], *, per_width: int = FEW_TOKENS_PER_WIDTH) -> list[str]:
         """Read the second moments of modules that are on the disk, or in the folder or repository that was named.
 
+        Where a text that is far away was named instead, so much of it is read as the missing ones are computed from.
         The model is not run, so that other threads may use it meanwhile.
 
         Args:
@@ -137,6 +140,27 @@ class StatisticsStore:
         Raises:
             StatisticsError: if the named repository holds statistics of other weights or modules.
         """
+        missing = self._find(modules, per_width)
+        if missing and self._held is None:
+            corpus, tokens = self._wanted(missing, per_width)
+            if corpus.far:
+                self._held = self._ahead(corpus, tokens)
+        return missing
+
+    def _ahead(self, corpus: Corpus, tokens: int) -> Corpus:
+        """The corpus with so many tokens of it in memory."""
+        limit = reading_length(self.model)
+        with progress_bar(tokens, f"reading {corpus.name}", show=self.show_progress, unit="tok") as bar:
+
+            def count(text: str) -> int:
+                size = len(encode_text(self.tokenizer, text).ids[:limit])
+                bar.update(size)
+                return size
+
+            return corpus.held(count, tokens)
+
+    def _find(self, modules: Sequence[str], per_width: int) -> list[str]:
+        """Read the moments that are there already; the names of the other modules."""
         missing = [m for m in dict.fromkeys(modules) if m not in self._moments]
         if missing:
             corpus, _ = self._wanted(modules, per_width)
@@ -249,13 +273,14 @@ class StatisticsStore:
             self.model,
             self.tokenizer,
             modules,
-            corpus,
+            self._held or corpus,
             tokens=tokens,
             checkpoint=folder / "partial.safetensors",
             show_progress=self.show_progress,
             workers=self.workers,
         )
         self._moments.update(found)
+        self._held = None
         count = next(iter(found.values())).count
         if count < tokens:
             warn_once(
