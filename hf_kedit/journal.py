@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import uuid
@@ -271,7 +272,16 @@ class Journal:
         Raises:
             ArtifactError: for a damaged line.
         """
-        edits = [Edit.from_dict(line) for line in parse_json_lines(text, "edits.jsonl", ArtifactError)]
+        # Many objects are made here, and all of them stay. The garbage collector would look at everything that the
+        # process holds, again and again, and find nothing: with torch and transformers imported, that takes longer
+        # than reading a thousand edits.
+        collects = gc.isenabled()
+        try:
+            gc.disable()
+            edits = [Edit.from_dict(line) for line in parse_json_lines(text, "edits.jsonl", ArtifactError)]
+        finally:
+            if collects:
+                gc.enable()
         ids = [e.id for e in edits]
         if len(set(ids)) != len(ids):
             raise ArtifactError("edits.jsonl names an edit twice")

@@ -89,6 +89,8 @@ class Tracking:
     def edits(self, result: EditResult) -> None:
         """Tell what edits took: the loss of every step of every edit, one edit behind the other, and at the last step
         of each its other numbers; then the side effects, if somebody looked for them."""
+        if not self.is_on:
+            return
         step = 0
         for number, edit in enumerate(result.edits, start=1):
             losses = _losses(edit.diagnostics)

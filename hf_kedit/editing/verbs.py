@@ -94,7 +94,9 @@ class Editing(EditedModel):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         if self.tokenizer is None and not self.is_remote:
             raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
-        about = {"method": self.method_name, "model": self.base_model_id, "config": self.edit_config.to_dict()}
+        about: dict[str, Any] = {"method": self.method_name, "model": self.base_model_id}
+        if report_to is not None:
+            about["config"] = self.edit_config.to_dict()
         with Tracking(report_to, "edit", about) as tracking:
             with self._ready():
                 result = self._edit(given, batch_size, on_error == "skip", show_progress, watch)

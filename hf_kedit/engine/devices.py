@@ -20,7 +20,9 @@ _KINDS = ("cuda", "xpu")
 
 def accelerators(model: torch.nn.Module) -> list[torch.device]:
     """The accelerators that hold a part of a model, or to which its offloaded parts are brought."""
-    found = {parameter.device for parameter in model.parameters()} | {compute_device(model)}
+    found = {compute_device(model)}
+    if any(torch.get_device_module(kind).is_initialized() for kind in _KINDS):  # else no tensor can be on one
+        found |= {parameter.device for parameter in model.parameters()}
     return sorted((d for d in found if d.type in _KINDS), key=str)
 
 

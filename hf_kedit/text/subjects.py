@@ -70,15 +70,17 @@ def find_subject(prompt: str, subject: str) -> Span | None:
 
 def _find(text: str, subject: str) -> Span | None:
     stages: list[Callable[[str, str], Iterator[Span]]] = [_literal, _ignoring_case, _normalised]
-    spans = [list(stage(text, subject)) for stage in stages]
+    spans: dict[Callable[[str, str], Iterator[Span]], list[Span]] = {}
     for apart in (_is_word, _is_joined):
-        for stage in spans:
-            own = [span for span in stage if apart(text, span)]
+        for stage in stages:
+            if stage not in spans:  # most subjects are found by the first, which is the quickest
+                spans[stage] = list(stage(text, subject))
+            own = [span for span in spans[stage] if apart(text, span)]
             if len(own) > 1:
                 warn_once(logger, "a subject occurs more than once in its prompt: the last one counts; '{}' decides")
             if own:
                 return own[-1]
-    return next((stage[0] for stage in spans if stage), None)
+    return next((found[0] for found in spans.values() if found), None)
 
 
 def _is_word(text: str, span: Span) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import re
@@ -21,6 +22,7 @@ from hf_kedit.artifact.layout import ADAPTER_WEIGHTS, CONFIG, JOURNAL, WEIGHTS
 from hf_kedit.artifact.reading import find_artifact
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ArtifactError, ConfigError, MissingExtraError
+from hf_kedit.journal import Journal
 
 from .test_files_of_0_1_0 import DATA
 
@@ -293,3 +295,9 @@ def test_the_description_has_a_hash(gpt2: Base, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": str(embedded.path("world-gpt2"))}))
     again = EditableModel.from_pretrained(tmp_path)
     assert model_digest(again.base_model) == model_digest(model.base_model)
+
+
+def test_a_journal_that_cannot_be_read_leaves_the_garbage_collector_on() -> None:
+    with pytest.raises(ArtifactError):
+        Journal.from_jsonl('{"edit_id": "a"}\n')
+    assert gc.isenabled()

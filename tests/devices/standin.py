@@ -11,7 +11,8 @@ so there is no ``standin:1``.) It says nothing about numerics, speed or memory o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class _Module(_DummyBackendModule):
 def install() -> None:
     """Make the devices known to this process, and watch every operation of this thread from now on."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    Everywhere().__enter__()
+    _EVERYWHERE.__enter__()
     for name in ("tensor", "as_tensor"):  # they look for the backend's own kernels, below the mode
         setattr(torch, name, _made_on_the_host(getattr(torch, name)))
     for name in ("empty_strided", "empty.memory_format"):  # so does an index that is given as a list
@@ -131,6 +132,17 @@ def install() -> None:
     _KERNELS.impl("_copy_from", _copy, "PrivateUse1")
 
 
+@contextlib.contextmanager
+def away() -> Iterator[None]:
+    """A block without anything on the device, in which operations take no longer than ever."""
+    _EVERYWHERE.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _EVERYWHERE.__enter__()
+
+
+_EVERYWHERE = Everywhere()
 _KERNELS = torch.library.Library("aten", "IMPL")
 
 

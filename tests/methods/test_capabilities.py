@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 
-from hf_kedit import AutoEditConfig, EditableModel, load_edit_dataset
+from hf_kedit import EditableModel, load_edit_dataset
 from hf_kedit.errors import RollbackError
 from hf_kedit.methods import registered_methods
 from hf_kedit.statistics.store import StatisticsStore
+from tests.methods.short_settings import short_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = {"num_steps": 2, "v_num_grad_steps": 2, "num_epochs": 1, "n_iter": 2, "max_epochs": 2, "held_texts": 2}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "anyedit": {"base": {"edit_type": "unke", "num_steps": 2, "held_texts": 2}},
-    "auto": {"base": {"edit_type": "rome", "v_num_grad_steps": 2}},
-    "kn": {"steps": 2},
-    "simie": {"base": {"edit_type": "rome", "v_num_grad_steps": 2}},
-    # as published: what is packaged for this model gives every edit a memory of its own
-    "wise": {"n_iter": 2, "save_freq": 500, "merge_freq": 1000},
-}
 METHODS = [  # QLoRA edits models that were loaded quantised; it is a LoRA
     n for n, m in registered_methods().items() if m.__module__.startswith("hf_kedit.") and n != "qlora"
 ]
@@ -39,10 +31,8 @@ def facts() -> list[dict[str, Any]]:
 
 
 def fresh(name: str) -> EditableModel:
-    known = registered_methods()[name].config_class.__dataclass_fields__
-    settings = SETTINGS.get(name) or {field: value for field, value in SHORT.items() if field in known}
     model = "kedit/world-llama" if name == "instructedit" else "kedit/world-gpt2"  # which has its editor
-    return EditableModel.from_pretrained(model, AutoEditConfig.for_method(name, **settings))
+    return EditableModel.from_pretrained(model, short_config(name))
 
 
 def comes_off(model: EditableModel) -> bool:

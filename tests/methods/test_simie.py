@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import EditableModel, FTMConfig, ROMEConfig, SimIEConfig
+from hf_kedit import EditableModel, FTMConfig, MEMITConfig, ROMEConfig, SimIEConfig
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ConfigError, EditFailedError, RollbackError, UnsupportedModelError
+from hf_kedit.methods.anyedit import AnyEditConfig
+from hf_kedit.methods.auto import AutoMethodConfig
+from hf_kedit.statistics.store import StatisticsStore
 from tests.golden_cases import Case
 from tests.methods.test_family import facts, neighbours, says
 
@@ -114,6 +117,20 @@ def test_configs() -> None:
     with pytest.raises(UnsupportedModelError, match="train_bias=False"):
         model.edit(facts(1))
     assert model_digest(model.base_model) == digest
+
+
+@pytest.mark.parametrize("kind", [SimIEConfig, AnyEditConfig, AutoMethodConfig])
+def test_second_moments_are_those_that_the_base_asks_for(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = MEMITConfig(layers=[1], stats_tokens=700, stats_dir=str(tmp_path), stats_ridge=0.5)
+    model = EditableModel.from_pretrained("kedit/world-gpt2", kind(base=base))
+    assert (model.statistics.tokens, model.statistics.root, model.statistics.ridge) == (700, tmp_path, 0.5)
+    fetched: list[list[str]] = []
+    monkeypatch.setattr(StatisticsStore, "fetch", lambda self, modules, **_: fetched.append(list(modules)))
+    model._method.fetch()
+    assert fetched == [["transformer.h.1.mlp.c_proj"]]
+    assert EditableModel.from_pretrained("kedit/world-gpt2", kind(base="memit")).statistics.ridge is None
 
 
 def test_a_base_method_that_fails_leaves_the_earlier_edits(monkeypatch: pytest.MonkeyPatch) -> None:
