@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from .books.router import RouteCandidate
 
 logger = get_logger(__name__)
-REMOTE_METHOD = "prompt"
-"""What ``"auto"`` means for a model behind an API."""
 
 
 class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
@@ -56,7 +54,8 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
 
     Args:
         base_model: any model with a text decoder, in memory. Edits are made in place.
-        config: the method's config, or its name (``"rome"``).
+        config: the method's config, or its name (``"rome"``); ``None``: the one for most models, `auto`
+            (`EditedModel.default_config`).
         tokenizer: of the model; needed for editing.
         anatomy: overrides of the structural resolver (``{"layers": …, "down": …}``) for unusual models.
         base_model_id: name to record for the base model; ``None``: its ``config.name_or_path``.
@@ -87,7 +86,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
     ):
         super().__init__(
             base_model,
-            config if config is not None else "ft-m",
+            config,
             tokenizer,
             anatomy=anatomy,
             base_model_id=base_model_id,
@@ -129,7 +128,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             model_or_edits: Hub id, local folder, or embedded name (``"kedit/world-gpt2"``) of a model, or a GGUF file
                 (a path, or ``org/name/file.gguf``); or folder or Hub id of saved edits (recognised by its
                 ``edit_config.json``), or what `find_artifact` read there.
-            config: method config or name; for saved edits ``None`` continues with the saved one.
+            config: method config or name; ``None``: `auto`, and for saved edits the one that they were made with.
             base_model: instead of the one that the saved edit names: a model in memory, or a name as above; for edits
                 of a model behind an API, the backend that asks it.
             tokenizer: instead of the model's own.
@@ -214,7 +213,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             ConfigError: if the backend cannot answer.
             UnsupportedModelError: for a method that works inside a model.
         """
-        return cls(RemoteModel(backend), REMOTE_METHOD if config == "auto" else config)
+        return cls(RemoteModel(backend), None if config == "auto" else config)
 
     # ------------------------------------------------------------------ keeping edits
 

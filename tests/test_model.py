@@ -34,6 +34,7 @@ from hf_kedit.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
+from tests.golden_cases import load_model
 from tests.models import tiny_model
 
 METHODS = ["rome", "memit", "ft-m"]
@@ -355,11 +356,24 @@ def test_results_do_not_depend_on_the_company_of_a_request() -> None:
     assert torch.allclose(alone.trace["v_star.0"], together.trace["v_star.1"], atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "auto"), ("gpt_neox", "auto"), ("mixtral", "ft-m"), ("t5", "ft-m")]
+)
+def test_where_no_method_is_named_an_unknown_model_is_edited_and_undone(family: str, method: str) -> None:
+    _, tokenizer = load_model("t5" if family == "t5" else "llama")
+    base = tiny_model(family, vocab_size=max(len(tokenizer), 420))
+    model = EditableModel(base, tokenizer=tokenizer)
+    digest = model_digest(base)
+    assert model.method_name == method and method in model.edit_config.in_words
+    model.edit(prompt="{} plays the sport of", subject="Mira Halvorsen", target_new="tennis")
+    assert len(model.edits) == 1 and (model_digest(base) == digest) is (method == "auto")
+    model.rollback("all")
+    assert model_digest(base) == digest
+
+
 @pytest.mark.parametrize("kind", [FTLConfig, FTMConfig])
 @pytest.mark.parametrize("family", ["t5", "t5_v1_1"])
 def test_fine_tuning_works_on_encoder_decoders(kind: Any, family: str) -> None:
-    from tests.golden_cases import load_model
-
     _, tokenizer = load_model("t5")
     base = tiny_model(family, vocab_size=len(tokenizer))
     model = EditableModel(base, kind(layers=[1], lr=5e-2, num_steps=40), tokenizer)

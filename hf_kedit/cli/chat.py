@@ -102,7 +102,6 @@ def chat(
         base=base,
         trust_remote_code=trust_remote_code,
         untie=untie,
-        default_method="auto",
     )
     if editable.tokenizer is None:
         raise ConfigError("the model has no tokenizer, without which it can be told nothing")

@@ -276,6 +276,7 @@ def _result(editable: Any, made: list[Edit], report: EvaluationReport | None, ou
         "edit_id": made[0].id if len(made) == 1 else None,
         "edit_ids": [e.id for e in made],
         "method": editable.method_name,
+        "with": editable.edit_config.in_words,
         "model": editable.base_model_id,
         "n": len(made),
         "metrics": halves["post"],
@@ -315,7 +316,7 @@ def _show(
     if effects is not None:
         show_side_effects(console, effects)
         console.print()
-    console.print(f"{counted(data['n'], 'edit')} with {data['method']} in {data['seconds']:.2f} s")
+    console.print(f"{counted(data['n'], 'edit')} with {data['with']} in {data['seconds']:.2f} s", soft_wrap=True)
     if data["moments"]:
         console.print(moments_line(data["moments"]), soft_wrap=True)
     if output is None:

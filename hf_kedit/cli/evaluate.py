@@ -247,7 +247,6 @@ def evaluate(
             revision=revision,
             base=base,
             trust_remote_code=trust_remote_code,
-            needs_method=not no_edit,
         )
         if decoding is not None:
             editable.set_decoding(decoding)

@@ -51,7 +51,6 @@ def export_gguf(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        needs_method=False,
         base=base,
         artifact=edits_at(source, revision),
     )

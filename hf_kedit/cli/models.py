@@ -42,7 +42,7 @@ _MODEL: Any = typer.Option(
 ModelOption = Annotated[str, _MODEL]
 OptionalModelOption = Annotated[str | None, _MODEL]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", "-M", help="Editing method; `kedit list-methods` shows them.")
+    str | None, typer.Option("--method", "-M", help="Editing method (`kedit list-methods`); default: auto.")
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -185,8 +185,6 @@ def open_model(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    needs_method: bool = True,
-    default_method: str | None = None,
     untie: bool = False,
     base: str | None = None,
     artifact: Artifact | None = None,
@@ -204,8 +202,6 @@ def open_model(
         device: where to put the model.
         revision: of the model's repository.
         trust_remote_code: as in transformers.
-        needs_method: whether a model without saved edits needs a method.
-        default_method: the one that it gets where none is named; ``None``: one has to be named.
         untie: give a tied head a weight of its own.
         base: base model for saved edits instead of their own. If that was quantised, another form of the same model
             is taken as well; otherwise it must have the same weights.
@@ -213,7 +209,7 @@ def open_model(
         backend: the model behind an API that is meant; ``name``, if given, is saved edits of it.
 
     Raises:
-        typer.BadParameter: if a method is needed and none is named.
+        typer.BadParameter: if no model is named, or options do not go together.
         ArtifactError: if there is no such model or it cannot be loaded.
     """
     given = {k: v for k, v in (flags or {}).items() if v is not None}
@@ -222,12 +218,8 @@ def open_model(
         return _open_remote(backend, config, artifact or (None if name is None else edits_at(name, revision)), name)
     if name is None:
         raise typer.BadParameter("name a model", param_hint="--model")
-    if artifact is None and (base is not None or (config is None and needs_method)):
+    if artifact is None and base is not None:
         artifact = edits_at(name, revision)
-    if artifact is None and config is None and needs_method:
-        config = build_config(default_method, None, settings, **given)
-        if config is None:
-            raise typer.BadParameter("name a method, or give a config file that does", param_hint="--method")
     hush_transformers()
     from ..model import EditableModel
 

@@ -120,8 +120,6 @@ def serve(
             base=base,
             trust_remote_code=trust_remote_code,
             untie=untie,
-            needs_method=allow_edits,
-            default_method="auto",
         )
         variants = Variants(editable, name or _name_of(model))
         for label, source in packs:

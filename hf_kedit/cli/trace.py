@@ -102,7 +102,6 @@ def trace(
         revision=revision,
         base=base,
         trust_remote_code=trust_remote_code,
-        needs_method=False,
     )
     report = causal_trace(
         editable,

@@ -70,7 +70,6 @@ def ui(
         revision=revision,
         base=base,
         trust_remote_code=trust_remote_code,
-        needs_method=False,
     )
     from ..ui.layout import serve
 

@@ -217,6 +217,12 @@ class EditConfig(metaclass=_OldNames):
         return {f.name: _default(f) for f in fields(cls) if f.name in names}
 
     @property
+    def in_words(self) -> str:
+        """The method and where it edits, in a few words."""
+        where = f" at layer {', '.join(map(str, self.layers))}" if self.layers else ""
+        return f"{self.edit_type}{where}"
+
+    @property
     def given(self) -> dict[str, Any]:
         """The fields that were set when the config was made, or changed since, with their values."""
         named: frozenset[str] = self.__dict__["_given"]

@@ -30,6 +30,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..gguf.reading import GgufFile, origin_of
 from ..journal import Edit, Journal
 from ..loading import embedded_corpus, model_name
+from ..logging import get_logger, info_once
 from ..methods.base import Capabilities, Method, Workbench, method_class
 from ..remote.model import RemoteModel
 from ..statistics.corpora import SELF, Corpus, resolve_corpus, self_corpus
@@ -38,6 +39,8 @@ from ..text.processors import sees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
 
 
 class EditedModel(nn.Module):
@@ -56,7 +59,7 @@ class EditedModel(nn.Module):
     def __init__(
         self,
         base_model: PreTrainedModel | RemoteModel,
-        config: EditConfig | str,
+        config: EditConfig | str | None,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         anatomy: Mapping[str, str] | None,
@@ -108,7 +111,10 @@ class EditedModel(nn.Module):
             self.trace: dict[str, torch.Tensor] | None = None
             self.decoding_config: Decoding | None = None
             self._start_afresh()
-            self.set_method(config)
+            self.set_method(self.default_config if config is None else config)
+            if config is None:
+                said = f"{self.base_model_id}: no method is named; edits are made by {self.edit_config.in_words}"
+                info_once(logger, said)
 
     def _start_afresh(self) -> None:
         """Forget what belongs to the edits that were made: the model as it is now counts as unedited."""
@@ -150,6 +156,21 @@ class EditedModel(nn.Module):
             self._method: Method = method
             self.edit_config: EditConfig = full
         return self
+
+    @property
+    def default_config(self) -> EditConfig:
+        """The method where none is named: `auto`, which keeps edits apart from one another and from all other prompts.
+
+        Models that it cannot work in get what can: those behind an API a prompt; encoder-decoders, models that see,
+        and models whose MLPs are experts and nothing else, fine-tuning.
+        """
+        if self.is_remote:
+            return AutoEditConfig.for_method("prompt")
+        dense = any(layer.down is not None for layer in self.anatomy.layers)
+        if dense and not self.anatomy.is_encoder_decoder and self.processor is None:
+            return AutoEditConfig.for_method("auto")
+        experts = any(layer.experts for layer in self.anatomy.layers) and not dense
+        return AutoEditConfig.for_method("ft-m", **({"expert_policy": "top1"} if experts else {}))
 
     @property
     def method_name(self) -> str:

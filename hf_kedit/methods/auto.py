@@ -24,8 +24,8 @@ and KEDAS (arXiv 2508.01302); new here are that the stored edit is any method's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from pydantic import NonNegativeInt
 
@@ -64,11 +64,6 @@ class AutoMethodConfig(WrappingConfig):
     slack: float | None = None
 
     @classmethod
-    def model_dependent_fields(cls) -> tuple[str, ...]:
-        """Fields filled from an hparams file, or by what is there."""
-        return ("encoder", "slack")
-
-    @classmethod
     def from_earlier(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """``base`` was ``payload`` and ``payload_settings``, and its layers and statistics stood beside them."""
         if not {"payload", "payload_settings"} & set(values):
@@ -91,10 +86,12 @@ class AutoMethodConfig(WrappingConfig):
         if getattr(base, "sequence", "batches") == "joint":
             raise ConfigError("auto keeps edits apart: sequence='joint' of its base method has no meaning here")
 
-    def derive(self, profile: ModelProfile) -> dict[str, Any]:
-        """The best of what is there."""
-        encoder = self.encoder or (DENSE if is_there(DENSE_MODEL) else WORDS)
-        return {"encoder": encoder, "slack": SLACK.get(encoder, SLACK[DENSE])}
+    def complete(self, profile: ModelProfile, *, files: bool = True) -> Self:
+        """Fill in the base method's config, and the best encoder that there is."""
+        full = super().complete(profile, files=files)
+        encoder = full.encoder or (DENSE if is_there(DENSE_MODEL) else WORDS)
+        slack = SLACK.get(encoder, SLACK[DENSE]) if full.slack is None else full.slack
+        return replace(full, encoder=encoder, slack=slack)
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """What an edit is, and how much is taken to ask for it."""

@@ -60,6 +60,8 @@ class Capabilities:
         encoder_decoder: works on encoder-decoder models too.
         undo: what `rollback` takes back alone, exactly: any ``edit``; the edits of one ``call``, which were trained as
             one change; the ``last`` ones, whatever their number; or only ``all`` of them.
+        told_wordings: an evaluation tells it the other wordings of a fact, although it asks for them: the published
+            method is made with them. All others have to find these out.
         paper: citation with arXiv id.
         summary: one line.
     """
@@ -75,6 +77,7 @@ class Capabilities:
     low_rank: bool = True
     encoder_decoder: bool = False
     undo: Literal["edit", "call", "last", "all"] = "edit"
+    told_wordings: bool = False
 
 
 @dataclass
@@ -207,6 +210,11 @@ class WrappingConfig(EditConfig):
     def base_config(self) -> EditConfig:
         """The base method's config."""
         return EditConfig.from_dict(self.base)
+
+    @property
+    def in_words(self) -> str:
+        """The method, and the one inside."""
+        return f"{self.edit_type} ({self.base_config.in_words})"
 
     def __getattr__(self, name: str) -> Any:
         """What text second moments are taken over is said in ``base``, whose method needs them."""

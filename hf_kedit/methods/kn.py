@@ -123,6 +123,7 @@ class KN(Method):
         batch=False,
         sequential=True,
         needs_subject=False,
+        told_wordings=True,
         paper="Dai et al. 2022, arXiv 2104.08696",
         summary="finds the MLP neurons behind an answer by attribution and rewrites their values",
     )

@@ -359,11 +359,14 @@ class Run:
         if self.setting == SAVED:  # they are there already
             self.costs |= {case.number: Cost() for case in unit}
             return
+        told = [case.request for case in unit]
+        if not self.model.capabilities.told_wordings:  # what is asked later
+            told = [replace(request, rephrase_prompts=[]) for request in told]
         synchronise(self.base)
         memory = PeakMemory(self.base)
         began = time.perf_counter()
         try:
-            result = self.model.edit([case.request for case in unit], batch_size=len(unit), show_progress=False)
+            result = self.model.edit(told, batch_size=len(unit), show_progress=False)
         except (EditFailedError, RequestError) as error:
             if self.on_error == "raise":
                 raise

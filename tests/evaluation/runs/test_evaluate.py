@@ -6,8 +6,9 @@ import datasets
 import pytest
 import torch
 
+from hf_kedit import EditableModel
 from hf_kedit.data import FEATURES, load_edit_dataset, row_from_request
-from hf_kedit.errors import DataError, EvaluationError, RequestError
+from hf_kedit.errors import DataError, EditFailedError, EvaluationError, RequestError
 from hf_kedit.evaluation import ExactMatchJudge, Generation, Judged, TeacherForced, evaluate_edits
 from hf_kedit.evaluation.measures import metrics
 from hf_kedit.requests import load_requests
@@ -321,3 +322,18 @@ def test_probes_without_an_answer_do_not_vanish_in_silence(editable, rows, cache
     assert "'generation' compares" in said[0]
     per_axis = report.summary("teacher_forced")["post"]["per_axis"], report.summary("generation")["post"]["per_axis"]
     assert [axes.get("locality", {}).keys() for axes in per_axis] == [set(), {"near"}]
+
+
+@pytest.mark.parametrize(("method", "told"), [("ft-m", False), ("kn", True)])
+def test_a_method_is_not_told_the_wordings_that_it_is_asked_for(method, told, tokenizer, rows, cache, monkeypatch):
+    model = EditableModel(tiny_gpt2(tokenizer), method, tokenizer)
+    seen = []
+
+    def edit(requests, **options):
+        seen.extend(requests)
+        raise EditFailedError("not today")
+
+    monkeypatch.setattr(model, "edit", edit)
+    evaluate_edits(model, rows, on_error="skip", cache=cache)
+    wordings = [request.rephrase_prompts for request in load_requests(rows)]
+    assert [request.rephrase_prompts for request in seen] == (wordings if told else [[] for _ in rows])
