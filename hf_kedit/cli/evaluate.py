@@ -120,7 +120,7 @@ def evaluate(
         typer.Option(
             "--scenario",
             "--preset",
-            help="Measure what a scenario asks, such as safety; --list-scenarios lists them.",
+            help="Measure what a scenario (or preset: one thing, two words) asks; --list-scenarios lists them.",
             metavar="NAME",
         ),
     ] = None,

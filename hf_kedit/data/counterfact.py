@@ -68,12 +68,12 @@ def rewrite_columns(rewrite: Record) -> dict[str, Any]:
 
 
 def labelled(record: Record, name: str) -> tuple[str | None, str | None]:
-    """Return text and id of a field that is ``{"str": …, "id": …}`` or plain text."""
+    """Return text and id of a field that is ``{"str": …, "id": …}``, plain text, or two fields ``…_str``, ``…_id``."""
     value = record.raw(name)
     if isinstance(value, dict):
         inner = record.nested(value, name)
         return inner.text("str"), inner.text("id")
-    return record.text(name), None
+    return record.text(name, f"{name}_str"), record.text(f"{name}_id")
 
 
 def rome_columns(record: Record) -> dict[str, Any]:

@@ -11,6 +11,10 @@ On disk: a JSON list; ``requested_rewrite`` is a list::
       "new_answer": "Lima", "new_answer_alias": ["City of Kings"],
       "single_hops": [{"question": "…", "cloze": "…", "answer": "…", "answer_alias": []}], "new_single_hops": […]}]
 
+MQuAKE-Remastered (Zhong et al., 2024), which corrects the data, has the texts of a rewrite flat, ``"target_new_str":
+"Peru"`` and ``"target_true_str": "Norway"``; ``orig_triples`` and ``new_triples`` with their labels beside the
+questions; and ``split``, which says what the case is when so many are edited (``{"1000": ["edited"]}``).
+
 Every rewrite is a row of its own; those of a case share ``group_id``, and the probes are on the last one: evaluate
 after the whole group was applied. Success is any of the three questions answered.
 """
@@ -30,6 +34,18 @@ from .sources import Source
 
 def _source(*names: str) -> Source:
     return Source({"test": names}, published="https://github.com/princeton-nlp/MQuAKE (datasets/)", licence="MIT")
+
+
+def _remastered(part: str) -> Source:
+    # As `push_to_hub` names the files of a split; they could not be looked at.
+    return Source(
+        {"test": (f"{part}-*.parquet", f"{part}.json")},
+        published="https://huggingface.co/datasets/henryzhongsc/MQuAKE-Remastered",
+        licence="see its page; MQuAKE MIT",
+        repo="henryzhongsc/MQuAKE-Remastered",
+        folder="data",
+        many=True,
+    )
 
 
 def multi_hop(record: Record) -> tuple[list[RawRow], RawRow]:
@@ -58,6 +74,10 @@ def multi_hop(record: Record) -> tuple[list[RawRow], RawRow]:
         # The first version of the 3k file has cases whose edits contradict those of other cases.
         "mquake/cf_3k": _source("MQuAKE-CF-3k-v2.json", "MQuAKE-CF-3k.json"),
         "mquake/t": _source("MQuAKE-T.json"),
+        "mquake_remastered/cf_3k": _remastered("CF3k"),
+        "mquake_remastered/cf_9k": _remastered("CF9k"),
+        "mquake_remastered/cf_6334": _remastered("CF6334"),
+        "mquake_remastered/t": _remastered("T"),
     }
 )
 def mquake_rows(

@@ -17,6 +17,7 @@ its own (``objective="matryoshka"``). Its further coefficients, from the affinit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,7 @@ from pydantic import PositiveInt
 
 from ..books.ledger import WeightDelta
 from ..config import EditConfig, ModelProfile, WeightConfig
+from ..config.hparams import find_hparams
 from ..config.spaces import times
 from ..engine.capture import Tap, stream_states
 from ..engine.examples import Example, target_probabilities
@@ -41,6 +43,11 @@ from .spread import SpreadMethod
 from .unke import Anchored, UnKE
 
 BASES = ("memit", "alphaedit", "unke")
+SMALL_WINDOW = 8
+"""Tokens of a chunk without a packaged file: what one state of a small model holds after some forty evaluations."""
+OF_CHUNKS = {"held_weight": 4.0}
+"""What UnKE is told without a packaged file: beside general text that weighs thirty times as much, as it does for one
+state, a layer learns a third of the way to the states of a dozen chunks (docs/methods/anyedit.md)."""
 
 
 @dataclass
@@ -61,6 +68,17 @@ class AnyEditConfig(WrappingConfig, WeightConfig):
     window_size: PositiveInt = 30
     objective: Literal["window", "matryoshka"] = "window"
     hold_text: bool = True
+
+    def cautious(self, profile: ModelProfile) -> dict[str, Any]:
+        """Chunks that a state of a small model can hold."""
+        return super().cautious(profile) | {"window_size": SMALL_WINDOW}
+
+    def complete(self, profile: ModelProfile, *, files: bool = True) -> AnyEditConfig:
+        """Fill in the base method's config as well, as many states at once need it."""
+        own = copy(self)
+        if self.base["edit_type"] == "unke" and not (files and find_hparams("unke", profile.name)):
+            own.base = {**OF_CHUNKS, **self.base}
+        return super(AnyEditConfig, own).complete(profile, files=files)
 
     def check_base(self, base: EditConfig) -> None:
         """One of those whose update takes a state per token."""

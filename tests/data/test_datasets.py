@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from hf_kedit.data import FEATURES, dataset_entry, dataset_names, load_edit_dataset, load_report, to_easyedit
 from hf_kedit.data.opinions import TEMPLATES
@@ -21,6 +22,7 @@ FILES = {
     **{f"wikibigedit/{step}": "wikibigedit/wiki_big_edit_20240201_20240220.json" for step in WIKIBIGEDIT_STEPS[1:]},
     **{f"ripple_edits/{part}": "ripple_edits/random.json" for part in ("recent", "popular")},
     **{f"mquake/{part}": "mquake/MQuAKE-CF.json" for part in ("cf_3k", "t")},
+    **{f"mquake_remastered/{part}": "mquake_remastered/CF3k.json" for part in ("cf_9k", "cf_6334", "t")},
     "mmedit/caption": "mmedit/caption",
     "mmedit/vqa": "mmedit/vqa",
     **{f"mmke/{part}": f"mmke/{part}" for part in ("entity", "visual", "user")},
@@ -58,7 +60,7 @@ def test_the_whole_catalogue_is_registered() -> None:
         "knowedit", "counterfact", "counterfact_flat", "counterfact_plus", "zsre", "zsre_plus", "mquake",
         "ripple_edits", "cknowedit", "conceptedit", "safeedit", "personalityedit", "mmedit", "qaedit", "wikibigedit",
         "ultraeditbench", "halluedit", "akew", "unke", "leme", "fever",
-        "vlkeb", "mmke", "comprehendedit", "conflictedit", "roundedit",
+        "vlkeb", "mmke", "comprehendedit", "conflictedit", "roundedit", "mquake_remastered",
     }  # fmt: skip
     parts = {
         "knowedit": ("wiki_recent", "zsre", "wikibio", "wiki_counterfact", "convsent", "sanitation"),
@@ -74,6 +76,7 @@ def test_the_whole_catalogue_is_registered() -> None:
         "wikibigedit": WIKIBIGEDIT_STEPS,
         "conflictedit": ("coverage", "reverse", "composite"),
         "roundedit": ("easy", "hard"),
+        "mquake_remastered": ("cf_3k", "cf_9k", "cf_6334", "t"),
     }  # fmt: skip
     for family, names in parts.items():
         assert {n for n in FILED if n.startswith(f"{family}/")} == {f"{family}/{part}" for part in names}
@@ -506,6 +509,26 @@ def test_leme_and_fever() -> None:
     assert row["extra"]["coupled"][0]["properties"] == {"mother tongue": ["Dutch"]} and row["task"] == "longform"
     assert [r["target_new"] for r in only("fever")] == ["REFUTES", "SUPPORTS"]
     assert probes(only("fever")[1])["unrel_prompt"] == [("Acme makes tea.", [["REFUTES"]])]
+
+
+def test_mquake_remastered_is_read_with_its_flat_fields(tmp_path: Path) -> None:
+    first, last = only("mquake_remastered/cf_3k")
+    assert (first["prompt"], first["subject"]) == ("Ada Bell is a citizen of", "Ada Bell")
+    assert (first["target_new"], first["ground_truth"]) == ("Peru", ["Norway"])
+    assert (last["target_new"], last["ground_truth"], last["group_size"]) == ("Cusco", ["Lima"], 2)
+    assert first["extra"]["target_new_id"] == "Q419" and first["extra"]["relation_id"] == "P27"
+    hops = [(p["name"], p["ground_truth"]) for p in last["portability"]]
+    assert hops[:3] == [("Multi_Hop", [["Cusco", "Cuzco"]])] * 3
+    assert hops[3:] == [("Single_Hop", [["Peru", "Republic of Peru"]]), ("Single_Hop", [["Cusco", "Cuzco"]])]
+    assert last["extra"]["split"] == {"1": ["edited"], "ALL": ["edited"]}
+    assert last["extra"]["new_triples"][1] == ["Q419", "P36", "Q5582862"]
+    # The Hub has Parquet files, several of one split.
+    table = Dataset.from_json(str(place("mquake_remastered/t")))
+    for part in range(2):
+        table.to_parquet(tmp_path / f"CF3k-0000{part}-of-00002.parquet")
+    rows = load_edit_dataset("mquake_remastered/cf_3k", path=tmp_path).to_list()
+    assert [row["target_new"] for row in rows] == ["Peru", "Cusco"] * 2
+    assert rows[1]["portability"] == last["portability"]
 
 
 def test_two_edits_that_contradict_each_other() -> None:

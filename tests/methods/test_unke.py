@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hf_kedit import AnyEditConfig, EditableModel, EditRequest, UnKEConfig
+from hf_kedit.config import ModelProfile
 from hf_kedit.config.easyedit import convert_hparams
 from hf_kedit.engine.capture import ModuleCall, first
 from hf_kedit.engine.forward import frozen_eval
@@ -321,6 +322,17 @@ def test_bad_values() -> None:
     assert AnyEditConfig(layers=[1]).base == {"edit_type": "unke", "layers": [1]}
     with pytest.raises(ConfigError, match="names other layers"):
         AnyEditConfig(layers=[1], base=UnKEConfig(layers=[2]))
+
+
+def test_chunks_have_derived_settings_of_their_own() -> None:
+    profile = ModelProfile("somebody/new-model", 30, 576)
+    config = AnyEditConfig().complete(profile)
+    alone = UnKEConfig().complete(profile)
+    assert config.window_size == 8 and config.base["held_weight"] == 4.0 and alone.held_weight == 30.0
+    assert {**config.base, "held_weight": 30.0} == {**alone.to_dict(), **{"seed": config.base["seed"]}}
+    mine = AnyEditConfig(window_size=30, base=UnKEConfig(held_weight=2.0, layers=[3])).complete(profile)
+    assert (mine.window_size, mine.base["held_weight"], mine.base["layers"]) == (30, 2.0, [3])
+    assert "held_weight" not in AnyEditConfig(base="memit").complete(profile).base
 
 
 def test_files_of_easyedit_are_read() -> None:

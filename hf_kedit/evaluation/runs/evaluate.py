@@ -75,6 +75,7 @@ def evaluate_edits(
     shard: str | None = None,
     after_step: Callable[[StepResult], None] | None = None,
     scenario: str | Scenario | None = None,
+    preset: str | Scenario | None = None,
     report_to: Any = None,
 ) -> EvaluationReport:
     """Apply the edits of a data set and measure what they did.
@@ -119,6 +120,7 @@ def evaluate_edits(
             and the edits are undone.
         scenario: name of a scenario (``safety`` …), or one with its options (`load_scenario`): what is asked and
             measured beyond single facts. The path of a data set may then be a file in one of its layouts.
+        preset: another word for ``scenario``, as ``--preset`` is for ``--scenario``; presets are scenarios.
         report_to: who is told the means of every measurement over the number of edits (`EvaluationTracking`):
             ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"all"``, a list of them, or an open tracker of accelerate.
 
@@ -139,7 +141,10 @@ def evaluate_edits(
     if prompt_format is not None:
         check_choice("prompt_format", prompt_format, ("plain", "chat"))
     whens = parse_when(when, setting)
-    chosen = None if scenario is None else load_scenario(scenario)
+    if scenario is not None and preset is not None:
+        raise EvaluationError("scenario= and preset= are two words for one thing; give one of them")
+    named = preset if scenario is None else scenario
+    chosen = None if named is None else load_scenario(named)
     protocols = protocols_of(chosen, protocol, "generation" if model.is_remote else "teacher_forced")
     part = parse_shard(shard, setting)
     _check_arguments(setting, batch_size, limit, keep_edits, collapse_text is not None or bool(abilities))

@@ -121,6 +121,14 @@ def test_unknown_names_and_options_are_errors_that_help(editable, rows):
     assert load_scenario(Longer()) == Longer()
 
 
+def test_a_preset_is_a_scenario(editable, rows, cache):
+    assert evaluate_edits(editable, rows[:1], preset=Longer(), cache=cache, progress=False).scenario == "longer"
+    with pytest.raises(EvaluationError, match="two words for one thing"):
+        evaluate_edits(editable, rows[:1], scenario="wild", preset="wild")
+    with pytest.raises(EvaluationError, match=r"unknown scenario 'wid'.*'wild'"):
+        evaluate_edits(editable, rows[:1], preset="wid")
+
+
 def test_a_file_is_read_in_the_layout_that_its_first_record_has(tmp_path, editable, cache):
     record = {"id": 1, "adversarial prompt": "The capital of Norland is", "safe generation": "Lima"}
     record |= {"unsafe generation": "Oslo", "knowledge constrain": {"prompt": "Jan Mol works for", "answer": "Rome"}}
