@@ -117,6 +117,8 @@ def spread_method(method: Method) -> SpreadMethod:
         ConfigError: naming those that can.
     """
     if isinstance(method, SpreadMethod) and method.solves_together:
+        if method.config.boundary_layers:
+            raise ConfigError("boundary_layers gives each layer values of its own: no joint solve; switch it off")
         return method
     raise ConfigError(
         f"{method.capabilities.name} does not solve for all facts together; MEMIT, EMMET, PMET, AlphaEdit and their"

@@ -84,8 +84,12 @@ class AnyEditConfig(WrappingConfig, WeightConfig):
         """One of those whose update takes a state per token."""
         if base.edit_type not in BASES:
             raise ConfigError(f"AnyEditConfig.base must be one of {', '.join(BASES)}, not {base.edit_type!r}")
-        if isinstance(base, LocateConfig) and (base.expert_policy != "shared" or base.sequence != "batches"):
+        if not isinstance(base, LocateConfig):
+            return
+        if base.expert_policy != "shared" or base.sequence != "batches":
             raise ConfigError("AnyEditConfig.base: expert_policy must be 'shared' and sequence 'batches'")
+        if base.norm_anchor is not None or base.boundary_layers:
+            raise ConfigError("AnyEditConfig.base: norm_anchor and boundary_layers are for one value per fact")
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """How long chunks are, and whose update writes them."""

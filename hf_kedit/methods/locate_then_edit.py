@@ -6,6 +6,7 @@ The methods themselves read beside their papers in their own files.
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -15,6 +16,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..config import EditConfig, ModelProfile
 from ..config.spaces import layer_windows, times
+from ..data import load_edit_dataset
+from ..data.loading import requests_of
 from ..engine.capture import Tap, top_experts
 from ..engine.experts import expert_index
 from ..engine.rows import Row, check_lengths, drift_row, rewrite_row
@@ -23,6 +26,7 @@ from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..statistics.store import FEW_TOKENS_PER_WIDTH
 from ..tokens import FactToken
+from ..values.anchors import added_by, rescaled, solved_values
 from ..values.optimise import ValuePlace, Values, optimise_values
 from ..values.optimisers import MOST_STEPS
 from ..values.settings import Guide, ValueOptimiser, ValueSettings
@@ -74,6 +78,10 @@ class LocateConfig(EditConfig):
         joint_until: probability, per token and in all contexts, from which on a fact holds and gets no further update.
         joint_caution: factor by which a joint solve weighs old knowledge more than a single batch does (MEMIT's λ,
             AlphaEdit's ``L2``, EMMET's ridge): many small steps under a large weight keep more than one large step.
+        norm_anchor: NAS (arXiv 2602.02543): every value is rescaled to the norm that values have on the original
+            model, the mean over so many of the packaged facts; ``None``: values stay as they are found.
+        boundary_layers: BLUE (arXiv 2502.03748): of ``layers`` only the first and the last are written, each with
+            values of its own and all that they miss, instead of every layer with its share of one value.
     """
 
     rect_keep: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -97,6 +105,8 @@ class LocateConfig(EditConfig):
     joint_passes: PositiveInt = 10
     joint_until: Annotated[float, Field(gt=0, le=1)] = 0.8
     joint_caution: PositiveFloat = 20.0
+    norm_anchor: PositiveInt | None = None
+    boundary_layers: bool = False
 
     def validate(self) -> None:
         """Check the templates; put the layers into the order in which they are written."""
@@ -111,6 +121,22 @@ class LocateConfig(EditConfig):
                 raise ConfigError(f"context_templates: {template!r} needs exactly one slot '{{}}'")
         if self.context_templates is not None and (not flat or flat[0] != "{}"):
             raise ConfigError("context_templates: the first template must be the bare prompt '{}'")
+        name = type(self).__name__
+        if self.norm_anchor is not None and self.expert_policy == "top1":
+            raise ConfigError(
+                f"{name}.norm_anchor: values of single experts have no common norm; use 'shared' experts"
+            )
+        if self.boundary_layers and self.sequence == "joint":
+            raise ConfigError(
+                f"{name}.boundary_layers gives each layer values of its own, a joint solve has one for all of them:"
+                " choose one of the two"
+            )
+
+    @property
+    def written_layers(self) -> list[int]:
+        """The layers that are written, from below."""
+        layers = sorted(self.layers or [])
+        return sorted({layers[0], layers[-1]}) if self.boundary_layers and layers else layers
 
     @classmethod
     def model_dependent_fields(cls) -> tuple[str, ...]:
@@ -182,6 +208,7 @@ class LocateMethod(Method):
     def __init__(self, bench: Workbench, config: LocateConfig):
         super().__init__(bench, config)
         self._experts: dict[str | None, dict[int, int]] = {}  # of the present call: request → layer → expert
+        self._anchors: dict[tuple[int, tuple[ValuePlace, ...]], torch.Tensor] = {}
 
     @property
     def needs_moments(self) -> bool:
@@ -194,11 +221,15 @@ class LocateMethod(Method):
             self.bench.statistics.fetch(self.edited_modules(), per_width=self.tokens_per_width)
 
     def prepare(self) -> None:
-        """Templates and, in one pass over the text, the second moments of all layers, before any weight changes."""
+        """Templates, norms and, in one pass over the text, the second moments of all layers, before weights change."""
         self.templates()
-        if self.needs_moments:
-            with self.bench.unedited():
+        with self.bench.unedited():
+            if self.needs_moments:
                 self.bench.statistics.moments(self.edited_modules(), per_width=self.tokens_per_width)
+            if self.config.norm_anchor is not None:
+                for layer, places in self.value_sites():
+                    if (layer, places) not in self._anchors:
+                        self._anchors[layer, places] = self._norm_of_values(layer, places, self.config.norm_anchor)
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Build every row with the bare prompt, so that any unusable request is found before the first edit."""
@@ -214,10 +245,10 @@ class LocateMethod(Method):
 
     def edited_modules(self) -> list[str]:
         """Projections out of the MLPs; of routed experts, those that the facts of the present call are put into."""
-        if self.config.expert_policy == "shared":
-            return super().edited_modules()
-        anatomies = [self.bench.anatomy.with_experts(experts) for experts in self._experts.values()]
-        return list(dict.fromkeys(a.down(layer).path for layer in self.config.layers or [] for a in anatomies))
+        anatomies = [self.bench.anatomy]
+        if self.config.expert_policy == "top1":
+            anatomies = [self.bench.anatomy.with_experts(experts) for experts in self._experts.values()]
+        return list(dict.fromkeys(a.down(layer).path for layer in self.config.written_layers for a in anatomies))
 
     def anatomy_for(self, request: EditRequest) -> Anatomy:
         """The model's anatomy; the down projection of a layer with routed experts is that of the request's expert."""
@@ -275,7 +306,14 @@ class LocateMethod(Method):
         settings: ValueSettings | None = None,
     ) -> Values:
         """Optimise one value per request and place (see `optimise_values`), and leave a trace if one is wanted."""
-        values = self._optimised(rows, layer, places, taps, anatomy, settings=settings)
+        anchor = self._anchors.get((layer, (places,) if isinstance(places, str) else tuple(places)))
+        if anchor is None:
+            values = self._optimised(rows, layer, places, taps, anatomy, settings=settings)
+        else:
+            added = added_by(self.bench.anatomy, layer, places)
+            values = rescaled(
+                self._optimised(rows, layer, places, [*taps, *added], anatomy, settings=settings), added, anchor
+            )
         if self.bench.trace is not None:
             self._note_values(values, values.places)
         return values
@@ -305,6 +343,18 @@ class LocateMethod(Method):
             show_progress=bench.show_progress,
             guide=guide,
         )
+
+    @abstractmethod
+    def value_sites(self) -> list[tuple[int, tuple[ValuePlace, ...]]]:
+        """Layers and places at which values are optimised."""
+
+    def _norm_of_values(self, layer: int, places: tuple[ValuePlace, ...], count: int) -> torch.Tensor:
+        """Mean norm of the values of ``count`` packaged facts, ``[places]``; of the model as it is."""
+        name = "facts" if self.bench.statistics.own_corpus is None else "world"
+        facts = requests_of(load_edit_dataset(name, split="validation", limit=count))
+        added = added_by(self.bench.anatomy, layer, places)
+        values = self._optimised(self.rows(facts, self.templates()), layer, places, added)
+        return solved_values(values, added).norm(dim=-1).mean(dim=0)
 
     def _note_values(self, values: Values, places: Sequence[ValuePlace]) -> None:
         """Leave what the optimisation found in the trace."""

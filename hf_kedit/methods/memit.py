@@ -117,7 +117,7 @@ class MEMIT(SpreadMethod):
 
     def weight_of(self, module: str) -> float:
         """λ of the layer that a module is in."""
-        for layer, weight in zip(self.layers, self.config.layer_weights or [], strict=False):
+        for layer, weight in zip(self.config.layers or [], self.config.layer_weights or [], strict=False):
             if module.startswith(self.bench.anatomy.layers[layer].path + "."):
                 return weight * self.caution
         assert self.config.mom2_update_weight is not None

@@ -25,6 +25,7 @@ from ..errors import ConfigError, EditFailedError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..statistics.solve import IDENTITY
+from ..values.optimise import ValuePlace
 from .base import Capabilities, Outcome, Workbench, register_method
 from .locate_then_edit import LocateConfig, LocateMethod, routing_diagnostics, single_layer, where_routed
 
@@ -93,6 +94,10 @@ class ROME(LocateMethod):
         """One flat list, as ROME averages its keys."""
         return [[t for group in super().templates() for t in group]]
 
+    def value_sites(self) -> list[tuple[int, tuple[ValuePlace, ...]]]:
+        """The projections of all layers that are written."""
+        return [(layer, ("down",)) for layer in self.config.written_layers]
+
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Edit one fact, in the layers of the config from below."""
         (request,) = requests
@@ -100,7 +105,7 @@ class ROME(LocateMethod):
         groups = self.templates()
         rows = self.rows([request], groups)
         with bench.ledger.provisional() as scope:
-            for layer in self.config.layers or []:
+            for layer in self.config.written_layers:
                 module = anatomy.down(layer).path
                 key_tap = Tap(module, "input")
                 values = self.optimise(rows, layer, "down", [key_tap], anatomy)

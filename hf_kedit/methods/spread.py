@@ -74,6 +74,7 @@ class SpreadMethod(LocateMethod):
     def __init__(self, bench: Workbench, config: LocateConfig):
         super().__init__(bench, config)
         self.first_values = FirstValues()
+        self._only: int | None = None  # the boundary layer (BLUE) that is written
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The first values of the facts that were solved for together; saved so that they are not computed again."""
@@ -94,6 +95,25 @@ class SpreadMethod(LocateMethod):
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Edit a batch of facts."""
+        if not self.config.boundary_layers:
+            return self._compute(requests)
+        outcomes: list[Outcome] = []
+        try:
+            with self.bench.ledger.provisional() as written:
+                for layer in self.config.written_layers:
+                    self._only = layer
+                    outcomes.append(self._compute(requests))
+                    for delta in outcomes[-1].deltas:
+                        written.add(delta)
+        finally:
+            self._only = None
+        first, last = outcomes[0].diagnostics, outcomes[-1].diagnostics
+        before = "target_probability_before"
+        diagnostics = [b | {before: a[before]} for a, b in zip(first, last, strict=True)]
+        return Outcome([delta for outcome in outcomes for delta in outcome.deltas], diagnostics)
+
+    def _compute(self, requests: Sequence[EditRequest]) -> Outcome:
+        """Values of a batch, written to the `layers`."""
         groups = self.templates()
         rows = self.rows(requests, groups)
         value_rows = self.value_rows(requests, rows)
@@ -188,8 +208,8 @@ class SpreadMethod(LocateMethod):
 
     @property
     def layers(self) -> list[int]:
-        """The edited layers, from below."""
-        return sorted(self.config.layers or [])
+        """The layers that share what is written, from below; of boundary layers the one whose turn it is."""
+        return self.config.written_layers if self._only is None else [self._only]
 
     @property
     def keeps_keys(self) -> bool:
@@ -199,6 +219,11 @@ class SpreadMethod(LocateMethod):
     def value_layer(self) -> int:
         """Layer at which the values are optimised."""
         return self.layers[-1]
+
+    def value_sites(self) -> list[tuple[int, tuple[ValuePlace, ...]]]:
+        """The value layer; every layer that is written, if each has values of its own."""
+        layers = self.config.written_layers if self.config.boundary_layers else [self.value_layer()]
+        return [(layer, self.value_places()) for layer in layers]
 
     def value_places(self) -> tuple[ValuePlace, ...]:
         """Places of that layer at which the values are optimised."""
