@@ -46,6 +46,7 @@ from .spread import Readings, SpreadMethod, members
 logger = get_logger(__name__)
 SOLVE_ONLY = (
     *("mom2_update_weight", "layer_weights", "keep_edited_keys", "L2", "nullspace_threshold", "nullspace_fraction"),
+    *("leak_weight", "nullspace", "refresh_every"),
     *("emmet_lambda", "update_norm_lambda", "sphere_fraction", "sphere_strength", "rect_keep", "rows_per_step"),
     *("prompt_format", "system"),  # requests say it
     *("stats_dataset", "stats_tokens", "stats_dir", "stats_ridge"),

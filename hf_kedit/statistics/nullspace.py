@@ -12,11 +12,19 @@ batch. ``P`` itself is never applied to the keys: inner products need only their
     K_aᵀ P K_b = c_aᵀ c_b   or, with the basis of the complement,   K_aᵀ K_b − c_aᵀ c_b,
 
 and one product with ``B`` at the end brings the answer back. Everything is float64.
+
+A projector that is only nearly right lets old knowledge leak. `NullSpace.weighed` adds what the change does to old
+keys inside the free directions (BetaEdit, arXiv 2605.09285; with ``P = I`` the system of RLSEdit, arXiv 2601.15686),
+
+    A = (P (K_a K_aᵀ + λ₁ C) + λ₂ I)⁻¹ P K E = B' (I + c'_a c'_aᵀ)⁻¹ c',   c' = B'ᵀ K,
+
+by another basis of the same directions: ``B' = B L⁻ᵀ`` with ``L Lᵀ = λ₁ Bᵀ C B + λ₂ I``. It is the solution above with
+``B'`` in the place of ``B``, and a ridge of 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +45,7 @@ class NullSpace:
         kept: dimension of the space that ``P`` projects onto.
         threshold: eigenvalues below it were kept.
         energy: part of the trace of the second moment that lies inside.
+        orthonormal: whether the columns are orthonormal; they are not once the space is `weighed`.
     """
 
     basis: torch.Tensor
@@ -44,6 +53,13 @@ class NullSpace:
     kept: int
     threshold: float
     energy: float
+    orthonormal: bool = True
+
+    @classmethod
+    def everything(cls, moment: torch.Tensor) -> NullSpace:
+        """All directions of a second moment ``[d, d]``: ``P = I``."""
+        eye = torch.eye(moment.shape[0], dtype=torch.float64, device=moment.device)
+        return cls(eye, False, len(eye), float("inf"), 1.0)
 
     @property
     def width(self) -> int:
@@ -56,6 +72,24 @@ class NullSpace:
         inside = self.basis @ (self.basis.T @ x)
         return x - inside if self.complement else inside
 
+    def weighed(self, moment: torch.Tensor, weight: float, ridge: float) -> NullSpace:
+        """The same directions, measured by what a change along them does to old keys; to be solved with a ridge of 1.
+
+        Args:
+            moment: ``C`` ``[d, d]``.
+            weight: λ₁.
+            ridge: λ₂.
+        """
+        if self.complement:
+            raise ValueError("weigh a basis of the free directions, not of their complement")
+        inside = weight * self.basis.T @ (moment.to(self.basis) @ self.basis)
+        lower = torch.linalg.cholesky(inside + ridge * torch.eye(len(inside)).to(inside))
+        return replace(
+            self,
+            basis=torch.linalg.solve_triangular(lower, self.basis.T, upper=False).T.contiguous(),
+            orthonormal=False,
+        )
+
     def matrix(self) -> torch.Tensor:
         """``P`` as a matrix ``[d, d]`` (tests)."""
         return self.project(torch.eye(self.width, dtype=self.basis.dtype, device=self.basis.device))
@@ -67,6 +101,7 @@ def null_space(
     threshold: float | None = None,
     fraction: float | None = None,
     name: str = "the second moment",
+    thin: bool = True,
 ) -> NullSpace:
     """Split the space of keys by the eigenvalues of their second moment.
 
@@ -77,6 +112,7 @@ def null_space(
         fraction: keep as many directions, from the smallest eigenvalue on, as together hold at most this part of
             the trace. Exactly one of both is given.
         name: for messages.
+        thin: keep the basis of the complement where it has fewer columns.
 
     Raises:
         StatisticsError: if nothing would be kept.
@@ -99,7 +135,7 @@ def null_space(
             f" {float(values[-1]):.3g}); set a larger nullspace_threshold or nullspace_fraction"
         )
     width = values.numel()
-    complement = kept > width / 2
+    complement = thin and kept > width / 2
     basis = vectors[:, kept:] if complement else vectors[:, :kept]
     limit = float(values[kept]) if kept < width else float("inf")
     return NullSpace(
@@ -154,6 +190,12 @@ class KeySpace:
 
     def _columns_of_many(self, keys: torch.Tensor, count: int) -> torch.Tensor:
         """The columns of the last ``count`` of more keys than there are dimensions, by the ``d × d`` system."""
+        if not self.space.orthonormal:
+            basis = self.space.basis
+            coordinates = basis.T @ keys.to(basis)
+            system = coordinates @ coordinates.T
+            system.diagonal().add_(self.ridge)
+            return basis @ torch.cholesky_solve(coordinates[:, -count:], torch.linalg.cholesky(system))
         system = self.ridge * torch.eye(self.space.width, dtype=torch.float64, device=self.space.basis.device)
         for part in keys.split(_AT_ONCE, dim=1):
             projected = self.space.project(part)

@@ -7,7 +7,7 @@ import torch
 
 from hf_kedit.errors import NonFiniteError, StatisticsError
 from hf_kedit.statistics import solve
-from hf_kedit.statistics.nullspace import KeySpace, null_space
+from hf_kedit.statistics.nullspace import KeySpace, NullSpace, null_space
 from hf_kedit.statistics.solve import IDENTITY, equality_columns, factor_moment, ridge_columns, ridge_solve
 
 D = 24
@@ -69,6 +69,34 @@ def test_the_key_space_solution_is_the_dense_one(earlier: int, threshold: float)
     p, k, s = space.matrix(), new.double(), old.double()
     dense = torch.linalg.solve(p @ (k @ k.T + s @ s.T) + ridge * torch.eye(D, dtype=torch.float64), p @ k)
     assert torch.allclose(found, dense, atol=1e-9)
+
+
+@pytest.mark.parametrize("earlier", [0, 3, 40])
+@pytest.mark.parametrize("fraction", [0.1, 0.9])
+def test_leaks_inside_the_null_space_are_weighed(earlier: int, fraction: float) -> None:
+    """BetaEdit: ``(P (K Kᵀ + K_e K_eᵀ + λ₁ C) + λ₂ I)⁻¹ P K``."""
+    c, weight, ridge = moment(), 5.0, 0.7
+    space = null_space(c, fraction=fraction, thin=False)
+    new, old = some_keys(4, 1), some_keys(earlier, 2)
+    solver = KeySpace(space.weighed(c, weight, ridge), 1.0)
+    found = solver.columns(new, old if earlier else None)
+    p, k, s = space.matrix(), new.double(), old.double()
+    system = p @ (k @ k.T + s @ s.T + weight * c.double()) + ridge * torch.eye(D, dtype=torch.float64)
+    assert torch.allclose(found, torch.linalg.solve(system, p @ k), atol=1e-9)
+
+
+def test_recursive_least_squares_are_the_solution_with_all_earlier_keys() -> None:
+    """RLSEdit: C_t = C_{t−1} − F (I + Kᵀ F)⁻¹ Fᵀ with F = C_{t−1} K, and ΔWᵀ = C_t K Rᵀ, batch after batch."""
+    c, anchor, ridge = moment(), 5.0, 0.7
+    inverse = torch.linalg.inv(ridge * torch.eye(D, dtype=torch.float64) + anchor * c.double())
+    solver, earlier = KeySpace(NullSpace.everything(c).weighed(c, anchor, ridge), 1.0), some_keys(0, 1)
+    for batch in range(4):
+        keys = some_keys(3, batch).double()
+        f = inverse @ keys
+        inverse = inverse - f @ torch.linalg.inv(torch.eye(3, dtype=torch.float64) + keys.T @ f) @ f.T
+        found = solver.columns(keys, earlier if earlier.shape[1] else None)
+        assert torch.allclose(found, inverse @ keys, atol=1e-9)
+        earlier = torch.cat([earlier, keys], dim=1)
 
 
 def test_projections_of_earlier_keys_are_reused_only_while_they_are_true() -> None:

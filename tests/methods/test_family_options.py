@@ -1,4 +1,4 @@
-"""Options of the locate-then-edit family: values of a fixed norm (NAS), only boundary layers written (BLUE)."""
+"""Options of the locate-then-edit family: NAS, BLUE, and AlphaEdit's BetaEdit and RLSEdit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_kedit.config import EditConfig
 from hf_kedit.engine.capture import Tap
 from hf_kedit.engine.forward import frozen_eval
 from hf_kedit.engine.sweep import Sweep
-from hf_kedit.engine.weights import get_module, model_digest
+from hf_kedit.engine.weights import get_module, get_weight, model_digest
 from hf_kedit.errors import ConfigError
 from hf_kedit.values.optimise import ValuePlace, optimise_values
 
@@ -153,6 +153,40 @@ def test_relatives_write_boundary_layers_only(method: str) -> None:
     assert model_digest(model.base_model) == digest
 
 
+# ---------------------------------------------------------------------- BetaEdit, RLSEdit
+
+
+@pytest.mark.parametrize(
+    "settings", [{"refresh_every": 3}, {"nullspace": False}, {}], ids=["BetaEdit", "RLSEdit", "leaks weighed"]
+)
+def test_alphaedit_weighs_what_leaks(settings: dict[str, Any]) -> None:
+    """ΔWᵀ = (P (K Kᵀ + K_e K_eᵀ + λ₁ C) + λ I)⁻¹ P K Rᵀ, solved densely here for a second batch."""
+    weight, ridge = 30.0, 2.0
+    model = make("alphaedit", layers=[2], leak_weight=weight, L2=ridge, nullspace_fraction=0.2, **settings)
+    module = model.anatomy.down(2).path
+    batches, traces, changes = [facts(4), facts(3, start=4)], [], []
+    for batch in batches:
+        model.trace = {}
+        before = get_weight(get_module(model.base_model, module)).double()
+        model.edit(batch)
+        traces.append(model.trace)
+        changes.append(get_weight(get_module(model.base_model, module)).double() - before)
+    c = model.statistics.moments([module])[module].mean().double()
+    earlier, k = (trace["k_star.2"].double() for trace in traces)
+    r = traces[1]["right.2"].double()
+    protected, eye = c, torch.eye(len(c), dtype=torch.float64)
+    if settings.get("refresh_every"):  # after four facts the first three have been taken in
+        protected = (earlier[:, :3] @ earlier[:, :3].T / 3 + weight * c) / (1 + weight)
+    p = eye
+    if settings.get("nullspace", True):
+        values, vectors = torch.linalg.eigh(protected)
+        free = vectors[:, values.cumsum(0) / values.sum() <= 0.2]
+        p = free @ free.T
+    system = p @ (k @ k.T + earlier @ earlier.T + weight * c) + ridge * eye
+    expected = r @ torch.linalg.solve(system, p @ k).T
+    assert (changes[1] - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigError, match="boundary_layers"):
         config("memit", boundary_layers=True, sequence="joint")
@@ -161,6 +195,13 @@ def test_what_does_not_go_together_is_refused() -> None:
     for setting in ({"boundary_layers": True}, {"norm_anchor": 4}):
         with pytest.raises(ConfigError, match="one value per fact"):
             config("anyedit", base={"edit_type": "memit", **setting})
+    for setting in (
+        {"nullspace": False},
+        {"refresh_every": 5},
+        {"nullspace": False, "refresh_every": 5, "leak_weight": 1.0},
+    ):
+        with pytest.raises(ConfigError, match=r"leak_weight|refresh_every"):
+            config("alphaedit", **setting)
     model = make("memit", boundary_layers=True)
     model.edit(facts(1))
     before = model_digest(model.base_model)
