@@ -10,14 +10,18 @@ tokens ``y_1 … y_n``:
 
 For targets of several tokens FT-L's loss is not a likelihood; it is kept because it is the published baseline.
 FT-M is the better choice. The weights are trained as fp32 copies outside the model, whatever its dtype.
+
+FT-M with ``breadth_first`` is LocFT-BF (arXiv 2509.22072): epochs over all requests of a call in shuffled
+mini-batches, not one at a time in a fixed order, and targets that end with the end-of-text token.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -32,13 +36,18 @@ from ..config.spaces import layer_windows, times
 from ..engine.capture import top_experts
 from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, mean_of_open, target_probabilities
 from ..engine.experts import ExpertSlice, parameter_name
+from ..engine.rows import check_length
+from ..engine.unlikelihood import Unlikelihood
 from ..engine.weights import get_module, get_weight, is_offloaded, is_quantised, is_transposed
-from ..errors import EditFailedError, WeightError
+from ..errors import ConfigError, EditFailedError, WeightError
 from ..logging import progress_bar, tell_loss
 from ..requests import EditRequest
+from ..tokens import TokenIds
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, check_scope, register_method
 
 _STOP_LOSS = 1e-2
+BREADTH = 100
+"""Requests that share a step of LocFT-BF."""
 
 
 @dataclass
@@ -109,10 +118,17 @@ class FTLConfig(FTConfig):
 
 @dataclass
 class FTMConfig(FTConfig):
-    """FT-M: masked, teacher-forced cross-entropy."""
+    """FT-M: masked, teacher-forced cross-entropy.
+
+    Args:
+        breadth_first: LocFT-BF: the requests of a call are shuffled in every epoch and share steps, 100 at a time
+            (``rows_per_step``), and their targets end with the end-of-text token. Made for many requests in one call.
+    """
 
     edit_type: ClassVar[str] = "ft-m"
     objective: ClassVar[Objective] = "target_new"
+
+    breadth_first: bool = False
 
 
 class FineTuning(Method):
@@ -160,6 +176,9 @@ class FineTuning(Method):
         """Check weights and requests."""
         bench, examples = self.bench, self._examples(requests, self.config.objective)
         check_scope(self.config.module_scope, requests)
+        if self.breadth_first and not examples[0].decoder_ids:
+            for request, example in zip(requests, self._ended(examples), strict=True):
+                check_length(bench.model, request, len(example.ids))
         self.unlikelihood(requests)
         if self._routed:
             places = [(example.ids, example.positions[0]) for example in examples]
@@ -182,14 +201,21 @@ class FineTuning(Method):
         teacher_forced = examples
         if config.objective != "target_new":
             teacher_forced = self._examples(requests, "target_new")
+        if self.breadth_first:
+            examples = self._ended(examples)
         names = self.parameters(requests)
         start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
         theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
         optimiser = torch.optim.Adam(list(theta.values()), lr=config.lr, weight_decay=config.weight_decay)
-        size = config.rows_per_step or 1
-        parts = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
-        chunks = [(part, ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill)) for part in parts]
-        unwanted = [self.unlikelihood([requests[i] for i in part]) for part in parts]
+        size, order = config.rows_per_step or (BREADTH if self.breadth_first else 1), list(range(len(examples)))
+
+        def mini_batches() -> list[tuple[list[int], ExampleBatch, Unlikelihood]]:
+            parts = [order[i : i + size] for i in range(0, len(order), size)]
+            batches = [ExampleBatch.of(bench.model, [examples[i] for i in part], bench.fill) for part in parts]
+            unwanted = [self.unlikelihood([requests[i] for i in part]) for part in parts]
+            return list(zip(parts, batches, unwanted, strict=True))
+
+        steps, shuffled = mini_batches(), random.Random(config.seed)
         losses: list[list[float]] = [[] for _ in examples]
         epoch_losses: list[float] = []
         backward_passes = 0
@@ -199,7 +225,10 @@ class FineTuning(Method):
         with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
                 done = lost = True
-                for (chunk, batch), less in zip(chunks, unwanted, strict=True):
+                if self.breadth_first and len(steps) > 1:
+                    shuffled.shuffle(order)
+                    steps = mini_batches()
+                for chunk, batch, less in steps:
                     edited = Substituted(bench.model, theta)
                     nll = batch.token_losses(edited)
                     per_row, held = batch.means(nll), batch.held(nll, config.stop_probability)
@@ -246,6 +275,31 @@ class FineTuning(Method):
         return Outcome(deltas, diagnostics)
 
     # ------------------------------------------------------------------ steps
+
+    @property
+    def breadth_first(self) -> bool:
+        """Whether requests are trained as LocFT-BF does."""
+        return isinstance(self.config, FTMConfig) and self.config.breadth_first
+
+    def _ended(self, examples: Sequence[Example]) -> list[Example]:
+        """Examples whose targets end with the end-of-text token; an encoder-decoder's do already.
+
+        Raises:
+            ConfigError: if the tokenizer has none.
+        """
+        if examples[0].decoder_ids:
+            return list(examples)
+        end = self.bench.tokenizer.eos_token_id
+        if end is None:
+            raise ConfigError("FTMConfig.breadth_first ends targets with the tokenizer's eos_token, and it has none")
+        ended = []
+        for example in examples:
+            ids: tuple[int, ...] = (*example.ids, example.targets[-1])
+            if isinstance(example.ids, TokenIds):  # takes its pictures along
+                ids = example.ids.spread(ids, range(len(example.ids)))
+            positions = (*example.positions, example.positions[-1] + 1)
+            ended.append(replace(example, ids=ids, positions=positions, targets=(*example.targets, int(end))))
+        return ended
 
     def _examples(self, requests: Sequence[EditRequest], objective: Objective) -> list[Example]:
         bench = self.bench
