@@ -21,7 +21,7 @@ for old keys (``λ₁ C``) softly, ``P = I``; its recursion over batches is this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -135,6 +135,7 @@ class AlphaEdit(SpreadMethod):
     def _space_of(self, module: str, protected: torch.Tensor) -> KeySpace:
         """The directions that a second moment ``[d, d]`` leaves free, and what is solved with along them."""
         config, mean = self.config, self.bench.statistics.moments([module])[module].mean()
+        split: Callable[[torch.Tensor], NullSpace] = NullSpace.everything
         if config.nullspace:
             relative = config.nullspace_threshold is None
             split = partial(
@@ -144,8 +145,6 @@ class AlphaEdit(SpreadMethod):
                 name=f"the second moment of {module}",
                 thin=not config.leak_weight,
             )
-        else:
-            split = NullSpace.everything
         space = where_there_is_room(self.bench.model, split, protected)
         ridge = config.L2
         if ridge is None:
