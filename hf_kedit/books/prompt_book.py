@@ -2,7 +2,8 @@
 
 An entry is a fact with the demonstrations that stand before it. For every prompt that the model gets, the most
 similar fact is looked up; where the similarity reaches the entry's threshold, the prompt is answered behind the fact,
-otherwise as ever. Texts go to ``edit_config.json``, embeddings to the tensors.
+otherwise as ever. Where an entry asks for it, the model itself first chooses among the most similar facts, or *none*
+(the selection step of SCR, arXiv 2606.00570). Texts go to ``edit_config.json``, embeddings to the tensors.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..anatomy.switching import Switch, switched
+from ..engine.examples import Example, target_probabilities
 from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RollbackError
 from ..remote.model import RemoteModel
+from ..tokens import as_ids, encode_pair, pad_id
 from .book import Saved, check_known
 from .counterfactuals import BASE, find_counterfactual
 from .ledger import Ledger
@@ -28,7 +31,12 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = "prompts.embeddings"
 _KINDS: dict[str, Any] = dict.fromkeys(("scope", "fact", "retriever", "reader", "edit_id"), str)
-_KINDS |= {"subject": str | None, "nearest_last": bool, "soft": bool}
+_KINDS |= {"subject": str | None, "nearest_last": bool, "soft": bool, "select": int, "statement": str}
+_WITHOUT_SELECTION: dict[str, Any] = {"select": 0, "statement": ""}
+"""Fields that are written only where they say something."""
+SELECTION = "{facts}\n0. none of these facts\nText: {prompt}\nNumber of the fact that says how the text goes on:"
+MOST_CHOICES = 9
+"""Every choice is one digit, and none is longer than another."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,9 @@ class PromptEntry:
         threshold: least similarity at which the entry answers.
         reader: name of the model that answers; ``"base"``: the edited model itself.
         soft: mix the two models' answers by similarity instead of taking one.
+        select: among how many of the most similar entries the model chooses before this one, if it is the most
+            similar, answers; 0: it answers.
+        statement: the fact as it stands among the choices.
         edit_id: whose it is; set by the book.
         embedding: of ``scope`` ``[d]``, where the retriever keeps one; set by the book.
     """
@@ -58,6 +69,8 @@ class PromptEntry:
     threshold: float
     reader: str = BASE
     soft: bool = False
+    select: int = 0
+    statement: str = ""
     edit_id: str = ""
     embedding: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
@@ -150,13 +163,38 @@ class PromptBook:
     def choose(self, prompts: Sequence[str]) -> list[tuple[PromptEntry, float] | None]:
         """The entry that answers each prompt with its similarity, or ``None``; of equal ones the latest."""
         chosen: list[tuple[PromptEntry, float] | None] = []
-        for row in self.similarities(prompts).tolist():
-            best = None
-            for entry, score in zip(self.entries, row, strict=True):
-                if (score >= entry.threshold or entry.soft) and (best is None or score >= best[1]):
-                    best = (entry, score)
-            chosen.append(best)
+        for prompt, row in zip(prompts, self.similarities(prompts).tolist(), strict=True):
+            reached = [
+                (entry, score)
+                for entry, score in zip(self.entries, row, strict=True)
+                if score >= entry.threshold or entry.soft
+            ]
+            reached.reverse()
+            reached.sort(key=lambda found: -found[1])  # stable: of equal ones the latest first
+            if reached and reached[0][0].select:
+                chosen.append(self._selected(prompt, reached[: reached[0][0].select]))
+            else:
+                chosen.append(reached[0] if reached else None)
         return chosen
+
+    def _selected(
+        self, prompt: str, candidates: Sequence[tuple[PromptEntry, float]]
+    ) -> tuple[PromptEntry, float] | None:
+        """The candidate whose number the model finds the likeliest behind the list of them, or ``None`` for 0."""
+        assert isinstance(self.prompter, Prompter)
+        tokenizer = self.prompter.tokenizer
+        facts = [f"{i}. {entry.statement}" for i, (entry, _) in enumerate(candidates, start=1)]
+        text = SELECTION.format(facts="\n".join(facts), prompt=prompt)
+        examples = []
+        for number in range(len(candidates) + 1):
+            pair = encode_pair(tokenizer, text, str(number))
+            first = pair.prompt_length - 1
+            positions = tuple(range(first, first + len(pair.target_ids)))
+            examples.append(Example(as_ids(pair.ids[:-1]), positions, tuple(pair.target_ids)))
+        with self.prompter.own_calls():
+            likely = target_probabilities(self.model, examples, pad_id(tokenizer), len(examples))
+        number = max(range(len(likely)), key=likely.__getitem__)  # of equal ones the least: rather none
+        return candidates[number - 1] if number else None
 
     def route(self, prompts: Sequence[str]) -> list[Prefix | None]:
         """What stands in front of each prompt."""
@@ -242,6 +280,8 @@ class PromptBook:
         texts = []
         for i, entry in enumerate(self.entries):
             fields = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry) if f.name != "embedding"}
+            if not entry.select:
+                fields = {name: value for name, value in fields.items() if name not in _WITHOUT_SELECTION}
             fields["demonstrations"] = list(entry.demonstrations)
             fields["embedding"] = None if entry.embedding is None else f"{EMBEDDINGS}.{i}"
             texts.append(fields)
@@ -281,13 +321,15 @@ class PromptBook:
     @staticmethod
     def _entry(saved: Saved, part: Any) -> PromptEntry:
         try:
-            fields = dict(part)
+            fields = _WITHOUT_SELECTION | dict(part)
             vector = fields.pop("embedding")
             for name, kind in _KINDS.items():
                 if not isinstance(fields[name], kind):
                     raise TypeError(name)
             if not all(isinstance(text, str) for text in fields["demonstrations"]):
                 raise TypeError("demonstrations")
+            if not 0 <= fields["select"] <= MOST_CHOICES:
+                raise ValueError("select")
             fields["demonstrations"] = tuple(fields["demonstrations"])
             fields["threshold"] = float(fields["threshold"])
             embedding = None if vector is None else saved.tensor(vector, [None])

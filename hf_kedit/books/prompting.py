@@ -106,7 +106,7 @@ class Prompter:
 
         return switched(lambda: count(1), lambda: count(-1))
 
-    def _own_calls(self) -> Switch[None]:
+    def own_calls(self) -> Switch[None]:
         """The calls that this thread makes inside the block go to the model as they are."""
 
         def begin() -> None:
@@ -158,11 +158,11 @@ class Prompter:
             )
         output: Any
         if two_stacks:
-            with self._own_calls():
+            with self.own_calls():
                 output = self._two_stacks(plain, given, rows, routes)
             return output.to_tuple() if given.get("return_dict") is False else output
         labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
-        with self._own_calls():
+        with self.own_calls():
             columns = _columns(keep if labels is None else 0, rows)
             answers = self._logits(plain, given, rows, routes, columns)
         masked = labels is None and isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
@@ -319,7 +319,7 @@ class Prompter:
             given["input_ids"] = inputs
         rows = None if self._lets_pass else _Rows.read(given)
         routes = self._routes(rows, None) if rows is not None else []
-        with self._own_calls():
+        with self.own_calls():
             if rows is None or not any(routes):
                 return plain(*(() if inputs is None else (inputs,)), *args, **kwargs)
             if args:

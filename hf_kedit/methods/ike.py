@@ -19,19 +19,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
-from ..books.prompt_book import PromptEntry
+from ..books.prompt_book import MOST_CHOICES, PromptEntry
 from ..books.prompting import Prefix, Prompter
 from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..config import EditConfig, ModelProfile
 from ..data import load_edit_dataset
 from ..data.demonstrations import language_of, packaged_demonstrations
 from ..engine.examples import encode_examples, target_probabilities
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..logging import get_logger, warn_once
 from ..remote.model import RemoteModel
 from ..requests import SLOT, EditRequest, load_requests
@@ -90,12 +90,15 @@ class PromptConfig(InContextConfig):
             model's own states), the id of a sentence-transformers model, or a name given to `register_retriever`.
         scope: ``"retrieve"``: an edit is put in front of the prompts that are similar enough; ``"always"``: the most
             similar one in front of every prompt, as published evaluations do. Nothing is then left unchanged.
+        select: the selection step of SCR (arXiv 2606.00570): of so many of the most similar edits (published: 5) the
+            model itself picks the one that a prompt is about, or none; 0: the most similar one counts.
     """
 
     edit_type: ClassVar[str] = "prompt"
 
     retriever: str = LEXICAL
     scope: Literal["retrieve", "always"] = "retrieve"
+    select: Annotated[int, Field(ge=0, le=MOST_CHOICES)] = 0
 
 
 @dataclass
@@ -152,6 +155,10 @@ class _Prompting(InContext):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the retriever is there."""
         find_retriever(self.config.retriever, self.bench.own_retriever)
+        if self.config.select and isinstance(self.bench.model, RemoteModel):
+            raise UnsupportedModelError(
+                "select asks for probabilities before every answer, which a model behind an API does not give"
+            )
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One entry per request."""
@@ -201,6 +208,8 @@ class _Prompting(InContext):
             nearest_last=True,
             retriever=config.retriever,
             threshold=ANY if config.scope == "always" else config.threshold,
+            select=config.select,
+            statement=fact_of(request, config.separator) if config.select else "",
         )
 
 
