@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_the_choice_is_saved_and_files_without_it_stay_as_they_were(tmp_path: Pa
     prompts = [r.filled_prompt for r in load_edit_rows(8)]
     assert loaded.prompts.choose(prompts) == model.prompts.choose(prompts)
     path = tmp_path / "edits" / CONFIG
-    path.write_text(path.read_text().replace('"select": 3', '"select": 33'))
+    path.write_text(re.sub(r'"select": 3(,\s*"statement")', r'"select": 33\1', path.read_text()))
     with pytest.raises(ArtifactError, match="select"):
         EditableModel.from_pretrained(tmp_path / "edits")
 
