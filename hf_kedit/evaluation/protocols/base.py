@@ -110,6 +110,10 @@ class Protocol(ABC):
     def queries(self, question: Question) -> list[Query]:
         """What has to be run for a question; empty if it cannot be asked under this protocol."""
 
+    def misfit(self, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase | None) -> str:
+        """What to warn of: questions that these settings cannot do justice to. By default there are none."""
+        return ""
+
     @abstractmethod
     def run(
         self,
@@ -327,6 +331,21 @@ class Generation(Protocol):
         if self.scorer == PREFIX_TOKENS and question.groups:
             return [question.asked(answer) for group in question.groups for answer in group]
         return [question.asked()]
+
+    def misfit(self, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase | None) -> str:
+        if tokenizer is None or self.scorer not in ("contains", "exact"):
+            return ""
+        answers = [[f" {answer}" for group in q.groups for answer in group] for q in questions if any(q.groups)]
+        ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in answers]
+        lengths = [min(map(len, accepted)) for accepted in ids]
+        longer = sum(length > self.max_new_tokens for length in lengths)
+        if not longer:
+            return ""
+        return (
+            f"protocol {self.name!r}: the answers of {longer} of {len(lengths)} questions of a case have more than"
+            f" max_new_tokens={self.max_new_tokens} tokens (up to {max(lengths)}) and will count as wrong whatever the"
+            " model knows"
+        )
 
     def run(
         self,

@@ -20,7 +20,7 @@ from ...decoding import decoding_now
 from ...engine.devices import PeakMemory, synchronise
 from ...engine.forward import device_of
 from ...errors import EditFailedError, EvaluationError, RequestError
-from ...logging import get_logger, progress_bar
+from ...logging import get_logger, progress_bar, warn_once
 from ...storage.files import json_ready
 from ...text.chat import TextFormat
 from ...version import __version__
@@ -209,7 +209,10 @@ class Run:
         """The cases with their questions under a protocol, which are computed once."""
         for case in cases:
             if (protocol.name, case.number) not in self._asked:
-                self._asked[protocol.name, case.number] = Asked(case, protocol, self.as_asked(case, protocol))
+                new = Asked(case, protocol, self.as_asked(case, protocol))
+                if told := protocol.misfit([exchange.question for exchange in new.exchanges], self.tokenizer):
+                    warn_once(logger, told)
+                self._asked[protocol.name, case.number] = new
         return [self._asked[protocol.name, case.number] for case in cases]
 
     def as_asked(self, case: Case, protocol: Protocol) -> EditRequest:

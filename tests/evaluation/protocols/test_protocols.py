@@ -430,6 +430,15 @@ def test_the_first_tokens_of_a_continuation(editable, tokenizer, rows, cache):
     assert functional.prefix_share([], [1]) == functional.prefix_share([1], []) == 0.0
 
 
+def test_an_answer_that_cannot_be_written_is_told(editable, rows, cache, caplog, monkeypatch):
+    monkeypatch.setattr("hf_kedit.logging._said", set())
+    evaluate_edits(editable, rows, protocol=Generation(max_new_tokens=6), cache=cache)
+    assert "max_new_tokens" not in caplog.text
+    long = {**rows[0], "target_new": "Rome and a lot more than one token could ever say", "id": "long"}
+    evaluate_edits(editable, [long], protocol=Generation(max_new_tokens=2), cache=cache)
+    assert "have more than max_new_tokens=2 tokens" in caplog.text
+
+
 def test_probes_without_answers_are_compared_by_what_is_written(editable, cache):
     """As HalluEditBench's locality questions: there is no answer to feed, but there is a before and an after."""
     table = load_edit_dataset("halluedit/llama2", path=SAMPLES / "halluedit", limit=1)
