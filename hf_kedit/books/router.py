@@ -14,6 +14,10 @@ A prompt is taken to ask for an edited fact if
    (`UNRELATED`). Free text that happens to name a subject resembles no question, so that the edit is not much farther
    from it than all other relations are.
 
+Before that, where a router has states to compare (of the model at the last token of a prompt, which hold subject *and*
+relation in whatever words and under whatever name): the nearest edit claims a prompt whose state is like that of its
+own prompt. Which models have such states has to be measured; those know wordings and names that no text tells.
+
 The difference of two similarities needs no scale: a threshold high enough to keep out plain questions about other
 facts of the same subject would keep out unusual wordings of the fact itself. `UNRELATED` is no such threshold, it lies
 below both.
@@ -37,6 +41,7 @@ from ..text.subjects import last_user_turn
 from .retrieval import words_of
 
 Encoder = Callable[[Sequence[str]], torch.Tensor]
+BY_STATE = "state"
 """Texts → ``[n, d]`` fp32."""
 AKIN = 0.6
 """Similarity from which on one of `COMMON_RELATIONS` is taken to mean what an edit means."""
@@ -92,6 +97,7 @@ class RouteCandidate:
         rival: what else people ask that the prompt is nearest to.
         rival_similarity: to it.
         claimed: whether the prompt counts as asking for the edit's fact.
+        by: what was compared: ``"words"``, or ``"state"`` (to which there is no rival, but a least similarity).
     """
 
     edit_id: str
@@ -100,6 +106,7 @@ class RouteCandidate:
     rival: str
     rival_similarity: float
     claimed: bool
+    by: str = "words"
 
 
 def is_claim(asked: str, similarity: float, rival_similarity: float, slack: float) -> bool:
@@ -138,11 +145,13 @@ class EditRouter:
         encode: makes vectors of texts.
         slack: by how much a rival may be nearer than the edit. Larger claims more wordings, and more questions about
             other facts of the same subject.
+        alike: least cosine of two states that ask for the same; ``None``: states are not compared.
     """
 
-    def __init__(self, encode: Encoder, slack: float):
-        self.encode, self.slack = encode, slack
+    def __init__(self, encode: Encoder, slack: float, alike: float | None = None):
+        self.encode, self.slack, self.alike = encode, slack, alike
         self.size = 0
+        self.states = Vectors(0)
         self.views = Vectors(0)
         self._index = _Index()
         self._known: dict[str, int | None] = {}
@@ -158,12 +167,15 @@ class EditRouter:
         """The addresses, oldest first."""
         return self._index.addresses[: self.size]
 
-    def with_addresses(self, added: Sequence[Address], vectors: torch.Tensor | None = None) -> EditRouter:
+    def with_addresses(
+        self, added: Sequence[Address], vectors: torch.Tensor | None = None, states: torch.Tensor | None = None
+    ) -> EditRouter:
         """A router with more addresses behind those that it has.
 
         Args:
             added: the addresses.
             vectors: of their wordings, in order, ``[wordings, d]``; ``None``: they are made.
+            states: at the last token of each one's own prompt, ``[added, d]``, where states are compared.
         """
         made = self.empty()
         if vectors is None:
@@ -171,6 +183,10 @@ class EditRouter:
         made.views = self.views if self.size else Vectors(vectors.shape[1])
         for row in vectors:
             made.views = made.views.with_row(row)
+        if self.alike is not None and states is not None:
+            made.states = self.states if self.size else Vectors(states.shape[1])
+            for row in _units(states):
+                made.states = made.states.with_row(row)
         # Appending in place costs nothing however many there are; only what branches off an earlier state is copied.
         made._index = self._index if self.size == len(self._index.addresses) else _Index.of(self.addresses)
         for address in added:
@@ -183,11 +199,12 @@ class EditRouter:
         addresses, starts = self.addresses, self._index.starts
         kept = [i for i, address in enumerate(addresses) if address.edit_id not in edit_ids]
         rows = [row for i in kept for row in range(starts[i], starts[i + 1])]
-        return self.empty().with_addresses([addresses[i] for i in kept], self.views.tensor[rows].clone())
+        states = None if self.alike is None else self.states.tensor[kept].clone()
+        return self.empty().with_addresses([addresses[i] for i in kept], self.views.tensor[rows].clone(), states)
 
     def empty(self) -> EditRouter:
         """A router that decides likewise and has no addresses yet."""
-        made = EditRouter(self.encode, self.slack)
+        made = EditRouter(self.encode, self.slack, self.alike)
         made._relations = self._relations
         return made
 
@@ -197,12 +214,19 @@ class EditRouter:
 
     # ------------------------------------------------------------------ routing
 
-    def route(self, prompts: Sequence[str]) -> list[int | None]:
-        """The place in `addresses` of the edit that each prompt asks for, or ``None``."""
+    def route(self, prompts: Sequence[str], read: Encoder | None = None) -> list[int | None]:
+        """The place in `addresses` of the edit that each prompt asks for, or ``None``.
+
+        Args:
+            prompts: texts.
+            read: gives the model's states at the last tokens of some of them, where states are compared.
+        """
         known, unknown = self._known, object()
         found: dict[str, Any] = {prompt: known.get(prompt, unknown) for prompt in prompts}
         new = [prompt for prompt, route in found.items() if route is unknown]
-        for prompt, candidates in zip(new, self._candidates(new), strict=True):
+        found |= self._alike(new, read)
+        asked = [prompt for prompt in new if found[prompt] in (None, unknown)]
+        for prompt, candidates in zip(asked, self._candidates(asked), strict=True):
             claimed = [(c.similarity, place) for place, c in candidates.items() if c.claimed]
             found[prompt] = max(claimed)[1] if claimed else None
         if len(known) + len(new) > _REMEMBERED:  # several threads may be here: nothing is looked up twice above
@@ -210,10 +234,31 @@ class EditRouter:
         known.update({prompt: found[prompt] for prompt in new})
         return [found[prompt] for prompt in prompts]
 
-    def explain(self, prompt: str) -> list[RouteCandidate]:
-        """All edits whose subject a prompt names, the nearest first."""
+    def explain(self, prompt: str, read: Encoder | None = None) -> list[RouteCandidate]:
+        """All edits whose subject a prompt names, the nearest first; before them one that its state is like."""
         (found,) = self._candidates([prompt])
-        return sorted(found.values(), key=lambda c: c.similarity, reverse=True)
+        by_words = sorted(found.values(), key=lambda c: c.similarity, reverse=True)
+        return [c for _, c in self._nearest([prompt], read) if c.claimed] + by_words
+
+    def _alike(self, prompts: Sequence[str], read: Encoder | None) -> dict[str, int]:
+        """The edit, by its place, that the state of each prompt is like; prompts without one are missing."""
+        near = self._nearest(prompts, read)
+        return {prompt: place for prompt, (place, c) in zip(prompts, near, strict=False) if c.claimed}
+
+    def _nearest(self, prompts: Sequence[str], read: Encoder | None) -> list[tuple[int, RouteCandidate]]:
+        """The edit whose state each prompt's is nearest to, the latest of equals; nothing where none are compared."""
+        if self.alike is None or read is None or not self.size or not prompts:
+            return []
+        best, places = (_units(read(prompts)) @ self.states.tensor.flip(0).T).max(dim=1)
+        return [
+            (place := self.size - 1 - int(back), self._by_state(place, prompt, float(near)))
+            for prompt, near, back in zip(prompts, best, places, strict=True)
+        ]
+
+    def _by_state(self, place: int, prompt: str, near: float) -> RouteCandidate:
+        assert self.alike is not None
+        edit_id = self._index.addresses[place].edit_id
+        return RouteCandidate(edit_id, prompt, near, "", self.alike, near >= self.alike, BY_STATE)
 
     def _candidates(self, prompts: Sequence[str]) -> list[dict[int, RouteCandidate]]:
         """For every prompt, the edits whose subject it names, by their places."""

@@ -53,10 +53,11 @@ class StateReader:
         Raises:
             ConfigError: if the name has no valid layer.
         """
-        layer = self._layer(name)
+        layer = self.layer_of(name)
         return EmbeddingRetriever(lambda texts: self.states(texts, layer), name)
 
-    def _layer(self, name: str) -> int:
+    def layer_of(self, name: str) -> int:
+        """The block that a name means; raises as `retriever` does."""
         count = self.anatomy.num_layers
         _, _, chosen = name.partition(":")
         if name == MODEL:

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import NonNegativeInt
+import torch
+from pydantic import Field, NonNegativeInt
 
 from ..books.deltas import WeightDelta
 from ..books.retrieval import DENSE, DENSE_MODEL
@@ -38,7 +39,7 @@ from ..embedded import is_there
 from ..engine.lowrank import Factors
 from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError, WeightError, shown
 from ..requests import EditRequest, in_row
-from .auto_memory import WORDS, RoutedChange, RoutedChanges, sizes_of, word_vectors
+from .auto_memory import WORDS, Compared, RoutedChange, RoutedChanges, sizes_of, word_vectors
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, WrappingConfig, method_class, register_method
 
 
@@ -55,6 +56,9 @@ class AutoMethodConfig(WrappingConfig):
             of the model itself; ``None``: ``"dense"`` where it has been set up (`make real`), else ``"words"``.
         slack: by how much a prompt may be nearer to something else that people ask about a subject than to the edit's
             wordings, and is still taken to ask for the edit (`EditRouter`); ``None``: by encoder.
+        states: compare the unedited model's states at the last tokens of prompts, too: ``"model"``, or
+            ``"model:<layer>"``. Costs a pass over every new prompt; what it is worth to a model has to be measured.
+        alike: least cosine of two states that ask for the same.
     """
 
     edit_type: ClassVar[str] = "auto"
@@ -62,6 +66,8 @@ class AutoMethodConfig(WrappingConfig):
     rank: NonNegativeInt | None = None
     encoder: str | None = None
     slack: float | None = None
+    states: str | None = None
+    alike: Annotated[float, Field(gt=0, le=1)] = 0.8
 
     @classmethod
     def from_earlier(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -95,7 +101,8 @@ class AutoMethodConfig(WrappingConfig):
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """What an edit is, and how much is taken to ask for it."""
-        return {"base": [{"edit_type": name} for name in ("memit", "lora", "r-rome")], "slack": [0.0, 0.4]}
+        bases = [{"edit_type": name} for name in ("core", "lora", "memit", "namet")]
+        return {"base": bases, "states": ["model"], "slack": [0.1, 0.5]}
 
 
 SLACK = {DENSE: 0.3, WORDS: 0.3}
@@ -161,14 +168,33 @@ class Auto(Method):
         memory = self._memory(factors)
         address = self._address(request)
         wordings = _wordings(request)
-        alone = memory.router.empty().with_addresses([address])
-        routes = alone.route(wordings)
+        read = self._read if memory.compared is not None else None
+        state = None if read is None else read([request.plain_prompt])
+        alone = memory.router.empty().with_addresses([address], states=state)
+        routes = alone.route(wordings, read)
         unclaimed = [wording for wording, route in zip(wordings, routes, strict=True) if route is None]
         report = {"base": self.base.capabilities.name, "unclaimed": unclaimed}
-        change = RoutedChange(address, alone.views.tensor, factors)
+        change = RoutedChange(address, alone.views.tensor, factors, state)
         return Outcome([], [found.diagnostics[0] | report], [SiteEntry(memory, change)])
 
     # ------------------------------------------------------------------ inside
+
+    def _read(self, prompts: Sequence[str]) -> torch.Tensor:
+        """The unedited model's states that are compared, ``[prompts, d]``."""
+        assert self.config.states is not None
+        reader = self.bench.reader
+        return reader.states(prompts, reader.layer_of(self.config.states))
+
+    def _compared(self) -> Compared | None:
+        """The states that are compared.
+
+        Raises:
+            ConfigError: if there is no such layer.
+        """
+        if self.config.states is None:
+            return None
+        layer = self.bench.reader.layer_of(self.config.states)
+        return Compared(f"model:{layer}", self.bench.anatomy.layer(layer).path, self.config.alike)
 
     def _address(self, request: EditRequest) -> Address:
         """What an edit answers to: its wordings, under its subject's names.
@@ -228,12 +254,15 @@ class Auto(Method):
         if memory is None:
             memory = RoutedChanges(
                 paths, config.rank or wanted, config.encoder, config.slack, word_vectors(self.bench.model),
-                {path: sizes_of(self.bench.model, path) for path in paths},
+                {path: sizes_of(self.bench.model, path) for path in paths}, self._compared(),
             )  # fmt: skip
-        elif (list(memory.paths), memory.encoder, memory.slack) != (paths, config.encoder, config.slack):
+        elif (list(memory.paths), memory.encoder, memory.slack, memory.compared) != (
+            paths, config.encoder, config.slack, self._compared(),
+        ):  # fmt: skip
             raise ConfigError(
-                f"the edits of auto were begun with encoder={memory.encoder!r}, slack={memory.slack:g} and changes of"
-                f" {', '.join(memory.paths)}; go on with these, or roll them back first"
+                f"the edits of auto were begun with encoder={memory.encoder!r}, slack={memory.slack:g}, states"
+                f" {memory.compared} and changes of {', '.join(memory.paths)}; go on with these, or roll them back"
+                " first"
             )
         if wanted > memory.rank:
             raise ConfigError(

@@ -6,7 +6,8 @@ Imported by the method file; registers the memory, not a method.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -17,13 +18,14 @@ from ..books.book import Saved
 from ..books.retrieval import find_retriever
 from ..books.router import Address, EditRouter, Encoder, RouteCandidate, encoder_of_words
 from ..books.site_book import SiteBook, SiteMemory, check_finite, register_memory
-from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt
+from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt, prompt_lengths
+from ..engine.forward import device_of
 from ..engine.lowrank import Factors
 from ..engine.nearest import Vectors
 from ..engine.weights import get_module, weight_shape
 from ..errors import ArtifactError, ConfigError
 from ..logging import get_logger, warn_once
-from ..tokens import encode_text
+from ..tokens import encode_text, pad_rows
 
 logger = get_logger(__name__)
 WORDS = "words"
@@ -40,11 +42,34 @@ class RoutedChange:
         address: what it answers to.
         vectors: of its wordings, ``[wordings, d]``.
         factors: by module.
+        state: at the last token of its prompt, ``[1, d]``, where states are compared.
     """
 
     address: Address
     vectors: torch.Tensor
     factors: Mapping[str, Factors]
+    state: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The states that a router compares.
+
+    Args:
+        name: as configs call them, ``"model:<layer>"``.
+        site: name of the block behind which they are taken.
+        alike: least cosine of two that ask for the same.
+    """
+
+    name: str
+    site: str
+    alike: float
+
+
+_READ: ContextVar[list[torch.Tensor] | None] = ContextVar("kedit_auto_read", default=None)
+"""Where the pass that reads states leaves them; ``None`` in every other pass."""
+_ROWS = 64
+"""Prompts that share such a pass."""
 
 
 @register_memory
@@ -58,6 +83,7 @@ class RoutedChanges(SiteMemory):
         slack: of the `EditRouter`.
         embedding: the word vectors of the model, for the encoder ``"words"``.
         sizes: (d_in, d_out) of every layer.
+        compared: states that are compared beside words, if any.
     """
 
     kind = "auto"
@@ -70,13 +96,16 @@ class RoutedChanges(SiteMemory):
         slack: float,
         embedding: Callable[[], torch.Tensor],
         sizes: Mapping[str, tuple[int, int]],
+        compared: Compared | None = None,
     ):
         super().__init__(paths)
+        self.compared = compared
+        self._model: Any = None
         self.rank, self.encoder, self.slack, self._embedding = rank, encoder, slack, embedding
         self.sizes = dict(sizes)
         self._tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None
         self._encode: Encoder | None = None
-        self.router = EditRouter(self.encode, slack)
+        self.router = EditRouter(self.encode, slack, None if compared is None else compared.alike)
         self.lefts = {path: Vectors(rank * self.sizes[path][1]) for path in self.paths}
         self.rights = {path: Vectors(rank * self.sizes[path][0]) for path in self.paths}
 
@@ -89,7 +118,7 @@ class RoutedChanges(SiteMemory):
 
     def attached(self, book: SiteBook) -> Decider | None:
         """Decides by the text of a prompt."""
-        self._tokenizer = book.tokenizer
+        self._tokenizer, self._model = book.tokenizer, book.model
         return self.decide
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -135,25 +164,54 @@ class RoutedChanges(SiteMemory):
 
     def decide(self, frame: Frame) -> None:
         """Find the edit of every row, before the model runs."""
+        if _READ.get() is not None:  # the pass below: the model as it is without these edits
+            return
         if frame.phase == "decode" or not needs_whole_prompt(frame, "auto"):
             return
         if frame.ids is None:
             warn_once(logger, "edits of auto read the prompt, and there are no token ids: they have no effect here")
             return
         masks = frame.prompt_mask.to(frame.ids.device)
-        prompts = [str(self.tokenizer.decode(row[mask])) for row, mask in zip(frame.ids, masks, strict=True)]
-        routes = [UNCLAIMED if place is None else place for place in self.router.route(prompts)]
-        frame.held[self.key] = torch.tensor(routes)
+        rows = [row[mask].tolist() for row, mask in zip(frame.ids, masks, strict=True)]
+        prompts = [str(self.tokenizer.decode(row)) for row in rows]
+        known = dict(zip(prompts, rows, strict=True))
+        found = self.router.route(prompts, lambda texts: self._states([known[text] for text in texts]))
+        frame.held[self.key] = torch.tensor([UNCLAIMED if place is None else place for place in found])
+
+    def _states(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The model's states at the last tokens of prompts, without these edits, ``[prompts, d]``: a pass of its own.
+
+        It runs inside the call that it decides for, in whose thread alone it is seen.
+        """
+        found: list[torch.Tensor] = []
+        for start in range(0, len(rows), _ROWS):
+            part = [list(row) or [0] for row in rows[start : start + _ROWS]]
+            batch, mark = pad_rows(part).to(device_of(self._model)), _READ.set(found)
+            try:
+                with torch.no_grad(), prompt_lengths(self._model, [len(row) for row in part]):
+                    self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            finally:
+                _READ.reset(mark)
+        return torch.cat(found)
+
+    def _read(self, call: SiteCall) -> None:
+        """Leaves the states behind a block where `_states` looks for them."""
+        found = _READ.get()
+        if found is not None:
+            found.append(call.at_key(call.output).detach().float().cpu())
 
     def explain(self, prompt: str) -> list[RouteCandidate]:
-        """The edits whose subject a prompt names, the nearest first."""
-        return self.router.explain(prompt)
+        """The edits whose subject a prompt names, the nearest first; before them one that its state is like."""
+        return self.router.explain(
+            prompt, lambda texts: self._states([encode_text(self.tokenizer, text).ids for text in texts])
+        )
 
     # ------------------------------------------------------------------ changing what a layer gives
 
     def functions(self) -> dict[str, SiteFunction]:
         """Adds the change of each row's edit."""
-        return dict.fromkeys(self.paths, self._add)
+        reads = {} if self.compared is None else {self.compared.site: self._read}
+        return {**dict.fromkeys(self.paths, self._add), **reads}
 
     def _add(self, call: SiteCall) -> torch.Tensor | None:
         routes = call.frame.held.get(self.key)
@@ -182,7 +240,10 @@ class RoutedChanges(SiteMemory):
         flat = {path: [change.factors[path].padded(self.rank) for change in changes] for path in self.paths}
         check_finite("change", *(t for parts in flat.values() for f in parts for t in (f.left, f.right)))
         vectors = torch.cat([change.vectors for change in changes])
-        self.router = self.router.with_addresses([change.address for change in changes], vectors)
+        states = [change.state for change in changes if change.state is not None]
+        self.router = self.router.with_addresses(
+            [change.address for change in changes], vectors, torch.cat(states) if states else None
+        )
         self.lefts, self.rights = dict(self.lefts), dict(self.rights)
         for path, parts in flat.items():
             for factors in parts:
@@ -212,6 +273,8 @@ class RoutedChanges(SiteMemory):
         for path in self.paths:
             found[f"{path}.kedit_auto_left"] = self.lefts[path].tensor
             found[f"{path}.kedit_auto_right"] = self.rights[path].tensor
+        if self.compared is not None:
+            found[f"{self.paths[0]}.kedit_auto_states"] = self.router.states.tensor
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -221,11 +284,16 @@ class RoutedChanges(SiteMemory):
             "rank": self.rank,
             "encoder": self.encoder,
             "slack": self.slack,
+            **self._describe_states(),
             "edits": [
                 {"edit_id": a.edit_id, "names": [" ".join(n) for n in a.names], "views": list(a.views)}
                 for a in self.router.addresses
             ],
         }
+
+    def _describe_states(self) -> dict[str, Any]:
+        compared = self.compared
+        return {} if compared is None else {"compared": {**asdict(compared), "width": self.router.states.width}}
 
     @classmethod
     def read(cls, model: nn.Module, paths: Sequence[str], part: Mapping[str, Any], saved: Saved) -> Self:
@@ -233,9 +301,13 @@ class RoutedChanges(SiteMemory):
         if sorted(part["paths"]) != sorted(paths):
             raise ArtifactError(f"{saved.source}: the layers of the edits of auto are not those that are described")
         rank, edits = int(part["rank"]), part["edits"]
+        states: Any = part.get("compared")
+        compared = states and Compared(str(states["name"]), str(states["site"]), float(states["alike"]))
+        if compared is not None and compared.site not in dict(model.named_modules()):
+            raise ArtifactError(f"{saved.source}: there is no {compared.site!r}, whose states edits of auto compare")
         memory = cls(
             part["paths"], rank, str(part["encoder"]), float(part["slack"]), word_vectors(model),
-            {path: sizes_of(model, path) for path in paths},
+            {path: sizes_of(model, path) for path in paths}, compared,
         )  # fmt: skip
         addresses = [
             Address(
@@ -249,7 +321,10 @@ class RoutedChanges(SiteMemory):
             raise ArtifactError(f"{saved.source}: an edit of auto answers to nothing")
         width = memory.width_of_views(word_vectors(model)())
         views = saved.tensor(f"{memory.paths[0]}.kedit_auto_views", (sum(len(a.views) for a in addresses), width))
-        memory.router = memory.router.with_addresses(addresses, views)
+        kept = None
+        if compared is not None:
+            kept = saved.tensor(f"{memory.paths[0]}.kedit_auto_states", (len(edits), int(states["width"])))
+        memory.router = memory.router.with_addresses(addresses, views, kept)
         for path in memory.paths:
             d_in, d_out = memory.sizes[path]
             left = saved.tensor(f"{path}.kedit_auto_left", (len(edits), rank * d_out))

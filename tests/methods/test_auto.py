@@ -281,3 +281,57 @@ def test_scoring_a_target_reads_the_prompt_alone(edited: EditableModel, wanted: 
         found = edited(input_ids=ids, labels=labels).logits
         with edited.disable_edits():
             assert torch.equal(found, edited(input_ids=ids, labels=labels).logits)
+
+
+# ---------------------------------------------------------------------- states beside words
+
+
+@pytest.fixture(scope="module")
+def by_states() -> EditableModel:
+    model = EditableModel.from_pretrained("kedit/world-llama", config(states="model:4", slack=0.1))
+    model.edit([replace(request, rephrase_prompts=[]) for request in facts(5)])
+    return model
+
+
+def test_states_know_wordings_that_words_do_not(by_states: EditableModel, wanted: list[EditRequest]) -> None:
+    by_words = EditableModel.from_pretrained("kedit/world-llama", config(slack=0.1))
+    by_words.edit([replace(request, rephrase_prompts=[]) for request in wanted])
+    others = [wording for r in wanted for wording in r.rephrase_prompts]
+
+    def claimed(model: EditableModel) -> int:
+        return sum(any(found.claimed for found in model.explain(wording)) for wording in others)
+
+    assert claimed(by_states) == len(others) > claimed(by_words)
+    base = EditableModel.from_pretrained("kedit/world-llama", config())
+    for prompt in [*UNRELATED, *neighbours(wanted)]:
+        assert torch.equal(prompt_logits(by_states, prompt), prompt_logits(base, prompt)), prompt
+
+
+def test_a_state_is_that_of_the_prompt_alone(by_states: EditableModel, wanted: list[EditRequest]) -> None:
+    prompts = [UNRELATED[0], wanted[1].rephrase_prompts[0], wanted[3].filled_prompt]
+    alone = [says(by_states, [prompt])[0] for prompt in prompts]
+    by_states.edit(replace(wanted[0], id="again"))  # decisions are made anew
+    by_states.rollback(1)
+    assert says(by_states, prompts) == alone
+    asked = prompts[1]
+    ids = by_states.tokenizer(f"{asked} {wanted[1].target_new}", return_tensors="pt")["input_ids"]  # type: ignore[misc]
+    labels = ids.clone()
+    labels[:, : by_states.tokenizer(asked, return_tensors="pt")["input_ids"].shape[1]] = -100  # type: ignore[misc]
+    with torch.no_grad():
+        assert by_states(input_ids=ids, labels=labels).loss < 0.7
+    (first, *_) = by_states.explain(asked)
+    assert first.by == "state" and first.claimed and first.edit_id == by_states.edits[1].id
+
+
+def test_states_are_saved_and_taken_back(by_states: EditableModel, wanted: list[EditRequest], tmp_path: Path) -> None:
+    by_states.save_pretrained(tmp_path)
+    loaded = EditableModel.from_pretrained(tmp_path)
+    prompts = [wording for r in wanted for wording in r.rephrase_prompts]
+    assert says(loaded, prompts) == says(by_states, prompts)
+    loaded.rollback(loaded.edits[1].id)
+    claims = [found.edit_id for prompt in prompts for found in loaded.explain(prompt) if found.by == "state"]
+    assert by_states.edits[1].id not in claims and by_states.edits[2].id in claims
+    with pytest.raises(ConfigError, match="begun with"):
+        loaded.set_method(config(states="model:3", slack=0.1)).edit(wanted[1])
+    with pytest.raises(ConfigError, match="layer"):
+        EditableModel.from_pretrained("kedit/world-llama", config(states="model:9")).edit(wanted[0])
