@@ -22,6 +22,7 @@ def from_easyedit(
     locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
     portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
     subject: str | Sequence[str | None] | None = None,
+    target_neg: str | Sequence[str | None] | None = None,
 ) -> list[EditRequest]:
     """Build requests from the arguments of EasyEdit's ``edit``.
 
@@ -34,6 +35,7 @@ def from_easyedit(
             empty text (no such probe) per request.
         portability_inputs: likewise.
         subject: one per request.
+        target_neg: one answer that is to go per request, as DPO takes it.
 
     Returns:
         One request per prompt.
@@ -48,6 +50,7 @@ def from_easyedit(
     truths = _per_request(ground_truth, count, "ground_truth", single)
     rephrased = _per_request(rephrase_prompts, count, "rephrase_prompts", single)
     subjects = _per_request(subject, count, "subject")
+    unwanted = _per_request(target_neg, count, "target_neg")
     sections: dict[str, list[dict[str, list[Probe]]]] = {}
     for section, inputs in zip(_SECTIONS, (locality_inputs, portability_inputs), strict=True):
         sections[section] = _probes(inputs, count, f"{section}_inputs", single)
@@ -62,7 +65,7 @@ def from_easyedit(
             "rephrase_prompts": [rephrased[i]] if isinstance(rephrased[i], str) else rephrased[i],
             "locality": sections["locality"][i],
             "portability": sections["portability"][i],
-        }
+        } | ({} if unwanted[i] is None else {"target_neg": unwanted[i]})
         requests.append(EditRequest.from_dict(data, row=i))
     return requests
 
@@ -93,6 +96,8 @@ def to_easyedit(row: Mapping[str, Any] | EditRequest, *, legacy: bool = False) -
             }
             for axis, probes in axes.items()
         }
+    if (unwanted := request.metadata.get("target_neg")) is not None:
+        value["target_neg"] = unwanted
     return value
 
 
@@ -127,6 +132,8 @@ def _columns(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Request dicts as the arguments of EasyEdit's ``edit``."""
     names = {"prompts": "prompt", "rephrase_prompts": "rephrase_prompt"}
     names |= {name: name for name in ("target_new", "ground_truth", "subject")}
+    if any(v.get("target_neg") is not None for v in values):
+        names["target_neg"] = "target_neg"
     arguments: dict[str, Any] = {argument: [v.get(key) for v in values] for argument, key in names.items()}
     for section in _SECTIONS:
         sections = [v.get(section) or {} for v in values]

@@ -29,6 +29,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from .. import embedded
 from ..books.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind
 from ..books.prompt_book import PromptEntry
 from ..books.retrieval import LEXICAL, find_retriever, register_retriever_kind
@@ -38,7 +39,7 @@ from ..engine.devices import seeded
 from ..engine.forward import frozen_eval
 from ..engine.gradients import LowRank
 from ..engine.supervised import Batch, score
-from ..errors import ArtifactError, ConfigError, UnsupportedModelError
+from ..errors import ArtifactError, ConfigError, UnsupportedModelError, reason_of
 from ..requests import SLOT, EditRequest
 from ..tokens import pad_rows, vocabulary_size
 from .base import Capabilities, Outcome, Workbench, register_method
@@ -128,6 +129,15 @@ class SERACConfig(InContextConfig):
         return ("editor",)
 
 
+def _loaded(kind: Any, field: str, name: str, **options: Any) -> Any:
+    """``kind.from_pretrained`` of a network that the config names: a folder, a Hub id or a model of ours."""
+    folder = embedded.resolve(name)
+    try:
+        return kind.from_pretrained(folder or name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"SERACConfig.{field}: {name!r} cannot be loaded ({reason_of(error)})") from error
+
+
 @register_editor
 class SERACEditor(Editor):
     """The two networks of SERAC for the tokens of one base model, whose weights it does not look at.
@@ -156,17 +166,17 @@ class SERACEditor(Editor):
         """A new editor for a model, with the model attached; its random parts are drawn from ``config.seed``.
 
         Raises:
-            ConfigError: if the config is another method's.
+            ConfigError: if the config is another method's, or a network that it names cannot be loaded.
             UnsupportedModelError: if the small model has other tokens than the base model.
         """
         config = config if config is not None else SERACConfig()
         if not isinstance(config, SERACConfig):
             raise ConfigError(f"SERACEditor needs a SERACConfig, not a {type(config).__name__}")
         networks = {
-            "encoder": described(AutoConfig.from_pretrained(config.encoder))
+            "encoder": described(_loaded(AutoConfig, "encoder", config.encoder))
             if config.encoder
             else small_encoder(vocabulary_size(model), config.encoder_size, config.encoder_layers),
-            "small_model": described(AutoConfig.from_pretrained(config.small_model))
+            "small_model": described(_loaded(AutoConfig, "small_model", config.small_model))
             if config.small_model
             else small_reader(model, config.model_size, config.model_layers),
         }
@@ -174,11 +184,11 @@ class SERACEditor(Editor):
         with seeded(config.seed):
             editor = cls(kept, {}, encoder_decoder=bool(model.config.is_encoder_decoder))
         if config.encoder:
-            loaded = AutoModel.from_pretrained(config.encoder, dtype=torch.float32)
+            loaded = _loaded(AutoModel, "encoder", config.encoder, dtype=torch.float32)
             editor.scope.encoder.load_state_dict(loaded.state_dict(), strict=False)  # without its pooler
-            editor.use_tokenizer(AutoTokenizer.from_pretrained(config.encoder))
+            editor.use_tokenizer(_loaded(AutoTokenizer, "encoder", config.encoder))
         if config.small_model:
-            editor.reader = type(editor.reader).from_pretrained(config.small_model, dtype=torch.float32)
+            editor.reader = _loaded(type(editor.reader), "small_model", config.small_model, dtype=torch.float32)
         editor.origin = {
             "base_model_name_or_path": str(getattr(model.config, "name_or_path", "") or ""),
             "base_model_revision": getattr(model.config, "_commit_hash", None),

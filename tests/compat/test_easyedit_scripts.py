@@ -461,6 +461,25 @@ def test_personality(method: str, tmp_path: Path) -> None:
     assert json.loads(json.dumps(metrics)) == metrics and len(edited.edits) == 1
 
 
+@pytest.mark.parametrize("way", ["edit", "batch_edit", "edit_requests", "normal_edit", "apply"])
+def test_answers_that_are_to_go(way: str, world_gpt2: EditableModel) -> None:
+    hparams = easyedit.DPOHyperParams(alg_name="DPO", layers=[4], num_steps=2, rank=2)
+    editor = BaseEditor(hparams, world_gpt2)
+    given = {"prompts": [PROMPT], "target_new": ["judge"], "target_neg": ["farmer"]}
+    request = {"prompt": PROMPT, "target_new": "judge", "target_neg": "farmer"}
+    if way == "apply":
+        easyedit.apply_dpo_to_model(world_gpt2, world_gpt2.tokenizer, [request], hparams)
+    elif way == "edit_requests":
+        editor.edit_requests([request], verbose=False)
+    else:
+        getattr(editor, way)(**given, verbose=False)
+    (edit,) = world_gpt2.edits
+    assert edit.method == "dpo" and edit.request.metadata["target_neg"] == "farmer"
+    world_gpt2.rollback("all")
+    with pytest.raises(RequestError, match="has 2 entries for 1"):
+        editor.edit(**given | {"target_neg": ["a", "b"]}, verbose=False)
+
+
 def test_demonstrations_of_personality_fit_the_context(world_gpt2: EditableModel) -> None:
     editor = PerEditor(HyperParams(alg_name="IKE", k=2), world_gpt2)
     assert editor.config.edit_type == world_gpt2.edit_config.edit_type == "prompt"

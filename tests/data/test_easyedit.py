@@ -162,3 +162,10 @@ def test_anything_gives_requests_or_a_typed_error(values: list[Any]) -> None:
     except KeditError:
         return
     assert all(r.target_new for r in requests)
+
+
+def test_answers_that_are_to_go() -> None:
+    rows = from_easyedit(["Ada Bell died in", "Bolt is in"], ["Oslo", "Rome"], target_neg=["Bergen", None])
+    assert [row.metadata for row in rows] == [{"target_neg": "Bergen"}, {}]
+    assert from_easyedit(**to_easyedit_arguments(rows)) == rows
+    assert "target_neg" not in to_easyedit_arguments(rows[1:])

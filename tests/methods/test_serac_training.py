@@ -150,6 +150,11 @@ def test_networks_can_start_from_others(tmp_path: Path) -> None:
     editor.save_pretrained(tmp_path / "editor")
     again = SERACEditor.from_pretrained(tmp_path / "editor")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in editor.state_dict().items())
+    ours = SERACEditor.for_model(base, SERACConfig(small_model="kedit/world-gpt2"))
+    assert torch.equal(ours.reader.lm_head.weight, base.lm_head.weight)
+    for field in ("encoder", "small_model"):
+        with pytest.raises(ConfigError, match=f"SERACConfig.{field}: './no/such' cannot be loaded"):
+            SERACEditor.for_model(base, SERACConfig(**{field: "./no/such"}))
 
 
 def test_an_encoder_decoder_trains_and_answers(tmp_path: Path) -> None:

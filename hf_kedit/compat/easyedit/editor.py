@@ -40,7 +40,15 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 Edited = tuple[list[Row], EditableModel, Originals]
-_UNDERSTOOD = ("eval_metric", "metric_kwargs", "pre_file", "pre_edit", "requests", "keep_original_weight")
+_UNDERSTOOD = (
+    "eval_metric",
+    "metric_kwargs",
+    "pre_file",
+    "pre_edit",
+    "requests",
+    "keep_original_weight",
+    "target_neg",
+)
 """Further arguments of EasyEdit's that mean something here; the original weights are always kept."""
 
 
@@ -133,8 +141,8 @@ class BaseEditor:
             train_ds: facts that IKE takes its demonstrations from.
             other: ``eval_metric`` (``"ppl"``, ``"ood_ppl"``: besides the accuracies), ``metric_kwargs`` (opinions, see
                 `extras.opinion_metrics`), ``pre_file`` (where the numbers of the unedited model are written),
-                ``requests`` (request dicts instead of all the above). Anything else has no meaning here, and a
-                warning says so.
+                ``requests`` (request dicts instead of all the above), ``target_neg`` (one answer that is to go per
+                edit: DPO). Anything else has no meaning here, and a warning says so.
 
         Returns:
             One dict per request in EasyEdit's layout; the edited model (``rollback("all")`` undoes); and the
@@ -148,7 +156,14 @@ class BaseEditor:
             requests = from_easyedit_requests(given)
         else:
             requests = from_easyedit(
-                prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject
+                prompts,
+                target_new,
+                ground_truth,
+                rephrase_prompts,
+                locality_inputs,
+                portability_inputs,
+                subject,
+                other.get("target_neg"),
             )
         return self._edit(requests, 1, sequential_edit, verbose, test_generation, train_ds, other)
 
@@ -173,7 +188,14 @@ class BaseEditor:
         measured on its own, and the last one stays.
         """
         requests = from_easyedit(
-            prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject
+            prompts,
+            target_new,
+            ground_truth,
+            rephrase_prompts,
+            locality_inputs,
+            portability_inputs,
+            subject,
+            other.get("target_neg"),
         )
         size = values_of(self.hparams).get("batch_size") or len(requests)
         if isinstance(size, bool) or not str(size).isdecimal():
@@ -209,7 +231,8 @@ class BaseEditor:
     ) -> tuple[None, EditableModel, Originals]:
         """Make all edits together and measure nothing; see `edit`."""
         self._use_hparams(None, other)
-        self.model.edit(from_easyedit(prompts, target_new, subject=subject), show_progress=verbose)
+        requests = from_easyedit(prompts, target_new, subject=subject, target_neg=other.get("target_neg"))
+        self.model.edit(requests, show_progress=verbose)
         return None, self.model, Originals(self.model)
 
     def generate_edit(
@@ -240,7 +263,14 @@ class BaseEditor:
             wordings), ``portability_ans``, ``locality_ans`` and, with ``test_generation``, ``fluency``.
         """
         requests = from_easyedit(
-            prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject
+            prompts,
+            target_new,
+            ground_truth,
+            rephrase_prompts,
+            locality_inputs,
+            portability_inputs,
+            subject,
+            other.get("target_neg"),
         )
         self._use_hparams(train_ds, other)
         before = [self._written(request, max_new_tokens, False) for request in requests]
