@@ -155,15 +155,9 @@ class BaseEditor:
         if (given := other.get("requests")) is not None:
             requests = from_easyedit_requests(given)
         else:
+            neg = other.get("target_neg")
             requests = from_easyedit(
-                prompts,
-                target_new,
-                ground_truth,
-                rephrase_prompts,
-                locality_inputs,
-                portability_inputs,
-                subject,
-                other.get("target_neg"),
+                prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject, neg
             )
         return self._edit(requests, 1, sequential_edit, verbose, test_generation, train_ds, other)
 
@@ -187,15 +181,9 @@ class BaseEditor:
         With ``sequential_edit`` the batches build on each other and are measured at the end. Without it each batch is
         measured on its own, and the last one stays.
         """
+        neg = other.get("target_neg")
         requests = from_easyedit(
-            prompts,
-            target_new,
-            ground_truth,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-            subject,
-            other.get("target_neg"),
+            prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject, neg
         )
         size = values_of(self.hparams).get("batch_size") or len(requests)
         if isinstance(size, bool) or not str(size).isdecimal():
@@ -262,15 +250,9 @@ class BaseEditor:
             As `edit`; ``pre`` and ``post`` hold ``rewrite_ans``, ``rephrase_ans`` (a list where there are several
             wordings), ``portability_ans``, ``locality_ans`` and, with ``test_generation``, ``fluency``.
         """
+        neg = other.get("target_neg")
         requests = from_easyedit(
-            prompts,
-            target_new,
-            ground_truth,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-            subject,
-            other.get("target_neg"),
+            prompts, target_new, ground_truth, rephrase_prompts, locality_inputs, portability_inputs, subject, neg
         )
         self._use_hparams(train_ds, other)
         before = [self._written(request, max_new_tokens, False) for request in requests]
