@@ -132,7 +132,8 @@ def as_pictured(value: Any) -> Pictured | tuple[Pictured, ...] | None:
     """What a user gives as an image, in the form that requests keep: paths stay paths until they are read.
 
     Args:
-        value: as `Picture.of` takes it, a list of such things, or ``None``.
+        value: as `Picture.of` takes it, a list of such things, frames ``[frames, height, width, 3]`` of uint8, or
+            ``None``.
 
     Raises:
         RequestError: if it is none of these; for the address of a picture in the network.
@@ -150,6 +151,8 @@ def as_pictured(value: Any) -> Pictured | tuple[Pictured, ...] | None:
             except (ValueError, RecursionError) as error:  # of JSON, or of a number of thousands of digits
                 raise RequestError("begins like a list of pictures in JSON, and is none") from error
         return Picture.of(value) if value.startswith(_URI) else value
+    if len(getattr(value, "shape", ())) == 4:
+        value = list(value)
     if isinstance(value, (list, tuple)):
         if not value:
             return None
@@ -214,7 +217,8 @@ def _from_array(pil: Any, value: Any) -> Any:
     shape, kind = getattr(value, "shape", None), str(getattr(value, "dtype", ""))
     if shape is None or kind != "uint8" or len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (3, 4)):
         raise RequestError(
-            "must be a PIL image, an array of uint8 [height, width, 3], a path, or a list of these; not"
+            "must be a PIL image, an array of uint8 [height, width, 3] (several: [n, height, width, 3]), a path, or a"
+            " list of these; not"
             f" {type(value).__name__}" + (f" {kind} {tuple(shape)}" if shape is not None else ""),
         )
     _check_size(shape[1], shape[0])

@@ -35,8 +35,15 @@ def without_videos(kind: type[Any]) -> type[Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **{"video_processor": None, **kwargs})
 
+    parts = {"get_attributes": classmethod(get_attributes), "__init__": __init__, "video_processor": _NoVideos()}
     # the same name, because it is saved with the processor and found again by it
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(get_attributes), "__init__": __init__})
+    return type(kind.__name__, (kind,), parts)
+
+
+class _NoVideos:
+    """What SmolVLM's chats ask of the part that reads videos, even where they show none."""
+
+    num_frames = fps = None
 
 
 def picture_frame(

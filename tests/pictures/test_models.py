@@ -86,14 +86,37 @@ def test_a_saved_edit_is_read_by_another_process(folder: Path, tmp_path: Path) -
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_transformers_pipeline_takes_the_edited_model() -> None:
-    model, processor = seeing("llava")
+CHAT = (
+    "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}TOKEN{% else %}"
+    " {{ c.text }}{% endif %}{% endfor %};{% endfor %}assistant:"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "token"),
+    [("llava", "<image>"), ("qwen2_vl", "<|image_pad|>"), ("smolvlm", "<image>"), ("mistral3", "[IMG]")],
+)
+def test_transformers_pipeline_takes_the_edited_model(family: str, token: str, tmp_path: Path) -> None:
+    """Asked in the processor's own text, of several pictures, and in a chat that names a file."""
+    model, processor = seeing(family)
     edited = EditableModel(model, FT, processor)
-    edited.edit(**FACTS[1], show_progress=False)
+    picture(1, 56, 30).save(tmp_path / "a.png")
+    edited.edit(**{**FACTS[1], "image": tmp_path / "a.png"}, show_progress=False)
     run = pipeline("image-text-to-text", model=edited, processor=processor)
-    text = EditRequest(**FACTS[1]).rendered(processor.tokenizer, processor).filled_prompt
-    (said,) = run(images=[picture(1, 56, 30)], text=str(text), max_new_tokens=1, return_full_text=False)
-    assert said["generated_text"].strip() == FACTS[1]["target_new"]
+    text = str(EditRequest(**FACTS[1]).rendered(processor.tokenizer, processor).filled_prompt)
+    short = {"max_new_tokens": 1, "return_full_text": False}
+    both = run(images=[[picture(1, 56, 30)], [str(tmp_path / "a.png")]], text=[text, text], **short)
+    assert [said["generated_text"].strip() for said in both] == [FACTS[1]["target_new"]] * 2
+
+    edited.rollback()
+    processor.chat_template = CHAT.replace("TOKEN", token)
+    try:
+        edited.edit(**FACTS[1], prompt_format="chat", show_progress=False)
+        shown = [{"type": "image", "image": str(tmp_path / "a.png")}, {"type": "text", "text": FACTS[1]["prompt"]}]
+        ((said,),) = run(text=[[{"role": "user", "content": shown}]], max_new_tokens=2, return_full_text=False)
+    finally:
+        processor.chat_template = None
+    assert said["generated_text"].strip().startswith(FACTS[1]["target_new"])
 
 
 def test_evaluation_asks_about_the_pictures_of_each_question() -> None:

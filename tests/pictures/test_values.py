@@ -5,6 +5,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +37,46 @@ def test_an_image_is_the_same_picture_however_it_is_given(tmp_path: Path) -> Non
     assert requests[0] != EditRequest(**FACT, image=picture(1))
     (kept,) = pictures_of(requests[0].image)
     assert np.array_equal(np.asarray(kept.image), np.asarray(image))
+
+
+def test_frames_are_pictures_one_behind_the_other() -> None:
+    frames = [picture(i) for i in range(3)]
+    video = np.stack([np.asarray(frame) for frame in frames])
+    assert EditRequest(**FACT, image=video) == EditRequest(**FACT, image=frames)
+    with pytest.raises(RequestError, match="uint8"):
+        EditRequest(**FACT, image=video.astype(np.float32))
+
+
+def test_an_address_is_fetched_where_that_is_asked_for(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("no picture")
+    with served(tmp_path) as address:
+        assert Picture.from_url(f"{address}/a.png") == Picture.of(picture(0))
+        for name, said in (("b.png", "cannot be fetched"), ("a.txt", "cannot be read")):
+            with pytest.raises(RequestError, match=said):
+                Picture.from_url(f"{address}/{name}")
+        with pytest.raises(RequestError, match="more than 100 bytes"):
+            Picture.from_url(f"{address}/a.png", most_bytes=100)
+    with pytest.raises(RequestError, match="not an http"):
+        Picture.from_url((tmp_path / "a.png").as_uri())
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A folder on this machine's own address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_request_with_pictures_goes_through_json() -> None:
