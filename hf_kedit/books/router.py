@@ -108,6 +108,17 @@ class RouteCandidate:
     claimed: bool
     by: str = "words"
 
+    @property
+    def reason(self) -> str:
+        """What was compared, in words."""
+        if self.by == BY_STATE:
+            least = f"{self.rival_similarity:.2f} is enough"
+            return f"the model's state at its end is {self.similarity:.2f} like that at the edit's end ({least})"
+        return (
+            f"what is asked ({self.asked!r}) is {self.similarity:.2f} near to it, and {self.rival_similarity:.2f} to"
+            f" {self.rival!r}"
+        )
+
 
 def is_claim(asked: str, similarity: float, rival_similarity: float, slack: float) -> bool:
     """Whether a prompt counts as asking for an edit; the names are those of `RouteCandidate`."""

@@ -328,10 +328,7 @@ class Talk:
         candidates = model.explain(self.last)
         for found in candidates:
             verdict = "answers it" if found.claimed else "does not answer it"
-            self._say(
-                f"{found.edit_id} {verdict}: what is asked ({found.asked!r}) is {found.similarity:.2f} near to it, and"
-                f" {found.rival_similarity:.2f} to {found.rival!r}"
-            )
+            self._say(f"{found.edit_id} {verdict}: {found.reason}")
         chosen = model.prompts.choose([self.last])[0] if model.prompts.entries else None
         if chosen is not None:
             entry, similarity = chosen

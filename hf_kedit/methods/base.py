@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -205,6 +205,15 @@ class WrappingConfig(EditConfig):
 
     def check_base(self, base: EditConfig) -> None:
         """Raise `ConfigError` if the base method cannot work for this one."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """As of every config; a base method in the form of `validate` that nobody has named is not given."""
+        default = {f.name: f.default for f in fields(self)}["base"]
+        values = super().given
+        if "base" not in self.__dict__["_given"] and self.base == {"edit_type": default}:
+            values.pop("base", None)
+        return values
 
     @property
     def base_config(self) -> EditConfig:

@@ -28,7 +28,9 @@ UNRELATED = ["The weather today is", "Once upon a time", "Q: what is two plus tw
 def config(**values: Any) -> AutoMethodConfig:
     settings = {"v_num_grad_steps": 12, "context_templates": ["{}"]}
     return AutoMethodConfig(
-        encoder="words", base={"edit_type": "rome", **settings, **values.pop("base", {})}, **values
+        encoder="words",
+        base={"edit_type": "rome", **settings, **values.pop("base", {})},
+        **{"states": None, "slack": None, **values},
     )
 
 
@@ -320,7 +322,7 @@ def test_a_state_is_that_of_the_prompt_alone(by_states: EditableModel, wanted: l
     with torch.no_grad():
         assert by_states(input_ids=ids, labels=labels).loss < 0.7
     (first, *_) = by_states.explain(asked)
-    assert first.by == "state" and first.claimed and first.edit_id == by_states.edits[1].id
+    assert "state" in first.reason and first.by == "state" and first.claimed and first.edit_id == by_states.edits[1].id
 
 
 def test_states_are_saved_and_taken_back(by_states: EditableModel, wanted: list[EditRequest], tmp_path: Path) -> None:
