@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -249,7 +249,10 @@ class EditRouter:
         """All edits whose subject a prompt names, the nearest first; before them one that its state is like."""
         (found,) = self._candidates([prompt])
         by_words = sorted(found.values(), key=lambda c: c.similarity, reverse=True)
-        return [c for _, c in self._nearest([prompt], read) if c.claimed] + by_words
+        alike = [c for _, c in self._nearest([prompt], read) if c.claimed]
+        if not alike:
+            return by_words
+        return alike + [replace(c, claimed=False) for c in by_words if c.edit_id != alike[0].edit_id]
 
     def _alike(self, prompts: Sequence[str], read: Encoder | None) -> dict[str, int]:
         """The edit, by its place, that the state of each prompt is like; prompts without one are missing."""
