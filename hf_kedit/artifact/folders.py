@@ -79,7 +79,7 @@ def push_folder(
     if CARD in files:
         card = files[CARD]
         card = card.read_bytes() if isinstance(card, Path) else card
-        files[CARD] = card.replace(PLACEHOLDER.encode(), repo_id.encode())
+        files[CARD] = card.replace(PLACEHOLDER.encode(), repo_id.encode(errors="backslashreplace"))
     refuse = {ADAPTER_CONFIG: _TWICE} if kind == MERGED else {"config.json": WHOLE_MODEL}
     return push_files(
         repo_id,

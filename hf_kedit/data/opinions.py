@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
+from typing_extensions import TypedDict
+
 from ..errors import DataError, RequestError
 from ..requests import EditRequest
 from ..storage.records import read_records
+from .extra import extra_of
 from .knowedit import knowedit_source
 from .loading import BadRows, each_row, register_dataset, register_records
 from .normalise import RawRow, Record, make_row
@@ -160,15 +163,20 @@ def load_personality(
 # ---------------------------------------------------------------------- what a request of PersonalityEdit holds
 
 
+class _Personality(TypedDict, total=False):
+    target_trait: str | None
+    texts: dict[str, list[str]] | None
+
+
 def opinions_of(request: EditRequest) -> tuple[str, list[str], list[str]]:
     """The wanted trait of a request, opinions of its topic that show it, and those that show another.
 
     Raises:
         RequestError: if it has no trait, or not both kinds of opinions.
     """
-    extra = request.metadata.get("extra") or {}
+    extra = extra_of(request, _Personality)
     trait, texts = extra.get("target_trait"), extra.get("texts") or {}
-    wanted = list(texts.get(trait) or ())
+    wanted = list(texts.get(trait or "") or ())
     others = [text for other, given in texts.items() if other != trait for text in given]
     if not wanted or not others:
         raise RequestError(

@@ -16,7 +16,7 @@ from ..anatomy.outputs import hooks
 from ..decoding.premature import PrematureLogits
 from ..engine.forward import device_of, frozen_eval
 from ..errors import ConfigError
-from ..tokens import prompt_ids
+from ..tokens import context_length, prompt_ids
 from .tracing import unpack
 
 if TYPE_CHECKING:
@@ -49,16 +49,18 @@ def logit_lens(
         top: tokens of each layer.
 
     Raises:
-        ConfigError: for an empty prompt, a bad number, or a missing tokenizer.
+        ConfigError: for an empty prompt, one that is longer than the context, a bad number, or a missing tokenizer.
         UnsupportedModelError: for an encoder-decoder, a model without head or final norm, one of several streams, or
             one whose edits live in prompts.
     """
     base, tokenizer, anatomy, _ = unpack(model, tokenizer, None)
-    if top < 1 or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip() or not isinstance(top, int) or top < 1:
         raise ConfigError("the lens needs a prompt, and at least one token of each layer")
     numbers = list(range(1, anatomy.num_layers + 1))
     premature = PrematureLogits(base, anatomy, numbers, norm=True)
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)])
+    ids, limit = torch.tensor([prompt_ids(tokenizer, prompt)]), context_length(base.config)
+    if limit is not None and ids.shape[1] > limit:
+        raise ConfigError(f"the prompt has {ids.shape[1]} tokens, the model's context has {limit}")
     with frozen_eval(base), torch.no_grad(), hooks(*premature.registrations):
         premature.begin()
         logits = base(input_ids=ids.to(device_of(base))).logits

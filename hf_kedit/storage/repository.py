@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HubError, HubUnreachableError
+from ..errors import HubError, HubUnreachableError, shown
 from ..logging import get_logger
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
             f"{repo!r} is not (completely) in the cache, and the Hub at {constants.ENDPOINT} did not answer or was not"
             " asked: check the connection, and HF_HUB_OFFLINE"
         ) from error
+    except UnicodeEncodeError as error:  # of the address, or of the header with the token
+        raise HubError(f"{shown(repo)} or the token holds a character that neither a name nor a token has") from error
     except errors.HfHubHTTPError as error:
         raise _refused(repo, error) from error
     except errors.HTTPError as error:

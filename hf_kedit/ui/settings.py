@@ -90,8 +90,8 @@ def chosen_values(method: str, profile: ModelProfile, filled: Mapping[str, Any])
             continue
         if known[name].kind == "text":
             value = parse_yaml(str(value), f"the value of {name!r}", ConfigError)
-        elif known[name].kind == "whole":
-            value = int(value)
+        elif known[name].kind == "whole" and isinstance(value, float) and value.is_integer():
+            value = int(value)  # the page's field of numbers knows no whole ones
         if value != known[name].value:
             values[name] = value
     AutoEditConfig.for_method(method, **values)  # raises for what does not fit

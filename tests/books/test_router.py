@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from hf_kedit.books.router import Address, EditRouter, asked_about, encoder_of_words
+from hf_kedit.books.router import MOST_WORDS, Address, EditRouter, asked_about, encoder_of_words, is_claim
 from hf_kedit.text.relations import COMMON_RELATIONS
 
 _VOCABULARY = {word: i for i, word in enumerate(sorted({w for text in COMMON_RELATIONS for w in text.split()}))}
@@ -157,3 +157,8 @@ def test_the_words_of_a_model_as_an_encoder() -> None:
     common = torch.stack([embedding[[ids[w] for w in t.split()]].mean(dim=0) for t in COMMON_RELATIONS]).mean(dim=0)
     wanted = embedding[[ids["the"], ids["father"]]].mean(dim=0) - common
     torch.testing.assert_close(encode(["the father"])[0], wanted)
+
+
+@pytest.mark.parametrize(("words", "claimed"), [(MOST_WORDS, True), (MOST_WORDS + 1, False)])
+def test_a_question_has_at_most_so_many_words(words: int, claimed: bool) -> None:
+    assert is_claim(" ".join(["word"] * words), 0.9, 0.1, 0.0) is claimed

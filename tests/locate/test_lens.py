@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,3 +51,9 @@ def test_what_the_lens_cannot_read(world_gpt2: EditableModel) -> None:
         logit_lens(world_gpt2.base_model, PROMPT)
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         logit_lens(tiny_model("t5"), PROMPT, world_gpt2.tokenizer)
+
+
+@pytest.mark.parametrize("prompt", ["", 5, None, "word " * 2000])
+def test_what_is_no_prompt_for_the_lens(world_gpt2: EditableModel, prompt: Any) -> None:
+    with pytest.raises(ConfigError):
+        logit_lens(world_gpt2, prompt)

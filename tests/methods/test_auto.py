@@ -209,6 +209,21 @@ def test_what_cannot_be_done_is_said_before_anything_changes(wanted: list[EditRe
         model.export_lora("never")
 
 
+def test_other_wordings_of_a_request_are_wordings_of_its_edit(wanted: list[EditRequest]) -> None:
+    request = replace(wanted[0], rephrase_prompts=[f"Tell me what {wanted[0].subject} does"])
+    (memory,) = alone(request).sites.memories.values()
+    (address,) = memory.router.addresses
+    assert len(address.views) == 2 and address.views[1] == "tell me what it does"
+
+
+def test_a_change_of_a_higher_rank_is_refused(wanted: list[EditRequest]) -> None:
+    base = {"edit_type": "lora", "rank": 3, "num_steps": 1}
+    model = EditableModel.from_pretrained("kedit/world-llama", AutoMethodConfig(base=base, encoder="words", rank=2))
+    with pytest.raises(ConfigError, match="rank 3 does not fit"):
+        model.edit(wanted[0])
+    assert not model.edits and without_trace(model)
+
+
 @pytest.mark.parametrize("aliases", [5, ["Tarosk", 7], {"a": "b"}])
 def test_other_names_are_texts(wanted: list[EditRequest], aliases: Any) -> None:
     model = EditableModel.from_pretrained("kedit/world-llama", config())

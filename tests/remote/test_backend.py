@@ -15,6 +15,7 @@ import torch
 from hf_kedit import EditableModel, OpenAICompatibleBackend, evaluate_edits
 from hf_kedit.errors import BackendError, EvaluationError
 from hf_kedit.remote import TargetScores
+from hf_kedit.remote.endpoint import LONGEST_WAIT
 from tests.remote.servers import Reply, Script, Server, chat, serving
 
 KEY = "sk-very-secret-0123"
@@ -109,6 +110,9 @@ def test_a_limit_is_waited_for_but_not_for_hours(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(BackendError, match=r"429.*asks to wait 7\d\d\d seconds"):
             backend(server).generate("Where?", 4)
         assert len(server.asked) == 1
+    a_bit_more = {"Retry-After": f"{LONGEST_WAIT + 1:.0f}"}
+    with serving(in_order(Reply({}, 429, a_bit_more))) as server, pytest.raises(BackendError, match="asks to wait 61"):
+        backend(server).generate("Where?", 4)
     assert slept == [7.0, 0.5]
 
 

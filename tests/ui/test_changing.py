@@ -9,7 +9,7 @@ import pytest
 from hf_kedit import EditableModel
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import KeditError, RequestError, UnknownEditError, VisitError
-from hf_kedit.ui.changing import EditForm, change, request_of, says_now, switch, undo
+from hf_kedit.ui.changing import MOST_LINES, EditForm, change, request_of, says_now, switch, undo
 from hf_kedit.ui.examples import Examples, subject_for
 from hf_kedit.ui.probing import compare, inspect_prompt
 from hf_kedit.ui.settings import method_choices
@@ -88,7 +88,7 @@ def test_own_wordings_and_neighbours_count(examples: Examples) -> None:
         ({"target": ""}, "new answer is missing"),
         ({"subject": "Nobody"}, "does not contain its subject"),
         ({"target": "x" * 3000}, "at most 2000 characters"),
-        ({"wordings": "x\n" * 30}, "20 lines"),
+        ({"wordings": "x\n" * (MOST_LINES + 1)}, "20 lines"),
         ({"method": "no-such-method"}, "no-such-method"),
         ({"settings": {"stats_dir": "/tmp/anywhere"}}, "cannot be set here"),
         ({"settings": {"v_lr": "[1"}}, "v_lr"),
@@ -178,6 +178,16 @@ def test_who_stays_away_is_forgotten(model: EditableModel, examples: Examples) -
         visitors.at(fresh)
     with pytest.raises(VisitError):
         visitors.at(None)
+
+
+def test_who_was_away_longest_is_forgotten_first(model: EditableModel) -> None:
+    visitors = Visitors(model, most=2)
+    first, second = (visitors.enter(None)[0] for _ in range(2))
+    visitors.at(first)
+    visitors.enter(None)
+    assert visitors.at(first)
+    with pytest.raises(VisitError):
+        visitors.at(second)
 
 
 # ---------------------------------------------------------------------- looking

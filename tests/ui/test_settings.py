@@ -48,5 +48,6 @@ def test_kinds_of_controls(model: EditableModel) -> None:
 def test_values_are_read_as_the_config_wants_them(model: EditableModel) -> None:
     filled = {"layers": "[1]", "v_num_grad_steps": 7.0, "kl_factor": None, "context_templates": " "}
     assert chosen_values("rome", model.profile, filled) == {"layers": [1], "v_num_grad_steps": 7}
-    with pytest.raises(ConfigError, match="v_num_grad_steps"):
-        chosen_values("rome", model.profile, {"v_num_grad_steps": -1})
+    for bad in (-1, 2.7, float("nan"), float("inf"), "many", [1]):
+        with pytest.raises(ConfigError, match="v_num_grad_steps"):
+            chosen_values("rome", model.profile, {"v_num_grad_steps": bad})

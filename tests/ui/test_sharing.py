@@ -57,6 +57,9 @@ def test_a_push_uses_the_token_of_the_visitor(edited: Visitor, hub: LoopbackHub)
     with pytest.raises(HubError) as caught:
         sharing.push(edited, "org/edits", "hf_wrong_token", private=True)
     assert "hf_wrong_token" not in str(caught.value)
+    for repo, token in (("org/\ud83d", "hf_x"), ("org/edits", "hf_é")):
+        with pytest.raises(HubError, match=r"character|neither"):
+            sharing.push(edited, repo, token, private=True)
     assert sharing.push(edited, " org/edits ", hub.token(), private=True) == "org/edits"
     again = EditableModel.from_pretrained("org/edits", token=hub.token())
     assert [e.id for e in again.edits] == [edited.entries[0].edit.id]

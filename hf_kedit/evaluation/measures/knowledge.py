@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from typing_extensions import TypedDict
+
+from ...data.extra import extra_of
 from ...errors import EvaluationError
 from ...requests import EditRequest
 from ..asking.batching import TOKEN_BUDGET
@@ -59,9 +62,13 @@ def known_facts(
     ]
 
 
+class _Questions(TypedDict, total=False):
+    questions: list[str] | None
+
+
 def _question(request: EditRequest) -> str:
-    extra = request.metadata.get("extra")
-    asked = (extra if isinstance(extra, dict) else request.metadata).get("questions")
+    beside = request.metadata.get("questions")
+    asked = extra_of(request, _Questions).get("questions") or (beside if isinstance(beside, list) else None)
     if not asked:
         raise EvaluationError(f"there is no question to ask for {request.filled_prompt!r}")
     return str(asked[0])

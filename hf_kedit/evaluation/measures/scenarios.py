@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from typing_extensions import TypedDict
 
+from ...data.extra import extra_of
 from ...errors import EvaluationError
 from ...requests import EditRequest
 from ..asking.scoring import PairScore
@@ -183,9 +185,13 @@ def closer_definition(
 # ---------------------------------------------------------------------- safety
 
 
+class _Situations(TypedDict, total=False):
+    general_prompts: dict[str, str | None] | None
+
+
 def safety_prompts(request: EditRequest) -> dict[str, str]:
     """The prompts of a SafeEdit request by metric: ``DS`` the adversarial one, ``DG_…`` those of other situations."""
-    general = (request.metadata.get("extra") or {}).get("general_prompts") or {}
+    general = extra_of(request, _Situations).get("general_prompts") or {}
     return {"DS": request.plain_prompt, **{f"DG_{name}": text for name, text in general.items() if text}}
 
 

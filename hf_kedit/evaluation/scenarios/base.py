@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 from ...data.loading import load_edit_dataset
 from ...errors import EvaluationError, nearest, shown
 from ...requests import EditRequest
 from ...storage.records import read_all
+from ...storage.shapes import of_type
 from ..protocols.base import Protocol
 
 
@@ -128,4 +129,8 @@ def load_scenario(scenario: str | Scenario, **options: Any) -> Scenario:
                 f"scenario {scenario!r} has no option {shown(name)}.{nearest(str(name), known)}"
                 f" It has: {', '.join(known) or 'none'}."
             )
+    kinds = get_type_hints(cls)
+    options = {n: tuple(v) if isinstance(v, list) and get_origin(kinds[n]) is tuple else v for n, v in options.items()}
+    for name, value in options.items():
+        of_type(kinds[name], value, f"the option {name} of scenario {scenario!r}", EvaluationError)
     return cls(**options)

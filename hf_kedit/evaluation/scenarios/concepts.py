@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from typing_extensions import TypedDict
+
 from ...books.retrieval import LEXICAL, find_retriever
+from ...data.extra import extra_of
 from ...errors import EvaluationError, RequestError, check_choice, check_count, shown
 from ...requests import EditRequest
 from ..asking.batching import TOKEN_BUDGET
@@ -47,6 +50,10 @@ CONCEPT = register_metrics(
         "consistency": Metric("1: writes the new definition, -1: the old one, 0: neither", unit="number"),
     },
 )
+
+
+class _Instances(TypedDict, total=False):
+    instance_prompts: str | list[str] | None
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,7 @@ class Concepts(PairProtocol):
         return f"{self.mode}, {name}"
 
     def questions(self, request: EditRequest) -> list[Question]:
-        extra = request.metadata.get("extra") or {}
-        given = extra.get("instance_prompts") or []
+        given = extra_of(request, _Instances).get("instance_prompts") or []
         prompts = [given] if isinstance(given, str) else list(given)
         asked = [
             Question(CONCEPT, MEMBER, i, request.posed(membership_prompt(prompt)), ())

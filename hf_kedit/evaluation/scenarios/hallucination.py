@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import TypedDict
+
+from ...data.extra import extra_of
 from ...errors import EvaluationError, shown
 from ...requests import EditRequest
 from ..asking.batching import TOKEN_BUDGET
@@ -65,6 +68,13 @@ def letter_of(text: str) -> str | None:
     return found[1].upper() if found else None
 
 
+class _Beside(TypedDict, total=False):
+    yes_question: str | None
+    no_question: str | None
+    reversed: str | None
+    multiple_choice: dict[str, Any] | None
+
+
 @dataclass(frozen=True)
 class HallucinationReplies(Replies):
     """Short answers to everything that HalluEditBench asks about a fact.
@@ -87,7 +97,7 @@ class HallucinationReplies(Replies):
         return "contains" if self.judge is None else self.judge.name
 
     def questions(self, request: EditRequest) -> list[Question]:
-        extra = request.metadata.get("extra") or {}
+        extra = extra_of(request, _Beside)
         target, old = ((request.target_new,),), tuple(request.ground_truth)
         asked: list[tuple[str, str, tuple[tuple[str, ...], ...], str | None]] = [
             ("efficacy", request.plain_prompt, target, old[0] if old else None),
@@ -95,15 +105,15 @@ class HallucinationReplies(Replies):
         if self.doubt:
             again = f"{request.plain_prompt} {_REPLY}\n{self.doubt} {request.plain_prompt}"
             asked.append(("robustness", again, target, request.filled_prompt))
-        for key, answer in (("yes", "yes"), ("no", "no")):
-            if extra.get(f"{key}_question"):
-                asked.append((key, f"{extra[f'{key}_question']} Answer yes or no.", ((answer,),), None))
+        for answer, question in (("yes", extra.get("yes_question")), ("no", extra.get("no_question"))):
+            if question:
+                asked.append((answer, f"{question} Answer yes or no.", ((answer,),), None))
         choice = extra.get("multiple_choice") or {}
         if choice.get("lettered") and choice.get("label"):
             text = f"{choice['lettered']}\nAnswer with a letter."
             asked.append(("multiple_choice", text, ((str(choice["label"]),),), None))
-        if extra.get("reversed") and request.subject:
-            asked.append(("reversed", extra["reversed"], ((request.subject,),), None))
+        if (turned := extra.get("reversed")) and request.subject:
+            asked.append(("reversed", turned, ((request.subject,),), None))
         questions = [
             Question(HALLUCINATION, key, 0, request.posed(text), groups, contrast=contrast)
             for key, text, groups, contrast in asked

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from typing_extensions import TypedDict
+
 from ... import embedded
 from ...books.retrieval import DENSE_MODEL, LEXICAL, find_retriever
+from ...data.extra import extra_of
 from ...errors import RequestError, check_choice
 from ...requests import EditRequest
 from ..asking.generation import Continuation
@@ -131,8 +134,20 @@ def key_points(request: EditRequest) -> list[str]:
     return [str(point) for point in ([given] if isinstance(given, str) else given) if str(point).strip()]
 
 
-def _extra(request: EditRequest) -> dict[str, Any]:
-    return request.metadata.get("extra") or {}
+class _Entity(TypedDict):
+    prompt: str
+    properties: dict[str, list[str]]
+
+
+class _Page(TypedDict, total=False):
+    key_points: str | list[Any] | None
+    sub_answers: str | list[Any] | None
+    answer: str | list[Any] | None
+    coupled: list[_Entity] | None
+
+
+def _extra(request: EditRequest) -> _Page:
+    return extra_of(request, _Page)
 
 
 def _named(said: str, groups: Sequence[Sequence[str]]) -> float:

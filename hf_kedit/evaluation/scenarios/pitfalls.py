@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from typing_extensions import TypedDict
+
+from ...data.extra import extra_of
 from ...data.pitfalls import CONFLICT, CONFLICT_TYPES, TIED_FACT, TRUE_OBJECTS
 from ...errors import RequestError
 from ...requests import EditRequest, Probe
@@ -176,9 +179,13 @@ class RoundAnswers(_Course):
         return {(ROUNDS, key): value for key, value in numbers.items()}
 
 
+class _Pair(TypedDict, total=False):
+    conflict: str | None
+
+
 def kind_of(request: EditRequest) -> str | None:
     """How the second edit of a case contradicts the first: ``coverage``, ``reverse`` or ``composite``."""
-    return (request.metadata.get("extra") or {}).get("conflict")
+    return extra_of(request, _Pair).get("conflict")
 
 
 def _prompts(request: EditRequest) -> list[str]:

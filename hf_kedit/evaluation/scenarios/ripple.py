@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NotRequired
 
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
+
+from ...data.extra import extra_of
 from ...data.ripple import LOCALITY, PORTABILITY
 from ...requests import EditRequest, Probe
 from ..measures.catalogue import Metric, register_metrics
@@ -60,6 +64,22 @@ class RippleAnswers(AnswerSets):
         return found
 
 
+class _Known(TypedDict):
+    prompt: str
+    ground_truth: list[list[str]]
+
+
+class _Test(TypedDict):
+    name: str
+    probes: list[NonNegativeInt]
+    condition: NotRequired[str | None]
+    condition_queries: NotRequired[list[_Known] | None]
+
+
+class _Tests(TypedDict, total=False):
+    tests: list[_Test] | None
+
+
 def _tests(
     request: EditRequest, probes: Mapping[str, Sequence[Probe]]
 ) -> list[tuple[str, list[SetPart], Mapping[str, Any]]]:
@@ -67,7 +87,7 @@ def _tests(
 
     Descriptions (``extra["tests"]``) count the probes of all locality axes, or of all portability axes, in order.
     """
-    described = (request.metadata.get("extra") or {}).get("tests")
+    described = extra_of(request, _Tests).get("tests")
     if not described:
         return [(axis, [_part(p)], {}) for axis, own in probes.items() for p in own if p.ground_truth]
     in_order = {side: [p for axis in axes for p in probes[axis]] for side, axes in ((0, LOCALITY), (1, PORTABILITY))}

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from typing_extensions import TypedDict
+
+from ...data.extra import extra_of
 from ...data.opinions import TEMPLATES
 from ...requests import EditRequest
 from ..asking.generation import Continuation
@@ -101,10 +104,16 @@ class ConvSent(Opinions):
         return sides(request)
 
 
+class _Texts(TypedDict, total=False):
+    pos: list[str] | None
+    neg: list[str] | None
+    direction: str
+
+
 def sides(request: EditRequest) -> tuple[list[str], list[str]]:
     """The texts of a row that have the wanted sentiment, and the others."""
-    extra = request.metadata.get("extra") or {}
-    positive, negative = (list(extra.get(key) or ()) for key in ("pos", "neg"))
+    extra = extra_of(request, _Texts)
+    positive, negative = (list(extra.get("pos") or ()), list(extra.get("neg") or ()))
     return (negative, positive) if extra.get("direction") == "negative" else (positive, negative)
 
 
@@ -130,7 +139,7 @@ class SentimentReplies(Replies):
         return self.judge.name
 
     def questions(self, request: EditRequest) -> list[Question]:
-        wanted = str((request.metadata.get("extra") or {}).get("direction", "positive"))
+        wanted = str(extra_of(request, _Texts).get("direction", "positive"))
         prompts = [request.filled_prompt, *request.rephrase_prompts]
         asked = [Question(SENTIMENT, "topic", i, p, ((wanted,),)) for i, p in enumerate(prompts)]
         other = request.metadata.get(OTHER_TOPIC)
