@@ -91,7 +91,7 @@ def _tests(
     if not described:
         return [(axis, [_part(p)], {}) for axis, own in probes.items() for p in own if p.ground_truth]
     in_order = {side: [p for axis in axes for p in probes[axis]] for side, axes in ((0, LOCALITY), (1, PORTABILITY))}
-    found = []
+    found: list[tuple[str, list[SetPart], Mapping[str, Any]]] = []
     for test in described:
         own = in_order[0 if test["name"] in LOCALITY else 1]
         parts = [_part(own[i]) for i in test["probes"] if i < len(own) and own[i].ground_truth]
