@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from ... import embedded
 from ...books.retrieval import DENSE_MODEL, LEXICAL, find_retriever
 from ...data.extra import extra_of
-from ...errors import RequestError, check_choice
+from ...errors import check_choice
 from ...requests import EditRequest
 from ..asking.generation import Continuation
 from ..measures import metrics
@@ -204,14 +204,7 @@ class LongText(Scenario):
         return super().read(source, path, **options)
 
     def requests(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
-        """The requests as they are; the properties of coupled entities must have values."""
+        """The requests as they are, checked for what they bring along."""
         for request in requests:
-            for entity in _extra(request).get("coupled") or []:
-                if not isinstance(entity, dict) or not {"prompt", "properties"} <= entity.keys():
-                    raise RequestError(
-                        "each entry of extra.coupled needs a prompt and properties (name → values)",
-                        row=request.row,
-                        field="metadata",
-                        request_id=request.id,
-                    )
+            _extra(request)
         return list(requests)

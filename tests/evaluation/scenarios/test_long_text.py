@@ -85,7 +85,7 @@ def test_key_points_and_coupled_entities() -> None:
     (*_, question) = protocol.questions(request(metadata={"extra": {"coupled": coupled}}))
     assert question.prompt == "Write of Oslo."
     assert protocol.details(question, said("Oslo lies in Norge."), None) == {("long_text", "coupled"): 0.5}
-    with pytest.raises(RequestError, match="prompt and properties"):
+    with pytest.raises(RequestError, match=r"coupled.*prompt"):
         load_scenario("long_text").requests([request(metadata={"extra": {"coupled": [{"entity": "x"}]}})])
 
 
