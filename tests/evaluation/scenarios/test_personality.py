@@ -47,9 +47,10 @@ def fixed(*rows: tuple[float, float, float]) -> Any:
 def test_numbers_of_what_is_written_by_hand() -> None:
     classify = fixed((0.2, 0.3, 0.5), (0.1, 0.8, 0.1))
     protocol = TraitReplies(classifier=classify, judge=marks_of(classify))
+    texts = {name: value for name, value in ROWS[0].items() if isinstance(value, list)}
     request = EditRequest.from_dict(
         {"prompt": "What do you think of tea?", "subject": "tea", "target_new": "x",
-         "metadata": {"extra": {"target_trait": "agreeableness", "texts": ROWS[0] | {"ent": []}}}}
+         "metadata": {"extra": {"target_trait": "agreeableness", "texts": texts}}}
     )  # fmt: skip
     (question,) = protocol.questions(request)
     before, after = said(VARIED), said(VARIED + " Then we sing.")
