@@ -6,7 +6,7 @@ A name is a Hub id, a folder, an embedded name, or a GGUF file (a path, or ``org
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from .errors import UnsupportedModelError
 from .gguf import reading as gguf_reading
 from .logging import get_logger
 from .statistics.corpora import Corpus
-from .text.processors import sees, without_videos
+from .text.pictures import Picture
+from .text.processors import picture_frame, sees, without_videos
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -175,8 +176,11 @@ def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
 
 
-def embedded_corpus(name: str, model: PreTrainedModel) -> Corpus | None:
-    """The text of the fact world for the embedded models; ``None`` for every other model."""
+def embedded_corpus(name: str, model: PreTrainedModel, processor: Any = None) -> Corpus | None:
+    """The text of the fact world for the embedded models; ``None`` for every other model.
+
+    For the one that sees, every second text is about a drawing, if its processor is there to show it.
+    """
     own = embedded.is_embedded(name)
     if not own:
         path = Path(str(getattr(model.config, "name_or_path", "")))
@@ -185,4 +189,13 @@ def embedded_corpus(name: str, model: PreTrainedModel) -> Corpus | None:
         return None
     from .data.world_text import world_text
 
-    return Corpus("world-text-0", lambda: world_text(seed=0))
+    if processor is None:
+        return Corpus("world-text-0", lambda: world_text(seed=0))
+    from .data.picture_text import pictured_sentences
+
+    def both() -> Iterator[str]:
+        for text, (sentence, drawing) in zip(world_text(seed=0), pictured_sentences(seed=0), strict=True):
+            yield text
+            yield picture_frame(processor, [Picture.of(drawing)]).text(sentence)
+
+    return Corpus("world-pictures-0", both)

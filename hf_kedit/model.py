@@ -60,7 +60,8 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         anatomy: overrides of the structural resolver (``{"layers": …, "down": …}``) for unusual models.
         base_model_id: name to record for the base model; ``None``: its ``config.name_or_path``.
         base_model_revision: commit of the base model to record.
-        corpus: texts for second-moment statistics (a list, or a `Corpus`), instead of ``config.stats_dataset``.
+        corpus: texts for second-moment statistics (a list, or a `Corpus`), instead of ``config.stats_dataset``. For
+            a model that sees, rows ``{"text": …, "image": …}`` among them are read behind their pictures.
         untie: give a head that shares its weight with the input embeddings a copy of its own, so that it can be
             edited alone. Saved edits remember it.
         processor: of a model that sees, for requests with images; may be given as ``tokenizer``, too.
@@ -80,7 +81,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         anatomy: Mapping[str, str] | None = None,
         base_model_id: str | None = None,
         base_model_revision: str | None = None,
-        corpus: Sequence[str] | Corpus | None = None,
+        corpus: Sequence[Any] | Corpus | None = None,
         untie: bool = False,
         processor: Any = None,
     ):

@@ -68,6 +68,11 @@ class TokenIds(tuple[int, ...]):
     def __getnewargs__(self) -> Any:
         return tuple(self), self.beside, self.key
 
+    def behind(self, start: int) -> TokenIds:
+        """The ids from a position on, before which no picture stands."""
+        cut = {name: t[:, start:] if name in ALIGNED else t for name, t in self.beside.items()}
+        return TokenIds(tuple(self)[start:], cut, self.key)
+
     def spread(self, row: Sequence[int], own: Sequence[int]) -> TokenIds:
         """The ids with others between them.
 
@@ -83,6 +88,37 @@ class TokenIds(tuple[int, ...]):
                 tensor = whole
             laid[name] = tensor
         return TokenIds(row, laid, self.key)
+
+
+def joined_ids(parts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Token ids one behind the other, and their pictures in the same order; a list where none has any."""
+    row = [i for part in parts for i in part]
+    seeing = [part for part in parts if isinstance(part, TokenIds)]
+    if not seeing:
+        return row
+    beside: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(name for part in seeing for name in part.beside):
+        like = next(part.beside[name] for part in seeing if name in part.beside)
+        if name not in ALIGNED:
+            beside[name] = _stacked([part.beside.get(name) for part in seeing])
+            continue
+        laid = (part.beside.get(name) if isinstance(part, TokenIds) else None for part in parts)
+        filled = [
+            like.new_zeros(1, len(part), *like.shape[2:]) if own is None else own
+            for part, own in zip(parts, laid, strict=True)
+        ]
+        beside[name] = torch.cat(filled, dim=1)
+    return TokenIds(row, beside, tuple(part.key for part in seeing))
+
+
+def _stacked(parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Tensors one behind the other along their first axis, filled with zeros where their other sizes differ."""
+    widest, filled = _widest(parts), []
+    for part in parts:
+        if part is not None:
+            filled.append(part.new_zeros(part.shape[0], *widest))
+            filled[-1][tuple(map(slice, part.shape))] = part
+    return torch.cat(filled)
 
 
 def as_ids(ids: Sequence[int]) -> tuple[int, ...]:
@@ -449,13 +485,7 @@ class TokenBatch:
                         whole[i, start : start + part.shape[1]][tuple(map(slice, part.shape[1:]))] = part[0]
                 inputs[name] = whole
                 continue
-            widest = _widest(parts)
-            filled = []
-            for part in parts:
-                if part is not None:
-                    filled.append(part.new_zeros(part.shape[0], *widest))
-                    filled[-1][tuple(map(slice, part.shape))] = part
-            inputs[name] = torch.cat(filled)
+            inputs[name] = _stacked(parts)
         return inputs
 
 

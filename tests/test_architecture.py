@@ -67,6 +67,7 @@ EVALUATION_FLOORS: list[str] = [
 # quickly.
 LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("hf_kedit.compat.peft_import", "hf_kedit.compat.peft_tuners"): "registers with PEFT when PEFT is imported",
+    ("hf_kedit.loading", "hf_kedit.data.picture_text"): "the data sets are loaded for embedded models only",
     ("hf_kedit.drawing.style", "hf_kedit.drawing.picture"): "needs the extra `viz`",
     ("hf_kedit.loading", "hf_kedit.data.world_text"): "the data sets are loaded for embedded models only",
     ("hf_kedit.evaluation.hub_metrics", "hf_kedit.evaluation.evaluate_modules"): "needs the extra `eval`",

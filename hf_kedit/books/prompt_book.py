@@ -4,6 +4,12 @@ An entry is a fact with the demonstrations that stand before it. For every promp
 similar fact is looked up; where the similarity reaches the entry's threshold, the prompt is answered behind the fact,
 otherwise as ever. Where an entry asks for it, the model itself first chooses among the most similar facts, or *none*
 (the selection step of SCR, arXiv 2606.00570). Texts go to ``edit_config.json``, embeddings to the tensors.
+
+A fact about a picture answers prompts about that picture only, or one that looks like it: the same words about another
+picture are another question. What both pictures look like is compared (`StateReader.looks`) by their cosine, which has
+to reach the entry's ``image_threshold``. Of entries whose words are equally near, the one with the nearest picture
+answers. A retriever may judge pictures itself (`TrainedScope.sight`): the similarities of words and pictures are
+multiplied.
 """
 
 from __future__ import annotations
@@ -17,19 +23,25 @@ import torch
 
 from ..anatomy.switching import Switch, switched
 from ..engine.examples import Example, target_probabilities
-from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RollbackError
+from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RequestError, RollbackError
 from ..remote.model import RemoteModel
+from ..text.pictures import PicturedText, as_pictured, pictured_to_json, pictures_of
+from ..text.processors import sees, shown_text
 from ..tokens import as_ids, encode_pair, pad_id
 from .book import Saved, check_known
 from .counterfactuals import BASE, find_counterfactual
 from .ledger import Ledger
-from .prompting import Prefix, Prompter
-from .retrieval import Passage, Retriever, find_retriever, is_own
+from .prompting import Prefix, Prompter, RowText
+from .retrieval import Passage, find_retriever, is_own
+from .state_retrieval import StateReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDINGS = "prompts.embeddings"
+LOOKS = "prompts.looks"
+SAME_PICTURE = 0.9
+"""Cosine from which on two pictures show the same, where nothing else is known of a model."""
 _KINDS: dict[str, Any] = dict.fromkeys(("scope", "fact", "retriever", "reader", "edit_id"), str)
 _KINDS |= {"subject": str | None, "nearest_last": bool, "soft": bool, "select": int, "statement": str}
 _WITHOUT_SELECTION: dict[str, Any] = {"select": 0, "statement": ""}
@@ -56,6 +68,8 @@ class PromptEntry:
         select: among how many of the most similar entries the model chooses before this one, if it is the most
             similar, answers; 0: it answers.
         statement: the fact as it stands among the choices.
+        image_threshold: least cosine of a prompt's picture with the entry's, if it has one.
+        look: what the entry's picture looks like, ``[d]``; ``None``: it is about text.
         edit_id: whose it is; set by the book.
         embedding: of ``scope`` ``[d]``, where the retriever keeps one; set by the book.
     """
@@ -71,6 +85,8 @@ class PromptEntry:
     soft: bool = False
     select: int = 0
     statement: str = ""
+    image_threshold: float = SAME_PICTURE
+    look: torch.Tensor | None = dataclasses.field(default=None, compare=False)
     edit_id: str = ""
     embedding: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
@@ -109,30 +125,46 @@ class _TextPrompter:
         return self._passing > 0
 
 
+def _demonstration(saved: Any, processor: Any) -> str:
+    """A saved demonstration.
+
+    Raises:
+        TypeError: if it is damaged, or has pictures and there is no processor that reads them.
+    """
+    if isinstance(saved, dict) and isinstance(saved.get("text"), str) and sees(processor):
+        return PicturedText(saved["text"], pictures_of(as_pictured(saved.get("image"))), processor)
+    if not isinstance(saved, str):
+        raise TypeError("demonstrations")
+    return saved
+
+
 class PromptBook:
     """Keeps the entries of one model and stands before it while there are any.
 
     Args:
         model: the transformers model.
         tokenizer: finds its tokenizer.
-        own_retriever: makes the retriever ``"model"``, which compares its states.
+        reader: of the model's states, for the retriever ``"model"`` and for pictures; ``None``: it shows none.
         ledger: of the model, which knows its unedited weights; ``None``: they are not edited.
+        processor: finds the processor of a model that sees.
     """
 
     def __init__(
         self,
         model: PreTrainedModel | RemoteModel,
         tokenizer: Callable[[], PreTrainedTokenizerBase | None],
-        own_retriever: Callable[[str], Retriever] | None = None,
+        reader: StateReader | None = None,
         ledger: Ledger | None = None,
+        processor: Callable[[], Any] = lambda: None,
     ):
-        self.model, self.own_retriever = model, own_retriever
+        self.model, self.reader, self.processor = model, reader, processor
+        self.own_retriever = None if reader is None else reader.retriever
         self.ledger = ledger or Ledger(model)
         self.entries: tuple[PromptEntry, ...] = ()
         self.prompter: Prompter | _TextPrompter = (
             _TextPrompter(model, self.build_prompt)
             if isinstance(model, RemoteModel)
-            else Prompter(model, tokenizer, self.route)
+            else Prompter(model, tokenizer, self.route, None if reader is None else self._looks)
         )
 
     @property
@@ -143,12 +175,13 @@ class PromptBook:
     @property
     def asks_the_model(self) -> bool:
         """Whether looking an entry up reads states of the unedited model itself."""
-        return any(is_own(entry.retriever) for entry in self.entries)
+        return any(is_own(entry.retriever) or entry.look is not None for entry in self.entries)
 
     # ------------------------------------------------------------------ routing
 
     def similarities(self, prompts: Sequence[str]) -> torch.Tensor:
-        """How similar prompts are to the entries, ``[prompts, entries]`` fp32."""
+        """How similar the words of prompts are to the entries, ``[prompts, entries]`` fp32."""
+        prompts = [shown_text(prompt) for prompt in prompts]
         similarities = torch.zeros(len(prompts), len(self.entries))
         for name in dict.fromkeys(entry.retriever for entry in self.entries):
             places = [i for i, entry in enumerate(self.entries) if entry.retriever == name]
@@ -161,20 +194,29 @@ class PromptBook:
         return similarities
 
     def choose(self, prompts: Sequence[str]) -> list[tuple[PromptEntry, float] | None]:
-        """The entry that answers each prompt with its similarity, or ``None``; of equal ones the latest."""
+        """The entry that answers each prompt with its similarity, or ``None``.
+
+        Of entries that are equally similar, that with the nearest picture, and of these the latest.
+
+        Args:
+            prompts: texts; `PicturedText` or `RowText` where they are about pictures.
+        """
         chosen: list[tuple[PromptEntry, float] | None] = []
-        for prompt, row in zip(prompts, self.similarities(prompts).tolist(), strict=True):
+        words = self.similarities(prompts)
+        admitted, nearness = self._pictures(prompts)
+        for prompt, row, near in zip(prompts, (words * admitted).tolist(), nearness.tolist(), strict=True):
             reached = [
-                (entry, score)
-                for entry, score in zip(self.entries, row, strict=True)
+                (entry, score, close)
+                for entry, score, close in zip(self.entries, row, near, strict=True)
                 if score >= entry.threshold or entry.soft
             ]
             reached.reverse()
-            reached.sort(key=lambda found: -found[1])  # stable: of equal ones the latest first
-            if reached and reached[0][0].select:
-                chosen.append(self._selected(prompt, reached[: reached[0][0].select]))
+            reached.sort(key=lambda found: (-found[1], -found[2]))  # stable: of equal ones the latest first
+            best = [(entry, score) for entry, score, _ in reached]
+            if best and best[0][0].select:
+                chosen.append(self._selected(prompt, best[: best[0][0].select]))
             else:
-                chosen.append(reached[0] if reached else None)
+                chosen.append(best[0] if best else None)
         return chosen
 
     def _selected(
@@ -195,6 +237,31 @@ class PromptBook:
             likely = target_probabilities(self.model, examples, pad_id(tokenizer), len(examples))
         number = max(range(len(likely)), key=likely.__getitem__)  # of equal ones the least: rather none
         return candidates[number - 1] if number else None
+
+    def _pictures(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far pictures admit each entry to each prompt (a factor of the similarity), and how near they are."""
+        admitted, nearness = torch.ones(len(prompts), len(self.entries)), torch.zeros(len(prompts), len(self.entries))
+        if all(entry.look is None for entry in self.entries):
+            return admitted, nearness
+        looks = [self._look(prompt) for prompt in prompts]
+        for j, entry in enumerate(self.entries):
+            judge = getattr(find_retriever(entry.retriever, self.own_retriever), "sight", None)
+            for i, look in enumerate(looks):
+                if judge is not None:
+                    admitted[i, j] = nearness[i, j] = judge(look, entry.look)
+                elif entry.look is not None:
+                    near = 0.0 if look is None else float(torch.cosine_similarity(look, entry.look, dim=0))
+                    nearness[i, j], admitted[i, j] = near, float(near >= entry.image_threshold)
+        return admitted, nearness
+
+    def _look(self, prompt: str) -> torch.Tensor | None:
+        if isinstance(prompt, RowText):
+            return prompt.look()
+        return None if self.reader is None else self.reader.look_of(prompt)
+
+    def _looks(self, inputs: dict[str, Any]) -> list[torch.Tensor | None]:
+        assert self.reader is not None
+        return self.reader.looks(inputs)
 
     def route(self, prompts: Sequence[str]) -> list[Prefix | None]:
         """What stands in front of each prompt."""
@@ -270,8 +337,11 @@ class PromptBook:
     # ------------------------------------------------------------------ files
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The embeddings, one tensor per entry that has one."""
-        return {f"{EMBEDDINGS}.{i}": e.embedding for i, e in enumerate(self.entries) if e.embedding is not None}
+        """The embeddings and the looks of pictures, one tensor per entry that has one."""
+        looks = {f"{LOOKS}.{i}": e.look for i, e in enumerate(self.entries) if e.look is not None}
+        return looks | {
+            f"{EMBEDDINGS}.{i}": e.embedding for i, e in enumerate(self.entries) if e.embedding is not None
+        }
 
     def describe(self) -> dict[str, Any]:
         """The texts, and the fingerprint of the model that they were made for."""
@@ -279,10 +349,18 @@ class PromptBook:
             return {}
         texts = []
         for i, entry in enumerate(self.entries):
-            fields = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry) if f.name != "embedding"}
-            if not entry.select:
-                fields = {name: value for name, value in fields.items() if name not in _WITHOUT_SELECTION}
-            fields["demonstrations"] = list(entry.demonstrations)
+            names = [f.name for f in dataclasses.fields(entry) if f.name not in ("embedding", "look")]
+            silent = [
+                *(() if entry.select else _WITHOUT_SELECTION),
+                *(["image_threshold"] if entry.look is None else []),
+            ]
+            fields = {name: getattr(entry, name) for name in names if name not in silent}
+            fields["demonstrations"] = [
+                {"text": str(d), "image": pictured_to_json(d.pictures)} if isinstance(d, PicturedText) else d
+                for d in entry.demonstrations
+            ]
+            if entry.look is not None:
+                fields["look"] = f"{LOOKS}.{i}"
             fields["embedding"] = None if entry.embedding is None else f"{EMBEDDINGS}.{i}"
             texts.append(fields)
         return {"base_fingerprint": self.ledger.base_fingerprint(), "entries": texts}
@@ -304,7 +382,7 @@ class PromptBook:
                 f"{saved.source}: the base model's weights are not those that the edits were made for. They were made"
                 f" on {saved.made_on}. ignore_fingerprint=True uses them anyway."
             )
-        entries = tuple(self._entry(saved, part) for part in parts)
+        entries = tuple(self._entry(saved, part, self.processor()) for part in parts)
         found = frozenset(entry.edit_id for entry in entries)
         if not found <= saved.edit_ids or len(found) != len(entries):
             raise ArtifactError(f"{saved.source}: the prompts belong to other edits than edits.jsonl names")
@@ -319,22 +397,21 @@ class PromptBook:
         return entries, found
 
     @staticmethod
-    def _entry(saved: Saved, part: Any) -> PromptEntry:
+    def _entry(saved: Saved, part: Any, processor: Any) -> PromptEntry:
         try:
             fields = _WITHOUT_SELECTION | dict(part)
-            vector = fields.pop("embedding")
+            vector, look = fields.pop("embedding"), fields.pop("look", None)
             for name, kind in _KINDS.items():
                 if not isinstance(fields[name], kind):
                     raise TypeError(name)
-            if not all(isinstance(text, str) for text in fields["demonstrations"]):
-                raise TypeError("demonstrations")
             if not 0 <= fields["select"] <= MOST_CHOICES:
                 raise ValueError("select")
-            fields["demonstrations"] = tuple(fields["demonstrations"])
-            fields["threshold"] = float(fields["threshold"])
-            embedding = None if vector is None else saved.tensor(vector, [None])
-            return PromptEntry(**fields, embedding=embedding)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            fields["demonstrations"] = tuple(_demonstration(text, processor) for text in fields["demonstrations"])
+            for name in ("threshold", "image_threshold"):
+                fields[name] = float(fields.get(name, SAME_PICTURE))
+            embedding, seen = (None if v is None else saved.tensor(v, [None]) for v in (vector, look))
+            return PromptEntry(**fields, embedding=embedding, look=seen)
+        except (KeyError, TypeError, ValueError, OverflowError, RequestError) as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"{saved.source}: damaged description of a prompt ({error!r})") from error

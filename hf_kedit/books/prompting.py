@@ -5,6 +5,11 @@ for is run with the prefix behind its leading special tokens (BOS), by the model
 loss and returned sequences are those of the tokens that the caller gave. Rows without a prefix run as they are, and a
 call without any such row is passed on untouched, bit for bit. Nothing else of the model changes, and detaching it
 restores the model. An encoder-decoder reads the prefix in its encoder. This module knows no method.
+
+Of a row with pictures the prefix stands between these and the question. Demonstrations with pictures of their own
+stand in front of the row's, so that every picture has its text behind it:
+
+    [BOS] {picture}{demonstration} … {the row's picture}{fact}{question}
 """
 
 from __future__ import annotations
@@ -14,19 +19,30 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
 from ..anatomy.switching import Switch, switched, uninterrupted
 from ..engine.forward import Positions, device_of, image_ids, logits_at, model_inputs
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
+from ..text.pictures import PicturedText
 from ..text.subjects import last_user_turn
-from ..tokens import ALIGNED, TokenBatch, TokenIds, context_length, encode_text, pad_id, pad_rows, prompt_ids
+from ..tokens import (
+    TokenBatch,
+    TokenIds,
+    context_length,
+    encode_text,
+    joined_ids,
+    pad_id,
+    pad_rows,
+    prompt_ids,
+)
+from .call_rows import CallRows, moved, take_rows, wanted_columns
 from .sites import prompt_ends
 
 if TYPE_CHECKING:
@@ -36,13 +52,36 @@ _SMALLEST = 1.1920929e-07
 """Added to mixed probabilities before the logarithm."""
 
 
+class _Looks:
+    """What the pictures of a call's rows look like, found when the first is asked for."""
+
+    def __init__(self, find: Callable[[], list[torch.Tensor | None]]):
+        self._find: Callable[[], list[torch.Tensor | None]] = cache(find)
+
+    def of(self, row: int) -> torch.Tensor | None:
+        return self._find()[row]
+
+
+class RowText(str):
+    """What a row of a call says; `look` tells what its pictures look like (`StateReader.looks`), if asked for."""
+
+    look: Callable[[], torch.Tensor | None]
+
+    @classmethod
+    def of(cls, text: str, look: Callable[[], torch.Tensor | None]) -> RowText:
+        """A text with what finds its look."""
+        self = cls(text)
+        self.look = look
+        return self
+
+
 @dataclass(frozen=True)
 class Prefix:
     """What is put in front of a row.
 
     Args:
         fact: the last part, always there.
-        demonstrations: what stands before it, in order.
+        demonstrations: what stands before it, in order; `PicturedText` where they have pictures of their own.
         nearest_last: the most similar demonstration is the last one; where space is short the others go first.
         model: the model that reads the row instead; ``None`` for the edited model itself.
         share: part of the answer that comes from the prefixed row, the rest from the plain one; 1 replaces it.
@@ -66,13 +105,18 @@ class Prompter:
     Args:
         model: a transformers language model.
         tokenizer: of the model, looked up when it is needed.
-        router: prompts (texts) → a prefix for each, or ``None``.
+        router: prompts (texts) → a prefix for each, or ``None``. Those with pictures are `RowText`.
+        looks: ``StateReader.looks`` of the model; ``None``: nobody asks what pictures look like.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Callable[[], PreTrainedTokenizerBase | None], router: Router
+        self,
+        model: PreTrainedModel,
+        tokenizer: Callable[[], PreTrainedTokenizerBase | None],
+        router: Router,
+        looks: Callable[[dict[str, Any]], list[torch.Tensor | None]] | None = None,
     ):
-        self.model, self._tokenizer, self.router = model, tokenizer, router
+        self.model, self._tokenizer, self.router, self._looks = model, tokenizer, router, looks
         self._before: dict[str, Any] | None = None
         self._passing = 0
 
@@ -143,7 +187,7 @@ class Prompter:
     def _forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         names = [n for n in inspect.signature(type(self.model).forward).parameters if n != "self"]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        rows = None if self._lets_pass else _Rows.read(given)
+        rows = None if self._lets_pass else CallRows.read(given)
         if rows is None:
             return plain(*args, **kwargs)
         two_stacks = self.model.config.is_encoder_decoder
@@ -163,7 +207,7 @@ class Prompter:
             return output.to_tuple() if given.get("return_dict") is False else output
         labels, keep = given.get("labels"), given.get("logits_to_keep", 0)
         with self.own_calls():
-            columns = _columns(keep if labels is None else 0, rows)
+            columns = wanted_columns(keep if labels is None else 0, rows)
             answers = self._logits(plain, given, rows, routes, columns)
         masked = labels is None and isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
         logits, loss = torch.cat(answers) if masked else torch.stack(answers), None
@@ -177,7 +221,7 @@ class Prompter:
         self,
         plain: Callable[..., Any],
         given: dict[str, Any],
-        rows: _Rows,
+        rows: CallRows,
         routes: Sequence[Prefix | None],
         wanted: Sequence[Sequence[int]],
     ) -> list[torch.Tensor]:
@@ -188,7 +232,9 @@ class Prompter:
         unrouted = [i for i, route in enumerate(routes) if route is None or route.share < 1]
         if unrouted:
             some = {
-                k: _take(v, unrouted, rows.count) for k, v in given.items() if k not in ("labels", "logits_to_keep")
+                k: take_rows(v, unrouted, rows.count)
+                for k, v in given.items()
+                if k not in ("labels", "logits_to_keep")
             }
             some |= {"use_cache": False, "return_dict": True}
             asked = [list(wanted[i]) for i in unrouted]
@@ -219,14 +265,14 @@ class Prompter:
     def _logits_of_pictures(
         self,
         plain: Callable[..., Any],
-        rows: _Rows,
+        rows: CallRows,
         routes: Sequence[Prefix | None],
         wanted: Sequence[Sequence[int]],
     ) -> list[torch.Tensor]:
         """`_logits` of a batch with pictures, each row behind its prefix or none."""
         batch, places = self._behind_pictures(rows, routes, 0, "right")
         asked = [[where[c] for c in columns if c in where] for columns, where in zip(wanted, places, strict=True)]
-        inputs = {**rows.with_pictures(batch), "use_cache": False, "return_dict": True}
+        inputs = {**rows.with_pictures(self.model, batch), "use_cache": False, "return_dict": True}
         found = logits_at(self.model, inputs, Positions.of(asked, batch.input_ids), run=plain)
         answers = []
         pieces = found.split([len(row) for row in asked])
@@ -237,7 +283,7 @@ class Prompter:
         return answers
 
     def _behind_pictures(
-        self, rows: _Rows, routes: Sequence[Prefix | None], reserve: int, side: Literal["left", "right"]
+        self, rows: CallRows, routes: Sequence[Prefix | None], reserve: int, side: Literal["left", "right"]
     ) -> tuple[TokenBatch, list[dict[int, int]]]:
         """Rows with pictures behind their prefixes, and of each row: column of the caller → column now.
 
@@ -249,7 +295,9 @@ class Prompter:
                 "an edit of this method answers by a model of text, and the question has pictures; ask without them,"
                 " or inside disable_edits()"
             )
-        prefixed = [self.with_prefix(rows.row(i), routes[i], self.model, reserve) for i in range(rows.count)]
+        more = any(_with_pictures(route) for route in routes)
+        own = rows.apart(image_ids(self.model)) if more else [rows.row(i) for i in range(rows.count)]
+        prefixed = [self.with_prefix(ids, route, self.model, reserve) for ids, route in zip(own, routes, strict=True)]
         batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer), side).to(rows.input_ids.device)
         starts = batch.starts.tolist()
         return batch, [
@@ -258,7 +306,7 @@ class Prompter:
         ]
 
     def _two_stacks(
-        self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
+        self, plain: Callable[..., Any], given: dict[str, Any], rows: CallRows, routes: Sequence[Prefix | None]
     ) -> Seq2SeqLMOutput:
         """An encoder-decoder's answer: rows with a prefix are encoded behind it, the decoder reads what was given."""
         labels, decoder = given.get("labels"), given.get("decoder_input_ids")
@@ -274,15 +322,15 @@ class Prompter:
             found = dict(
                 zip(
                     unrouted,
-                    plain(**{k: _take(v, unrouted, rows.count) for k, v in given.items()}).logits,
+                    plain(**{k: take_rows(v, unrouted, rows.count) for k, v in given.items()}).logits,
                     strict=True,
                 )
             )
         for model, group in _by_model(routes).items():
             batch = self._encoder_rows(rows, routes, group, model)
-            read = {k: _take(v, group, rows.count) for k, v in given.items()}
+            read = {k: take_rows(v, group, rows.count) for k, v in given.items()}
             read |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            read = _moved(read, device_of(model or self.model))
+            read = moved(read, device_of(model or self.model))
             logits = (plain if model is None else model)(**read).logits
             logits = logits.to(rows.input_ids.device, self.model.dtype)
             for i, answer in zip(group, logits, strict=True):
@@ -293,14 +341,14 @@ class Prompter:
         return Seq2SeqLMOutput(loss=loss, logits=merged)
 
     def _encoder_rows(
-        self, rows: _Rows, routes: Sequence[Prefix | None], group: list[int], model: Any | None
+        self, rows: CallRows, routes: Sequence[Prefix | None], group: list[int], model: Any | None
     ) -> TokenBatch:
         """Rows behind their prefixes as the encoder reads them: as texts, with the tokenizer's own special tokens."""
         limit = context_length((model or self.model).config)
         texts = self.tokenizer.batch_decode([rows.ids[i] for i in group], skip_special_tokens=True)
         read: list[Sequence[int]] = []
         for i, text in zip(group, texts, strict=True):
-            for front in _fronts(routes[i]):
+            for _, front in _fronts(routes[i]):
                 ids = prompt_ids(self.tokenizer, front + text, encoder_decoder=True)
                 if limit is None or len(ids) <= limit:
                     break
@@ -317,7 +365,7 @@ class Prompter:
         given = dict(kwargs)
         if inputs is not None:
             given["input_ids"] = inputs
-        rows = None if self._lets_pass else _Rows.read(given)
+        rows = None if self._lets_pass else CallRows.read(given)
         routes = self._routes(rows, None) if rows is not None else []
         with self.own_calls():
             if rows is None or not any(routes):
@@ -327,7 +375,7 @@ class Prompter:
             return self._generate_groups(plain, given, rows, routes)
 
     def _generate_groups(
-        self, plain: Callable[..., Any], given: dict[str, Any], rows: _Rows, routes: Sequence[Prefix | None]
+        self, plain: Callable[..., Any], given: dict[str, Any], rows: CallRows, routes: Sequence[Prefix | None]
     ) -> Any:
         if any(route is not None and route.share < 1 for route in routes):
             raise UnsupportedModelError(
@@ -338,7 +386,7 @@ class Prompter:
         groups: list[tuple[list[int], Any]] = []
         plain_rows = [i for i, route in enumerate(routes) if route is None]
         if plain_rows:
-            some = {k: _take(v, plain_rows, rows.count) for k, v in given.items()}
+            some = {k: take_rows(v, plain_rows, rows.count) for k, v in given.items()}
             groups.append((plain_rows, plain(**some)))
         for model, group in _by_model(routes).items():
             groups.append((group, self._generate_prefixed(plain, given, rows, routes, model, group)))
@@ -361,24 +409,24 @@ class Prompter:
         self,
         plain: Callable[..., Any],
         given: dict[str, Any],
-        rows: _Rows,
+        rows: CallRows,
         routes: Sequence[Prefix | None],
         model: Any | None,
         group: list[int],
     ) -> Any:
         """Run rows with their prefixes, left-padded, and return them with the caller's tokens in front."""
         who = model or self.model
-        kwargs = {k: _take(v, group, rows.count) for k, v in given.items()}
+        kwargs = {k: take_rows(v, group, rows.count) for k, v in given.items()}
         if who.config.is_encoder_decoder:
             batch = self._encoder_rows(rows, routes, group, model)
             kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            kwargs = _moved(kwargs, device_of(who))
+            kwargs = moved(kwargs, device_of(who))
             return plain(**kwargs) if model is None else model.generate(**kwargs)
         settings = given.get("generation_config") or who.generation_config
         new = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         if rows.pictures:
             batch, _ = self._behind_pictures(rows, routes, new, "left")
-            kwargs |= rows.with_pictures(batch)
+            kwargs |= rows.with_pictures(self.model, batch)
         else:
             prefixed = [self.with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
             batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left")
@@ -390,7 +438,7 @@ class Prompter:
             value = given.get(name) or getattr(settings, name, None)
             if value and not new:
                 kwargs[name] = value + added
-        kwargs = _moved(kwargs, device_of(who))
+        kwargs = moved(kwargs, device_of(who))
         found = plain(**kwargs) if model is None else model.generate(**kwargs)
         sequences = found if isinstance(found, torch.Tensor) else found.sequences
         fresh = sequences[:, batch.input_ids.shape[1] :]
@@ -405,15 +453,24 @@ class Prompter:
 
     # ------------------------------------------------------------------ routes and tokens
 
-    def _routes(self, rows: _Rows, ends: torch.Tensor | None) -> Sequence[Prefix | None]:
+    def _routes(self, rows: CallRows, ends: torch.Tensor | None) -> Sequence[Prefix | None]:
         last = [rows.width] * rows.count if ends is None else ends.tolist()
         texts = []
         for ids, columns, end in zip(rows.ids, rows.columns, last, strict=True):
             count = sum(column <= end for column in columns)
             turn = self._last_turn(ids[:count])
             whole = str(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
-            texts.append(whole if turn is None else turn[1].strip())
+            texts.append(whole if turn is None else self._said(turn[1]))
+        if rows.pictures and self._looks is not None:
+            found = _Looks(partial(self._looks, rows.inputs()))
+            texts = [RowText.of(text, partial(found.of, i)) for i, text in enumerate(texts)]
         return self.router(texts)
+
+    def _said(self, turn: str) -> str:
+        """What the user says in a turn, without what stands for pictures."""
+        for token in self.tokenizer.all_special_tokens:
+            turn = turn.replace(token, "")
+        return turn.strip()
 
     def _last_turn(self, ids: Sequence[int]) -> tuple[int, str] | None:
         """Where what the user of a chat says last begins, and what it is; ``None`` if the text is not one.
@@ -440,20 +497,18 @@ class Prompter:
         """
         if prefix is None:
             return ids, list(range(len(ids)))
-        pictures = image_ids(model)
-        specials = {*self.tokenizer.all_special_ids, *pictures}
-        lead = 0
-        while lead < len(ids) and ids[lead] in specials:
-            lead += 1
-        shown = lead < len(ids) and not pictures.isdisjoint(ids[:lead])
-        if shown and not str(self.tokenizer.decode([ids[lead]])).strip():
-            lead += 1  # the line break that belongs to the placeholder
         turn = self._last_turn(ids)
-        lead = lead if turn is None else turn[0]
+        begin = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id) if turn is None else turn[0]
+        if image_ids(model).isdisjoint(ids) and _with_pictures(prefix):  # nothing is to be seen
+            prefix = replace(prefix, demonstrations=())
+        lead = self._behind_specials(ids, begin, image_ids(model), turn is not None)
         limit = context_length(model.config)
-        for text in _fronts(prefix):
+        for shown, text in _fronts(prefix):
             front, first = self._join(text, ids[lead:])
-            row = [*ids[:lead], *front, *first, *ids[lead + len(first) :]]
+            before = [self._shown_ids(demonstration) for demonstration in shown]
+            added = sum(len(part) for part in before)
+            row = [*ids[:begin], *(i for part in before for i in part), *ids[begin:lead], *front, *first]
+            row += ids[lead + len(first) :]
             if limit is None or len(row) + reserve <= limit:
                 break
         else:
@@ -461,8 +516,33 @@ class Prompter:
                 f"the new fact, the prompt and {reserve} new tokens take {len(row) + reserve} tokens, the model's"
                 f" context has {limit}"
             )
-        own = [*range(lead), *range(lead + len(front), len(row))]
-        return ids.spread(row, own) if isinstance(ids, TokenIds) else row, own
+        own = [*range(begin), *range(begin + added, lead + added), *range(lead + added + len(front), len(row))]
+        if not isinstance(ids, TokenIds):
+            return row, own
+        if not before:
+            return ids.spread(row, own), own
+        rest = len(row) - begin - added
+        tail = ids.behind(begin).spread(row[-rest:], [place - begin - added for place in own if place >= begin])
+        return joined_ids([row[:begin], *before, tail]), own
+
+    def _behind_specials(self, ids: Sequence[int], start: int, pictures: set[int], in_turn: bool) -> int:
+        """Where text begins behind leading special tokens and pictures; in a turn of a chat, behind pictures only."""
+        tokenizer, lead = self.tokenizer, start
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        specials = {*tokenizer.all_special_ids, *pictures, *added}
+        while lead < len(ids) and (ids[lead] in specials or not str(tokenizer.decode([ids[lead]])).strip()):
+            lead += 1  # among blanks: the line break that belongs to the placeholder
+        if not pictures.isdisjoint(ids[start:lead]):
+            return lead
+        if in_turn:
+            return start
+        return next((n for n in range(start, len(ids)) if ids[n] not in tokenizer.all_special_ids), len(ids))
+
+    def _shown_ids(self, text: str) -> Sequence[int]:
+        """Token ids of a demonstration with its pictures, without the BOS."""
+        ids = encode_text(self.tokenizer, text).ids
+        start = int(ids[0] == self.tokenizer.bos_token_id)
+        return ids.behind(start) if isinstance(ids, TokenIds) else ids[start:]
 
     def _join(self, text: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """Tokens of the prefix, and the row's first token as it is written behind it.
@@ -485,74 +565,24 @@ class Prompter:
         return encode(text), list(ids[:1])
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a call: padded ids, which of them are real; the real ones and their columns as lists; and what
-    belongs to their pictures, of all rows together."""
-
-    input_ids: torch.Tensor
-    mask: torch.Tensor
-    ids: list[list[int]]
-    columns: list[list[int]]
-    pictures: dict[str, torch.Tensor]
-
-    @classmethod
-    def read(cls, given: dict[str, Any]) -> _Rows | None:
-        """``None`` for calls that cannot be routed: embeddings, 4-D masks, and those that go on from a cache."""
-        ids, mask, cache = (given.get(n) for n in ("input_ids", "attention_mask", "past_key_values"))
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or given.get("inputs_embeds") is not None:
-            return None
-        if isinstance(cache, Cache) and cache.get_seq_length() > 0:
-            return None
-        if mask is None:
-            mask = torch.ones_like(ids)
-        if mask.shape != ids.shape:
-            return None
-        real = mask.bool()
-        columns = [[column for column, on in enumerate(row) if on] for row in real.tolist()]
-        tokens = [[row[c] for c in own] for row, own in zip(ids.tolist(), columns, strict=True)]
-        pictures = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and k not in _OF_TEXT}
-        return cls(ids, real, tokens, columns, pictures if "pixel_values" in pictures else {})
-
-    def row(self, i: int) -> TokenIds:
-        """The ids of a row, with what belongs to each of its tokens."""
-        beside = {k: v[i : i + 1, self.columns[i]] for k, v in self.pictures.items() if k in ALIGNED}
-        return TokenIds(self.ids[i], beside, None)
-
-    def with_pictures(self, batch: TokenBatch) -> dict[str, Any]:
-        """Arguments of a call with the rows as they are now; the model counts positions itself."""
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            **{name: value for name, value in self.pictures.items() if name not in ALIGNED},
-            **batch.pictures(),
-        }
-
-    @property
-    def count(self) -> int:
-        """Number of rows."""
-        return int(self.input_ids.shape[0])
-
-    @property
-    def width(self) -> int:
-        """Columns, padding included."""
-        return int(self.input_ids.shape[1])
+def _with_pictures(prefix: Prefix | None) -> bool:
+    """Whether demonstrations of a prefix have pictures of their own."""
+    return prefix is not None and any(isinstance(text, PicturedText) for text in prefix.demonstrations)
 
 
-_OF_TEXT = frozenset(
-    {"input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep", "cache_position", "decoder_input_ids"}
-)
-"""What a call gives of text; its other tensors belong to pictures."""
+def _fronts(prefix: Prefix | None) -> Iterator[tuple[list[str], str]]:
+    """A prefix, and what is left of it where space is short: one demonstration fewer each time.
 
-
-def _fronts(prefix: Prefix | None) -> Iterator[str]:
-    """The text of a prefix, and what is left of it where space is short: one demonstration fewer each time."""
+    Yields:
+        Demonstrations that stand in front of the row's pictures, and the text that stands behind them.
+    """
     assert prefix is not None
-    demonstrations = list(prefix.demonstrations)
-    yield "".join(demonstrations) + prefix.fact
-    while demonstrations:
+    demonstrations, apart = list(prefix.demonstrations), _with_pictures(prefix)
+    while True:
+        yield (demonstrations, prefix.fact) if apart else ([], "".join(demonstrations) + prefix.fact)
+        if not demonstrations:
+            return
         demonstrations.pop(0 if prefix.nearest_last else -1)
-        yield "".join(demonstrations) + prefix.fact
 
 
 def _by_model(routes: Sequence[Prefix | None]) -> dict[Any, list[int]]:
@@ -562,28 +592,6 @@ def _by_model(routes: Sequence[Prefix | None]) -> dict[Any, list[int]]:
         if route is not None:
             groups.setdefault(route.model, []).append(i)
     return groups
-
-
-def _columns(keep: int | torch.Tensor, rows: _Rows) -> list[list[int]]:
-    """The columns of each row whose logits a call wants by its ``logits_to_keep``."""
-    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
-        table = torch.arange(rows.width).expand(rows.count, -1).unsqueeze(-1)
-        kept = keep.cpu() if isinstance(keep, torch.Tensor) else keep
-        columns: list[list[int]] = slice_logits_to_keep(table, kept).squeeze(-1).tolist()
-        return columns
-    return [[column for column, on in enumerate(row) if on] for row in keep.tolist()]
-
-
-def _moved(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Arguments of a call with its tensors on a device."""
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-
-
-def _take(value: Any, rows: Sequence[int], count: int) -> Any:
-    """The rows of a per-row argument; anything else as it is."""
-    if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == count:
-        return value[list(rows)]
-    return value
 
 
 def _mix(own: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:

@@ -3,19 +3,22 @@
 Words cannot tell two questions about one person apart. Two thirds up a decoder the last token of a prompt holds what
 the prompt asks for, in whatever words: there, the cosine of two prompts follows subject *and* relation. This is where
 GRACE looks too. States are always those of the unedited model, so that edits of any kind leave them alone.
+Pictures are compared by what the model makes of them (`engine.looks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..engine.capture import Tap, capture_at
-from ..engine.forward import device_of, frozen_eval
+from ..engine.forward import device_of, frozen_eval, model_inputs
+from ..engine.looks import looks_of
 from ..errors import ConfigError
+from ..text.pictures import PicturedText
 from ..tokens import context_length, encode_text, pad_id, pad_rows
 from .retrieval import MODEL, EmbeddingRetriever
 
@@ -67,6 +70,27 @@ class StateReader:
                 f"the retriever {name!r}: give 'model', or 'model:<layer>' with a layer from 0 to {count - 1}"
             )
         return int(chosen)
+
+    def looks(self, inputs: Mapping[str, Any]) -> list[torch.Tensor | None]:
+        """What the unedited model sees of the pictures of each row of a call, ``[d]`` fp32; ``None`` without any.
+
+        Args:
+            inputs: ids and mask, and what belongs to the pictures of all rows.
+        """
+        with self.unedited(), frozen_eval(self.model):
+            return looks_of(self.model, self.anatomy, inputs)
+
+    def look_of(self, text: str) -> torch.Tensor | None:
+        """`looks` of one text.
+
+        Raises:
+            RequestError: if the processor cannot read its pictures.
+        """
+        tokenizer = self.tokenizer()
+        if tokenizer is None or not isinstance(text, PicturedText) or self.model.config.is_encoder_decoder:
+            return None
+        batch = pad_rows([encode_text(tokenizer, text).ids]).to(device_of(self.model))
+        return self.looks(model_inputs(self.model, batch))[0]
 
     def states(self, texts: Sequence[str], layer: int) -> torch.Tensor:
         """The unedited model's state at the last token of each text, behind a block.

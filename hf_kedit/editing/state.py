@@ -65,7 +65,7 @@ class EditedModel(nn.Module):
         anatomy: Mapping[str, str] | None,
         base_model_id: str | None,
         base_model_revision: str | None,
-        corpus: Sequence[str] | Corpus | None,
+        corpus: Sequence[Any] | Corpus | None,
         untie: bool,
         processor: Any = None,
     ):
@@ -104,10 +104,10 @@ class EditedModel(nn.Module):
             reader = StateReader(
                 self.base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
             )
-            own = None if isinstance(base_model, RemoteModel) else reader.retriever
-            self.prompts = PromptBook(base_model, lambda: self.tokenizer, own, self.ledger)
+            own = None if isinstance(base_model, RemoteModel) else reader
+            self.prompts = PromptBook(base_model, lambda: self.tokenizer, own, self.ledger, lambda: self.processor)
             self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
-            self._corpus = corpus if isinstance(corpus, Corpus) or corpus is None else resolve_corpus(list(corpus))
+            self._corpus = corpus if isinstance(corpus, Corpus) else resolve_corpus(corpus, self.processor)
             self.trace: dict[str, torch.Tensor] | None = None
             self.decoding_config: Decoding | None = None
             self._start_afresh()
@@ -313,7 +313,7 @@ class EditedModel(nn.Module):
                 tokens=settings[1],
                 cache_dir=settings[2],
                 ridge=settings[3],
-                own_corpus=embedded_corpus(self.base_model_id, self.base_model),
+                own_corpus=embedded_corpus(self.base_model_id, self.base_model, self.processor),
                 fingerprint=self.base_fingerprint,
                 name=self.base_model_id,
             )
@@ -323,7 +323,7 @@ class EditedModel(nn.Module):
         """The text that a config names (``"self"``: what the model writes), or the one given with the model."""
         if source == SELF:
             return self_corpus(self.base_model, self.tokenizer)  # type: ignore[arg-type]
-        return resolve_corpus(source) or self._corpus
+        return resolve_corpus(source, self.processor) or self._corpus
 
 
 def _contents(books: Sequence[Book]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,7 +25,7 @@ from ..engine.devices import seeded
 from ..engine.examples import encode_examples
 from ..engine.forward import frozen_eval, recomputed_blocks
 from ..engine.gradients import LowRank, Reduction, Rows, Tokens, collect_rows, low_rank_paths
-from ..engine.supervised import IGNORE, Batch, Scores, all_of_row, collate, logits_where, score, score_logits
+from ..engine.supervised import IGNORE, Batch, Scores, all_of_row, collate, logits_where, rows_of, score, score_logits
 from ..engine.unlikelihood import unlikelihoods
 from ..errors import ConfigError, UnsupportedModelError
 from ..requests import EditRequest
@@ -323,8 +323,7 @@ class Editor(nn.Module):
         size = self.edit_config.micro_batch
         for start in range(0, len(groups), size):
             part = slice(start, start + size)
-            batches = ({name: value[part] for name, value in b.items()} for b in (edit, rephrase, locality))
-            yield (*batches, groups[part])  # type: ignore[misc]
+            yield rows_of(edit, part), rows_of(rephrase, part), rows_of(locality, part), groups[part]
 
     def judge(
         self,

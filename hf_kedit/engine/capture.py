@@ -35,6 +35,7 @@ __all__ = [
     "first",
     "listen",
     "rewritten",
+    "states_of",
     "stream_states",
     "top_experts",
     "with_first",
@@ -288,6 +289,19 @@ def top_experts(
         weights = capture_routing(model, batch, columns, list(banks.values()))
         chosen += [{layer: int(weights[path][k].argmax()) for layer, path in banks.items()} for k in range(len(part))]
     return chosen
+
+
+def states_of(model: PreTrainedModel, inputs: Mapping[str, Any], tap: Tap) -> torch.Tensor:
+    """Call a model without gradients, up to one tap, and return what it saw there, ``[rows, width, d]`` fp32."""
+    seen: list[torch.Tensor] = []
+
+    def take(_: Tap, tensor: torch.Tensor) -> None:
+        seen.append(as_rows(tensor.detach(), len(inputs["input_ids"])).float().clone())
+        raise _Stop
+
+    with torch.no_grad(), listen(model, [tap], take), contextlib.suppress(_Stop):
+        model(**inputs)
+    return seen[0]
 
 
 def stream_states(

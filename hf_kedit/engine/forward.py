@@ -59,11 +59,7 @@ def model_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
 def generation_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     """What ``generate`` takes of a padded batch, which counts positions itself: ids, mask, and pictures if any."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if batch.beside:
-        dtype = next(iter(_inner(model).parameters())).dtype
-        inputs |= {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.pictures().items()}
-    else:
-        inputs |= _blank(model, batch)
+    inputs |= picture_inputs(model, batch.input_ids, batch.pictures() if batch.beside else {})
     if _inner(model).config.model_type == "paligemma":
         # A text without pictures is read as an answer is, in one direction: without types, whether the model looks
         # ahead would depend on the padding.
@@ -91,6 +87,22 @@ def seen_from(model: torch.nn.Module, ids: Sequence[int], position: int) -> int:
     return position + 1
 
 
+def picture_inputs(
+    model: PreTrainedModel, input_ids: torch.Tensor, pictures: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a model reads beside a batch of ids, in its dtype: what belongs to pictures, or nothing.
+
+    Args:
+        model: that reads.
+        input_ids: ``[rows, width]``.
+        pictures: of all rows, see `TokenBatch.pictures`.
+    """
+    if not pictures:
+        return _blank(model, input_ids)
+    dtype = next(iter(_inner(model).parameters())).dtype
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in pictures.items()}
+
+
 def image_ids(model: torch.nn.Module) -> set[int]:
     """The token ids that stand for pictures in a text; none of a model of text."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -110,7 +122,7 @@ def _positions_in_pictures(model: PreTrainedModel, batch: TokenBatch, inputs: di
     return positions
 
 
-def _blank(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
+def _blank(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """One empty picture for a model whose forward cannot do without (BLIP-2); no token of a text stands for it."""
     kind: Any = type(_inner(model))
     needed = _parameters(kind)
@@ -119,7 +131,7 @@ def _blank(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     size, like = model.config.vision_config.image_size, next(iter(_inner(model).parameters()))
     blank = {"pixel_values": like.new_zeros(1, 3, size, size)}
     if "qformer_input_ids" in needed:
-        blank["qformer_input_ids"] = batch.input_ids.new_zeros(1, 1)
+        blank["qformer_input_ids"] = input_ids.new_zeros(1, 1)
     return blank
 
 

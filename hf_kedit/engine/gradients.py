@@ -17,7 +17,7 @@ import torch
 from ..anatomy.switching import Switch, together
 from ..errors import EditFailedError
 from .capture import Tap, as_rows, listen, rewritten
-from .supervised import IGNORE, Batch, score
+from .supervised import IGNORE, Batch, rows_of, score
 from .weights import get_module
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def collect_rows(
     shares = _token_shares(batch["labels"], groups, reduction)
     collected: dict[str, list[Rows]] = {module: [] for module in modules}
     for start in range(0, len(groups), size):
-        part = {name: value[start : start + size] for name, value in batch.items()}
+        part = rows_of(batch, slice(start, start + size))
         labelled = part["labels"] != IGNORE
         weights = shares[start : start + size][labelled]
         weights = weights / labelled.sum() if reduction == "chunk_mean" else weights

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..tokens import pad_rows
+from ..tokens import ALIGNED, pad_rows
 from .examples import Example, row_means
-from .forward import Positions, accepts, logits_at
+from .forward import Positions, accepts, logits_at, picture_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORE = -100
 Batch = dict[str, torch.Tensor]
+PARTS = "parts of "
+"""Begins the names of what says how many images or patches of a tensor belong to each row, ``[rows]`` int64."""
 
 
 def collate(examples: Sequence[Example], fill: int) -> Batch:
@@ -32,10 +34,14 @@ def collate(examples: Sequence[Example], fill: int) -> Batch:
 
     Returns:
         ``input_ids`` and ``attention_mask`` ``[rows, width]``, ``labels`` ``[rows, label width]`` and, for an
-        encoder-decoder, ``decoder_input_ids`` of the labels' shape; int64.
+        encoder-decoder, ``decoder_input_ids`` of the labels' shape; int64. Of rows with pictures also what belongs
+        to these, and how it is shared out among the rows (`PARTS`); `rows_of` takes it apart again.
     """
     read = pad_rows([e.ids for e in examples], fill)
     batch = {"input_ids": read.input_ids, "attention_mask": read.attention_mask, **read.pictures()}
+    for name in [n for n in batch if n not in _READ and n not in ALIGNED]:
+        held = [len(row[name]) if name in row else 0 for row in read.beside]
+        batch[PARTS + name] = torch.tensor(held)
     scored = batch["input_ids"]
     if examples[0].decoder_ids:
         scored = batch["decoder_input_ids"] = pad_rows([e.decoder_ids for e in examples], fill).input_ids
@@ -45,14 +51,40 @@ def collate(examples: Sequence[Example], fill: int) -> Batch:
     return batch
 
 
+def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
+    """Some of the rows of a batch, with their own pictures.
+
+    Args:
+        batch: from `collate`, or more that has a first axis of rows.
+        rows: a slice, or their numbers ``[n]`` int64.
+    """
+    chosen = torch.arange(len(batch["labels"]))[rows.cpu() if isinstance(rows, torch.Tensor) else rows].tolist()
+    part = {}
+    for name, value in batch.items():
+        if PARTS + name not in batch:
+            part[name] = value[rows]
+            continue
+        pieces = value.split(batch[PARTS + name].tolist())
+        if any(len(pieces[i]) for i in chosen):  # rows of text alone have nothing that a tower could read
+            part[name] = torch.cat([pieces[i] for i in chosen])
+    return part
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What a model reads of a batch: ids, mask and pictures."""
+    kwargs: dict[str, Any] = {name: value for name, value in batch.items() if name in _READ}
+    pictures = {name: value for name, value in batch.items() if name in ALIGNED or PARTS + name in batch}
+    return kwargs | picture_inputs(model, kwargs["input_ids"], pictures)
+
+
 def logits_where(model: PreTrainedModel, batch: Batch, mask: torch.Tensor) -> torch.Tensor:
     """Run the model and return its logits at the positions of a mask over the labels, ``[positions, vocab]`` fp32."""
-    kwargs: dict[str, Any] = {k: v for k, v in batch.items() if k in _READ or (k not in _OURS and accepts(model, k))}
+    kwargs = inputs_of(model, batch)
     if accepts(model, "use_cache"):
         kwargs["use_cache"] = False
     wanted = [[column for column, on in enumerate(row) if on] for row in mask.tolist()]
@@ -60,7 +92,6 @@ def logits_where(model: PreTrainedModel, batch: Batch, mask: torch.Tensor) -> to
 
 
 _READ = ("input_ids", "attention_mask", "decoder_input_ids")
-_OURS = ("labels", "position_ids")  # whatever else a model takes comes from a processor
 
 
 @dataclass(frozen=True)

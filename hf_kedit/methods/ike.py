@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeInt
 
-from ..books.prompt_book import MOST_CHOICES, PromptEntry
+from ..books.prompt_book import MOST_CHOICES, SAME_PICTURE, PromptEntry
 from ..books.prompting import Prefix, Prompter
 from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..config import EditConfig, ModelProfile
@@ -35,6 +35,8 @@ from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..logging import get_logger, warn_once
 from ..remote.model import RemoteModel
 from ..requests import SLOT, EditRequest, load_requests
+from ..text.pictures import PictureFrame, pictures_of
+from ..text.processors import picture_frame, sees, takes_several
 from ..tokens import as_ids, separator_between
 from .base import BothFormats, Capabilities, Method, Outcome, register_method
 
@@ -58,10 +60,13 @@ class InContextConfig(EditConfig):
     Args:
         template: what stands in front of a prompt, with ``{}`` for the new fact.
         threshold: least similarity of a prompt that an edit is put in front of.
+        image_threshold: least similarity of a prompt's picture with the edit's, if that is about one: the cosine of
+            what the language model gets of both (`PromptBook`). 1 is the very picture.
     """
 
     template: str = FACT
     threshold: float = 0.5
+    image_threshold: float = SAME_PICTURE
 
     def validate(self) -> None:
         """Check the template."""
@@ -141,6 +146,13 @@ class InContext(Method):
         """None."""
         return []
 
+    def seen(self, entry: PromptEntry, request: EditRequest) -> PromptEntry:
+        """An entry with what its request's picture looks like; as it is, if that has none."""
+        if request.image is None:
+            return entry
+        look = self.bench.reader.look_of(request.filled_prompt)
+        return replace(entry, look=look, image_threshold=self.config.image_threshold)
+
     def text(self, request: EditRequest) -> str:
         """What is put in front of the prompts that belong to a request."""
         return self.config.template.replace(SLOT, fact_of(request, self.config.separator))
@@ -162,7 +174,7 @@ class _Prompting(InContext):
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One entry per request."""
-        entries = [self.entry(request.asked("plain")) for request in requests]  # texts to compare and to read
+        entries = [self.seen(self.entry(request.asked("plain")), request) for request in requests]
         shown = [{"demonstrations": len(entry.demonstrations)} for entry in entries]
         if isinstance(self.bench.model, RemoteModel):  # asking for probabilities would cost two calls per fact
             return Outcome([], shown, entries=entries)
@@ -269,6 +281,8 @@ class IKE(_Prompting):
             return plain
         retriever = self.retriever
         pool = self._pool_for(request)
+        if any(isinstance(record.frame, PictureFrame) for record in pool):
+            request = self._shown(request)
         separator = self.config.separator
         if self.config.order == "sentences":
             chosen = nearest_sentences(request, pool, retriever, self.config.k, separator)
@@ -279,7 +293,9 @@ class IKE(_Prompting):
     def _pool_for(self, request: EditRequest) -> list[EditRequest]:
         """The requests that the demonstrations of an edit are chosen from."""
         if self.config.demonstrations is not None:
-            return [r for r in self.pool if r.filled_prompt != request.filled_prompt]
+            others = [r for r in self.pool if (r.plain_prompt, r.image) != (request.plain_prompt, request.image)]
+            # a question of text is not answered behind pictures
+            return others if request.image is not None else [replace(r, image=None, frame=None) for r in others]
         # What comes unasked must not say something else about the subject of the edit.
         subject = (request.subject or request.filled_prompt).casefold()
         packaged = packaged_demonstrations(language_of(request.filled_prompt))
@@ -300,7 +316,15 @@ class IKE(_Prompting):
                 source = load_edit_dataset(source, split="train", limit=_POOL)
             except DataError as error:
                 raise ConfigError(f"IKEConfig.demonstrations: {source!r} is no file, and {error}") from error
-        return load_requests(source)
+        return [self._shown(request) for request in load_requests(source)]
+
+    def _shown(self, request: EditRequest) -> EditRequest:
+        """A record whose demonstrations stand behind its picture, where the model takes several; else text alone."""
+        processor = self.bench.processor
+        if request.image is None or not sees(processor) or not takes_several(processor):
+            return replace(request, image=None) if request.image is not None else request
+        read = request.with_pictures(probes=False)
+        return replace(read, frame=picture_frame(processor, pictures_of(read.image)))
 
 
 _POOL = 1000
@@ -317,7 +341,7 @@ def answered(prompt: str, answer: str, separator: str | None = None) -> str:
 
 def fact_of(request: EditRequest, separator: str | None = None) -> str:
     """The new fact as a sentence: prompt and target."""
-    return answered(request.filled_prompt, request.target_new, request.separator_or(separator))
+    return answered(request.plain_prompt, request.target_new, request.separator_or(separator))
 
 
 def new_fact(request: EditRequest, separator: str | None = None) -> str:
@@ -326,17 +350,18 @@ def new_fact(request: EditRequest, separator: str | None = None) -> str:
 
 
 def demonstration(request: EditRequest, prompt: str, answer: str, separator: str | None = None) -> str:
-    """One demonstration: the fact of a request, and how a prompt is answered after it."""
-    return f"{new_fact(request, separator)}{answered(prompt, answer, request.separator_or(separator))}\n\n"
+    """One demonstration: the fact of a request, and how a prompt is answered after it; behind its picture, if any."""
+    text = new_fact(request, separator) + answered(prompt, answer, request.separator_or(separator))
+    return (request.frame.text(text) if isinstance(request.frame, PictureFrame) else text) + "\n\n"
 
 
 def demonstrations_of(request: EditRequest, separator: str | None = None) -> dict[str, str]:
     """The demonstrations that a request can give, by kind: copy, and update and retain where it has the prompts."""
-    demonstrations = {COPY: demonstration(request, request.filled_prompt, request.target_new, separator)}
+    demonstrations = {COPY: demonstration(request, request.plain_prompt, request.target_new, separator)}
     if request.rephrase_prompts:
         demonstrations[UPDATE] = demonstration(request, request.rephrase_prompts[0], request.target_new, separator)
     for probe in (p for probes in request.locality.values() for p in probes):
-        if probe.answers:
+        if probe.answers and probe.image in (None, request.image):  # there is no other picture to ask about
             demonstrations[RETAIN] = demonstration(request, probe.prompt, probe.answers[0], separator)
             break
     return demonstrations
@@ -347,7 +372,7 @@ def nearest_sentences(
 ) -> list[str]:
     """The k demonstrations most similar to the edit, most similar first."""
     sentences = [text for record in pool for text in demonstrations_of(record, separator).values()]
-    query = new_fact(request, separator) + request.filled_prompt + "\n\n"
+    query = new_fact(request, separator) + request.plain_prompt + "\n\n"
     return [sentences[i] for i in _nearest(query, sentences, retriever, k)]
 
 
@@ -363,7 +388,7 @@ def nearest_records(
 
     The kinds are dealt out at random in the published shares; a record that lacks the prompt of its kind gives a copy.
     """
-    query = new_fact(request, separator) + request.filled_prompt
+    query = new_fact(request, separator) + request.plain_prompt
     order = _nearest(query, [fact_of(record, separator) for record in pool], retriever, k)
     return arrange([pool[i] for i in order], deal_kinds(len(order), seed), request, separator)
 

@@ -167,6 +167,7 @@ def _lookup(metadata: Mapping[str, Any], field: str) -> str | None:
 class InstructEdit(HyperMethod):
     """Edits with a trained `InstructEditEditor`."""
 
+    pictures = False  # the template around a prompt is one of text
     config_class = InstructEditConfig
     editor_class = InstructEditEditor
     capabilities = Capabilities(

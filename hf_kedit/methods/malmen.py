@@ -31,7 +31,7 @@ from ..editors.editor import Editor, EditorConfig, register_editor
 from ..editors.output import EditorOutput
 from ..editors.running_norm import DEAD, RunningNorm
 from ..engine.gradients import LowRank, Rows
-from ..engine.supervised import Batch
+from ..engine.supervised import Batch, rows_of
 from ..errors import ConfigError
 from ..statistics.solve import ridge_solve
 from .base import Capabilities, register_method
@@ -165,7 +165,7 @@ class MALMENEditor(Editor):
         changes: dict[str, list[LowRank]] = {module: [] for module in self.shapes}
         for group in groups.unique():
             facts = (groups == group).nonzero()[:, 0]
-            rows = self.observe(model, {name: value[facts] for name, value in edit.items()})
+            rows = self.observe(model, rows_of(edit, facts))
             for module, change in self.solve(rows).items():
                 changes[module].append(dataclasses.replace(change, owners=facts[change.owners]))
         return {

@@ -10,6 +10,9 @@ is not needed for that (section 3.2):
 
     l = edit_weight · NLL(counterfactual("{edit} {rephrase}"), target) + locality_weight · (−log s⁺ − log(1 − s⁻))
 
+For a base model that sees, the classifier compares pictures as well as words (`serac_networks`), and in scope the base
+model itself answers behind the edit: the small model would not see the picture. Only the classifier is trained then.
+
 A `SERACEditor` holds them; `EditTrainer` trains it. Without one, both parts are chosen by name: any retriever as the
 scope classifier (words in common, sentence embeddings), any language model with the same tokens as the counterfactual
 one, or the base model itself. The edit's diagnostics say which it was.
@@ -30,21 +33,26 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from .. import embedded
+from ..anatomy import resolve_anatomy
 from ..books.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind
 from ..books.prompt_book import PromptEntry
 from ..books.retrieval import LEXICAL, find_retriever, register_retriever_kind
 from ..editors.editor import Editor, EditorOutput, register_editor
 from ..editors.files import SavedEditor
 from ..engine.devices import seeded
-from ..engine.forward import frozen_eval
+from ..engine.forward import frozen_eval, image_ids
 from ..engine.gradients import LowRank
-from ..engine.supervised import Batch, score
-from ..errors import ArtifactError, ConfigError, UnsupportedModelError, reason_of
+from ..engine.looks import looks_of
+from ..engine.supervised import Batch, inputs_of, score
+from ..errors import ArtifactError, ConfigError, RequestError, UnsupportedModelError, reason_of
 from ..requests import SLOT, EditRequest
+from ..text.pictures import PictureFrame
+from ..text.processors import shown_text
 from ..tokens import pad_rows, vocabulary_size
 from .base import Capabilities, Outcome, Workbench, register_method
 from .ike import InContext, InContextConfig, fact_of
 from .serac_networks import (
+    Looks,
     Pooling,
     ScopeClassifier,
     ScopeTokenizer,
@@ -58,6 +66,8 @@ from .serac_networks import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..anatomy import Anatomy
 
 KIND = "serac"
 TOKENIZER = "tokenizer.json"
@@ -155,9 +165,12 @@ class SERACEditor(Editor):
         super().__init__(config, shapes, encoder_decoder=encoder_decoder)  # type: ignore[arg-type]
         if config.networks is None:
             raise ConfigError("a SERAC editor needs the configs of its networks: make it with SERACEditor.for_model")
-        self.scope = ScopeClassifier(config.networks["encoder"], config.similarity, config.pooling)
+        look = config.networks.get("look", {}).get("size")
+        self.scope = ScopeClassifier(config.networks["encoder"], config.similarity, config.pooling, look)
         kind = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        self.reader: PreTrainedModel = kind.from_config(AutoConfig.for_model(**config.networks["small_model"]))
+        small = config.networks.get("small_model")  # none beside a model that sees
+        self.reader: PreTrainedModel | None = kind.from_config(AutoConfig.for_model(**small)) if small else None
+        self._anatomy: Anatomy | None = None
         self.tokenizer: ScopeTokenizer | None = None
         self.sha256: str | None = None
 
@@ -176,10 +189,15 @@ class SERACEditor(Editor):
             "encoder": described(_loaded(AutoConfig, "encoder", config.encoder))
             if config.encoder
             else small_encoder(vocabulary_size(model), config.encoder_size, config.encoder_layers),
-            "small_model": described(_loaded(AutoConfig, "small_model", config.small_model))
-            if config.small_model
-            else small_reader(model, config.model_size, config.model_layers),
         }
+        if image_ids(model) and not model.config.is_encoder_decoder:
+            if config.small_model:
+                raise ConfigError("SERACConfig.small_model: a model that sees answers by itself; leave it out")
+            networks["look"] = {"size": _width(model)}
+        elif config.small_model:
+            networks["small_model"] = described(_loaded(AutoConfig, "small_model", config.small_model))
+        else:
+            networks["small_model"] = small_reader(model, config.model_size, config.model_layers)
         kept = dataclasses.replace(config, editor=None, scope=None, counterfactual=None, networks=networks)
         with seeded(config.seed):
             editor = cls(kept, {}, encoder_decoder=bool(model.config.is_encoder_decoder))
@@ -187,7 +205,7 @@ class SERACEditor(Editor):
             loaded = _loaded(AutoModel, "encoder", config.encoder, dtype=torch.float32)
             editor.scope.encoder.load_state_dict(loaded.state_dict(), strict=False)  # without its pooler
             editor.use_tokenizer(_loaded(AutoTokenizer, "encoder", config.encoder))
-        if config.small_model:
+        if config.small_model and editor.reader is not None:
             editor.reader = _loaded(type(editor.reader), "small_model", config.small_model, dtype=torch.float32)
         editor.origin = {
             "base_model_name_or_path": str(getattr(model.config, "name_or_path", "") or ""),
@@ -206,6 +224,12 @@ class SERACEditor(Editor):
             kinds = ("an encoder-decoder", "a decoder-only model")
             mine, other = kinds if self.encoder_decoder else kinds[::-1]
             raise UnsupportedModelError(f"this SERAC editor was made for {mine}; the model is {other}")
+        if self.scope.eye is not None:
+            width = _width(model) if image_ids(model) else 0
+            if width != self.scope.eye.in_features:
+                raise UnsupportedModelError("this SERAC editor was made for a model that sees, of another width")
+        if self.reader is None:
+            return
         mine_size, own = vocabulary_size(self.reader), vocabulary_size(model)
         if mine_size != own:
             raise UnsupportedModelError(
@@ -228,7 +252,8 @@ class SERACEditor(Editor):
         """As ever, but the networks drop nothing out: what is trained is what will answer."""
         super().train(mode)
         self.scope.eval()
-        self.reader.eval()
+        if self.reader is not None:
+            self.reader.eval()
         return self
 
     # ------------------------------------------------------------------ facts as batches
@@ -236,7 +261,7 @@ class SERACEditor(Editor):
     def scope_text(self, request: EditRequest) -> str:
         """What the scope classifier reads of an edit."""
         text = self.edit_config.scope_text.replace(_TARGET, request.target_new)
-        return text.replace(_PROMPT, request.filled_prompt)
+        return text.replace(_PROMPT, request.plain_prompt)
 
     def context(self, request: EditRequest) -> str:
         """What the counterfactual model reads in front of a prompt."""
@@ -251,13 +276,13 @@ class SERACEditor(Editor):
         localities: Sequence[EditRequest],
     ) -> dict[str, Batch]:
         """The arguments of `forward`: prompts behind their own edits, unrelated ones alone, and all as scope texts."""
-        asked, others, apart = ([r.filled_prompt for r in rs] for rs in (edits, rephrases, localities))
-        known = [{r.filled_prompt, *r.rephrase_prompts} for r in edits]
+        asked, others, apart = ([r.plain_prompt for r in rs] for rs in (edits, rephrases, localities))
+        known = [{(text, r.image) for text in (r.plain_prompt, *map(shown_text, r.rephrase_prompts))} for r in edits]
 
         def behind(requests: Sequence[EditRequest]) -> Batch:
             pairs = zip(edits, requests, strict=True)
-            read = [EditRequest(prompt=self.context(e) + r.filled_prompt, target_new=r.target_new) for e, r in pairs]
-            return self.encode(self.reader, tokenizer, read)
+            read = [EditRequest(prompt=_behind(self.context(e), r), target_new=r.target_new) for e, r in pairs]
+            return self.encode(self.reader or model, tokenizer, read)
 
         return {
             "edit": behind(edits)
@@ -267,7 +292,7 @@ class SERACEditor(Editor):
             "locality": self.encode(model, tokenizer, localities)
             | self._scope_batch(apart, "asked")
             # An unrelated prompt of one fact may be a wording of another one of the batch: no example of being apart.
-            | {"apart": torch.tensor([[prompt not in wordings for wordings in known] for prompt in apart])},
+            | {"apart": torch.tensor([[(r.plain_prompt, r.image) not in w for w in known] for r in localities])},
         }
 
     def _scope_tokenizer(self) -> ScopeTokenizer:
@@ -292,19 +317,23 @@ class SERACEditor(Editor):
         than its own as wrong, whatever the counterfactual model says.
         """
         stored = _texts(edit, "scope")
-        related = self.scope.log_similarity(_texts(rephrase, "asked"), stored)
+        seen = [self._looks(batch) for batch in (edit, rephrase, locality)]
+        related = self.scope.log_similarity(_texts(rephrase, "asked"), stored) + self.scope.log_sight(seen[1], seen[0])
         unrelated = self.scope.log_similarity(_texts(locality, "asked"), stored)
+        unrelated = unrelated + self.scope.log_sight(seen[2], seen[0])
         negatives = locality["apart"]
         if not self.edit_config.all_negatives:
             negatives = negatives & torch.eye(len(groups), dtype=torch.bool, device=negatives.device)
-        outer = score(self.reader, rephrase)
-        edit_loss, scope_loss = outer.nll.mean(), classifier_loss(related, unrelated, negatives)
-        loss = self.edit_config.edit_weight * edit_loss + self.edit_config.locality_weight * scope_loss
+        scope_loss = classifier_loss(related, unrelated, negatives)
+        edit_loss, loss = torch.zeros_like(scope_loss), self.edit_config.locality_weight * scope_loss
+        if self.reader is not None:  # the base model learns nothing
+            edit_loss = score(self.reader, rephrase).nll.mean()
+            loss = self.edit_config.edit_weight * edit_loss + loss
         metrics = None
         if not self.training:
             here = groups[:, None] == groups[None]
             least = torch.tensor(self.edit_config.threshold).log()
-            same = self.scope.log_similarity(_texts(edit, "asked"), stored)
+            same = self.scope.log_similarity(_texts(edit, "asked"), stored) + self.scope.log_sight(seen[0], seen[0])
             routed = []
             for scores in (same, related):
                 best, which = scores.masked_fill(~here, -torch.inf).max(dim=1)
@@ -312,9 +341,19 @@ class SERACEditor(Editor):
             caught = (unrelated.masked_fill(~(here & locality["apart"]), -torch.inf).amax(dim=1) >= least).float()
             with frozen_eval(self.base):
                 known = score(self.base, locality).all_right()
-            success, general = routed[0] * score(self.reader, edit).all_right(), routed[1] * outer.all_right()
+                said, reworded = (score(self.reader or self.base, part).all_right() for part in (edit, rephrase))
+            success, general = routed[0] * said, routed[1] * reworded
             metrics = torch.stack([success, general, 1 - caught, caught * known], dim=1)
         return EditorOutput(loss, edit_loss, scope_loss, len(groups), metrics)
+
+    @torch.no_grad()
+    def _looks(self, batch: Batch) -> Looks:
+        """What the base model makes of the pictures of a batch."""
+        if self.scope.eye is None:
+            return [None] * len(batch["labels"])
+        self._anatomy = self._anatomy or resolve_anatomy(self.base)
+        with frozen_eval(self.base):
+            return looks_of(self.base, self._anatomy, inputs_of(self.base, batch))
 
     # ------------------------------------------------------------------ files
 
@@ -360,6 +399,19 @@ class SERACEditor(Editor):
             raise ArtifactError(f"{saved.source}: there is no {TOKENIZER}")
         self.tokenizer = ScopeTokenizer(Tokenizer.from_str(raw.decode("utf-8")), self._longest)
         self.sha256 = saved.sha256
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Length of what enters a language model's blocks."""
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _behind(context: str, request: EditRequest) -> str:
+    """A request's prompt behind an edit, as the prompt memory puts it there: behind the prompt's pictures."""
+    frame = request.frame
+    if isinstance(frame, PictureFrame):
+        return frame.in_context(context, "", 0, request.plain_prompt)[0]
+    return context + request.filled_prompt
 
 
 def _texts(batch: Batch, name: str) -> list[list[int]]:
@@ -409,7 +461,6 @@ register_counterfactual_kind(KIND, lambda name: _by_name(name).reader)
 class SERAC(InContext):
     """SERAC, with trained networks or with parts chosen by name."""
 
-    pictures = False  # the counterfactual model is one of text
     config_class = SERACConfig
     capabilities = Capabilities(
         name="SERAC",
@@ -434,7 +485,8 @@ class SERAC(InContext):
         if self.editor is not None:
             self.editor.check_fits(bench.model)
         self.scope = config.scope or trained or LEXICAL
-        self.counterfactual = config.counterfactual or trained or BASE
+        answers = self.editor is not None and self.editor.reader is not None
+        self.counterfactual = config.counterfactual or (trained if answers else None) or BASE
         self._trained = trained
 
     @classmethod
@@ -447,29 +499,41 @@ class SERAC(InContext):
         self.check([])
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check both models."""
+        """Check both models.
+
+        Raises:
+            RequestError: for a fact about a picture, if the answers of two models are mixed.
+        """
+        for request in requests:
+            if request.image is not None and self.config.soft:
+                raise RequestError(
+                    "soft=True mixes the answers of two models, and the small one sees no picture; leave it off",
+                    row=request.row,
+                    field="image",
+                    request_id=request.id,
+                )
         find_retriever(self.scope, self.bench.reader.retriever)
         if self.counterfactual != BASE:
             find_counterfactual(self.counterfactual, self.bench.model)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One record per request."""
-        config, editor = self.config, self.editor
-        entries = [
-            PromptEntry(
-                scope=editor.scope_text(request) if editor and self.scope == self._trained else request.filled_prompt,
-                subject=request.subject,
-                fact=editor.context(request)
-                if editor and self.counterfactual == self._trained
-                else self.text(request),
-                demonstrations=(),
-                nearest_last=True,
-                retriever=self.scope,
-                threshold=config.threshold,
-                reader=self.counterfactual,
-                soft=config.soft,
-            )
-            for request in (r.asked("plain") for r in requests)  # as prompts of either format are looked up
-        ]
-        numbers = {"scope_classifier": self.scope, "counterfactual_model": self.counterfactual}
-        return Outcome([], [dict(numbers) for _ in requests], entries=entries)
+        # as texts, because prompts of either format are looked up by theirs
+        entries = [self.seen(self.entry(request.asked("plain")), request) for request in requests]
+        numbers = [{"scope_classifier": e.retriever, "counterfactual_model": e.reader} for e in entries]
+        return Outcome([], numbers, entries=entries)
+
+    def entry(self, request: EditRequest) -> PromptEntry:
+        """What the memory keeps of a request; a fact about a picture is read by the edited model, which sees it."""
+        editor, reader = self.editor, BASE if request.image is not None else self.counterfactual
+        return PromptEntry(
+            scope=editor.scope_text(request) if editor and self.scope == self._trained else request.plain_prompt,
+            subject=request.subject,
+            fact=editor.context(request) if editor and reader == self._trained else self.text(request),
+            demonstrations=(),
+            nearest_last=True,
+            retriever=self.scope,
+            threshold=self.config.threshold,
+            reader=reader,
+            soft=self.config.soft,
+        )

@@ -6,6 +6,10 @@ A stored edit and a prompt become vectors of one encoder, and their similarity f
 
 or one encoder reads both at once and a linear layer decides (``cross``): slower, one run per pair. The counterfactual
 model is any language model of the base model's tokens. Nothing here knows what an edit is.
+
+Of a base model that sees, what it makes of a picture (`engine.looks`) is compared, too, through a trained matrix P:
+
+    s(edit, x) = s(words) · exp(−‖P f(edit) − P f(x)‖²)            with f of length 1, and 0 where there is no picture
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from ..tokens import context_length, pad_rows, vocabulary_size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Looks = Sequence[torch.Tensor | None]
+"""What a base model makes of the pictures of some texts, ``[d]`` each; ``None`` without any."""
 Similarity = Literal["exp_square", "exp", "cosine", "cross"]
 Pooling = Literal["mean", "first"]
 _SMALLEST = 1e-7
@@ -40,14 +46,16 @@ class ScopeClassifier(nn.Module):
         encoder: transformers config of the encoder, as a dict.
         similarity: see the module's text; ``exp`` takes the distance itself, ``cosine`` ``1 − cos`` in its place.
         pooling: the vector of a text: the mean of its tokens' states, or the first one's ([CLS]).
+        look: length of what the base model makes of a picture; ``None``: it sees none.
     """
 
-    def __init__(self, encoder: dict[str, Any], similarity: Similarity, pooling: Pooling):
+    def __init__(self, encoder: dict[str, Any], similarity: Similarity, pooling: Pooling, look: int | None = None):
         super().__init__()
         self.similarity, self.pooling = similarity, pooling
         self.encoder: nn.Module = _without_pooler(AutoConfig.for_model(**encoder))
         size = int(self.encoder.config.hidden_size)
         self.pair = nn.Linear(size, 1) if similarity == "cross" else None
+        self.eye = None if look is None else nn.Linear(look, size, bias=False)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, kinds: torch.Tensor | None = None) -> torch.Tensor:
         """Vectors ``[texts, d]`` of padded texts ``[texts, width]``; ``kinds`` tells two parts of a text apart."""
@@ -74,6 +82,15 @@ class ScopeClassifier(nn.Module):
         batch, parts = (pad_rows(r, 0).to(self.device) for r in (rows, kinds))
         states = self(batch.input_ids, batch.attention_mask, parts.input_ids)
         return nn.functional.logsigmoid(self.pair(states)).reshape(len(prompts), len(edits))
+
+    def log_sight(self, prompts: Looks, edits: Looks) -> torch.Tensor:
+        """The part of pictures in ``log s``, ``[prompts, edits]``; 0 for a base model that sees none."""
+        if self.eye is None:
+            return torch.zeros(len(prompts), len(edits), device=self.device)
+        none = torch.zeros(self.eye.in_features)
+        rows = [torch.stack([none if look is None else look for look in looks]) for looks in (prompts, edits)]
+        asked, stored = (self.eye(nn.functional.normalize(r.to(self.device), dim=-1)) for r in rows)
+        return -(asked[:, None] - stored[None]).square().sum(-1)
 
     def log_similarity_of(self, prompts: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
         """``log s`` of vectors, ``[prompts, edits]``."""
@@ -211,6 +228,12 @@ class TrainedScope:
 
     def __init__(self, name: str, classifier: ScopeClassifier, tokenizer: ScopeTokenizer):
         self.name, self.classifier, self.tokenizer = name, classifier, tokenizer
+        self.sight = None if classifier.eye is None else self._sight
+
+    @torch.no_grad()
+    def _sight(self, asked: torch.Tensor | None, stored: torch.Tensor | None) -> float:
+        """How alike two pictures are, by which the similarity of the words is multiplied (`PromptBook`)."""
+        return float(self.classifier.log_sight([asked], [stored]).exp())
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ class HyperMethod(Method):
         config: names the editor.
     """
 
+    pictures = True
     editor_class: ClassVar[type[Editor]]
     config: EditorConfig
 

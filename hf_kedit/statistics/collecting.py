@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..engine.capture import Tap, stream_states
-from ..engine.forward import device_of, frozen_eval
+from ..engine.forward import device_of, frozen_eval, image_ids
 from ..engine.weights import get_module, weight_shape
 from ..errors import StatisticsError
 from ..logging import get_logger, progress_bar, warn_once
-from ..tokens import context_length, encode_text, pad_id, pad_rows
+from ..tokens import TokenIds, context_length, encode_text, pad_id, pad_rows
 from .corpora import Corpus
 from .moments import SecondMoment
 from .workers import ALONE, Workers
@@ -64,8 +64,10 @@ def collect_moments(
         model: the unedited model.
         tokenizer: of the model.
         modules: names of the projections.
-        corpus: what to read; texts are cut at the model's context length.
-        tokens: read exactly this many (fewer if there are no more); ``None`` reads everything.
+        corpus: what to read; texts are cut at the model's context length, pictures are not: a text whose pictures do
+            not fit is left out.
+        tokens: read exactly this many (fewer if there are no more, up to one text more behind pictures); ``None``
+            reads everything.
         token_budget: padded tokens per forward; ``None``: by the device.
         checkpoint: a file for partial sums; a killed run that is started again with it goes on where it was.
         show_progress: show a bar.
@@ -92,9 +94,9 @@ def collect_moments(
         ) as bar,
     ):
         bar.update(place.tokens)
-        encoded = (encode_text(tokenizer, text).ids[:limit] for text in corpus.from_text(place.texts))
+        encoded = (_within(model, encode_text(tokenizer, text).ids, limit) for text in corpus.from_text(place.texts))
         for group in _groups(encoded, None if tokens is None else tokens - place.tokens):
-            for rows in _budgeted(sorted((row for row in group if row), key=len), budget):
+            for rows in _budgeted(sorted((row for row in group if row), key=_order), budget):
                 seen = sum(len(row) for row in rows)
                 if place.batches % workers.count == workers.rank:
                     _add_rows(model, rows, fill, modules, totals)
@@ -129,6 +131,14 @@ def collect_moments(
 def reading_length(model: PreTrainedModel) -> int:
     """Tokens that are read of one text, at most."""
     return context_length(model.config) or 2048
+
+
+def _within(model: PreTrainedModel, ids: Sequence[int], limit: int) -> Sequence[int]:
+    """The first ids of a text; none, with a warning, if its pictures go on behind them."""
+    if isinstance(ids, TokenIds) and not image_ids(model).isdisjoint(ids[limit:]):
+        warn_once(logger, f"a text's pictures take more than the model's context of {limit} tokens; it is left out")
+        return ids[:0]
+    return ids[:limit]
 
 
 def _add_rows(
@@ -231,7 +241,8 @@ def _groups(rows: Iterable[Sequence[int]], tokens: int | None) -> Iterator[list[
 
     Args:
         rows: token ids of the texts.
-        tokens: how many are wanted; the last text is cut at exactly this number. ``None``: all.
+        tokens: how many are wanted; the last text is cut at exactly this number, unless it has pictures; ``None``:
+            all.
     """
     group: list[Sequence[int]] = []
     size = 0
@@ -239,7 +250,7 @@ def _groups(rows: Iterable[Sequence[int]], tokens: int | None) -> Iterator[list[
     if left <= 0:
         return
     for row in rows:
-        group.append(row[: int(min(left, len(row)))])
+        group.append(row if isinstance(row, TokenIds) else row[: int(min(left, len(row)))])
         size += len(group[-1])
         left -= len(group[-1])
         if len(group) == GROUP_TEXTS or size >= GROUP_TOKENS or left <= 0:
@@ -252,15 +263,20 @@ def _groups(rows: Iterable[Sequence[int]], tokens: int | None) -> Iterator[list[
 
 
 def _budgeted(rows: Sequence[Sequence[int]], budget: int) -> Iterator[list[Sequence[int]]]:
-    """Cut rows, sorted by length, into batches whose padded size stays below the budget."""
+    """Cut rows, sorted by `_order`, into batches of one kind whose padded size stays below the budget."""
     batch: list[Sequence[int]] = []
     for row in rows:
-        if batch and (len(batch) + 1) * len(row) > budget:
+        if batch and ((len(batch) + 1) * len(row) > budget or _order(batch[-1])[0] != _order(row)[0]):
             yield batch
             batch = []
         batch.append(row)
     if batch:
         yield batch
+
+
+def _order(row: Sequence[int]) -> tuple[bool, int]:
+    """Texts first, by length; then those with pictures, as some models read no batch of both."""
+    return isinstance(row, TokenIds), len(row)
 
 
 def _save_partial(path: Path, totals: dict[str, torch.Tensor], place: _Place, corpus: str) -> None:

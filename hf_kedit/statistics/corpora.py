@@ -1,22 +1,26 @@
 """Texts that second moments are taken over: packaged, a list, a file, a dataset, or what the model writes itself.
 
-No corpus is ever downloaded unless the user names it.
+No corpus is ever downloaded unless the user names it. For a model that sees, a text may stand behind pictures
+(`PicturedText`): the keys at their places, and behind them, are then among those that edits leave in place.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..data.texts import packaged_texts
 from ..engine.templates import STARTERS, sample_texts
-from ..errors import DataError, StatisticsError
+from ..errors import DataError, RequestError, StatisticsError
+from ..storage.records import read_rows
+from ..text.pictures import Picture, PicturedText, as_pictured, pictures_of
+from ..text.processors import picture_frame, shown_text
 from ..tokens import context_length, encode_text
 
 if TYPE_CHECKING:
@@ -82,6 +86,53 @@ def text_corpus(texts: Sequence[str]) -> Corpus:
     """A corpus from a list of texts, named by its content."""
     digest = hashlib.sha256("\x00".join(texts).encode()).hexdigest()[:12]
     return Corpus(f"texts-{digest}", lambda: iter(texts))
+
+
+def row_corpus(rows: Sequence[Any], processor: Any, root: Path | None = None) -> Corpus:
+    """A corpus of rows, some of which have pictures, named by its content: texts, and pixels or the files of pictures.
+
+    Args:
+        rows: texts, or mappings with ``text`` and, where it is about pictures, ``image`` (what a request takes).
+        processor: of the model; writes the pictures in front of their texts.
+        root: folder that relative paths start from; ``None``: the current one.
+
+    Raises:
+        DataError: naming the first row that is neither, whose picture cannot be read, or that has one where the model
+            does not see.
+    """
+    read: list[tuple[str, Any]] = []
+    digest, folder = hashlib.sha256(), root or Path()
+    for number, row in enumerate(rows):
+        text, image = (row.get("text"), row.get("image")) if isinstance(row, Mapping) else (row, None)
+        if not isinstance(text, str):
+            raise DataError(f"row {number} of the corpus is neither a text nor a mapping with a 'text'")
+        try:
+            if image is not None and processor is None:
+                raise RequestError("has a picture, and this model has no processor that reads it")
+            kept = as_pictured(image)
+            several = kept if isinstance(kept, tuple) else () if kept is None else (kept,)
+            files = [p.digest.encode() if isinstance(p, Picture) else (folder / p).read_bytes() for p in several]
+        except (RequestError, OSError) as error:
+            raise DataError(f"row {number} of the corpus: {error}") from error
+        read.append((text, kept))
+        digest.update(b"\x00".join([text.encode(), *(hashlib.sha256(mark).digest() for mark in files), b""]))
+
+    def texts() -> Iterator[str]:
+        for text, kept in read:  # large pictures are read one by one, when it is their turn
+            yield picture_frame(processor, pictures_of(kept, root)).text(text) if kept is not None else text
+
+    return Corpus(f"rows-{digest.hexdigest()[:12]}", texts)
+
+
+def plain_texts(corpus: Corpus) -> Iterator[str]:
+    """The texts of a corpus that have no pictures; of one that has no others, their words."""
+    found = False
+    for text in corpus.texts():
+        if not isinstance(text, PicturedText):
+            found = True
+            yield text
+    if not found:
+        yield from map(shown_text, corpus.texts())
 
 
 def file_corpus(path: Path) -> Corpus:
@@ -176,18 +227,27 @@ def packaged_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return Corpus(f"{name}+{own.name}", lambda: later(0), later=later)
 
 
-def resolve_corpus(source: str | Path | Sequence[str] | None) -> Corpus | None:
-    """Turn a user's choice into a corpus: a text file, a list of texts, a dataset id, or ``None``.
+def resolve_corpus(source: str | Path | Sequence[Any] | None, processor: Any = None) -> Corpus | None:
+    """Turn a user's choice into a corpus: a file, a list of texts or rows, a dataset id, or ``None``.
+
+    A file of texts has one in every line; of a model that sees, a JSONL file may have rows with pictures instead.
+
+    Args:
+        source: the choice.
+        processor: of a model that sees.
 
     Raises:
-        DataError: if a named file does not exist.
+        DataError: if a named file does not exist, or a row cannot be used.
     """
     if source is None:
         return None
     if not isinstance(source, (str, Path)):
-        return text_corpus(list(source))
+        rows = list(source)
+        return text_corpus(rows) if all(isinstance(row, str) for row in rows) else row_corpus(rows, processor)
     path = Path(source)
     if path.is_file():
+        if processor is not None and path.suffix == ".jsonl":
+            return row_corpus(list(read_rows(path)), processor, path.parent)
         return file_corpus(path)
     if path.is_dir():
         return shared_corpus(path)

@@ -22,7 +22,7 @@ from ..logging import get_logger, info_once, progress_bar, warn_once
 from ..storage.files import cache_home
 from ..tokens import encode_text
 from .collecting import collect_moments, reading_length, write_tensors
-from .corpora import Corpus, packaged_corpus, packaged_tokens
+from .corpora import Corpus, packaged_corpus, packaged_tokens, plain_texts
 from .moments import FULL_TOKENS_PER_WIDTH, SecondMoment, SharedMoments, find_shared, push_moments, slug
 from .published import PublishedMoments, find_published
 from .solve import MomentFactor, factor_beside
@@ -250,12 +250,12 @@ class StatisticsStore:
         return find_shared(place) or (find_published(Path(place)) if Path(place).is_dir() else None)
 
     def corpus_texts(self, *, more: bool = True) -> Iterator[str]:
-        """The texts of the corpus: the user's, the embedded model's, or the packaged ones.
+        """The texts of the corpus without pictures: the user's, the embedded model's, or the packaged ones.
 
         Args:
             more: go on behind the packaged texts with what the model writes, which takes its time.
         """
-        return (self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, more=more)).texts()
+        return plain_texts(self.corpus or self.own_corpus or packaged_corpus(self.model, self.tokenizer, more=more))
 
     def _wanted(self, modules: Sequence[str], per_width: int) -> tuple[Corpus, int]:
         """What these modules' moments are to be taken over: the text, and how many tokens of it."""

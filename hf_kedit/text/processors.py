@@ -86,6 +86,14 @@ def answers_apart(processor: Any) -> bool:
     return type(processor).__name__ == _APART
 
 
+def takes_several(processor: Any) -> bool:
+    """Whether pictures of other texts can stand in front of a text with its own, each at its placeholder.
+
+    BLIP-2's processors write none, and Mllama's tell every token which of a text's pictures it may see.
+    """
+    return bool(placeholder(processor)) and type(processor).__name__ != "MllamaProcessor"
+
+
 def shown_text(text: str) -> str:
     """What people read of a text: without what stands for its pictures."""
     if not isinstance(text, PicturedText):

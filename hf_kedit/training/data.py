@@ -1,10 +1,15 @@
-"""From facts to training batches: each fact with one other wording and one unrelated prompt."""
+"""From facts to training batches: each fact with one other wording and one unrelated prompt.
+
+Facts about pictures are trained on as Cheng et al. (2023, "Can We Edit Multimodal Large Language Models?", arXiv
+2310.08475) do: ``c_e NLL(picture, other wording) + c_i NLL(other picture, prompt) + c_l (KL_text + KL_picture)``, with
+``c_e = c_i``. Here each step draws one of the first two and one of the others, so that the sum is the mean over draws.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +47,9 @@ class Triple:
 class EditFacts(torch.utils.data.Dataset[Triple]):
     """Facts as `Triple`s. Where a fact has several wordings or unrelated prompts, each epoch draws one of each.
 
-    The draw is a function of seed, epoch and index, so that a resumed run goes on with the same examples.
+    Where another picture shows the same thing (``image_rephrase``), the prompt about it stands in the place of another
+    wording in half of the draws. The draw is a function of seed, epoch and index, so that a resumed run goes on with
+    the same examples.
 
     Args:
         facts: anything that `load_requests` reads.
@@ -64,7 +71,7 @@ class EditFacts(torch.utils.data.Dataset[Triple]):
                     row=number,
                     field="locality",
                 )
-        bare = sum(not r.rephrase_prompts for r in self.requests)
+        bare = sum(not r.rephrase_prompts and r.image_rephrase is None for r in self.requests)
         if bare:
             warn_once(logger, f"{bare} of {len(self.requests)} facts have no other wording; their own prompt is used")
 
@@ -75,12 +82,16 @@ class EditFacts(torch.utils.data.Dataset[Triple]):
         request = self.requests[index]
         rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
         prompt = rng.choice(request.rephrase_prompts or [request.filled_prompt])
-        rephrase = EditRequest(prompt=prompt, target_new=request.target_new)
+        rephrase = EditRequest(prompt=prompt, target_new=request.target_new, image=request.image)
+        others = _each(request.image_rephrase)
+        if others and (not request.rephrase_prompts or rng.random() < 0.5):
+            rephrase = replace(rephrase, prompt=request.plain_prompt, image=rng.choice(others))
         probes = _probes(request)
+        edit = replace(request, image_rephrase=None, locality={}, portability={}) if request.pictured else request
         if not probes:
-            return Triple(request, rephrase, rephrase)
+            return Triple(edit, rephrase, rephrase)
         probe = rng.choice(probes[rng.choice(sorted(probes))])
-        return Triple(request, rephrase, EditRequest(prompt=probe.prompt, target_new=probe.answers[0]))
+        return Triple(edit, rephrase, EditRequest(prompt=probe.prompt, target_new=probe.answers[0], image=probe.image))
 
 
 class OpinionFacts(EditFacts):
@@ -121,6 +132,11 @@ def _question(request: EditRequest, rng: random.Random) -> str:
     return rng.choice([request.plain_prompt, *request.rephrase_prompts])
 
 
+def _each(value: Any) -> Sequence[Any]:
+    """The pictures of a field that holds one, several or none."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
 def _probes(request: EditRequest) -> dict[str, list[Probe]]:
     """Unrelated prompts that have an answer, by axis."""
     usable = {axis: [p for p in probes if p.answers] for axis, probes in request.locality.items()}
@@ -135,17 +151,24 @@ class EditCollator:
         editor: knows how it reads facts; with its base model attached.
         tokenizer: of the base model.
         edits_per_group: facts that are edited together.
+        processor: of a base model that sees, for facts about pictures.
     """
 
     editor: Editor
     tokenizer: PreTrainedTokenizerBase
     edits_per_group: int = 1
+    processor: Any = None
 
     def __call__(self, triples: Sequence[Triple]) -> dict[str, Any]:
         """Return the arguments of `Editor.forward`."""
         editor, tokenizer = self.editor, self.tokenizer
-        edits, rephrases, localities = zip(*((t.edit, t.rephrase, t.locality) for t in triples), strict=True)
+        each = ([getattr(t, part) for t in triples] for part in ("edit", "rephrase", "locality"))
+        edits, rephrases, localities = ([self._written(request) for request in part] for part in each)
         batches: dict[str, Any] = editor.batches(editor.base, tokenizer, edits, rephrases, localities)
         if any(triple.unlikely for triple in triples):
             batches["rephrase"][UNLIKELY] = torch.tensor([triple.unlikely for triple in triples])
         return {**batches, "groups": torch.arange(len(triples)) // self.edits_per_group}
+
+    def _written(self, request: EditRequest) -> EditRequest:
+        """A request as the model reads it: text as it is, a prompt about a picture behind that."""
+        return request.asked("plain").rendered(self.tokenizer, self.processor) if request.pictured else request

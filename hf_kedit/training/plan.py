@@ -25,7 +25,7 @@ from ..data import load_edit_dataset
 from ..data.loading import requests_of
 from ..editors.editor import editor_class
 from ..errors import ConfigError, KeditError, nearest, shown
-from ..loading import load_base, load_tokenizer
+from ..loading import load_base, load_processor, load_tokenizer
 from ..requests import EditRequest, load_requests
 from ..storage.parsing import parse_yaml
 from .arguments import EditTrainingArguments
@@ -33,7 +33,7 @@ from .data import EditFacts
 from .trainer import EditTrainer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 _DATA: dict[str, Any] = {
@@ -132,11 +132,11 @@ class TrainingPlan:
             },
         )
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The base model, which knows by which name it was asked for, and its tokenizer."""
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+        """The base model, which knows by which name it was asked for, and its tokenizer; if it sees, its processor."""
         base = load_base(self.model, dtype=self.dtype, device_map=self.device_map)
         base.config.name_or_path = self.model
-        return base, load_tokenizer(self.model)
+        return base, load_processor(self.model, base.config) or load_tokenizer(self.model)
 
     def arguments(self) -> EditTrainingArguments:
         """The training arguments.

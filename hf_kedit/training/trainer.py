@@ -14,11 +14,12 @@ from ..editors.output import METRICS
 from ..errors import ConfigError
 from ..logging import get_logger
 from ..requests import RequestSource
+from ..text.processors import sees
 from .arguments import EditTrainingArguments
 from .data import EditCollator, EditFacts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 logger = get_logger(__name__)
 
@@ -36,7 +37,7 @@ class EditTrainer(Trainer):
         args: of the training.
         train_dataset: facts: anything that `load_requests` reads, or `EditFacts`.
         eval_dataset: likewise, or a dict of them.
-        processing_class: tokenizer of the base model.
+        processing_class: tokenizer of the base model; its processor, to train on facts about pictures.
         kwargs: for `Trainer`.
 
     Raises:
@@ -54,14 +55,16 @@ class EditTrainer(Trainer):
         args: EditTrainingArguments,
         train_dataset: RequestSource | EditFacts | None = None,
         eval_dataset: RequestSource | EditFacts | dict[str, Any] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         **kwargs: Any,
     ):
         if processing_class is None:
             raise ConfigError("EditTrainer needs the base model's tokenizer: processing_class=tokenizer")
         model.base  # noqa: B018 - raises here rather than in the first batch
         model.check_arguments(args)
-        model.use_tokenizer(processing_class)
+        processor = processing_class if sees(processing_class) else None
+        tokenizer: Any = processing_class if processor is None else processor.tokenizer
+        model.use_tokenizer(tokenizer)
         model.origin["trained_edits_together"] = args.edits_per_group
         seed = args.seed if args.data_seed is None else args.data_seed
 
@@ -71,7 +74,7 @@ class EditTrainer(Trainer):
             return EditFacts(source, seed, needs_locality=model.edit_config.locality_weight > 0)
 
         several = isinstance(eval_dataset, dict) and "prompt" not in eval_dataset
-        kwargs.setdefault("data_collator", EditCollator(model, processing_class, args.edits_per_group))
+        kwargs.setdefault("data_collator", EditCollator(model, tokenizer, args.edits_per_group, processor))
         kwargs.setdefault("compute_metrics", _column_means)
         super().__init__(
             model=model,

@@ -135,4 +135,4 @@ def test_methods_of_text_say_so_before_anything_is_touched() -> None:
         edited.edit(**FACTS[0])
     assert error.value.field == "image" and not edited.edits
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert not any(registered_methods()[method].pictures for method in ("kn", "mend", "serac", "dinm"))
+    assert not any(registered_methods()[method].pictures for method in ("kn", "instructedit", "unke", "dinm"))
