@@ -579,7 +579,7 @@ def _fronts(prefix: Prefix | None) -> Iterator[tuple[list[str], str]]:
     assert prefix is not None
     demonstrations, apart = list(prefix.demonstrations), _with_pictures(prefix)
     while True:
-        yield (demonstrations, prefix.fact) if apart else ([], "".join(demonstrations) + prefix.fact)
+        yield (list(demonstrations), prefix.fact) if apart else ([], "".join(demonstrations) + prefix.fact)
         if not demonstrations:
             return
         demonstrations.pop(0 if prefix.nearest_last else -1)

@@ -470,8 +470,8 @@ def test_what_does_not_fit_is_refused_when_it_is_edited() -> None:
 def test_where_space_is_short_the_least_similar_demonstration_goes_first() -> None:
     """``order="records"`` puts the most similar one last, ``order="sentences"`` first."""
     shown = ("a ", "b ", "c ")
-    last = list(_fronts(Prefix("fact ", shown, nearest_last=True)))
-    first = list(_fronts(Prefix("fact ", shown, nearest_last=False)))
+    last = [text for _, text in _fronts(Prefix("fact ", shown, nearest_last=True))]
+    first = [text for _, text in _fronts(Prefix("fact ", shown, nearest_last=False))]
     assert last == ["a b c fact ", "b c fact ", "c fact ", "fact "]
     assert first == ["a b c fact ", "a b fact ", "a fact ", "fact "]
     request = facts(1)[0]
