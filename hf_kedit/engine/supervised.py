@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 Batch = dict[str, torch.Tensor]
-PARTS = "parts of "
+SHARES_OF = "shares of "
 """Begins the names of what says how many images or patches of a tensor belong to each row, ``[rows]`` int64."""
 
 
@@ -35,13 +35,13 @@ def collate(examples: Sequence[Example], fill: int) -> Batch:
     Returns:
         ``input_ids`` and ``attention_mask`` ``[rows, width]``, ``labels`` ``[rows, label width]`` and, for an
         encoder-decoder, ``decoder_input_ids`` of the labels' shape; int64. Of rows with pictures also what belongs
-        to these, and how it is shared out among the rows (`PARTS`); `rows_of` takes it apart again.
+        to these, and how it is shared out among the rows (`SHARES_OF`); `rows_of` takes it apart again.
     """
     read = pad_rows([e.ids for e in examples], fill)
     batch = {"input_ids": read.input_ids, "attention_mask": read.attention_mask, **read.pictures()}
     for name in [n for n in batch if n not in _READ and n not in ALIGNED]:
         held = [len(row[name]) if name in row else 0 for row in read.beside]
-        batch[PARTS + name] = torch.tensor(held)
+        batch[SHARES_OF + name] = torch.tensor(held)
     scored = batch["input_ids"]
     if examples[0].decoder_ids:
         scored = batch["decoder_input_ids"] = pad_rows([e.decoder_ids for e in examples], fill).input_ids
@@ -61,10 +61,10 @@ def rows_of(batch: Batch, rows: slice | torch.Tensor) -> Batch:
     chosen = torch.arange(len(batch["labels"]))[rows.cpu() if isinstance(rows, torch.Tensor) else rows].tolist()
     part = {}
     for name, value in batch.items():
-        if PARTS + name not in batch:
+        if SHARES_OF + name not in batch:
             part[name] = value[rows]
             continue
-        pieces = value.split(batch[PARTS + name].tolist())
+        pieces = value.split(batch[SHARES_OF + name].tolist())
         if any(len(pieces[i]) for i in chosen):  # rows of text alone have nothing that a tower could read
             part[name] = torch.cat([pieces[i] for i in chosen])
     return part
@@ -78,7 +78,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """What a model reads of a batch: ids, mask and pictures."""
     kwargs: dict[str, Any] = {name: value for name, value in batch.items() if name in _READ}
-    pictures = {name: value for name, value in batch.items() if name in ALIGNED or PARTS + name in batch}
+    pictures = {name: value for name, value in batch.items() if name in ALIGNED or SHARES_OF + name in batch}
     return kwargs | picture_inputs(model, kwargs["input_ids"], pictures)
 
 

@@ -13,7 +13,7 @@ import torch
 from hf_kedit import EditableModel, EditRequest, EditTrainer, EditTrainingArguments, MENDConfig, Probe, SERACConfig
 from hf_kedit.editors.editor import Editor, editor_class
 from hf_kedit.engine.examples import ExampleBatch, encode_examples
-from hf_kedit.engine.supervised import PARTS, collate, rows_of, score
+from hf_kedit.engine.supervised import SHARES_OF, collate, rows_of, score
 from hf_kedit.errors import RequestError
 from hf_kedit.evaluation.asking.scoring import score_pairs
 from hf_kedit.methods import registered_methods
@@ -65,7 +65,7 @@ def test_rows_of_a_batch_keep_their_own_pictures(family: str) -> None:
         again = rows_of(chosen, slice(len(numbers) - 1, None))
         assert float(score(model, again).per_row()) == pytest.approx(alone[numbers[-1]], abs=1e-4)
     text = rows_of(batch, slice(4, 5))
-    assert "pixel_values" in batch and "pixel_values" not in text and text[f"{PARTS}pixel_values"].tolist() == [0]
+    assert "pixel_values" in batch and "pixel_values" not in text and text[f"{SHARES_OF}pixel_values"].tolist() == [0]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
