@@ -88,8 +88,8 @@ def chosen_values(method: str, profile: ModelProfile, filled: Mapping[str, Any])
             raise ConfigError(f"{name!r} cannot be set here")
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
-        if known[name].kind == "text":
-            value = parse_yaml(str(value), f"the value of {name!r}", ConfigError)
+        if known[name].kind in ("text", "whole", "number") and isinstance(value, str):
+            value = parse_yaml(value, f"the value of {name!r}", ConfigError)
         elif known[name].kind == "whole" and isinstance(value, float) and value.is_integer():
             value = int(value)  # the page's field of numbers knows no whole ones
         if value != known[name].value:

@@ -214,7 +214,7 @@ FAMILIES = [
     "ripple_edits/random", "qaedit", "wikibigedit/20240201_20240220", "ultraeditbench", "unke", "halluedit/llama2",
     "cknowedit/idiom", "conceptedit/gpt2_inter", "safeedit", "personalityedit", "mmedit/vqa", "akew/counterfact",
     "akew/mquake_cf", "leme/counterfact", "fever", "counterfact_plus/other_attribution", "vlkeb", "mmke/entity",
-    "comprehendedit",
+    "comprehendedit", "conflictedit/coverage", "roundedit/easy", "mquake_remastered/cf_3k",
 ]  # fmt: skip
 
 

@@ -57,7 +57,9 @@ TRAINING = {
 STEPS = {"max_iters": "max_steps", "log_interval": "logging_steps", "val_interval": "eval_steps"}
 STEPS["model_save_pt"] = "save_steps"
 
-_PICTURES = "of pictures: the plan trains on texts; name a set with pictures (mmedit/vqa, mmedit/caption) in its `data`"
+_PICTURES = (
+    "of pictures: the plan trains on texts; name a set with pictures (mmedit/vqa, mmedit/caption) in its `data`"
+)
 _PUBLISHED = "the networks are built as published"
 _LOOP = "how long is trained, what is shown and what is kept say the training arguments"
 REASONS = {

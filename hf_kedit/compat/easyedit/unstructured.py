@@ -19,6 +19,7 @@ from ...errors import EvaluationError, KeditError, RequestError
 from ...evaluation.measures.texts import bleu, rouge
 from ...evaluation.protocols.replies import similarity
 from ...model import EditableModel
+from ...storage.parsing import parse_json
 from .editor import apply_to_model
 from .facts import without_end
 from .hparams import HyperParams, values_of
@@ -94,9 +95,11 @@ def eval_akew_unstructured(
         EvaluationError: if there is no such file, or it has no rows.
     """
     path = Path(result_path)
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    rows = parse_json(path.read_bytes(), str(path), EvaluationError) if path.is_file() else None
     if not rows:
         raise EvaluationError(f"{path}: " + ("there is no such file" if rows is None else "has no rows"))
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("answer"), str) for r in rows):
+        raise EvaluationError(f"{path}: must be a list of rows, each with the text of its 'answer'")
     means: dict[str, dict[str, float]] = {}
     for name, key in ASKED.items():
         pairs = [(row[key], without_end(row["answer"])) for row in rows if isinstance(row.get(key), str)]
