@@ -21,6 +21,7 @@ from tests.seeing_parts import (
     INNER,
     LAYERS,
     LLAMA,
+    LLAVA,
     MROPE,
     QWEN2,
     SIDE,
@@ -44,10 +45,7 @@ def _llava() -> tuple[Any, Any]:
     processor = transformers.LlavaProcessor(
         reader,
         tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
+        **LLAVA,
     )
     return config, processor
 
@@ -206,10 +204,7 @@ def _llava_next() -> tuple[Any, Any]:
     return config, transformers.LlavaNextProcessor(
         reader,
         tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
+        **LLAVA,
     )
 
 

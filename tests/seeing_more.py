@@ -17,6 +17,7 @@ from tests.seeing_parts import (
     INNER,
     LAYERS,
     LLAMA,
+    LLAVA,
     MROPE,
     QWEN2,
     SIDE,
@@ -131,10 +132,7 @@ def _vipllava() -> tuple[Any, Any]:
     return config, transformers.LlavaProcessor(
         reader,
         tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
+        **LLAVA,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -76,5 +78,10 @@ VISION = {
     "image_size": SIDE,
     "patch_size": 14,
 }
+LLAVA: dict[str, Any] = {
+    **{"patch_size": 14, "vision_feature_select_strategy": "default"},
+    **{"num_additional_image_tokens": 1, "image_token": "<image>"},
+}
+"""What LLaVA's processors are told of the tower."""
 SQUARE = {"size": {"height": SIDE, "width": SIDE}}
 MROPE = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
