@@ -15,7 +15,6 @@ stand in front of the row's, so that every picture has its text behind it:
 from __future__ import annotations
 
 import functools
-import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -28,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 
 from ..anatomy.switching import Switch, switched, uninterrupted
-from ..engine.forward import Positions, device_of, image_ids, logits_at, model_inputs
+from ..engine.forward import Positions, device_of, image_ids, logits_at, model_inputs, named_arguments
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
 from ..text.pictures import PicturedText
 from ..text.subjects import last_user_turn
@@ -185,8 +184,7 @@ class Prompter:
     # ------------------------------------------------------------------ one forward
 
     def _forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        names = [n for n in inspect.signature(type(self.model).forward).parameters if n != "self"]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = named_arguments(type(self.model), args, kwargs)
         rows = None if self._lets_pass else CallRows.read(given)
         if rows is None:
             return plain(*args, **kwargs)
@@ -528,15 +526,17 @@ class Prompter:
     def _behind_specials(self, ids: Sequence[int], start: int, pictures: set[int], in_turn: bool) -> int:
         """Where text begins behind leading special tokens and pictures; in a turn of a chat, behind pictures only."""
         tokenizer, lead = self.tokenizer, start
-        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        specials = {*tokenizer.all_special_ids, *pictures, *added}
-        while lead < len(ids) and (ids[lead] in specials or not str(tokenizer.decode([ids[lead]])).strip()):
-            lead += 1  # among blanks: the line break that belongs to the placeholder
-        if not pictures.isdisjoint(ids[start:lead]):
-            return lead
+        leading = set(tokenizer.all_special_ids)
+        if not pictures.isdisjoint(ids[start:]):
+            added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+            specials = leading | pictures | added
+            while lead < len(ids) and (ids[lead] in specials or not str(tokenizer.decode([ids[lead]])).strip()):
+                lead += 1  # among blanks: the line break that belongs to the placeholder
+            if not pictures.isdisjoint(ids[start:lead]):
+                return lead
         if in_turn:
             return start
-        return next((n for n in range(start, len(ids)) if ids[n] not in tokenizer.all_special_ids), len(ids))
+        return next((n for n in range(start, len(ids)) if ids[n] not in leading), len(ids))
 
     def _shown_ids(self, text: str) -> Sequence[int]:
         """Token ids of a demonstration with its pictures, without the BOS."""

@@ -18,7 +18,6 @@ calls that continue from the same cache. This module knows no method.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -33,6 +32,7 @@ from transformers.cache_utils import Cache
 from ..anatomy.outputs import module_input
 from ..anatomy.switching import Switch, switched, uninterrupted
 from ..engine.capture import as_rows, first, with_first
+from ..engine.forward import named_arguments
 from ..engine.weights import get_module
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
@@ -338,7 +338,7 @@ class Sites:
 
     @torch.compiler.disable
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame = self._frame(self._arguments(args, kwargs))
+        frame = self._frame(named_arguments(type(self.model), args, kwargs))
         if not self._disabled:
             for owner, decide in list(self._deciders.items()):
                 if owner not in self._muted:
@@ -373,13 +373,6 @@ class Sites:
         two = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         with _prompts(_Prompts(self.model, width=width, mask=two)):
             return kind.generate(self.model, *args, **kwargs)
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of the model's forward by name."""
-        if not args:
-            return kwargs
-        names = [n for n in inspect.signature(type(self.model).forward).parameters if n != "self"]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _frame(self, given: Mapping[str, Any]) -> Frame:
         """Find out what kind of call this is and where the prompts of its rows end."""

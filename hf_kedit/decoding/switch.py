@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy, resolve_anatomy
 from ..anatomy.outputs import hooks
 from ..anatomy.switching import Switch, switched, together
-from ..engine.forward import is_measured
+from ..engine.forward import is_measured, named_arguments
 from ..errors import ConfigError, UnsupportedModelError
 from .deco import deco_scores
 from .dola import dola_scores
@@ -91,7 +90,7 @@ class _Contrast:
 
     def __init__(self, premature: PrematureLogits, decoding: Decoding, kind: Any, thread: int | None):
         self._premature, self._decoding, self._thread = premature, decoding, thread
-        self._names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
+        self._kind = kind
 
     @property
     def _is_on(self) -> bool:
@@ -102,7 +101,7 @@ class _Contrast:
         """Refuse what cannot be combined, and make ready to see the states."""
         if not self._is_on:
             return
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = named_arguments(self._kind, args, kwargs)
         cache = given.get("past_key_values")
         if given.get("labels") is not None:
             raise ConfigError(f"{self._decoding.name} decodes, it has no loss: leave labels out, or the block")
@@ -115,7 +114,7 @@ class _Contrast:
         """Put scores in the place of the logits."""
         if not self._is_on:
             return None
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = named_arguments(self._kind, args, kwargs)
         logits = output[0] if isinstance(output, tuple) else output.logits
         if logits.dim() == 3 and logits.shape[1] > 1 and _is_continued(given):
             raise ConfigError(

@@ -39,6 +39,14 @@ def accepts(model: torch.nn.Module, name: str) -> bool:
     return name in _parameters(kind)
 
 
+def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name: those given by position have the names of the forward of the model's class."""
+    if not args:
+        return kwargs
+    names = [name for name in _parameters(kind) if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def device_of(model: torch.nn.Module) -> torch.device:
     """Device on which inputs are expected: where the input embeddings are looked up."""
     find: Any = getattr(model, "get_input_embeddings", None)
