@@ -18,7 +18,7 @@ from .storage.cells import check_plain, read_cell
 from .storage.records import CsvRow, read_rows, rows_of_columns
 from .text.chat import TEXT_FORMATS, ChatFrame, Messages, TextFormat, chat_frame, read_messages, with_system
 from .text.joining import separator_between
-from .text.pictures import Pictured, PictureFrame, as_pictured, pictured_to_json, pictures_of
+from .text.pictures import Pictured, PictureFrame, as_pictured, each_pictured, pictured_to_json, pictures_of
 from .text.probes import Probe as Probe
 from .text.probes import answer_groups as answer_groups
 from .text.probes import probes_to_json, read_probes
@@ -461,7 +461,7 @@ class EditRequest:
             kept = as_pictured(value)
         except RequestError as error:
             self._fail(str(error), name)
-        for path in kept if isinstance(kept, tuple) else (kept,):
+        for path in each_pictured(kept):
             if isinstance(path, str):
                 self._check_text(name, path)
         return kept

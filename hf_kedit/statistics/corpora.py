@@ -19,7 +19,7 @@ from ..data.texts import packaged_texts
 from ..engine.templates import STARTERS, sample_texts
 from ..errors import DataError, RequestError, StatisticsError
 from ..storage.records import read_rows
-from ..text.pictures import Picture, PicturedText, as_pictured, pictures_of
+from ..text.pictures import Picture, PicturedText, as_pictured, each_pictured, pictures_of
 from ..text.processors import picture_frame, shown_text
 from ..tokens import context_length, encode_text
 
@@ -110,8 +110,8 @@ def row_corpus(rows: Sequence[Any], processor: Any, root: Path | None = None) ->
             if image is not None and processor is None:
                 raise RequestError("has a picture, and this model has no processor that reads it")
             kept = as_pictured(image)
-            several = kept if isinstance(kept, tuple) else () if kept is None else (kept,)
-            files = [p.digest.encode() if isinstance(p, Picture) else (folder / p).read_bytes() for p in several]
+            shown = each_pictured(kept)
+            files = [p.digest.encode() if isinstance(p, Picture) else (folder / p).read_bytes() for p in shown]
         except (RequestError, OSError) as error:
             raise DataError(f"row {number} of the corpus: {error}") from error
         read.append((text, kept))

@@ -163,6 +163,11 @@ def as_pictured(value: Any) -> Pictured | tuple[Pictured, ...] | None:
     return Picture.of(value)
 
 
+def each_pictured(value: Pictured | Sequence[Pictured] | None) -> tuple[Pictured, ...]:
+    """The pictures, or their paths, of what a request keeps: one, several or none."""
+    return () if value is None else (value,) if isinstance(value, (str, Picture)) else tuple(value)
+
+
 def pictures_of(value: Pictured | Sequence[Pictured] | None, root: str | Path | None = None) -> tuple[Picture, ...]:
     """The pictures of a request or a probe, read where they are paths.
 
@@ -173,9 +178,9 @@ def pictures_of(value: Pictured | Sequence[Pictured] | None, root: str | Path | 
     Raises:
         RequestError: if a file cannot be read as a picture.
     """
-    several = () if value is None else (value,) if isinstance(value, (str, Picture)) else value
     try:
-        return tuple(Picture.of(one if isinstance(one, Picture) else Path(root or "") / one) for one in several)
+        paths = (one if isinstance(one, Picture) else Path(root or "") / one for one in each_pictured(value))
+        return tuple(map(Picture.of, paths))
     except RequestError as error:
         raise RequestError(str(error), field="image") from error
 

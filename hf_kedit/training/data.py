@@ -20,6 +20,7 @@ from ..editors.editor import UNLIKELY, Editor
 from ..errors import RequestError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest, Probe, RequestSource
+from ..text.pictures import each_pictured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,7 @@ class EditFacts(torch.utils.data.Dataset[Triple]):
         rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
         prompt = rng.choice(request.rephrase_prompts or [request.filled_prompt])
         rephrase = EditRequest(prompt=prompt, target_new=request.target_new, image=request.image)
-        others = _each(request.image_rephrase)
+        others = each_pictured(request.image_rephrase)
         if others and (not request.rephrase_prompts or rng.random() < 0.5):
             rephrase = replace(rephrase, prompt=request.plain_prompt, image=rng.choice(others))
         probes = _probes(request)
@@ -130,11 +131,6 @@ class OpinionFacts(EditFacts):
 def _question(request: EditRequest, rng: random.Random) -> str:
     """A question about a request's topic."""
     return rng.choice([request.plain_prompt, *request.rephrase_prompts])
-
-
-def _each(value: Any) -> Sequence[Any]:
-    """The pictures of a field that holds one, several or none."""
-    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def _probes(request: EditRequest) -> dict[str, list[Probe]]:
