@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from ...requests import EditRequest
 
+BEFORE_EDITS, AFTER_EDITS = "before", "after"
+"""The states that every edit has; a unit may have more between them (`Protocol.stages`)."""
 PREFIX_TOKENS = "prefix_tokens"
 """Scorer of `Generation` that compares tokens, not texts."""
 Output = PairScore | Continuation | Predicted | Ranked | Unscored
@@ -168,7 +170,7 @@ class Protocol(ABC):
 
         Args:
             question: of a section of the protocol's own.
-            states: outputs of the question's queries ``before``, at every stage, and ``after``.
+            states: outputs of the question's queries `BEFORE_EDITS`, at every stage, and `AFTER_EDITS`.
         """
         return {}
 
@@ -337,14 +339,11 @@ class Generation(Protocol):
             return ""
         answers = [[f" {answer}" for group in q.groups for answer in group] for q in questions if any(q.groups)]
         ids = [tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in answers]
-        lengths = [min(map(len, accepted)) for accepted in ids]
-        longer = sum(length > self.max_new_tokens for length in lengths)
-        if not longer:
+        if all(min(map(len, accepted)) <= self.max_new_tokens for accepted in ids):
             return ""
-        return (
-            f"protocol {self.name!r}: the answers of {longer} of {len(lengths)} questions of a case have more than"
-            f" max_new_tokens={self.max_new_tokens} tokens (up to {max(lengths)}) and will count as wrong whatever the"
-            " model knows"
+        return (  # the same words for all cases, so that it is said once
+            f"protocol {self.name!r}: the answers of some questions have more than"
+            f" max_new_tokens={self.max_new_tokens} tokens and will count as wrong whatever the model knows"
         )
 
     def run(

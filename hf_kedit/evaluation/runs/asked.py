@@ -17,15 +17,13 @@ from ...text.pictures import PicturedText
 from ...text.processors import shown_text
 from ..asking.generation import Continuation
 from ..asking.scoring import Unscored
-from ..protocols.base import Output, Protocol, Query, Question
+from ..protocols.base import AFTER_EDITS, BEFORE_EDITS, Output, Protocol, Query, Question
 from ..report.case_result import CaseResult, Cost, Half, easyedit_request
 from .plan import Case
 
 logger = get_logger(__name__)
 STANDARD = ("rewrite", "rephrase", "locality", "portability")
 """Sections whose scores stand under their own name; other protocols name theirs in `Protocol.details`."""
-BEFORE_EDITS, AFTER_EDITS = "before", "after"
-"""The states that every edit has; a unit may have more between them."""
 Answers = Mapping[Query, Output]
 PromptTransform = Callable[[EditRequest, str], str]
 

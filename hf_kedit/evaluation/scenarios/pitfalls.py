@@ -25,7 +25,7 @@ from ..asking.scoring import PairScore
 from ..measures import metrics
 from ..measures.catalogue import Metric, register_metrics
 from ..measures.pitfalls import conflict_scores, round_scores
-from ..protocols.base import Numbers, PairProtocol, Protocol, Query, Question
+from ..protocols.base import AFTER_EDITS, BEFORE_EDITS, Numbers, PairProtocol, Protocol, Query, Question
 from .base import Scenario, register_scenario
 
 CONFLICTS = register_metrics(
@@ -144,9 +144,9 @@ class ConflictAnswers(_Course):
         p = {name: question.likelihoods(outputs) for name, outputs in states.items()}
         if FIRST_EDIT not in p:
             return {}
-        after = p["after"]
+        after = p[AFTER_EDITS]
         alone = (p[SECOND_ALONE]["second"], p[SECOND_ALONE]["first"]) if SECOND_ALONE in p else None
-        tied = (p["before"]["tied"], after["tied"]) if "tied" in after else None
+        tied = (p[BEFORE_EDITS]["tied"], after["tied"]) if "tied" in after else None
         numbers = conflict_scores(p[FIRST_EDIT]["first"], after["first"], after["holds"], alone=alone, tied=tied)
         return {(CONFLICTS, key): value for key, value in numbers.items()}
 
@@ -168,7 +168,7 @@ class RoundAnswers(_Course):
         p = {name: question.likelihoods(outputs) for name, outputs in states.items()}
         if FIRST_EDIT not in p:
             return {}
-        there, before, after = p[FIRST_EDIT], p["before"], p["after"]
+        there, before, after = p[FIRST_EDIT], p[BEFORE_EDITS], p[AFTER_EDITS]
         objects = [name for name in after if name != "new"]
         numbers = round_scores(
             (there["new"], there["old"]),
