@@ -41,8 +41,8 @@ from ..text.subjects import last_user_turn
 from .retrieval import words_of
 
 Encoder = Callable[[Sequence[str]], torch.Tensor]
-BY_STATE = "state"
 """Texts → ``[n, d]`` fp32."""
+BY_STATE = "state"
 AKIN = 0.6
 """Similarity from which on one of `COMMON_RELATIONS` is taken to mean what an edit means."""
 UNRELATED = 0.1
@@ -236,7 +236,7 @@ class EditRouter:
         found: dict[str, Any] = {prompt: known.get(prompt, unknown) for prompt in prompts}
         new = [prompt for prompt, route in found.items() if route is unknown]
         found |= self._alike(new, read)
-        asked = [prompt for prompt in new if found[prompt] in (None, unknown)]
+        asked = [prompt for prompt in new if found[prompt] is unknown]
         for prompt, candidates in zip(asked, self._candidates(asked), strict=True):
             claimed = [(c.similarity, place) for place, c in candidates.items() if c.claimed]
             found[prompt] = max(claimed)[1] if claimed else None
@@ -263,7 +263,7 @@ class EditRouter:
         """The edit whose state each prompt's is nearest to, the latest of equals; nothing where none are compared."""
         if self.alike is None or read is None or not self.size or not prompts:
             return []
-        best, places = (_units(read(prompts)) @ self.states.tensor.flip(0).T).max(dim=1)
+        best, places = (_units(read(prompts)) @ self.states.tensor.T).flip(1).max(dim=1)
         return [
             (place := self.size - 1 - int(back), self._by_state(place, prompt, float(near)))
             for prompt, near, back in zip(prompts, best, places, strict=True)

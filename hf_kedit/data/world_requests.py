@@ -64,9 +64,11 @@ def load_world(
     rows = [(person, orders[person.name][turn]) for turn in range(len(PERSON_RELATIONS)) for person in people]
     rows = rows[:sequence]
     edited = frozenset(person.name for person, _ in rows) if apart or sequence else frozenset()
-    changed = {(person.name, relation.key) for person, relation in rows} if sequence else set()
+    changed: dict[str, set[str]] = {person.name: set() for person, _ in rows}
+    for person, relation in rows if sequence else ():
+        changed[person.name].add(relation.key)
     for number, (person, relation) in enumerate(rows):
-        own = frozenset(key for name, key in changed if name == person.name) if changed else frozenset()
+        own = frozenset(changed[person.name])
         yield edit_row(world, person, relation, rng, f"world/{split}/{number}", edited, own)
 
 

@@ -223,12 +223,13 @@ class LocateMethod(Method):
     def prepare(self) -> None:
         """Templates, norms and, in one pass over the text, the second moments of all layers, before weights change."""
         self.templates()
-        with self.bench.unedited():
-            if self.needs_moments:
+        if self.needs_moments:
+            with self.bench.unedited():
                 self.bench.statistics.moments(self.edited_modules(), per_width=self.tokens_per_width)
-            if self.config.norm_anchor is not None:
-                for layer, places in self.value_sites():
-                    if (layer, places) not in self._anchors:
+        if self.config.norm_anchor is not None:
+            for layer, places in self.value_sites():
+                if (layer, places) not in self._anchors:
+                    with self.bench.unedited():
                         self._anchors[layer, places] = self._norm_of_values(layer, places, self.config.norm_anchor)
 
     def check(self, requests: Sequence[EditRequest]) -> None:

@@ -326,8 +326,9 @@ class SERACEditor(Editor):
             negatives = negatives & torch.eye(len(groups), dtype=torch.bool, device=negatives.device)
         scope_loss = classifier_loss(related, unrelated, negatives)
         edit_loss, loss = torch.zeros_like(scope_loss), self.edit_config.locality_weight * scope_loss
-        if self.reader is not None:  # the base model learns nothing
-            edit_loss = score(self.reader, rephrase).nll.mean()
+        outer = None if self.reader is None else score(self.reader, rephrase)
+        if outer is not None:  # the base model learns nothing
+            edit_loss = outer.nll.mean()
             loss = self.edit_config.edit_weight * edit_loss + loss
         metrics = None
         if not self.training:
@@ -341,8 +342,8 @@ class SERACEditor(Editor):
             caught = (unrelated.masked_fill(~(here & locality["apart"]), -torch.inf).amax(dim=1) >= least).float()
             with frozen_eval(self.base):
                 known = score(self.base, locality).all_right()
-                said, reworded = (score(self.reader or self.base, part).all_right() for part in (edit, rephrase))
-            success, general = routed[0] * said, routed[1] * reworded
+                said, reworded = score(self.reader or self.base, edit), outer or score(self.base, rephrase)
+            success, general = routed[0] * said.all_right(), routed[1] * reworded.all_right()
             metrics = torch.stack([success, general, 1 - caught, caught * known], dim=1)
         return EditorOutput(loss, edit_loss, scope_loss, len(groups), metrics)
 
