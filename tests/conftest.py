@@ -36,12 +36,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import settings
+from transformers.utils import logging as transformers_logging
 
 from hf_kedit import EditableModel
-from hf_kedit.logging import disable_progress_bars
+from hf_kedit import logging as kedit_logging
 
 torch.set_num_threads(1)
-disable_progress_bars()
+kedit_logging.disable_progress_bars()
 # A shell that starts the suite in the background ignores Ctrl-C for it, and many tests are about Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,6 +58,17 @@ def same_random_numbers() -> None:
     """What a test draws from the global generators does not depend on the tests before it."""
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_verbosity() -> Iterator[None]:
+    """Commands set the loggers of the process; tests after these find them as they were."""
+    ours, bars = kedit_logging.get_verbosity(), kedit_logging._progress_bars
+    theirs = transformers_logging.get_verbosity()
+    yield
+    kedit_logging.set_verbosity(ours)
+    kedit_logging._progress_bars = bars
+    transformers_logging.set_verbosity(theirs)
 
 
 @pytest.fixture

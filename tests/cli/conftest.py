@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 from hf_kedit import EditableModel
-from hf_kedit import logging as kedit_logging
 from hf_kedit.cli import app
 
 FACT = {
@@ -27,20 +25,6 @@ FACT = {
 SECOND = {"id": "second", "prompt": "{} is employed by", "subject": "Gukir Tudias", "target_new": "Heidork"}
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def _verbosity() -> Iterator[None]:
-    """Commands set the loggers of the process; tests after these find them as they were."""
-    ours, bars, theirs = (
-        kedit_logging.get_verbosity(),
-        kedit_logging._progress_bars,
-        transformers_logging.get_verbosity(),
-    )
-    yield
-    kedit_logging.set_verbosity(ours)
-    kedit_logging._progress_bars = bars
-    transformers_logging.set_verbosity(theirs)
 
 
 @pytest.fixture

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
-from hf_kedit import logging as kedit_logging
 from hf_kedit.cli.trace import trace
 
 MODEL = ("--model", "kedit/world-gpt2", "--samples", "2")
 FACT = ("--prompt", "By profession {} is a", "--subject", "Tarosk Boayond")
-
-
-@pytest.fixture(autouse=True)
-def _verbosity() -> Iterator[None]:
-    before = kedit_logging.get_verbosity(), kedit_logging._progress_bars, transformers_logging.get_verbosity()
-    yield
-    kedit_logging.set_verbosity(before[0])
-    kedit_logging._progress_bars = before[1]
-    transformers_logging.set_verbosity(before[2])
 
 
 def run(*words: Any) -> Result:
