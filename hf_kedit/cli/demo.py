@@ -6,8 +6,8 @@ The run is here, what it looks like in `demo_view`. Every figure is of this one 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -23,7 +23,8 @@ from .. import logging as kedit_logging
 from ..errors import DataError, EvaluationError
 from ..storage.parsing import as_mapping, parse_json
 from ..text.processors import shown_text
-from .demo_view import Answers, DemoView, opening
+from ..text.sentences import opening
+from .demo_view import Answers, DemoView
 from .models import DeviceOption, Dtype, DtypeOption, SetOption, hush_transformers, open_model
 from .output import DebugOption, Format, FormatOption, command, console, emit
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ..requests import EditRequest
 
 NEW_TOKENS, ANSWER_TOKENS = 10, 8
-"""Of what is shown, as many as side effects are judged by; of what tells whether a fact is known."""
+"""Of what is shown, as many as side effects are judged by; of what the model says now to a fact of the user's."""
 TRIED_FACTS, TRIED_LANDMARKS, TRIED_PICTURES = 50, 8, 8
 PROTOCOL = "generation"
 RELOAD_LIMIT = 500_000_000
@@ -285,6 +286,7 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
     """The user's fact; else the first that the model knows: of the embedded world, or landmarks of the real one."""
     from .. import embedded
     from ..data import load_edit_dataset
+    from ..evaluation import known_facts
     from ..requests import EditRequest, load_requests
 
     source: dict[str, Any] = {"name": "facts", "split": "test", "relation": "landmark_city", "limit": TRIED_LANDMARKS}
@@ -304,11 +306,10 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
         return request
     facts = load_requests(load_edit_dataset(**source))
     assert model.tokenizer is not None
-    asked = [fact.rendered(model.tokenizer, model.processor).filled_prompt for fact in facts]
-    texts = _continue(model, asked, ANSWER_TOKENS)
-    for fact, prompt in zip(facts, asked, strict=True):
-        if fact.ground_truth and texts[prompt].startswith(fact.ground_truth[0]):
-            return fact
+    asked = [fact.rendered(model.tokenizer, model.processor) for fact in facts]
+    known = known_facts(model.base_model, model.tokenizer, asked, at_once=True)
+    for fact in itertools.compress(facts, known):
+        return fact
     raise DataError(f"{options.model!r} knows none of {len(facts)} facts; name one with --prompt and --target")
 
 
@@ -320,7 +321,7 @@ def ask(model: EditableModel, request: EditRequest, prompts: Sequence[str]) -> A
     pairs = [(request.filled_prompt, target) for target in targets]
     assert model.tokenizer is not None  # loaded by name
     scores = score_pairs(model.base_model, model.tokenizer, pairs, request.separator_or(model.edit_config.separator))
-    chances = [math.exp(-score.sum_nll) for score in scores]
+    chances = [score.probability for score in scores]
     return Answers(_continue(model, prompts, NEW_TOKENS), chances[1] if len(chances) > 1 else None, chances[0])
 
 

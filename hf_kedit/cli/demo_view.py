@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..drawing.blocks import in_blocks
-from ..storage.display import percent
+from ..storage.display import millions, percent
 from ..text.pictures import pictures_of
+from ..text.sentences import opening
 from .output import error_console
 from .side_effects import show_side_effects
 
@@ -112,11 +112,10 @@ class DemoView:
 
     def title(self, model: str, size: int, depth: int, method: str, layers: Sequence[int]) -> None:
         """Which model, which method."""
-        count = f"{size / 1e9:.1f} billion" if size >= 1e9 else f"{size / 1e6:.1f} million"
         where = "layer " + str(layers[0]) if len(layers) == 1 else "layers " + ", ".join(map(str, layers))
         text = Text.assemble(
             (model, "bold"),
-            f"  {count} parameters, {depth} layers\n",
+            f"  {millions(size)} parameters, {depth} layers\n",
             (method, "bold"),
             f"  edits {where} (counted from 0)" if layers else "",
         )
@@ -264,11 +263,6 @@ def _whole_sentences(text: str) -> str:
     """The text without a sentence at its end that the token limit has cut, if another one precedes it."""
     end = max(text.rfind(mark) for mark in ".?!")
     return text[: end + 1] if end > 0 else text
-
-
-def opening(text: str) -> str:
-    """What stands before the first full stop, question mark or line break."""
-    return re.split(r"[.?!\n](?:\s|$)|\n", text, maxsplit=1)[0].strip()
 
 
 def _short(text: str) -> str:

@@ -26,6 +26,11 @@ def percent(value: float | None, sign: str = "") -> str:
     return "–" if value is None else f"{100 * value:.1f}{sign}"
 
 
+def millions(count: int) -> str:
+    """A number of parameters in words, with one decimal: ``1.5 million``, ``7.2 billion``."""
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
 def printable(text: str, keep: str = "\n\t") -> str:
     """The text with control characters, and those that turn the direction of writing, as visible escapes.
 

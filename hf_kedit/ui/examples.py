@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .. import embedded
 from ..data import load_edit_dataset
-from ..evaluation import generate_answers
+from ..evaluation import known_facts
 from ..model import EditableModel
 from ..requests import SLOT, EditRequest, load_requests
 from ..text.suggestion import suggest_subject
 
-EXAMPLES, TRIED, ANSWER_TOKENS = 4, 24, 8
+EXAMPLES, TRIED = 4, 24
 _TEMPLATES = 400
 
 
@@ -57,14 +58,13 @@ def _one_of_each(facts: Sequence[EditRequest]) -> list[EditRequest]:
 
 
 def _known(model: EditableModel, facts: Sequence[EditRequest]) -> list[EditRequest]:
+    """A few facts that the model knows, one of each subject."""
     assert model.tokenizer is not None
-    prompts = [fact.filled_prompt for fact in facts]
-    said = generate_answers(model.base_model, model.tokenizer, prompts, ANSWER_TOKENS)
-    known: dict[str | None, EditRequest] = {}  # one of each subject
-    for fact, answer in zip(facts, said, strict=True):
-        if fact.ground_truth and answer.text.startswith(fact.ground_truth[0]):
-            known.setdefault(fact.subject, fact)
-    return list(known.values())[:EXAMPLES]
+    known = known_facts(model.base_model, model.tokenizer, facts, at_once=True)
+    one_each: dict[str | None, EditRequest] = {}
+    for fact in itertools.compress(facts, known):
+        one_each.setdefault(fact.subject, fact)
+    return list(one_each.values())[:EXAMPLES]
 
 
 def subject_for(prompt: str, current: str) -> str:

@@ -25,6 +25,7 @@ from ..errors import KeditError
 from ..logging import get_logger
 from ..methods import registered_methods
 from ..model import EditableModel
+from ..storage.display import millions
 from . import changing, sharing, views
 from .examples import Examples, examples_for, subject_for
 from .probing import compare, inspect_prompt
@@ -100,8 +101,7 @@ class Page:
 
     def _about(self) -> str:
         size = sum(p.numel() for p in self.model.base_model.parameters())
-        large = f"{size / 1e9:.1f} billion" if size >= 1e9 else f"{size / 1e6:.1f} million"
-        about = f"{large} parameters, {self.model.anatomy.num_layers} layers"
+        about = f"{millions(size)} parameters, {self.model.anatomy.num_layers} layers"
         if embedded.is_embedded(self.name):
             about += ", trained on an invented world of 400 people"
         return about

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -211,4 +210,4 @@ def chances_of(model: EditableModel, prompt: str, answers: Sequence[str]) -> lis
     scores = score_pairs(
         model.base_model, model.tokenizer, [(prompt, answer) for answer in answers], model.edit_config.separator
     )
-    return [math.exp(-score.sum_nll) for score in scores]
+    return [score.probability for score in scores]

@@ -10,6 +10,7 @@ from ..evaluation.measures.side_effects import Answered, EffectKind
 from ..evaluation.report.html_cases import changed
 from ..locate import LensReading, Trace
 from ..storage.display import printable
+from ..text.sentences import OPENING, opening
 from .markup import Markup, pieces, tag
 from .probing import BothAnswers, Chance, Inspection
 from .visitors import HistoryEntry, Visitor
@@ -117,19 +118,16 @@ def _verdict(entry: HistoryEntry, effects: SideEffectReport) -> Markup:
     good = fact is not None and fact.good
     verdict = ("Done, but look below. " if effects.harm else "Done. ") if good else "It did not take. "
     words: list[str] = [tag("b", verdict)]
-    words += [f"{request.plain_prompt} ", tag("mark", first_words(fact.after if fact else request.target_new))]
+    words += [f"{request.plain_prompt} ", tag("mark", _shown(fact.after if fact else request.target_new))]
     if fact is not None:
-        words.append(tag("span", f" was: {first_words(fact.before)}", cls="k-soft"))
+        words.append(tag("span", f" was: {_shown(fact.before)}", cls="k-soft"))
     if not good:
         words.append(tag("span", " Another method, or other settings, may do it.", cls="k-soft"))
     return tag("p", *words, cls=f"k-verdict {'good' if good and not effects.harm else 'bad' if not good else 'plain'}")
 
 
-def first_words(text: str, most: int = 8) -> str:
-    """What stands before the first end of a sentence, at most some words of it."""
-    sentence = text.replace("\n", " ").split(". ")[0].rstrip(" .,").strip()
-    words = sentence.split()
-    return (" ".join(words[:most]) + (" …" if len(words) > most else "")) or "(nothing)"
+def _shown(answer: str) -> str:
+    return opening(answer, OPENING) or "(nothing)"
 
 
 def _cards(effects: SideEffectReport) -> Markup:
@@ -324,7 +322,7 @@ def history_card(entry: HistoryEntry) -> str:
     edit = entry.edit
     state = "undone" if entry.is_undone else "on" if entry.is_on else "off"
     asked = entry.effects.of("fact") if entry.effects else []
-    before = next((first_words(answer.before) for answer in asked), ", ".join(edit.request.ground_truth) or "?")
+    before = next((_shown(answer.before) for answer in asked), ", ".join(edit.request.ground_truth) or "?")
     about = tag("span", state, cls=f"k-badge {state}")
     return tag(
         "div",

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.style import Style
 
 from hf_kedit import EditableModel
-from hf_kedit.cli.demo_view import Answers, DemoView, opening
+from hf_kedit.cli.demo_view import Answers, DemoView
 from hf_kedit.drawing.blocks import in_blocks
 from hf_kedit.requests import EditRequest
 from hf_kedit.text.pictures import Picture
@@ -96,21 +96,6 @@ def test_demo_refuses_a_folder_with_a_model(kedit: Run, tmp_path: Path) -> None:
     result = kedit("demo", "--output", tmp_path)
     assert result.exit_code == 1
     assert "complete model" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "first"),
-    [
-        ("Rome. It is", "Rome"),
-        ("Rome", "Rome"),
-        ("a\nb", "a"),
-        ("the U.S. Senate. And", "the U.S"),
-        ("3.14 is pi. Yes", "3.14 is pi"),
-        ("", ""),
-    ],
-)
-def test_the_opening_of_a_text(text: str, first: str) -> None:
-    assert opening(text) == first
 
 
 # ---------------------------------------------------------------------- the view

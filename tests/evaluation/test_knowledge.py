@@ -33,6 +33,10 @@ def test_one_of_the_answers_suffices_and_an_answer_further_on_is_not_seen(world)
     later = EditRequest(row.prompt, ground_truth=["nowhere", last], target_new="x")
     assert known_facts(world, world.tokenizer, [later], max_new_tokens=12) == [True]
     assert known_facts(world, world.tokenizer, [later], max_new_tokens=2) == [False]
+    assert known_facts(world, world.tokenizer, [later], max_new_tokens=12, at_once=True) == [False]
+    first = told[told.index(row.prompt) + len(row.prompt) :].split()[0].strip(".")
+    at_once = EditRequest(row.prompt, ground_truth=["nowhere", first], target_new="x")
+    assert known_facts(world, world.tokenizer, [at_once], at_once=True) == [True]
 
 
 def test_questions(world):

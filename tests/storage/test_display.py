@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from markdown_it import MarkdownIt
 
-from hf_kedit.storage.display import markdown_text, percent, printable, python_text
+from hf_kedit.storage.display import markdown_text, millions, percent, printable, python_text
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -54,6 +54,14 @@ def test_control_characters_become_visible() -> None:
 
 def test_percentages() -> None:
     assert (percent(0.5), percent(1.0, " %"), percent(None, " %")) == ("50.0", "100.0 %", "–")
+
+
+def test_numbers_of_parameters() -> None:
+    assert [millions(n) for n in (1_540_000, 999_999_999, 7_240_000_000)] == [
+        "1.5 million",
+        "1000.0 million",
+        "7.2 billion",
+    ]
 
 
 @pytest.mark.parametrize("text", [*NASTY, 'a"b', "```\n# out", "x\x1b[31m\u202e\x9b\ud800\U000e0001", "a\\"])

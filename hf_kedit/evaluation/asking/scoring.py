@@ -73,6 +73,11 @@ class PairScore:
     sum_nll: float
     truncated: int = 0
 
+    @property
+    def probability(self) -> float:
+        """Of the whole target behind the prompt."""
+        return math.exp(-self.sum_nll)
+
 
 @dataclass(frozen=True)
 class Unscored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict
@@ -27,13 +27,15 @@ def known_facts(
     requests: Sequence[EditRequest],
     *,
     questions: bool = False,
+    at_once: bool = False,
     prompt_format: PromptFormat = "raw",
     max_new_tokens: int = NEW_TOKENS,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[bool]:
     """Tell for each request whether the model gives one of its old or true answers (``ground_truth``).
 
-    A fact counts as known if one of the answers occurs, as whole words, in a short greedy continuation.
+    A fact counts as known if one of the answers occurs, as whole words, in a short greedy continuation; of facts that
+    are then shown to people with the continuation, ``at_once``.
 
     Args:
         model: causal or encoder-decoder language model, as it is.
@@ -41,6 +43,7 @@ def known_facts(
         requests: with at least one answer each.
         questions: ask the first question that the request brings along (``metadata["extra"]["questions"]``, or
             ``metadata["questions"]``) instead of continuing the prompt.
+        at_once: only what a continuation begins with counts, to the letter.
         prompt_format: see `generate_answers`; ``"chat"`` or ``"qa"`` go with questions.
         max_new_tokens: of a continuation.
         token_budget: padded tokens per batch.
@@ -56,10 +59,15 @@ def known_facts(
     answers = generate_answers(
         model, tokenizer, prompts, max_new_tokens, token_budget=token_budget, prompt_format=prompt_format
     )
+    scorer: str | Callable[[str, str], float] = _begins_with if at_once else "contains"
     return [
-        answer_score(answer.text, [request.ground_truth]) == 1.0
+        answer_score(answer.text, [request.ground_truth], scorer=scorer) == 1.0
         for request, answer in zip(requests, answers, strict=True)
     ]
+
+
+def _begins_with(text: str, answer: str) -> float:
+    return float(text.startswith(answer))
 
 
 class _Questions(TypedDict, total=False):

@@ -160,7 +160,7 @@ def instance_change(
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop, question or exclamation mark that does not follow a digit."""
+    """The text up to its first full stop, question or exclamation mark behind no digit, as ConceptEdit cuts it."""
     stop = re.search(r"(?<!\d)[.!?。！？]", text)
     return text[: stop.end()].strip() if stop else text.strip()
 

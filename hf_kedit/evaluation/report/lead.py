@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
 from ...storage.display import percent
+from ...text.sentences import OPENING, opening
 from ..measures.catalogue import metric_of
 from .case_result import CaseResult
 from .figures import axis_name, destroyed_axes
@@ -16,7 +16,7 @@ from .html_cases import asked, changed, texts_of
 from .results import Results
 from .summaries import AxisKey, formatted, label_of, means_by_name
 
-_EXAMPLES, _MOST_RUNS, _NUMBERS, _LINE = 3, 8, 3, 60
+_EXAMPLES, _MOST_RUNS, _NUMBERS = 3, 8, 3
 _WORDS = {
     "rewrite_acc": "the edited prompts give the new answer",
     "rephrase_acc": "other wordings give it too",
@@ -85,7 +85,7 @@ def _harm(report: Results, several: bool) -> str:
     ]
     texts = [text for result in report.results if result.when == when for text in _lost_texts(result, lost)]
     for text in texts[: 1 if several else _EXAMPLES]:
-        before, after = (_beginning(str(text[half])) for half in ("pre", "post"))
+        before, after = (opening(str(text[half]), OPENING) for half in ("pre", "post"))
         new = changed(before, after, "lost")
         lines.append(f'<p>{escape(str(text["prompt"]))} <span class="soft">{escape(before)} →</span> {new}</p>')
     states = {str(point["state"]) for point in report.checkpoints if point.get("state") not in (None, "ok")}
@@ -94,12 +94,6 @@ def _harm(report: Results, several: bool) -> str:
     kept = any(any(scores.get(s, {}).values()) for scores in posts for s in ("locality", "locality_accuracy"))
     none = "At least half of each kind of other answers stayed." if kept else "What else changed was not measured."
     return "".join(lines) or f"<p>{none}</p>"
-
-
-def _beginning(text: str) -> str:
-    """The first sentence of what a model wrote, as far as it fits into a line."""
-    first = re.split(r"(?<=[.!?。])\s|\n", text.strip(), maxsplit=1)[0]
-    return first if len(first) <= _LINE else f"{first[:_LINE]}…"
 
 
 def _lost_texts(result: CaseResult, axes: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

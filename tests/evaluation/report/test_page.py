@@ -198,7 +198,7 @@ def test_the_page_begins_with_what_was_asked_what_changed_and_where_it_hurts():
     assert "fact 2 Lima" in text and "fact 3" not in text and "and 2 more edits" in text
     assert "the edited prompts give the new answer: 0.0 % → 100.0 %" in text
     assert "near by: 33.3 % left" in text  # by generation; teacher forced, all of it
-    assert "Westland's capital is Rome. → Lima." in text  # the neighbour that was lost, and its first sentence alone
+    assert "Westland's capital is Rome → Lima" in text  # the neighbour that was lost, and its first sentence alone
     assert "Sudland" not in text and "She" not in text
     both = Comparison({"<a>": kept, "b": lost}).to_html()
     assert both.index('<div class="panels lead">') < both.index("<h2>By generation")
