@@ -68,13 +68,26 @@ def generation_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, An
     """What ``generate`` takes of a padded batch, which counts positions itself: ids, mask, and pictures if any."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     inputs |= picture_inputs(model, batch.input_ids, batch.pictures() if batch.beside else {})
-    if _inner(model).config.model_type == "paligemma":
-        # A text without pictures is read as an answer is, in one direction: without types, whether the model looks
-        # ahead would depend on the padding.
-        alone = torch.tensor([not row for row in batch.beside or [{}] * len(batch.starts)], device=batch.starts.device)
-        types = inputs.get("token_type_ids", torch.zeros_like(batch.input_ids))
-        inputs["token_type_ids"] = types.masked_fill(alone[:, None], 1)
-    return inputs
+    return inputs | text_types(model, inputs, [bool(row) for row in batch.beside])
+
+
+def text_types(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], pictured: Sequence[bool]
+) -> dict[str, torch.Tensor]:
+    """For PaliGemma, ``token_type_ids`` ``[rows, width]`` in which a text without pictures is of an answer's type.
+
+    It is then read in one direction: without types, whether the model looks ahead would depend on the padding.
+
+    Args:
+        model: that reads; nothing is said to any other.
+        inputs: ``input_ids``, and types where a row has pictures.
+        pictured: of each row, whether it has pictures; empty: none has.
+    """
+    if _inner(model).config.model_type != "paligemma":
+        return {}
+    ids = inputs["input_ids"]
+    alone = ~torch.tensor(pictured or [False] * len(ids), device=ids.device)
+    return {"token_type_ids": inputs.get("token_type_ids", torch.zeros_like(ids)).masked_fill(alone[:, None], 1)}
 
 
 def decoder_start(model: PreTrainedModel) -> int:

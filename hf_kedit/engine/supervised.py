@@ -14,7 +14,7 @@ import torch
 
 from ..tokens import ALIGNED, pad_rows
 from .examples import Example, row_means
-from .forward import Positions, accepts, logits_at, picture_inputs
+from .forward import Positions, accepts, logits_at, picture_inputs, text_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +79,9 @@ def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """What a model reads of a batch: ids, mask and pictures."""
     kwargs: dict[str, Any] = {name: value for name, value in batch.items() if name in _READ}
     pictures = {name: value for name, value in batch.items() if name in ALIGNED or SHARES_OF + name in batch}
-    return kwargs | picture_inputs(model, kwargs["input_ids"], pictures)
+    kwargs |= picture_inputs(model, kwargs["input_ids"], pictures)
+    shares = [value for name, value in batch.items() if name.startswith(SHARES_OF)]
+    return kwargs | text_types(model, kwargs, torch.stack(shares).bool().any(0).tolist() if shares else ())
 
 
 def logits_where(model: PreTrainedModel, batch: Batch, mask: torch.Tensor) -> torch.Tensor:

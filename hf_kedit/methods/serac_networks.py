@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertConfig, LlamaConfig, T5Config
 
 from ..books.retrieval import Passage
-from ..engine.forward import accepts
+from ..engine.forward import accepts, decoder_start
 from ..errors import ConfigError
 from ..tokens import context_length, pad_rows, vocabulary_size
 
@@ -150,7 +150,7 @@ def small_reader(model: PreTrainedModel, size: int, layers: int) -> dict[str, An
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         common[name] = getattr(base, name, None)
     if model.config.is_encoder_decoder:
-        start = model.config.decoder_start_token_id
+        start = decoder_start(model)
         sizes = {"d_model": size, "d_ff": 4 * size, "num_layers": layers, "num_heads": heads, "d_kv": size // heads}
         common |= sizes | {"dropout_rate": 0.0, "decoder_start_token_id": start}
         return described(T5Config(**common))

@@ -25,7 +25,7 @@ from hf_kedit.training import EditCollator, EditFacts
 from tests.pictures.test_edits import sight
 from tests.seeing import picture, seeing
 
-FAMILIES = ("llava", "qwen2_vl", "llava_onevision", "blip2")
+FAMILIES = ("llava", "qwen2_vl", "llava_onevision", "blip2", "paligemma")
 SIZES = ((40, 40), (56, 30), (30, 70), (90, 28))  # Qwen's processors make other numbers of patches of each
 
 
@@ -223,3 +223,12 @@ def test_serac_without_an_editor_finds_edits_by_words_and_pictures() -> None:
     assert _nll(edited, fact(0)) != pytest.approx(before[0], abs=1e-2) and _nll(edited, other) == kept
     with pytest.raises(RequestError, match="soft"):
         EditableModel(seeing("llava")[0], SERACConfig(soft=True), processor).edit(fact(0))
+
+
+def test_seracs_small_model_begins_where_a_seeing_encoder_decoder_begins() -> None:
+    """Florence-2 keeps the token with its text stack."""
+    model, _ = seeing("florence2")
+    start = model.config.text_config.decoder_start_token_id
+    editor = editor_class("serac").for_model(model, SERACConfig(encoder_size=32, model_size=32, model_layers=1))
+    assert isinstance(editor, SERACEditor) and editor.reader is not None
+    assert not hasattr(model.config, "decoder_start_token_id") and editor.reader.config.decoder_start_token_id == start
