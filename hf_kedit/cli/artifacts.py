@@ -12,17 +12,22 @@ from ..errors import ArtifactError
 from ..storage.display import percent
 from ..storage.files import write_text
 from .hub import back_to
-from .models import BaseOption, DeviceOption, Dtype, DtypeOption, TrustOption, edits_at, open_model
+from .models import BaseOption, DeviceOption, Dtype, DtypeOption, LoadOptions, TrustOption, edits_at, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit, error_console
 from .remote import NobodyAsked
 
 if TYPE_CHECKING:
     from ..model import EditableModel
 
+EditsArgument = Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")]
+RankOption = Annotated[
+    int | None, typer.Option("--rank", min=1, help="Rank of the adapter; default: what the edits need.")
+]
+
 
 @command
 def rollback(
-    source: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
+    source: EditsArgument,
     edit_ids: Annotated[list[str] | None, typer.Argument(metavar="[EDIT_ID]...", help="Edits to undo.")] = None,
     last: Annotated[int | None, typer.Option("--last", min=1, help="Undo the last so many edits.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Undo all edits.")] = False,
@@ -101,7 +106,7 @@ def export_finetune(
 
 @command
 def merge(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
+    folder: EditsArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plain transformers model.")],
     base: BaseOption = None,
     adapter: Annotated[
@@ -173,12 +178,10 @@ class LoraTarget(StrEnum):
 
 @command
 def export_lora(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder (or Hub id) of saved edits.")],
+    folder: EditsArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter.")],
     target: Annotated[LoraTarget, typer.Option("--target", help="Who is to load it.")] = LoraTarget.peft,
-    rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="Rank of the adapter; default: what the edits need.")
-    ] = None,
+    rank: RankOption = None,
     modules: Annotated[
         list[str] | None,
         typer.Option("--module", help="A further module to cover, with zeros; adapters over the same swap in place."),
@@ -234,9 +237,8 @@ def _open_edits(name: str, device: str | None, trust_remote_code: bool, base: st
     silent = None
     if artifact.config["base_model_class"] == "RemoteModel" and base is None:
         silent = NobodyAsked(artifact.config["base_model_name_or_path"])
-    return open_model(
-        name, device=device, trust_remote_code=trust_remote_code, base=base, artifact=artifact, backend=silent
-    )
+    load = LoadOptions(device=device, base=base, trust_remote_code=trust_remote_code)
+    return open_model(name, load, artifact=artifact, backend=silent)
 
 
 def _check_model_folder(folder: Path) -> None:

@@ -18,22 +18,7 @@ import typer
 
 from ..errors import ConfigError, KeditError, RequestError, nearest
 from ..storage.display import printable, printable_json
-from .models import (
-    BaseOption,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    LayersOption,
-    MethodOption,
-    PromptFormatOption,
-    RevisionOption,
-    SetOption,
-    SystemOption,
-    TrustOption,
-    UntieOption,
-    open_model,
-    parse_layers,
-)
+from .models import LoadOptions, MethodOptions, PromptFormatOption, SystemOption, UntieOption, open_model
 from .output import DebugOption, Format, FormatOption, command, console, counted, error_console
 
 if TYPE_CHECKING:
@@ -71,16 +56,9 @@ def chat(
         bool, typer.Option("--complete", help="Complete texts, also where the model has a chat template.")
     ] = False,
     system: SystemOption = None,
-    method: MethodOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    layers: LayersOption = None,
+    how: MethodOptions = MethodOptions(),
     prompt_format: PromptFormatOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    base: BaseOption = None,
-    trust_remote_code: TrustOption = False,
+    load: LoadOptions = LoadOptions(),
     untie: UntieOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
@@ -90,19 +68,7 @@ def chat(
     Reads standard input line by line, which may be a pipe. A model without a chat template completes what you write.
     --method is for the edits that you make (default: that of the saved edits, else auto).
     """
-    editable = open_model(
-        model,
-        method,
-        config,
-        set_,
-        flags={"layers": parse_layers(layers), "prompt_format": prompt_format, "system": system},
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        base=base,
-        trust_remote_code=trust_remote_code,
-        untie=untie,
-    )
+    editable = open_model(model, load, how, flags={"prompt_format": prompt_format, "system": system}, untie=untie)
     if editable.tokenizer is None:
         raise ConfigError("the model has no tokenizer, without which it can be told nothing")
     chats = bool(getattr(editable.tokenizer, "chat_template", None)) and not complete

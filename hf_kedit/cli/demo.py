@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +25,16 @@ from ..storage.parsing import as_mapping, parse_json
 from ..text.processors import shown_text
 from ..text.sentences import opening
 from .demo_view import Answers, DemoView
-from .models import DeviceOption, Dtype, DtypeOption, SetOption, hush_transformers, open_model
+from .facts import RephraseOption, SubjectOption, TargetOption
+from .models import (
+    DeviceOption,
+    DtypeOption,
+    LoadOptions,
+    MethodOptions,
+    SetOption,
+    hush_transformers,
+    open_model,
+)
 from .output import DebugOption, Format, FormatOption, command, console, emit
 
 if TYPE_CHECKING:
@@ -54,48 +63,30 @@ sys.stdout.write(json.dumps({"digest": model_digest(model.base_model), "text": t
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoOptions:
-    """The options of the command."""
+    """Which model, which method, which fact."""
 
-    model: str
-    method: str
-    prompt: str | None = None
-    subject: str | None = None
-    target: str | None = None
-    ground_truth: str | None = None
-    rephrase: list[str] = field(default_factory=list)
-    settings: list[str] = field(default_factory=list)
-    output: Path | None = None
-    reload: bool | None = None
-    dtype: Dtype | None = None
-    device: str | None = None
-
-
-@command
-def demo(
     model: Annotated[
         str,
         typer.Option(
             "--model", "-m", help="kedit/world-gpt2, kedit/world-llama, kedit/world-pictures, or any Hub id or folder."
         ),
-    ] = "kedit/world-gpt2",
-    method: Annotated[str, typer.Option("--method", "-M", help="Editing method.")] = "rome",
+    ] = "kedit/world-gpt2"
+    method: Annotated[str, typer.Option("--method", "-M", help="Editing method.")] = "rome"
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="A fact of your own; {} stands for the subject.")
-    ] = None,
-    subject: Annotated[str | None, typer.Option("--subject", help="The entity that it is about.")] = None,
-    target: Annotated[str | None, typer.Option("--target", "-t", help="What the model should say.")] = None,
+    ] = None
+    subject: SubjectOption = None
+    target: TargetOption = None
     ground_truth: Annotated[
         str | None, typer.Option("--ground-truth", help="What it says now; default: what it generates.")
-    ] = None,
-    rephrase: Annotated[
-        list[str] | None, typer.Option("--rephrase", help="The prompt in other words; may be repeated.")
-    ] = None,
-    set_: SetOption = None,
+    ] = None
+    rephrase: RephraseOption = None
+    set_: SetOption = None
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the saved edit; default: a temporary folder.")
-    ] = None,
+    ] = None
     reload: Annotated[
         bool | None,
         typer.Option(
@@ -103,35 +94,24 @@ def demo(
             help="Load the saved edit in a fresh process; default: unless the model is large.",
             show_default=False,
         ),
-    ] = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    format: FormatOption = Format.human,
-    debug: DebugOption = False,
+    ] = None
+    dtype: DtypeOption = None
+    device: DeviceOption = None
+
+
+@command
+def demo(
+    options: DemoOptions = DemoOptions(), format: FormatOption = Format.human, debug: DebugOption = False
 ) -> None:
     """Watch a language model change its mind about one fact, and back.
 
     Without options: an embedded model of 1.5 million parameters that knows an invented world; nothing is
     downloaded.
     """
-    if (prompt is None) != (target is None):
+    if (options.prompt is None) != (options.target is None):
         raise typer.BadParameter("--prompt and --target belong together", param_hint="--prompt")
-    if prompt is None and (subject or ground_truth or rephrase):
+    if options.prompt is None and (options.subject or options.ground_truth or options.rephrase):
         raise typer.BadParameter("a fact of your own needs --prompt and --target", param_hint="--prompt")
-    options = DemoOptions(
-        model=model,
-        method=method,
-        prompt=prompt,
-        subject=subject,
-        target=target,
-        ground_truth=ground_truth,
-        rephrase=rephrase or [],
-        settings=set_ or [],
-        output=output,
-        reload=reload,
-        dtype=dtype,
-        device=device,
-    )
     if not debug:  # a first look should not begin with remarks about defaults; --debug shows them
         kedit_logging.set_verbosity_error()
     view = DemoView(console() if format is Format.human else None)
@@ -155,9 +135,8 @@ def run_demo(options: DemoOptions, view: DemoView) -> dict[str, Any]:
         check_destination(options.output)
     with view.working("loading the model"):
         hush_transformers()
-        model = open_model(
-            options.model, options.method, None, options.settings, dtype=options.dtype, device=options.device
-        )
+        load = LoadOptions(options.dtype, options.device)
+        model = open_model(options.model, load, MethodOptions(options.method, set_=options.set_))
         request = choose_request(model, options)
     size = sum(p.numel() for p in model.base_model.parameters())
     layers = model.edit_config.layers or []
@@ -295,7 +274,7 @@ def choose_request(model: EditableModel, options: DemoOptions) -> EditRequest:
         if model.processor is not None:
             source = {"name": "world-pictures", "limit": TRIED_PICTURES, "kinds": ("portrait",)}
     if options.prompt is not None and options.target is not None:
-        request = EditRequest(options.prompt, options.subject, options.target, rephrase_prompts=options.rephrase)
+        request = EditRequest(options.prompt, options.subject, options.target, rephrase_prompts=options.rephrase or [])
         if options.ground_truth:
             request.ground_truth = [options.ground_truth]
         else:

@@ -10,24 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..storage.display import percent
-from .models import (
-    BaseOption,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    LayersOption,
-    MethodOption,
-    OptionalModelOption,
-    PromptFormatOption,
-    RevisionOption,
-    SeedOption,
-    SetOption,
-    SystemOption,
-    TrustOption,
-    UntieOption,
-    open_model,
-    parse_layers,
-)
+from .facts import DatasetPathOption, RephraseOption, SplitOption, SubjectOption, TargetOption
+from .models import EditOptions, LoadOptions, OptionalModelOption, UntieOption, open_model
 from .output import (
     BELOW_MIN_SUCCESS,
     HARM,
@@ -42,7 +26,7 @@ from .output import (
     moments_line,
 )
 from .pictures import PlotOption, check_plot
-from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
+from .remote import BackendOptions
 from .side_effects import show_side_effects
 
 if TYPE_CHECKING:
@@ -62,18 +46,12 @@ _SHOWN = 20
 @command
 def edit(
     model: OptionalModelOption = None,
-    method: MethodOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    layers: LayersOption = None,
-    seed: SeedOption = None,
-    prompt_format: PromptFormatOption = None,
-    system: SystemOption = None,
+    how: EditOptions = EditOptions(),
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The fact as a text to complete; {} stands for the subject.")
     ] = None,
-    subject: Annotated[str | None, typer.Option("--subject", help="The entity that the fact is about.")] = None,
-    target: Annotated[str | None, typer.Option("--target", "-t", help="What the model should say.")] = None,
+    subject: SubjectOption = None,
+    target: TargetOption = None,
     erase: Annotated[
         bool,
         typer.Option(
@@ -83,9 +61,7 @@ def edit(
     ground_truth: Annotated[
         list[str] | None, typer.Option("--ground-truth", help="What is true, or what it says now; may be repeated.")
     ] = None,
-    rephrase: Annotated[
-        list[str] | None, typer.Option("--rephrase", help="The prompt in other words; may be repeated.")
-    ] = None,
+    rephrase: RephraseOption = None,
     neighbour: Annotated[
         list[str] | None,
         typer.Option("--neighbour", "--locality", help="A prompt whose answer should not change; may be repeated."),
@@ -97,13 +73,8 @@ def edit(
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", help="Name of a dataset whose rows are edited (facts, world).")
     ] = None,
-    dataset_path: Annotated[
-        Path | None,
-        typer.Option("--dataset-path", help="File or folder of a named dataset that you downloaded."),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Split of the dataset; default: the dataset's own.")
-    ] = None,
+    dataset_path: DatasetPathOption = None,
+    split: SplitOption = None,
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="Only the first so many rows of the dataset.")
     ] = None,
@@ -137,16 +108,9 @@ def edit(
     plot: PlotOption = None,
     report_to: ReportToOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 4 if something else was hurt.")] = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    base: BaseOption = None,
-    trust_remote_code: TrustOption = False,
+    load: LoadOptions = LoadOptions(),
     untie: UntieOption = False,
-    backend: BackendOption = None,
-    api_model: ApiModelOption = None,
-    api_key_env: ApiKeyOption = None,
-    api: ApiOption = Api.chat,
+    server: BackendOptions = BackendOptions(),
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -173,7 +137,7 @@ def edit(
     if dataset is None and (split or limit or dataset_path):
         raise typer.BadParameter("--split, --limit and --dataset-path belong to --dataset", param_hint="--dataset")
     if side_effects is None:
-        side_effects = backend is None or strict
+        side_effects = server.backend is None or strict
     if strict and not side_effects:
         raise typer.BadParameter("side effects are not measured with --no-side-effects", param_hint="--strict")
     if min_success is not None and not evaluation:
@@ -206,22 +170,7 @@ def edit(
         from ..artifact.layout import check_destination
 
         check_destination(output)
-    asked = backend_of(backend, api_model, api_key_env, api, system)
-    flags = {"layers": parse_layers(layers), "seed": seed, "prompt_format": prompt_format}
-    editable = open_model(
-        model,
-        method,
-        config,
-        set_,
-        flags=flags | ({"system": system} if asked is None else {}),
-        backend=asked,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        base=base,
-        trust_remote_code=trust_remote_code,
-        untie=untie,
-    )
+    editable = open_model(model, load, how, untie=untie, backend=server.open(how.system))
     from ..evaluation.measures.side_effects import watcher_of
 
     measured = None

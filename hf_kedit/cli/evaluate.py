@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,27 +12,11 @@ import typer
 from rich.console import Console
 
 from ..errors import EvaluationError
-from .models import (
-    BaseOption,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    LayersOption,
-    MethodOption,
-    OptionalModelOption,
-    PromptFormatOption,
-    RevisionOption,
-    SeedOption,
-    SetOption,
-    SystemOption,
-    TrustOption,
-    open_model,
-    parse_layers,
-    parse_settings,
-)
+from .facts import DatasetPathOption, SplitOption
+from .models import EditOptions, LoadOptions, OptionalModelOption, open_model, parse_settings
 from .output import DebugOption, Format, FormatOption, ReportToOption, command, emit
 from .pictures import PlotOption, check_plot
-from .remote import Api, ApiKeyOption, ApiModelOption, ApiOption, BackendOption, backend_of
+from .remote import BackendOptions
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
@@ -69,21 +54,12 @@ class Ask(StrEnum):
 @command
 def evaluate(
     model: OptionalModelOption = None,
-    method: MethodOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    layers: LayersOption = None,
-    seed: SeedOption = None,
-    prompt_format: PromptFormatOption = None,
-    system: SystemOption = None,
+    how: EditOptions = EditOptions(),
     dataset: Annotated[
         str | None,
         typer.Option("--dataset", "--requests", "-d", help="Name of a dataset (world), or a JSON, JSONL or CSV file."),
     ] = None,
-    dataset_path: Annotated[
-        str | None,
-        typer.Option("--dataset-path", help="File or folder of a named dataset that you downloaded."),
-    ] = None,
+    dataset_path: DatasetPathOption = None,
     dataset_option: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,9 +68,7 @@ def evaluate(
             help="Argument of load_edit_dataset, such as drop_conflicts=first or target=answers; may be repeated.",
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Split of the dataset; default: the dataset's own.")
-    ] = None,
+    split: SplitOption = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Only the first so many rows.")] = None,
     skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out the first so many rows.")] = 0,
     setting: Annotated[
@@ -175,15 +149,8 @@ def evaluate(
         Path | None, typer.Option("--html", help="HTML file for the report: charts, and every case with its texts.")
     ] = None,
     plot: PlotOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    base: BaseOption = None,
-    trust_remote_code: TrustOption = False,
-    backend: BackendOption = None,
-    api_model: ApiModelOption = None,
-    api_key_env: ApiKeyOption = None,
-    api: ApiOption = Api.chat,
+    load: LoadOptions = LoadOptions(),
+    server: BackendOptions = BackendOptions(),
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -198,7 +165,7 @@ def evaluate(
     if collect:
         if output_dir is None:
             raise typer.BadParameter("name the folder of the parts", param_hint="--output-dir")
-    elif model is None and backend is None:
+    elif model is None and server.backend is None:
         raise typer.BadParameter("name a model", param_hint="--model")
     elif dataset is None and not no_edit and not (scenario and dataset_path):
         raise typer.BadParameter("name a dataset or a file", param_hint="--dataset")
@@ -206,7 +173,7 @@ def evaluate(
         raise typer.BadParameter("name the scenario that this belongs to", param_hint="--scenario")
     if dataset is None and scenario is None and (dataset_path or dataset_option):
         raise typer.BadParameter("name the dataset whose file or options these are", param_hint="--dataset")
-    if no_edit and (method or config or set_ or layers or seed is not None or prompt_format):
+    if no_edit and replace(how, system=None) != EditOptions():
         raise typer.BadParameter("with --no-edit no method is used; leave its options out", param_hint="--no-edit")
     if no_edit and (batch_size or setting is not SettingChoice.single or when or at or shard):
         raise typer.BadParameter("with --no-edit the edits are measured as they are", param_hint="--no-edit")
@@ -233,21 +200,7 @@ def evaluate(
             given = {"split": split, "limit": limit, "skip": skip, "path": dataset_path}
             read = load_edit_dataset if chosen is None else chosen.read
             rows = read(dataset, **{**given, **arguments})
-        asked = backend_of(backend, api_model, api_key_env, api, system)
-        flags = {"layers": parse_layers(layers), "seed": seed, "prompt_format": prompt_format}
-        editable = open_model(
-            model,
-            method,
-            config,
-            set_,
-            flags=flags | ({"system": system} if asked is None else {}),
-            backend=asked,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            base=base,
-            trust_remote_code=trust_remote_code,
-        )
+        editable = open_model(model, load, how, backend=server.open(how.system))
         if decoding is not None:
             editable.set_decoding(decoding)
         if no_edit and rows is None and not editable.edits:
@@ -263,14 +216,14 @@ def evaluate(
             at=counts,
             on_error=on_error.value,
             prompt_format=None if ask is None else ask.value,
-            system=system,
+            system=how.system,
             output_dir=output_dir,
             shard=shard,
             scenario=chosen,
             report_to=report_to,
         )
         if rows is not None:
-            report.meta["dataset"] = dataset or Path(dataset_path or "").name
+            report.meta["dataset"] = dataset or (dataset_path.name if dataset_path else "")
     files = [file for file in (output, html) if file is not None]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)

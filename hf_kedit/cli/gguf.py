@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ..storage.display import percent
-from .models import BaseOption, DeviceOption, RevisionOption, TrustOption, edits_at, open_model
+from .artifacts import RankOption
+from .models import BaseOption, DeviceOption, LoadOptions, RevisionOption, TrustOption, edits_at, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit, size_of
 
 
@@ -30,9 +31,7 @@ def export_gguf(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the edits alone, as a LoRA adapter of the base model.")
     ] = False,
-    rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="Rank of the adapter; default: what the edits need.")
-    ] = None,
+    rank: RankOption = None,
     base: BaseOption = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
@@ -46,14 +45,8 @@ def export_gguf(
     from ..gguf.reading import require_gguf
 
     require_gguf("writing GGUF")
-    model = open_model(
-        source,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        base=base,
-        artifact=edits_at(source, revision),
-    )
+    load = LoadOptions(device=device, revision=revision, base=base, trust_remote_code=trust_remote_code)
+    model = open_model(source, load, artifact=edits_at(source, revision))
     done = model.export_gguf_adapter(output, rank=rank) if adapter else model.export_gguf(output, dtype=dtype.value)
     data = {
         "output": str(output),

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,6 +98,50 @@ TrustOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class MethodOptions:
+    """Which method edits, with which hyperparameters."""
+
+    method: MethodOption = None
+    config: ConfigOption = None
+    set_: SetOption = None
+    layers: LayersOption = None
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Fields of a config that have an option of their own → what it says.
+
+        Raises:
+            typer.BadParameter: for layers that cannot be read.
+        """
+        return {"layers": parse_layers(self.layers)}
+
+
+@dataclass(frozen=True)
+class EditOptions(MethodOptions):
+    """Likewise, with the seed, the format of prompts and the system prompt that it edits with."""
+
+    seed: SeedOption = None
+    prompt_format: PromptFormatOption = None
+    system: SystemOption = None
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """See `MethodOptions.flags`."""
+        return {**super().flags, "seed": self.seed, "prompt_format": self.prompt_format, "system": self.system}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded."""
+
+    dtype: DtypeOption = None
+    device: DeviceOption = None
+    revision: RevisionOption = None
+    base: BaseOption = None
+    trust_remote_code: TrustOption = False
+
+
 # ---------------------------------------------------------------------- configs
 
 
@@ -176,17 +221,11 @@ def parse_layers(text: str | None) -> list[int] | None:
 
 def open_model(
     name: str | None,
-    method: str | None = None,
-    file: Path | None = None,
-    settings: Sequence[str] | None = None,
+    load: LoadOptions,
+    method: MethodOptions = MethodOptions(),
     *,
     flags: Mapping[str, Any] | None = None,
-    dtype: Dtype | None = None,
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     untie: bool = False,
-    base: str | None = None,
     artifact: Artifact | None = None,
     backend: TextBackend | None = None,
 ) -> EditableModel:
@@ -194,17 +233,11 @@ def open_model(
 
     Args:
         name: what ``--model`` says.
-        method: what ``--method`` says.
-        file: what ``--config`` says.
-        settings: what ``--set`` says.
-        flags: config fields with an option of their own.
-        dtype: number format of the weights.
-        device: where to put the model.
-        revision: of the model's repository.
-        trust_remote_code: as in transformers.
+        load: how. A base model that is given for saved edits must have the weights of their own one; if that was
+            quantised, another form of the same model is taken as well.
+        method: and its hyperparameters.
+        flags: further fields of the config with an option of their own.
         untie: give a tied head a weight of its own.
-        base: base model for saved edits instead of their own. If that was quantised, another form of the same model
-            is taken as well; otherwise it must have the same weights.
         artifact: the saved edits that ``name`` means, if they were read already.
         backend: the model behind an API that is meant; ``name``, if given, is saved edits of it.
 
@@ -212,33 +245,36 @@ def open_model(
         typer.BadParameter: if no model is named, or options do not go together.
         ArtifactError: if there is no such model or it cannot be loaded.
     """
-    given = {k: v for k, v in (flags or {}).items() if v is not None}
-    config = build_config(method, file, settings, **given)
+    given = {k: v for k, v in {**method.flags, **(flags or {})}.items() if v is not None}
     if backend is not None:
-        return _open_remote(backend, config, artifact or (None if name is None else edits_at(name, revision)), name)
+        given.pop("system", None)  # the backend says it
+    config = build_config(method.method, method.config, method.set_, **given)
+    if backend is not None:
+        edits = artifact or (None if name is None else edits_at(name, load.revision))
+        return _open_remote(backend, config, edits, name)
     if name is None:
         raise typer.BadParameter("name a model", param_hint="--model")
-    if artifact is None and base is not None:
-        artifact = edits_at(name, revision)
+    if artifact is None and load.base is not None:
+        artifact = edits_at(name, load.revision)
     hush_transformers()
     from ..model import EditableModel
 
-    kwargs: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "untie": untie}
-    if dtype is not None:
-        kwargs["dtype"] = dtype.value
-    place = device or _default_device()
+    kwargs: dict[str, Any] = {"revision": load.revision, "trust_remote_code": load.trust_remote_code, "untie": untie}
+    if load.dtype is not None:
+        kwargs["dtype"] = load.dtype.value
+    place = load.device or _default_device()
     if place != "cpu":
         kwargs["device_map"] = place
-    if base is not None:
+    if load.base is not None:
         if artifact is None:
             raise typer.BadParameter("--base belongs to saved edits", param_hint="--base")
         modules = artifact.config["modules"].values()
         # Its fingerprint counts, unless the edits were made on a quantised form of it.
-        kwargs |= {"base_model": base, "ignore_fingerprint": any(m.get("quantised") for m in modules)}
+        kwargs |= {"base_model": load.base, "ignore_fingerprint": any(m.get("quantised") for m in modules)}
     with loading(name):
         model = EditableModel.from_pretrained(artifact or name, config, **kwargs)
-    if config is None and (settings or given):
-        model.set_method(model.edit_config.changed({**parse_settings(settings), **given}))
+    if config is None and (method.set_ or given):
+        model.set_method(model.edit_config.changed({**parse_settings(method.set_), **given}))
     return model
 
 

@@ -7,14 +7,16 @@ always works. Exit codes: 0 done, 1 failure, 2 wrong usage, 3 an edit below ``--
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -65,15 +67,26 @@ DebugOption = Annotated[
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Decorator of all commands: set the loggers up, and turn errors into one line and an exit code.
 
-    The command must have the parameters ``format`` and ``debug``.
+    The command must have the parameters ``format`` and ``debug``. A parameter that is a dataclass is a block of
+    options: the command has an option for each of its fields, and is given them in one.
     """
+    parameters: list[inspect.Parameter] = []
+    blocks: dict[str, Any] = {}
+    for parameter in _parameters(function):
+        if dataclasses.is_dataclass(parameter.annotation):
+            blocks[parameter.name] = parameter.annotation
+            parameters += _parameters(parameter.annotation)
+        else:
+            parameters.append(parameter)
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        debug = bool(kwargs["debug"])
+    def run(**given: Any) -> None:
+        for name, kind in blocks.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
+        debug = bool(given["debug"])
         try:
-            set_up(kwargs["format"], debug)
-            function(*args, **kwargs)
+            set_up(given["format"], debug)
+            function(**given)
         except KeditError as error:
             fail(error, debug)
         except BrokenPipeError:  # the reader has gone (kedit … | head); typer ends quietly
@@ -86,7 +99,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             error_console().print("kedit: interrupted", style="red")
             raise typer.Exit(INTERRUPTED) from None
 
+    # Typer reads these instead of the wrapped function's own.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _parameters(taker: Any) -> list[inspect.Parameter]:
+    """The parameters of a function, or the fields of a dataclass, by keyword and with their annotations evaluated."""
+    hints = get_type_hints(taker, include_extras=True)
+    found = inspect.signature(taker).parameters.values()
+    return [each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY) for each in found]
 
 
 def set_up(output_format: Format, debug: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,30 +41,35 @@ ApiOption = Annotated[
 ]
 
 
-def backend_of(
-    url: str | None, model: str | None, key_env: str | None, api: Api, system: str | None
-) -> OpenAICompatibleBackend | None:
-    """The backend that the options describe, or ``None``.
+@dataclass(frozen=True)
+class BackendOptions:
+    """Which model behind an API, if one is meant at all."""
 
-    Args:
-        url: what ``--backend`` says.
-        model: what ``--api-model`` says.
-        key_env: what ``--api-key-env`` says.
-        api: what ``--api`` says.
-        system: what the system says in every chat.
+    backend: BackendOption = None
+    api_model: ApiModelOption = None
+    api_key_env: ApiKeyOption = None
+    api: ApiOption = Api.chat
 
-    Raises:
-        typer.BadParameter: if one of the options lacks another one.
-    """
-    if url is None:
-        if model is not None or key_env is not None or api is not Api.chat:
-            raise typer.BadParameter("name the server that this belongs to", param_hint="--backend")
-        return None
-    if model is None:
-        raise typer.BadParameter("name the model on the server", param_hint="--api-model")
-    from ..remote.backend import OpenAICompatibleBackend
+    def open(self, system: str | None) -> OpenAICompatibleBackend | None:
+        """The backend that the options describe, or ``None``.
 
-    return OpenAICompatibleBackend(url, model, key_env, api=api.value, system=system)
+        Args:
+            system: what the system says in every chat.
+
+        Raises:
+            typer.BadParameter: if one of the options lacks another one.
+        """
+        if self.backend is None:
+            if self != BackendOptions():
+                raise typer.BadParameter("name the server that this belongs to", param_hint="--backend")
+            return None
+        if self.api_model is None:
+            raise typer.BadParameter("name the model on the server", param_hint="--api-model")
+        from ..remote.backend import OpenAICompatibleBackend
+
+        return OpenAICompatibleBackend(
+            self.backend, self.api_model, self.api_key_env, api=self.api.value, system=system
+        )
 
 
 class NobodyAsked:

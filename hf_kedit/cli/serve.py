@@ -10,20 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ServeError
-from .models import (
-    BaseOption,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    LayersOption,
-    MethodOption,
-    RevisionOption,
-    SetOption,
-    TrustOption,
-    UntieOption,
-    open_model,
-    parse_layers,
-)
+from .models import LoadOptions, MethodOptions, UntieOption, open_model
 from .output import DebugOption, Format, FormatOption, command, emit, error_console
 
 if TYPE_CHECKING:
@@ -66,10 +53,7 @@ def serve(
         str | None,
         typer.Option("--token-env", metavar="VARIABLE", help="Environment variable with the token that edits need."),
     ] = None,
-    method: MethodOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    layers: LayersOption = None,
+    how: MethodOptions = MethodOptions(),
     max_prompt_tokens: Annotated[
         int | None,
         typer.Option(
@@ -79,11 +63,7 @@ def serve(
     max_body: Annotated[int, typer.Option("--max-body", min=1024, help="Largest request, in bytes.")] = 2**20,
     parallel: Annotated[int, typer.Option("--parallel", min=1, help="Answers that are made at the same time.")] = 4,
     waiting: Annotated[int, typer.Option("--waiting", min=0, help="Further requests that may wait.")] = 64,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    base: BaseOption = None,
-    trust_remote_code: TrustOption = False,
+    load: LoadOptions = LoadOptions(),
     untie: UntieOption = False,
     format: FormatOption = Format.human,
     debug: DebugOption = False,
@@ -108,19 +88,7 @@ def serve(
     )
     listener = listening(host, port)  # before the model is loaded, which may take long
     with listener:
-        editable = open_model(
-            model,
-            method,
-            config,
-            set_,
-            flags={"layers": parse_layers(layers)},
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            base=base,
-            trust_remote_code=trust_remote_code,
-            untie=untie,
-        )
+        editable = open_model(model, load, how, untie=untie)
         variants = Variants(editable, name or _name_of(model))
         for label, source in packs:
             variants.add_pack(label, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,18 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
-from .models import (
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
-    LayersOption,
-    MethodOption,
-    ModelOption,
-    RevisionOption,
-    TrustOption,
-    open_model,
-    parse_layers,
-)
+from .models import LayersOption, LoadOptions, MethodOption, MethodOptions, ModelOption, open_model
 from .output import DebugOption, Format, FormatOption, command, emit
 
 
@@ -54,11 +44,7 @@ def stats(
         str | None, typer.Option("--push", metavar="REPO", help="Share them as this data set on the Hub (org/name).")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Push to a private repository.")] = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    base: BaseOption = None,
-    trust_remote_code: TrustOption = False,
+    load: LoadOptions = LoadOptions(),
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -68,9 +54,7 @@ def stats(
     the layers that the method edits. Started by torchrun or accelerate launch, the processes share the text, and the
     result is that of one process. With --stats-dir, give the method the same folder: --set stats_dir=DIR.
     """
-    chosen = parse_layers(layers)
     flags: dict[str, Any] = {
-        "layers": chosen,
         "stats_dataset": dataset,
         "stats_tokens": tokens,
         "stats_dir": None if stats_dir is None else str(stats_dir),
@@ -79,16 +63,8 @@ def stats(
     from ..statistics.workers import join, local_device
 
     workers = join()
-    editable = open_model(
-        model,
-        method,
-        flags=flags,
-        dtype=dtype,
-        device=device or local_device(),
-        revision=revision,
-        base=base,
-        trust_remote_code=trust_remote_code,
-    )
+    load = replace(load, device=load.device or local_device())
+    editable = open_model(model, load, MethodOptions(method=method, layers=layers), flags=flags)
     from ..engine.forward import frozen_eval
 
     modules = [editable.anatomy.down(layer).path for layer in editable.edit_config.layers or []]

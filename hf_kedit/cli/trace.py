@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ..errors import check_extra
 from ..storage.files import write_text
-from .models import BaseOption, DeviceOption, DtypeOption, ModelOption, RevisionOption, TrustOption, open_model
+from .facts import SubjectOption
+from .models import LoadOptions, ModelOption, open_model
 from .output import DebugOption, Format, FormatOption, command, counted, emit
 from .pictures import PlotOption, check_plot
 
@@ -28,7 +29,7 @@ def trace(
         str | None,
         typer.Option("--prompt", "-p", help="A prompt whose completion is a fact; {} stands for the subject."),
     ] = None,
-    subject: Annotated[str | None, typer.Option("--subject", help="The entity that the fact is about.")] = None,
+    subject: SubjectOption = None,
     ground_truth: Annotated[
         list[str] | None,
         typer.Option("--ground-truth", help="The known answer; default: the token that the model predicts."),
@@ -68,11 +69,7 @@ def trace(
     ] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw heat maps into --output.")] = True,
     plot: PlotOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    base: BaseOption = None,
-    trust_remote_code: TrustOption = False,
+    load: LoadOptions = LoadOptions(),
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -95,14 +92,7 @@ def trace(
     check_plot(plot)
     from ..locate import causal_trace, suggest_layers
 
-    editable = open_model(
-        model,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        base=base,
-        trust_remote_code=trust_remote_code,
-    )
+    editable = open_model(model, load)
     report = causal_trace(
         editable,
         facts,

@@ -9,7 +9,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .models import DeviceOption, DtypeOption, RevisionOption, SeedOption, TrustOption, open_model
+from .models import (
+    DeviceOption,
+    DtypeOption,
+    LoadOptions,
+    MethodOptions,
+    RevisionOption,
+    SeedOption,
+    TrustOption,
+    open_model,
+)
 from .output import DebugOption, Format, FormatOption, command, emit
 
 if TYPE_CHECKING:
@@ -63,9 +72,8 @@ def tune(
     measured by generation and likelihood; the best settings are checked on facts that the search never saw. An
     interrupted search goes on where it was when the command is repeated.
     """
-    editable = open_model(
-        model, "prompt", dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
+    load = LoadOptions(dtype, device, revision, trust_remote_code=trust_remote_code)
+    editable = open_model(model, load, MethodOptions("prompt"))
     from ..tuning import search_settings
 
     found = search_settings(

@@ -8,15 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import check_extra
-from .models import (
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
-    RevisionOption,
-    TrustOption,
-    hush_transformers,
-    open_model,
-)
+from .models import LoadOptions, hush_transformers, open_model
 from .output import DebugOption, Format, FormatOption, command, emit
 
 _MODEL = "kedit/world-llama"
@@ -41,11 +33,7 @@ def ui(
     export_space: Annotated[
         Path | None, typer.Option("--export-space", help="Write the page as a Space into this folder, and stop.")
     ] = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    base: BaseOption = None,
-    trust_remote_code: TrustOption = False,
+    load: LoadOptions = LoadOptions(),
     format: FormatOption = Format.human,
     debug: DebugOption = False,
 ) -> None:
@@ -63,14 +51,7 @@ def ui(
         return
     check_extra("gradio", "demo", "the page in the browser")
     hush_transformers()
-    editable = open_model(
-        model,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        base=base,
-        trust_remote_code=trust_remote_code,
-    )
+    editable = open_model(model, load)
     from ..ui.layout import serve
 
     app = serve(editable, host=host, port=port, output=output, browser=browser and format is Format.human, wait=False)

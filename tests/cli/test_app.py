@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from typer.testing import CliRunner
 
-from hf_kedit import EditableModel, FTMConfig, __version__
+from hf_kedit import EditableModel, FTMConfig, __version__, cli
 from hf_kedit.cli.evaluate import SettingChoice, When
 from hf_kedit.cli.models import parse_layers, parse_settings
-from hf_kedit.cli.output import console, error_console
+from hf_kedit.cli.output import DebugOption, Format, FormatOption, command, console, error_console
 from hf_kedit.cli.side_effects import show_side_effects
 from hf_kedit.evaluation.measures.side_effects import Answered, EffectQuestion, SideEffectReport
 from hf_kedit.evaluation.runs.plan import SAVED, SETTINGS, TIMES
@@ -46,6 +52,46 @@ def test_every_command_has_help_and_formats(kedit: Run, name: str) -> None:
 def test_options_offer_what_the_evaluation_knows() -> None:
     assert [s.value for s in SettingChoice] == [s for s in SETTINGS if s != SAVED]
     assert [w.value for w in When] == list(TIMES)
+
+
+def test_no_option_is_declared_twice() -> None:
+    """An option of several commands has one home, so that its names, limits and help cannot drift apart."""
+    sources = [ast.parse(file.read_text(encoding="utf-8")) for file in Path(cli.__file__).parent.glob("*.py")]
+    calls = [node for tree in sources for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    declared = Counter(map(ast.unparse, calls))
+    twice = [text for text, count in declared.items() if count > 1 and text.startswith(("typer.Option", "typer.Arg"))]
+    assert not twice and "typer.Option('--untie'" in str(declared)
+
+
+@dataclass(frozen=True)
+class _Block:
+    depth: Annotated[int, typer.Option("--depth", "-D", help="How deep.")] = 3
+    wide: bool = False
+
+
+_SEEN: list[tuple[str, _Block, str]] = []
+
+
+@command
+def _takes_a_block(
+    name: str,
+    block: _Block = _Block(),
+    end: str = "z",
+    format: FormatOption = Format.human,
+    debug: DebugOption = False,
+) -> None:
+    _SEEN.append((name, block, end))
+
+
+def test_a_block_of_options_is_options_of_the_command() -> None:
+    application = typer.Typer()
+    application.command()(_takes_a_block)
+    for words in (["a"], ["b", "-D", "5", "--wide", "--end", "y"]):
+        assert CliRunner().invoke(application, words).exit_code == 0
+    assert [("a", _Block(), "z"), ("b", _Block(5, True), "y")] == _SEEN
+    shown = CliRunner().invoke(application, ["--help"]).stdout
+    assert "How deep." in shown and shown.index("--depth") < shown.index("--wide") < shown.index("--end")
+    assert CliRunner().invoke(application, ["c", "--depth", "deep"]).exit_code == 2
 
 
 def test_version(kedit: Run) -> None:
