@@ -386,7 +386,7 @@ def main() -> None:
         ],
         chosen.json,
     )
-    known = table.measured(environment(chosen.device)["commit"])
+    known = table.measured(commit=environment(chosen.device)["commit"])
     for shape, method, edits in itertools.product(chosen.shape, chosen.method, chosen.edits):
         what = (shape, method, edits, chosen.dtype, chosen.reference)
         had = {r.get("optimizer"): r for r in known if tuple(r.get(name) for name in IDENTITY) == what}

@@ -207,14 +207,17 @@ class Table:
     def _width(title: str, how: str) -> int:
         return max(len(title), int("".join(c for c in how.split(".")[0] if c.isdigit()) or 0))
 
-    def measured(self, commit: str | None) -> list[dict[str, Any]]:
-        """The rows that the file holds already, of this commit."""
+    def measured(self, **same: Any) -> list[dict[str, Any]]:
+        """The rows that the file holds already and that have these values, such as ``commit``."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else []
-        return [row for row in map(json.loads, lines) if row["commit"] == commit]
+        return [row for row in map(json.loads, lines) if same.items() <= row.items()]
 
     def show(self, row: dict[str, Any]) -> None:
-        """Print one row."""
-        cells = (f"{row[key]:{how}}".rjust(self._width(title, how)) for title, key, how in self.columns)
+        """Print one row; what it lacks is a dash."""
+        cells = (
+            ("–" if row.get(key) is None else f"{row[key]:{how}}").rjust(self._width(title, how))
+            for title, key, how in self.columns
+        )
         print("  ".join(cells), flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
