@@ -367,10 +367,13 @@ class EditRequest:
         for alias, name in _ALIASES.items():
             if alias in data and name not in data:
                 data[name] = data.pop(alias)
-        for name in _CELLS:
+        table = isinstance(value, CsvRow)
+        for name in (*_CELLS, *_PICTURES, "erase") if table else _CELLS:
             if isinstance(data.get(name), str):
-                strict, objects = isinstance(value, CsvRow), name in _OBJECTS
-                data[name] = read_cell(data[name], name, row, strict=strict, objects=objects)
+                strict = table and name not in _PICTURES  # a file may be called "[1].png"
+                data[name] = read_cell(data[name], name, row, strict=strict, objects=name in _OBJECTS)
+        if table and str(data.get("erase")).strip().lower() in _SWITCHES:
+            data["erase"] = _SWITCHES[data["erase"].strip().lower()]
         extra = data.get("extra")
         if isinstance(extra, Mapping):
             for name in _OPTIONAL:
@@ -527,7 +530,8 @@ KNOWN_FIELDS = frozenset({*_FIELDS, *_ALIASES, *_DESCRIPTIVE, "metadata"})
 
 
 _LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra", "messages")
-_CELLS = (*_LISTS, *_OBJECTS)
+_CELLS, _PICTURES = (*_LISTS, *_OBJECTS), ("image", "image_rephrase")
+_SWITCHES = {"true": True, "false": None}
 
 
 def _erased(value: Any, row: int | None) -> bool | list[str]:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_kedit import EditRequest, KeditError, Probe, load_requests
+from hf_kedit import EditRequest, KeditError, Probe, load_edit_dataset, load_requests
 from hf_kedit.errors import DataError, RequestError, SubjectNotFoundError
 from hf_kedit.requests import find_subject
 
@@ -286,6 +286,28 @@ def test_probes_and_metadata_may_be_json_in_a_cell(tmp_path: Path) -> None:
     assert request.metadata == {"source": [1]}
     with pytest.raises(RequestError, match="dict"):
         load_requests(_csv(tmp_path, locality="near"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "erase"),
+    [("true", True), ("TRUE", True), ('["chess", "go"]', ["chess", "go"]), ("chess", ["chess"]), ("false", None)],
+)
+def test_what_is_to_go_in_a_cell(cell: str, erase: object, tmp_path: Path) -> None:
+    (request,) = load_requests(_csv(tmp_path, erase=cell))
+    assert request.metadata.get("erase") == erase
+    (row,) = load_edit_dataset(_csv(tmp_path, erase=cell))
+    assert EditRequest.from_dict(row).metadata.get("erase") == erase
+    with pytest.raises(RequestError, match="JSON"):
+        load_requests(_csv(tmp_path, erase="['chess']"))
+
+
+def test_pictures_in_a_cell(tmp_path: Path) -> None:
+    (request,) = load_requests(_csv(tmp_path, image='["a.png", "b.png"]', image_rephrase="[1].png"))
+    assert (request.image, request.image_rephrase) == (("a.png", "b.png"), "[1].png")
+    with pytest.raises(RequestError, match="JSON"):
+        load_requests(_csv(tmp_path, image="['a.png', 'b.png']"))
+    with pytest.raises(RequestError, match=r"begins like an object.*write \{"):
+        load_requests(_csv(tmp_path, metadata="{'a': 1}"))
 
 
 def test_lists_as_text_in_other_tables() -> None:

@@ -309,9 +309,8 @@ def _tokenizer(
 
 
 def _dtype(name: Any) -> Any:
-    """The number format of this name, or ``"auto"``."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    return dtype if isinstance(dtype, torch.dtype) else "auto"
+    """The number format of this name, or ``"auto"`` if no model can be in it."""
+    return getattr(torch, name) if name in ("float64", "float32", "float16", "bfloat16") else "auto"
 
 
 def _quantisation_from(source: str, saved: dict[str, Any]) -> Any:

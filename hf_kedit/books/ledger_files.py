@@ -169,6 +169,9 @@ def _factors(saved: Saved, key: str, pieces: Sequence[Any], shape: tuple[int, ..
     unknown = {str(p["storage"]) for p in pieces} - {"factors", "dense"}
     if unknown:
         raise ArtifactError(f"{saved.source}: {key}: unknown storage {min(unknown)!r}")
+    dense = [p["tensor"] for p in pieces if p["storage"] == "dense"]
+    if len(set(dense)) < len(dense):
+        raise ArtifactError(f"{saved.source}: {key}: two pieces are one tensor")
     spans = [(p["start"], p["stop"]) for p in pieces if p["storage"] == "factors"]
     if not spans:
         return ()

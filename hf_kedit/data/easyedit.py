@@ -198,6 +198,7 @@ def _probes(inputs: Any, count: int, name: str, single: bool) -> list[dict[str, 
                 values = [None] * len(several)
             else:
                 values = [answer] if isinstance(answer, str) else _sequence(answer, where)
+            values = [None if value == LEGACY_TRUTH else value for value in values]
             if len(several) != len(values):
                 raise RequestError(f"has {len(several)} prompts for {len(values)} answers", row=i, field=where)
             probes = [

@@ -40,8 +40,8 @@ class NeuronGroup:
 
     def __post_init__(self) -> None:
         n = len(self.keys)
-        lengths = {len(t) for t in (self.bias, self.gates, self.queries) if t is not None}
-        if self.values.shape != self.keys.shape or lengths - {n}:
+        rows = [t for t in (self.values, self.gates, self.queries) if t is not None]
+        if any(t.shape != self.keys.shape for t in rows) or len(self.keys if self.bias is None else self.bias) != n:
             raise ValueError("the parts of a group of neurons must be of one length")
 
     @property

@@ -230,6 +230,10 @@ class UltraEdit(Method):
                 parts = {p: state[f"normaliser.{shape}.{p}"] for p in ("count", "mean", "spread")}
                 if any(tuple(parts[p].shape) != (d_in + d_out,) for p in ("mean", "spread")):
                     raise ValueError(shape)
+                if not all(bool(torch.isfinite(p).all()) for p in parts.values()):
+                    raise ValueError(shape)
+                if min(float(parts["count"]), float(parts["spread"].min())) < 0:
+                    raise ValueError(shape)
                 loaded[d_in, d_out] = RunningScale(
                     float(parts["count"]), parts["mean"].float().clone(), parts["spread"].float().clone()
                 )

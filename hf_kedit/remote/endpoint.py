@@ -178,7 +178,7 @@ class Endpoint:
             raise self.error(
                 f"the environment variable {self.api_key_env}, which is to hold the key of {self.shown}, is not set"
             )
-        if not key.isascii() or not key.isprintable() or key != key.strip():
+        if not key.isascii() or not key.isprintable() or " " in key:
             raise self.error(
                 f"the environment variable {self.api_key_env} does not hold a key: there is a space, a line break or"
                 " a special character in it"
@@ -223,7 +223,7 @@ def _seconds(retry_after: str) -> float:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):  # years beyond what a date can be
             return 0.0
     return max(0.0, seconds) if seconds == seconds else 0.0  # not NaN
 

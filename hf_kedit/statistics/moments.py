@@ -77,6 +77,8 @@ class SecondMoment:
             return f"it is over {self.count} tokens"
         if not bool(torch.isfinite(total).all()) or bool((total.diagonal() < 0).any()):
             return "its matrix holds NaN, infinity, or a negative sum of squares"
+        if not bool(total.diagonal().any()):
+            return "its matrix is zero"
         return None
 
     def merged(self, other: SecondMoment) -> SecondMoment:

@@ -33,9 +33,10 @@ def read_cell(text: str, name: str, row: int | None = None, *, strict: bool = Tr
         value = parse_json(content, "the text", DataError)
     except DataError as error:
         if strict or _LIST_AS_TEXT.fullmatch(content):
+            kind, right = ("an object", '{"a": "b"}') if content[0] == "{" else ("a list", '["a", "b"]')
             raise RequestError(
-                f'{content[:60]!r} begins like a list and is no JSON: write ["a", "b"] with double quotes, or use'
-                " a JSONL file",
+                f"{content[:60]!r} begins like {kind} and is no JSON: write {right} with double quotes, or use a JSONL"
+                " file",
                 row=row,
                 field=name,
             ) from error

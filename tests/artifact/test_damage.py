@@ -189,8 +189,16 @@ def test_descriptions(change: Change, message: str, llama: Base, tmp_path: Path)
     llama.refuses(damaged("memit_llama_per_edit", tmp_path, change), message)
 
 
+def test_a_dense_change_that_is_named_twice(gpt2: Base, tmp_path: Path) -> None:
+    def twice(config: Any) -> None:
+        pieces = first_module(config)["pieces"]
+        pieces.append(copy.deepcopy(pieces[0]))
+
+    gpt2.refuses(damaged("ft_m_gpt2_dense", tmp_path, twice), "one tensor")
+
+
 def test_a_number_format_is_not_any_name_of_torch(tmp_path: Path) -> None:
-    for name in ("load", "nn", "hub", "float33"):
+    for name in ("load", "nn", "hub", "float33", "int8", "bool", "complex64", "float8_e4m3fn"):
         folder = damaged("rome_gpt2", tmp_path, is_now(name, "base_dtype"))
         assert next(EditableModel.from_pretrained(folder).base_model.parameters()).dtype == torch.float32
 
@@ -232,6 +240,10 @@ def test_json_that_no_parser_likes(text: str, tmp_path: Path) -> None:
         ("wise_gpt2", put("_bits", lambda x: x.float()), "uint8"),
         ("wise_gpt2", put("_values", lambda x: x > 0), "floating point"),
         ("t_patcher_gpt2", put("_values", lambda x: x[..., :-1]), "not fit|valid|shape|damaged"),
+        ("t_patcher_gpt2", put("_queries", lambda x: x[..., :-1]), "of one length"),  # the next edit would read them
+        ("ultraedit_llama_state", put(".spread", one_is(float("nan"))), "running statistics"),
+        ("ultraedit_llama_state", put(".spread", one_is(-1.0)), "running statistics"),
+        ("ultraedit_llama_state", put(".count", lambda x: x * float("inf")), "running statistics"),
     ],
 )
 def test_memories(name: str, change: Change, message: str, gpt2: Base, llama: Base, tmp_path: Path) -> None:

@@ -52,11 +52,12 @@ def test_one_request_without_lists() -> None:
             "near": {"prompt": "Jan Mol died in", "ground_truth": "Rome"},
             "far": {"prompt": ["Who rows?", "Who sings?"], "ground_truth": ["Piet", "Eva"]},
             "open": {"prompt": "Who paints?"},
+            "unknown": {"prompt": "Who dances?", "ground_truth": "<|endoftext|>"},
         },
     )
     assert request.rephrase_prompts == ["a", "b"]
     assert {axis: [p.answers for p in ps] for axis, ps in request.locality.items()} == {
-        "near": [["Rome"]], "far": [["Piet"], ["Eva"]], "open": [[]]
+        "near": [["Rome"]], "far": [["Piet"], ["Eva"]], "open": [[]], "unknown": [[]]
     }  # fmt: skip
 
 

@@ -79,6 +79,7 @@ def test_a_text_is_completed() -> None:
         Reply({"error": "slow down"}, 429, {"Retry-After": "0"}),
         Reply({"error": "slow down"}, 429, {"Retry-After": format_datetime(datetime.now(UTC) - timedelta(hours=1))}),
         Reply({"error": "slow down"}, 429, {"Retry-After": "soon"}),
+        Reply({"error": "slow down"}, 429, {"Retry-After": "Wed, 99 Oct 99999999999 07:28:00 GMT"}),
         Reply(b"<html>busy</html>", 503),
         Reply(b"<html>not JSON</html>"),
         Reply({"choices": []}),
@@ -86,7 +87,18 @@ def test_a_text_is_completed() -> None:
         Reply(b'{"choices": [{"message": {"content": "Ro'),
         Reply({"choices": [{"message": {"content": "Rome"}}]}, cut=10),
     ],
-    ids=["limit", "past date", "no time", "busy", "no JSON", "no choice", "no text", "half JSON", "broken off"],
+    ids=[
+        "limit",
+        "past date",
+        "no time",
+        "no such year",
+        "busy",
+        "no JSON",
+        "no choice",
+        "no text",
+        "half JSON",
+        "broken off",
+    ],
 )
 def test_what_may_pass_is_asked_again(bad: Reply) -> None:
     with serving(in_order(bad, chat("Rome"))) as server:

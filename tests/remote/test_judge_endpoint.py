@@ -244,7 +244,7 @@ def test_no_message_holds_a_secret(monkeypatch):
                 chain.append(f"{error}")
                 error = error.__cause__
             assert not any(secret in " ".join(chain) for secret in ("sk-secret", "pass-word", "hidden"))
-        for key in ("sk-secret\n", " sk-secret", "sk-sécret", "sk\x7fsecret"):
+        for key in ("sk-secret\n", " sk-secret", "sk-sécret", "sk\x7fsecret", "sk secret"):
             monkeypatch.setenv("MY_KEY", key)
             with pytest.raises(EvaluationError, match="MY_KEY does not hold a key") as caught:
                 judge(url, api_key_env="MY_KEY")("q", ["a"], "b")

@@ -119,6 +119,7 @@ TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]
     "NaN": with_one(float("nan")),
     "infinity": with_one(float("inf")),
     "negative": with_one(-1.0),
+    "zero": lambda tensors: {"moment2_sum": torch.zeros_like(tensors["moment2_sum"])},
 }
 METADATA: dict[str, dict[str, str | None]] = {
     "no count": {"count": None},

@@ -208,7 +208,8 @@ class ModelJudge(Judge):
         max_workers: int = 1,
     ):
         if not isinstance(name, str) or not isinstance(instruction, str):
-            raise EvaluationError(f"the judge's name and instruction must be texts, not {shown(name)}")
+            wrong = instruction if isinstance(name, str) else name
+            raise EvaluationError(f"the judge's name and instruction must be texts, not {shown(wrong)}")
         for place in ("{question}", "{references}", "{prediction}"):
             if place not in instruction:
                 raise EvaluationError(f"the judge's instruction lacks {place}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ...storage.display import printable
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #566170; --line: #d9dee6; --paper: #ffffff;
   --panel: #f4f6f9; --track: #e1e6ed; --good: #0b7a4b; --bad: #b3261e; --mark: #fff0b3; --lost: #fbdad7;
@@ -99,7 +101,8 @@ def page(title: str, body: Iterable[str]) -> str:
         title: as plain text.
         body: its parts as HTML; empty ones are left out.
     """
-    inside = "\n".join(part for part in body if part)
+    # What texts of others hold beside letters: in HTML an override of the direction still turns what stands behind it.
+    inside, title = printable("\n".join(part for part in body if part)), printable(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

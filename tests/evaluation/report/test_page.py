@@ -190,6 +190,15 @@ def test_texts_of_others_are_texts_in_a_terminal():
         assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
 
 
+def test_texts_of_others_move_nothing_on_the_page():
+    nasty = "\x1b[31m \u202eevil\u2066 \x9b \u2028"
+    found = run([1.0], [1.0, 1.0], method=nasty)
+    found.records[0]["requested_rewrite"]["prompt"] = nasty
+    for page in (found.to_html(), Comparison({nasty: found, "other": found}).to_html()):
+        assert "\\x1b[31m \\u202eevil" in page
+        assert not [c for c in page if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c != "\n"]
+
+
 def test_the_page_begins_with_what_was_asked_what_changed_and_where_it_hurts():
     kept, lost = run([1.0, 0.0], [1.0, 1.0]), run([1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0])
     page = lost.to_html()
