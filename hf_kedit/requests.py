@@ -372,8 +372,8 @@ class EditRequest:
             if isinstance(data.get(name), str):
                 strict = table and name not in _PICTURES  # a file may be called "[1].png"
                 data[name] = read_cell(data[name], name, row, strict=strict, objects=name in _OBJECTS)
-        if table and str(data.get("erase")).strip().lower() in _SWITCHES:
-            data["erase"] = _SWITCHES[data["erase"].strip().lower()]
+        if table and isinstance(erase := data.get("erase"), str):
+            data["erase"] = {"true": True, "false": None}.get(erase.strip().lower(), erase)
         extra = data.get("extra")
         if isinstance(extra, Mapping):
             for name in _OPTIONAL:
@@ -531,7 +531,6 @@ KNOWN_FIELDS = frozenset({*_FIELDS, *_ALIASES, *_DESCRIPTIVE, "metadata"})
 
 _LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra", "messages")
 _CELLS, _PICTURES = (*_LISTS, *_OBJECTS), ("image", "image_rephrase")
-_SWITCHES = {"true": True, "false": None}
 
 
 def _erased(value: Any, row: int | None) -> bool | list[str]:
