@@ -497,6 +497,7 @@ class EditRequest:
         return {axis: entries for axis, entries in probes.items() if entries}
 
 
+_OPTIONAL = ("separator", "messages", "prompt_format")  # columns that only rows with a value have
 _FIELDS = (
     "prompt",
     "subject",
@@ -508,11 +509,8 @@ _FIELDS = (
     "image",
     "image_rephrase",
     "id",
-    "separator",
-    "messages",
-    "prompt_format",
+    *_OPTIONAL,
 )
-_OPTIONAL = ("separator", "messages", "prompt_format")  # columns that only rows with a value have
 _ALIASES = {"rephrase_prompt": "rephrase_prompts", "rephrase": "rephrase_prompts", "target": "target_new"}
 _DESCRIPTIVE = (
     "dataset",
