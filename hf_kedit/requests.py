@@ -525,10 +525,8 @@ _DESCRIPTIVE = (
 )
 KNOWN_FIELDS = frozenset({*_FIELDS, *_ALIASES, *_DESCRIPTIVE, "metadata"})
 """Everything that `EditRequest.from_dict` takes."""
-
-
-_LISTS, _OBJECTS = ("ground_truth", "rephrase_prompts"), ("locality", "portability", "metadata", "extra", "messages")
-_CELLS, _PICTURES = (*_LISTS, *_OBJECTS), ("image", "image_rephrase")
+_OBJECTS, _PICTURES = ("locality", "portability", "metadata", "extra", "messages"), ("image", "image_rephrase")
+_CELLS = ("ground_truth", "rephrase_prompts", *_OBJECTS)
 
 
 def _erased(value: Any, row: int | None) -> bool | list[str]:
