@@ -26,21 +26,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ..books.ledger import WeightDelta
 from ..config import EditConfig, ModelProfile, UnlearningConfig, WeightConfig, adam_step
 from ..config.spaces import layer_windows, times
 from ..engine.capture import Tap, as_rows, listen
 from ..engine.examples import Example, ExampleBatch, target_probabilities
 from ..engine.forward import device_of, model_inputs
 from ..engine.rows import check_length
-from ..engine.weights import get_module, get_weight
+from ..engine.weights import get_module
 from ..errors import EditFailedError, UnsupportedModelError
 from ..logging import progress_bar
 from ..requests import EditRequest, in_row
 from ..tokens import EncodedText, encode_pair, encode_text, pad_rows
 from .base import Capabilities, Method, Outcome, Workbench, register_method
 from .drift import divergences, log_probs_of
-from .ft import Substituted, keep_within
+from .ft import TrainedCopies
 
 CONSTRAINT = "knowledge_constraint"
 """Axis of the locality probes that are a request's harmless questions."""
@@ -155,21 +154,19 @@ class DINM(Method):
         (wanted, *harmless) = self._examples(request)
         distances = {} if config.layers else self._distances(request, wanted)
         layers = config.layers or [max(distances, key=distances.__getitem__)]
-        names = self._parameters(layers)
-        start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
-        theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
-        optimiser = torch.optim.Adam(list(theta.values()), lr=config.lr)
+        copies = TrainedCopies(bench.model, self._parameters(layers))
+        optimiser = torch.optim.Adam(copies.values, lr=config.lr)
         edit = ExampleBatch.of(bench.model, [wanted], bench.fill)
         constraint = _Constraint.of(bench.model, harmless, bench.fill)
         unwanted = self.unlikelihood(requests)
-        restraint = self.restraint(list(theta.values()), Substituted(bench.model, theta))
+        restraint = self.restraint(copies.values, copies.edited())
         (before,) = target_probabilities(bench.model, [wanted], bench.fill, 1)
         began = time.perf_counter()
         losses: list[float] = []
         apart: list[float] = []
         with progress_bar(config.num_steps, "DINM", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
-                edited = Substituted(bench.model, theta)
+                edited = copies.edited()
                 nll = edit.token_losses(edited)
                 with torch.set_grad_enabled(config.constraint_grad):
                     moved = constraint.divergence(edited)
@@ -187,12 +184,12 @@ class DINM(Method):
                 optimiser.zero_grad()
                 (loss + penalty + config.edit_weight * unlikely).backward()
                 optimiser.step()
-                keep_within(theta, start, config.norm_constraint)
+                copies.keep_within(config.norm_constraint)
                 bar.update(1)
-        restraint.settle(lambda: Substituted(bench.model, theta))
-        after = target_probabilities(Substituted(bench.model, theta), [wanted], bench.fill, 1)
+        restraint.settle(copies.edited)
+        after = target_probabilities(copies.edited(), [wanted], bench.fill, 1)
         with torch.no_grad():
-            left = float(constraint.divergence(Substituted(bench.model, theta)))
+            left = float(constraint.divergence(copies.edited()))
         diagnostics = {
             "layer": layers[0] if len(layers) == 1 else list(layers),
             "distances": {str(layer): round(distance, 6) for layer, distance in distances.items()},
@@ -204,8 +201,7 @@ class DINM(Method):
             "seconds_training": time.perf_counter() - began,
             **self.drift_report(restraint, after),
         }
-        deltas = [WeightDelta(m, n, dense=(theta[f"{m}.{n}"] - start[f"{m}.{n}"]).detach()) for m, n in names]
-        return Outcome(deltas, [diagnostics])
+        return Outcome(copies.deltas(), [diagnostics])
 
     # ------------------------------------------------------------------ steps
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -203,10 +203,8 @@ class FineTuning(Method):
             teacher_forced = self._examples(requests, "target_new")
         if self.breadth_first:
             examples = self._ended(examples)
-        names = self.parameters(requests)
-        start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in names}
-        theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
-        optimiser = torch.optim.Adam(list(theta.values()), lr=config.lr, weight_decay=config.weight_decay)
+        copies = TrainedCopies(bench.model, self.parameters(requests))
+        optimiser = torch.optim.Adam(copies.values, lr=config.lr, weight_decay=config.weight_decay)
         size, order = config.rows_per_step or (BREADTH if self.breadth_first else 1), list(range(len(examples)))
 
         def mini_batches() -> list[tuple[list[int], ExampleBatch, Unlikelihood]]:
@@ -220,8 +218,8 @@ class FineTuning(Method):
         epoch_losses: list[float] = []
         backward_passes = 0
         began = time.perf_counter()
-        before = self._probability(teacher_forced, {}, size)
-        restraint = self.restraint(list(theta.values()), Substituted(bench.model, theta))
+        before = target_probabilities(bench.model, teacher_forced, bench.fill, size)
+        restraint = self.restraint(copies.values, copies.edited())
         with progress_bar(config.num_steps, "fine-tuning", show=bench.show_progress) as bar:
             for _ in range(config.num_steps):
                 done = lost = True
@@ -229,7 +227,7 @@ class FineTuning(Method):
                     shuffled.shuffle(order)
                     steps = mini_batches()
                 for chunk, batch, less in steps:
-                    edited = Substituted(bench.model, theta)
+                    edited = copies.edited()
                     nll = batch.token_losses(edited)
                     per_row, held = batch.means(nll), batch.held(nll, config.stop_probability)
                     loss = mean_of_open(per_row, held)
@@ -247,20 +245,19 @@ class FineTuning(Method):
                         optimiser.zero_grad()
                         (loss + penalty + unlikely).backward()
                         backward_passes += 1
-                        self._note_gradients(theta, backward_passes)
+                        self._note_gradients(copies.now, backward_passes)
                         optimiser.step()
-                    keep_within(theta, start, config.norm_constraint)
+                    copies.keep_within(config.norm_constraint)
                 epoch_losses.append(sum(row[-1] for row in losses) / len(losses))
                 tell_loss(epoch_losses[-1])
                 bar.update(1)
                 if done or (epoch_losses[-1] < config.stop_loss and lost and restraint.within):
                     break
-        restraint.settle(lambda: Substituted(bench.model, theta))
+        restraint.settle(copies.edited)
         bench.note("epoch_losses", torch.tensor(epoch_losses))
-        after = self._probability(teacher_forced, theta, size)
+        after = target_probabilities(copies.edited(), teacher_forced, bench.fill, size)
         drift = self.drift_report(restraint, after)
         seconds = time.perf_counter() - began
-        deltas = [WeightDelta(m, n, dense=(theta[f"{m}.{n}"] - start[f"{m}.{n}"]).detach()) for m, n in names]
         diagnostics = [
             {
                 "loss": [round(x, 6) for x in losses[i]],
@@ -272,7 +269,7 @@ class FineTuning(Method):
             }
             for i in range(len(examples))
         ]
-        return Outcome(deltas, diagnostics)
+        return Outcome(copies.deltas(), diagnostics)
 
     # ------------------------------------------------------------------ steps
 
@@ -307,24 +304,52 @@ class FineTuning(Method):
             bench.model, bench.tokenizer, requests, separator=self.config.separator, objective=objective
         )
 
-    def _probability(self, examples: Sequence[Example], theta: dict[str, torch.Tensor], size: int) -> list[float]:
-        return target_probabilities(Substituted(self.bench.model, theta), examples, self.bench.fill, size)
-
-    def _note_gradients(self, theta: dict[str, torch.Tensor], step: int) -> None:
+    def _note_gradients(self, copies: Mapping[str, torch.Tensor], step: int) -> None:
         """Leave the first two gradients in the trace."""
         if self.bench.trace is not None and step <= 2:
-            for key, value in theta.items():
+            for key, value in copies.items():
                 if value.grad is not None:
                     self.bench.note(f"grad_{'first' if step == 1 else 'second'}/{key}", value.grad)
 
 
-def keep_within(theta: dict[str, torch.Tensor], start: dict[str, torch.Tensor], bound: float | None) -> None:
-    """Bring every element back that is further than ``bound`` from where the call found it; ``None``: none."""
-    if bound is None:
-        return
-    with torch.no_grad():
-        for key, value in theta.items():
-            value.copy_(torch.maximum(torch.minimum(value, start[key] + bound), start[key] - bound))
+class TrainedCopies:
+    """Copies in fp32 of some parameters of a model, which are trained in the place of these.
+
+    Args:
+        model: is not touched.
+        names: module and name of every parameter.
+
+    Attributes:
+        start: full name → the value that was found, as `get_weight` gives it.
+        now: full name → the copy, which collects a gradient.
+    """
+
+    def __init__(self, model: torch.nn.Module, names: Sequence[tuple[str, str]]):
+        self.model, self.names = model, tuple(names)
+        self.start = {f"{m}.{n}": get_weight(get_module(model, m), n).float() for m, n in names}
+        self.now = {key: value.clone().requires_grad_(True) for key, value in self.start.items()}
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """The copies, for an optimiser."""
+        return list(self.now.values())
+
+    def edited(self) -> Substituted:
+        """The model with the copies as they are."""
+        return Substituted(self.model, self.now)
+
+    @torch.no_grad()
+    def keep_within(self, bound: float | None) -> None:
+        """Bring every element back that is further than ``bound`` from where it was found; ``None``: none."""
+        if bound is None:
+            return
+        for start, now in zip(self.start.values(), self.now.values(), strict=True):
+            now.copy_(torch.maximum(torch.minimum(now, start + bound), start - bound))
+
+    def deltas(self) -> list[WeightDelta]:
+        """What the training changed."""
+        keys = ((module, name, f"{module}.{name}") for module, name in self.names)
+        return [WeightDelta(m, n, dense=(self.now[key] - self.start[key]).detach()) for m, n, key in keys]
 
 
 class Substituted:
@@ -333,11 +358,11 @@ class Substituted:
     Of a parameter that is quantised or offloaded, the difference between the copy and it runs beside it.
     """
 
-    def __init__(self, model: torch.nn.Module, theta: dict[str, torch.Tensor]):
+    def __init__(self, model: torch.nn.Module, copies: Mapping[str, torch.Tensor]):
         self.model = model
         self.replaced: dict[str, torch.Tensor] = {}
         self.beside: list[tuple[torch.nn.Module, Change]] = []
-        for key, value in theta.items():
+        for key, value in copies.items():
             path, _, name = key.rpartition(".")
             module, whole = get_module(model, path), parameter_name(path, name)
             if is_quantised(module, name) or is_offloaded(module, name):

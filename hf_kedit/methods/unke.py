@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -33,7 +33,7 @@ from ..engine.capture import ModuleCall
 from ..engine.examples import Example, ExampleBatch, target_probabilities
 from ..engine.forward import device_of
 from ..engine.rows import Row, check_lengths, rewrite_row
-from ..engine.weights import get_module, get_weight, is_offloaded, weight_shape
+from ..engine.weights import get_module, is_offloaded, weight_shape
 from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar
 from ..requests import SLOT, EditRequest
@@ -42,7 +42,7 @@ from ..values.optimise import Values, optimise_values
 from ..values.settings import ValueSettings
 from .base import BothFormats, Capabilities, Method, Outcome, register_method
 from .drift import WATCHED_TEXTS
-from .ft import Substituted
+from .ft import Substituted, TrainedCopies
 from .locate_then_edit import value_defaults
 
 LOOK_EVERY = 5
@@ -262,13 +262,8 @@ class UnKE(Method):
         """
         bench, config = self.bench, self.config
         began, size = time.perf_counter(), config.rows_per_step or 1
-        start = {f"{m}.{n}": get_weight(get_module(bench.model, m), n).float() for m, n in self.parameters}
-        theta = {key: value.clone().requires_grad_(True) for key, value in start.items()}
-
-        def edited() -> Substituted:
-            return Substituted(bench.model, theta)
-
-        restraint = self.restraint(list(theta.values()), edited())
+        copies = TrainedCopies(bench.model, self.parameters)
+        restraint = self.restraint(copies.values, copies.edited())
         before = target_probabilities(bench.model, examples, bench.fill, size)
         chunks = [examples[i : i + size] for i in range(0, len(examples), size)]
         answers = [ExampleBatch.of(bench.model, chunk, bench.fill) for chunk in chunks]
@@ -282,8 +277,8 @@ class UnKE(Method):
         with progress_bar(len(self.layers) * config.num_steps, "training layers", show=bench.show_progress) as bar:
             for i, layer in enumerate(self.layers):
                 block, left = bench.anatomy.block(layer), len(self.layers) - i
-                calls = [ModuleCall.of(bench.model, block, batch, edited()) for batch in batches]
-                now = calls[0] if block == top else ModuleCall.of(bench.model, top, read, edited())
+                calls = [ModuleCall.of(bench.model, block, batch, copies.edited()) for batch in batches]
+                now = calls[0] if block == top else ModuleCall.of(bench.model, top, read, copies.edited())
                 at = tuple(place.to(now.output.device) for place in places)
                 missing = wanted.to(now.output) - now.output[at]
                 targets = [call.output.clone() for call in calls]
@@ -293,19 +288,17 @@ class UnKE(Method):
 
                 def enough(last: bool = left == 1) -> bool:
                     """Whether every answer is given; only a look at the last layer can tell."""
-                    return last and all(self._says(batch, edited()) for batch in answers)
+                    return last and all(self._says(batch, copies.edited()) for batch in answers)
 
-                steps = self._fit(block, theta, list(zip(calls, targets, strict=True)), enough, bar.update)
+                steps = self._fit(block, copies.now, list(zip(calls, targets, strict=True)), enough, bar.update)
                 bar.update((i + 1) * config.num_steps - bar.n)
-        restraint.settle(edited)
-        after = target_probabilities(edited(), examples, bench.fill, size)
+        restraint.settle(copies.edited)
+        after = target_probabilities(copies.edited(), examples, bench.fill, size)
         numbers = {"steps": steps, **self.drift_report(restraint, after)}
-        end = ModuleCall.of(bench.model, top, read, edited()).output.cpu()[places]
+        end = ModuleCall.of(bench.model, top, read, copies.edited()).output.cpu()[places]
         short, way = (wanted.cpu() - end).norm(dim=-1), missing_at_first.cpu()
         numbers["seconds_training"] = time.perf_counter() - began
-        changes = {key: (value - start[key]).detach() for key, value in theta.items()}
-        deltas = [WeightDelta(m, n, dense=changes[f"{m}.{n}"]) for m, n in self.parameters]
-        return deltas, [
+        return copies.deltas(), [
             {
                 "target_probability_before": before[i],
                 "target_probability_after": after[i],
@@ -319,7 +312,7 @@ class UnKE(Method):
     def _fit(
         self,
         block: str,
-        theta: dict[str, torch.Tensor],
+        copies: Mapping[str, torch.Tensor],
         calls: Sequence[tuple[ModuleCall, torch.Tensor]],
         enough: Callable[[], bool],
         each_step: Callable[[int], Any],
@@ -328,14 +321,14 @@ class UnKE(Method):
 
         Args:
             block: its name.
-            theta: all trained parameters by full name; those of this layer are moved.
+            copies: all trained parameters by full name; those of this layer are moved.
             calls: what the layer is called with, and what it is to return, ``[rows, width, d]``: the texts of the
                 edit, then parts of the general ones, of which a step looks at one.
             enough: whether to end here; asked now and then.
             each_step: is told of every step.
         """
         config, layer = self.config, get_module(self.bench.model, block)
-        own = {k.removeprefix(f"{block}."): v for k, v in theta.items() if k.startswith(f"{block}.")}
+        own = {k.removeprefix(f"{block}."): v for k, v in copies.items() if k.startswith(f"{block}.")}
         groups = [
             {"params": [v for v in own.values() if v.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [v for v in own.values() if v.dim() <= 1], "weight_decay": 0.0},
