@@ -88,11 +88,6 @@ class ExpertBank:
             f"{self.path}.{self.down_param}[{expert}]", layout, self.in_features, self.out_features, has_bias=False
         )
 
-    @property
-    def concatenated(self) -> bool:
-        """Whether gate and up are the two halves of ``up_param``."""
-        return self.gated and self.gate_param is None and not self.interleaved
-
     def __str__(self) -> str:
         layout = "in_out" if self.transposed else "out_in"
         sizes = f"{self.num_experts} experts, {self.in_features} -> {self.out_features}"

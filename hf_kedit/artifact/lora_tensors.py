@@ -248,14 +248,14 @@ def _cover(adapter: Adapter, model: EditedModel, modules: Iterable[str]) -> None
 
 def adapter_files(model: EditedModel, adapter: Adapter) -> dict[str, bytes]:
     """The two files of an adapter, byte for byte the same for the same edits."""
-    tensors = {ADAPTER_PREFIX + name: value.contiguous() for name, value in _tensors(model, adapter).items()}
+    tensors = {ADAPTER_PREFIX + name: value.contiguous() for name, value in _tensors(adapter).items()}
     return {
         ADAPTER_WEIGHTS: dump_tensors(tensors, metadata={"format": "pt"}),
         ADAPTER_CONFIG: (json.dumps(_config(model, adapter), indent=2, sort_keys=True) + "\n").encode("utf-8"),
     }
 
 
-def _tensors(model: EditedModel, adapter: Adapter) -> dict[str, torch.Tensor]:
+def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for path, factors in adapter.factors.items():
         full = factors.padded(adapter.rank)

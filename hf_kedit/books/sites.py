@@ -68,11 +68,6 @@ class Frame:
     held: dict[str, Any] = field(default_factory=dict)
     ids: torch.Tensor | None = None
 
-    @property
-    def whole_prompt(self) -> bool:
-        """Whether this call holds the prompts from their first to their key token."""
-        return self.phase == "prompt" and self.past == 0
-
     @cached_property
     def prompt_mask(self) -> torch.Tensor:
         """``[rows, width]`` bool: the real tokens up to the key token, inclusive."""
@@ -108,10 +103,6 @@ class SiteCall:
         """The states ``[rows, width, d]`` at the key tokens, ``[rows, d]``."""
         columns = self.frame.key_columns.to(states.device)
         return states[torch.arange(columns.shape[0], device=states.device), columns]
-
-    def mask_of(self, mask: torch.Tensor) -> torch.Tensor:
-        """A mask ``[rows, width]`` of the frame, on the device of the output and ready for broadcasting."""
-        return mask.to(self.output.device)[:, :, None]
 
 
 SiteFunction = Callable[[SiteCall], torch.Tensor | None]
@@ -395,7 +386,7 @@ class Sites:
             columns = _where_prompts_end(columns, mask, prompts, given.get("labels"))
         ids = given.get("input_ids")
         known = ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
-        return Frame(rows, width, past, phase, mask, columns, self._held_for(cache, rows, past), known)
+        return Frame(rows, width, past, phase, mask, columns, self._held_for(cache, past), known)
 
     @property
     def _encoder_decoder(self) -> bool:
@@ -414,7 +405,7 @@ class Sites:
             mask[:, : known.shape[1]] = known.repeat_interleave(rows // known.shape[0], dim=0)
         return mask
 
-    def _held_for(self, cache: Any, rows: int, past: int) -> dict[str, Any]:
+    def _held_for(self, cache: Any, past: int) -> dict[str, Any]:
         """The decisions of the sequence that a call belongs to."""
         if not isinstance(cache, Cache):
             return {}

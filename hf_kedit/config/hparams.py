@@ -84,12 +84,6 @@ def find_hparams(method: str, model_name: str) -> tuple[Path, dict[str, Any]] | 
     return None
 
 
-def list_hparams() -> list[Path]:
-    """Return every packaged hparams file of a method."""
-    root = hparams_root()
-    return sorted(p for p in root.glob("*/*.yaml") if p.parent.name != TRAINING) if root else []
-
-
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds one mapping.
 

@@ -129,7 +129,7 @@ class Sweep:
             ):
                 states = capture_at(self.model, chunk.batch, chunk.columns, taps)
             chunk.layer, chunk.entering = layer, kept[0]
-            if not self._exact(chunk, taps, states):
+            if not self._exact(chunk, taps):
                 self.restart = False
                 return capture_at(self.model, chunk.batch, chunk.columns, taps)
             return states
@@ -140,7 +140,7 @@ class Sweep:
         """The model begins at the layer whose entering states are kept."""
         return passed_through(self.model, self.anatomy, chunk.layer - 1, chunk.entering, chunk.structures)
 
-    def _exact(self, chunk: _Chunk, taps: Sequence[Tap], found: dict[Tap, torch.Tensor]) -> bool:
+    def _exact(self, chunk: _Chunk, taps: Sequence[Tap]) -> bool:
         """Whether a restart at the chunk's layer gives what the tokens give; tried once per model and layer."""
         known, place = _CHECKED.setdefault(self.model, {}), (chunk.layer, bool(chunk.batch.beside))
         if place not in known:

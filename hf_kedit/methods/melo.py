@@ -159,8 +159,8 @@ class Cluster:
         )
 
 
-class TrainingStep(NamedTuple):
-    """What one edit did to the clusters.
+class ClusterStep(NamedTuple):
+    """Where one edit went, and what that did to the clusters.
 
     Args:
         action: see the module's head.
@@ -175,7 +175,7 @@ class TrainingStep(NamedTuple):
 
 def add_batch(
     clusters: Sequence[Cluster], queries: torch.Tensor, records: Sequence[BlockRecord], radius: float
-) -> tuple[list[Cluster], list[TrainingStep]]:
+) -> tuple[list[Cluster], list[ClusterStep]]:
     """Clusters with the edits of one call added; each is compared with the clusters from before the call.
 
     Args:
@@ -189,25 +189,25 @@ def add_batch(
         fresh = Cluster(query, radius, record.target, query[None], (record.block,), (record.edit_id,))
         if not clusters:
             after.append(fresh)
-            steps.append(TrainingStep("new", None))
+            steps.append(ClusterStep("new", None))
             continue
         gap, place = distances(query[None], torch.stack([c.center for c in clusters]))[0].min(dim=0)
         distance, nearest = float(gap), int(place)
         if distance > clusters[nearest].radius + radius:
             after.append(fresh)
-            steps.append(TrainingStep("new", distance))
+            steps.append(ClusterStep("new", distance))
         elif clusters[nearest].target == record.target:
             after[nearest] = after[nearest].joined(query, record, radius)
-            steps.append(TrainingStep("join", distance))
+            steps.append(ClusterStep("join", distance))
         elif distance <= SAME_PROMPT * float(query.norm()):
-            steps.append(TrainingStep("overwrite", distance, tuple(i for i in after[nearest].edit_ids if i)))
+            steps.append(ClusterStep("overwrite", distance, tuple(i for i in after[nearest].edit_ids if i)))
             after[nearest] = replace(fresh, radius=after[nearest].radius)
         else:
             shrunk = after[nearest].shrunk(distance / 2 - GAP)
             forgets = tuple(i for i in after[nearest].edit_ids if i and i not in shrunk.edit_ids)
             after[nearest] = shrunk
             after.append(replace(fresh, radius=distance / 2 + GAP))
-            steps.append(TrainingStep("split", distance, forgets))
+            steps.append(ClusterStep("split", distance, forgets))
     return after, steps
 
 

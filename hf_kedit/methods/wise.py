@@ -235,7 +235,7 @@ class WISE(SiteMethod):
         )
         extra = self._replay(site, number) if config.replay and site.state.memories else None
         done = train_side_memory(path, weight, delta, mask, self._settings(), extra, show_progress=bench.show_progress)
-        self._note(done, mask, weight)
+        self._note(done, mask)
         fact = request.filled_prompt, request.target_new, request.separator_or(None)
         edit = TrainedEdit(*fact, done.activation, done.delta, mask, drawn)
         return Outcome([], [_diagnostics(done)], [SiteEntry(site, edit)])
@@ -348,7 +348,7 @@ class WISE(SiteMethod):
 
     # ------------------------------------------------------------------ reports
 
-    def _note(self, done: Training, mask: torch.Tensor, weight: torch.Tensor) -> None:
+    def _note(self, done: Training, mask: torch.Tensor) -> None:
         if self.bench.trace is None:
             return
         parts = {

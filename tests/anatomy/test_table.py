@@ -281,7 +281,7 @@ def test_expert_bank(family: str, experts: int, inner: int, transposed: bool, in
     assert (bank.up_param, bank.down_param) == ("gate_up_proj", "down_proj")
     assert (bank.num_experts, bank.in_features, bank.out_features) == (experts, inner, 32)
     assert bank.transposed is transposed and bank.gated
-    assert bank.interleaved is interleaved and bank.concatenated is not interleaved
+    assert bank.interleaved is interleaved and bank.gated and bank.gate_param is None
     shape = tuple(_model(family).get_submodule(bank.path).get_parameter(bank.down_param).shape)
     assert shape == ((experts, inner, 32) if transposed else (experts, 32, inner))
 

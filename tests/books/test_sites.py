@@ -229,7 +229,7 @@ def test_frames_of_generation(wrapped: Any) -> None:
     frames = seen(sites, path)
     continued(model, [LONG, SHORT], max_new_tokens=3)
     assert [f.phase for f in frames] == ["prompt", "decode", "decode"] and frames[0].key_columns.tolist() == [4, 4]
-    assert frames[0].mask.sum().item() == 8 and frames[0].whole_prompt
+    assert frames[0].mask.sum().item() == 8 and (frames[0].phase, frames[0].past) == ("prompt", 0)
     frames.clear()
     continued(model, [LONG, SHORT], max_new_tokens=3, use_cache=False)
     assert [(f.phase, f.width, f.key_columns.tolist()) for f in frames] == [("prompt", n, [4, 4]) for n in (5, 6, 7)]
@@ -255,7 +255,7 @@ def test_a_prefix_cache_and_chunks_of_a_prompt(wrapped: Any) -> None:
         torch.tensor([LONG]), past_key_values=cache, max_new_tokens=2, pad_token_id=0, do_sample=False
     )
     assert out.shape == (1, 7)
-    assert [(f.phase, f.width, f.whole_prompt) for f in frames] == [("prompt", 3, False), ("decode", 1, False)]
+    assert [(f.phase, f.width, f.past > 0) for f in frames] == [("prompt", 3, True), ("decode", 1, True)]
     assert frames[0].key_columns.tolist() == [2]
     frames.clear()
     continued(model, [LONG], max_new_tokens=2, prefill_chunk_size=2)

@@ -17,7 +17,6 @@ import yaml
 from hf_kedit import EditConfig, load_edit_dataset, load_requests
 from hf_kedit.compat.easyedit import convert_training
 from hf_kedit.config.easyedit import convert_hparams
-from hf_kedit.config.hparams import list_hparams
 from hf_kedit.data.easyedit import from_easyedit
 from hf_kedit.evaluation import EvaluationReport
 from hf_kedit.evaluation.runs.bench import BenchPlan
@@ -25,6 +24,7 @@ from hf_kedit.requests import EditRequest
 from hf_kedit.training.plan import TrainingPlan
 from tests.fuzz.mutations import FIRST, LONG, Tally, attempt, damage_bytes, dumps, mutate
 from tests.fuzz.states import beside
+from tests.hparams_files import FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST = {
@@ -128,7 +128,7 @@ def use(requests: list[EditRequest]) -> None:
 
 def kinds(rng: random.Random, folder: Path) -> tuple[str, Any, Callable[[Any], Any]]:
     """One kind of input: its name, a sound value, and who reads a damaged one."""
-    hparams = rng.choice(list_hparams())
+    hparams = rng.choice(FILES)
     plan = rng.choice(sorted((ROOT / "hparams" / "TRAINING").glob("*.yaml")))
     name = folder / "value"
 

@@ -11,11 +11,9 @@ import pytest
 import yaml
 
 from hf_kedit.config import AutoEditConfig, ModelProfile, config_class
-from hf_kedit.config.hparams import find_hparams, hparams_root, list_hparams
+from hf_kedit.config.hparams import find_hparams
+from tests.hparams_files import FILES, ROOT
 
-ROOT = hparams_root()
-assert ROOT is not None
-FILES = list_hparams()
 METHODS = sorted({p.parent.name for p in FILES})
 # Endings that follow a family's name on the Hub; what a pattern's * stands for when patterns are compared.
 ENDINGS = ("", "-hf", "-chat", "-chat-hf", "-instruct", "-v0.1", "-instruct-v0.3", "-base", "-int4", "-edited")

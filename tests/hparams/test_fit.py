@@ -20,12 +20,10 @@ from hf_kedit import embedded
 from hf_kedit.anatomy import profile_of, resolve_anatomy
 from hf_kedit.books.ledger import Ledger
 from hf_kedit.config import config_class
-from hf_kedit.config.hparams import hparams_root, list_hparams
 from hf_kedit.methods.base import Workbench, method_class
+from tests.hparams_files import FILES as PACKAGED
+from tests.hparams_files import ROOT
 from tests.models import quiet, stand_in
-
-ROOT = hparams_root()
-assert ROOT is not None
 
 
 def gpt2(layers: int, width: int, heads: int) -> tuple[str, dict[str, Any]]:
@@ -85,7 +83,7 @@ DOWN = {
 }
 LLAMA_LIKE = "model.layers.{}.mlp.down_proj"
 STAND_INS = {"qwen1", "baichuan", "internlm", "chatglm2"}
-FILES = [p for p in list_hparams() if p.stem in MODELS or p.stem.startswith("world-")]
+FILES = [p for p in PACKAGED if p.stem in MODELS or p.stem.startswith("world-")]
 
 
 @cache
@@ -103,7 +101,7 @@ def model_of(stem: str) -> torch.nn.Module:
 
 
 def test_every_file_is_for_a_model_of_the_table() -> None:
-    unknown = [p for p in list_hparams() if p not in FILES]
+    unknown = [p for p in PACKAGED if p not in FILES]
     assert not unknown, "add the sizes of these models' public configurations to MODELS"
 
 

@@ -160,10 +160,8 @@ def evaluate_edits(
     checkpoints = parse_at(at, setting, len(cases))
     if setting != SAVED:
         check_requests(model, cases, strict=on_error == "raise")
-    with (
-        alone(model.base_model, edited=True),
-        model.as_decoded(),
-    ):  # nobody else is to see edits that are made to be measured
+    # Nobody else is to see edits that are made to be measured.
+    with alone(model.base_model, edited=True), model.as_decoded():
         run = Run(
             model,
             protocols,
@@ -187,10 +185,12 @@ def evaluate_edits(
         settings = run.settings(cases, batch_size, whens, checkpoints)
         if chosen is not None:
             settings["scenario"] = chosen.settings()
-        mine = [step for step in plan if step.unit % part[1] == part[0] - 1] if part[1] > 1 else plan
+        number, count = part
+        mine = [step for step in plan if step.unit % count == number - 1]
         folder = None if output_dir is None else RunFolder(output_dir, settings, plan, part)
         if folder is not None:
             run.done = folder.done
+        measured = len({case for step in mine for case in step.cases})
         by_number = {case.number: case for case in cases}
         tracking = EvaluationTracking(
             Tracking(report_to, "eval", settings, Path(output_dir or ".") / "runs"), after_step
@@ -207,7 +207,7 @@ def evaluate_edits(
             meta = {
                 **settings,
                 "batch_size": max(len(unit) for unit in units),
-                "n": len({number for step in mine for number in step.cases}),
+                "n": measured,
                 "seconds": time.perf_counter() - began,
                 "seconds_pre": seconds_pre,
                 "seconds_setup": run.seconds_setup,
@@ -217,12 +217,7 @@ def evaluate_edits(
                 folder.finish(meta)
         else:
             stored = folder.read_meta() if folder is not None else {}
-            meta = {
-                **settings,
-                "n": len({number for step in mine for number in step.cases}),
-                **run.describe(),
-                **stored,
-            }
+            meta = {**settings, "n": measured, **run.describe(), **stored}
         return assemble({s.number: run.done[s.number] for s in mine}, [meta], [step.when for step in mine])
 
 
