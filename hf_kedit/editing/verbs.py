@@ -71,7 +71,8 @@ class Editing(EditedModel):
                 ``edit(prompt="{} was founded by", subject="Apple", target_new="Bill Gates")``.
             batch_size: requests solved for together, for methods that can; ``None``: all at once. Batches follow
                 one another, each on the model that the one before left.
-            on_error: ``"raise"``, or ``"skip"`` to leave out batches that fail and report them in the result.
+            on_error: ``"raise"``, or ``"skip"`` to leave out what fails and report it in the result: a batch, or of
+                `auto`, whose edits do not depend on each other, single requests.
             show_progress: show progress bars.
             watch: looks at the model before and after, for example ``SideEffects()``; what it saw is in the result.
             report_to: who is told the loss of every step and what came of it: ``"tensorboard"``, ``"wandb"``,
@@ -313,10 +314,17 @@ class Editing(EditedModel):
             for batch in progress(batches, f"editing ({name})", show=show):
                 try:
                     result.edits.extend(self._edit_batch(batch, [read[request.id] for request in batch]))
+                    continue
                 except EditFailedError as error:
                     if not may_fail:
                         raise
-                    result.failed.extend((r, error) for r in batch)
+                    if not method.apart:
+                        result.failed.extend((r, error) for r in batch)
+                for request in batch if method.apart else ():
+                    try:
+                        result.edits.extend(self._edit_batch([request], [read[request.id]]))
+                    except EditFailedError as error:
+                        result.failed.append((request, error))
         return result
 
     @torch.enable_grad()

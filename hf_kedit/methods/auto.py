@@ -115,10 +115,11 @@ class Auto(Method):
 
     config_class = AutoMethodConfig
     both_formats: ClassVar[BothFormats | None] = "itself"
+    apart = True
     capabilities = Capabilities(
         name="auto",
         kind="adapter",
-        batch=False,
+        batch=True,
         sequential=True,
         needs_subject=True,
         low_rank=False,
@@ -159,13 +160,26 @@ class Auto(Method):
             self.base.prepare()
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
-        """Compute one edit as if it were the only one."""
-        (request,) = requests
+        """Compute every edit as if it were the only one."""
         with self.bench.sites.disabled():
             self.base.bench.trace = self.bench.trace
-            found = self.base.regularise(self.base.compute([request]))
-        factors = self._factors(found.deltas)
-        memory = self._memory(factors)
+            found = [self.base.regularise(outcome) for outcome in self.base.compute_apart(requests)]
+        changes = [self._factors(outcome.deltas) for outcome in found]
+        memory = self._memory(changes)
+        entries, diagnostics = [], []
+        for request, factors, outcome in zip(requests, changes, found, strict=True):
+            change, unclaimed = self._addressed(request, memory, factors)
+            entries.append(SiteEntry(memory, change))
+            report = {"base": self.base.capabilities.name, "unclaimed": unclaimed}
+            diagnostics.append(outcome.diagnostics[0] | report)
+        return Outcome([], diagnostics, entries)
+
+    # ------------------------------------------------------------------ inside
+
+    def _addressed(
+        self, request: EditRequest, memory: RoutedChanges, factors: dict[str, Factors]
+    ) -> tuple[RoutedChange, list[str]]:
+        """An edit with what it answers to, and those of its wordings that the router would not know it by."""
         address = self._address(request)
         wordings = _wordings(request)
         read = self._read if memory.compared is not None else None
@@ -173,11 +187,7 @@ class Auto(Method):
         alone = memory.router.empty().with_addresses([address], states=state)
         routes = alone.route(wordings, read)
         unclaimed = [wording for wording, route in zip(wordings, routes, strict=True) if route is None]
-        report = {"base": self.base.capabilities.name, "unclaimed": unclaimed}
-        change = RoutedChange(address, alone.views.tensor, factors, state)
-        return Outcome([], [found.diagnostics[0] | report], [SiteEntry(memory, change)])
-
-    # ------------------------------------------------------------------ inside
+        return RoutedChange(address, alone.views.tensor, factors, state), unclaimed
 
     def _read(self, prompts: Sequence[str]) -> torch.Tensor:
         """The unedited model's states that are compared, ``[prompts, d]``."""
@@ -241,14 +251,20 @@ class Auto(Method):
             raise EditFailedError(f"{self.base.capabilities.name} found no change")
         return factors
 
-    def _memory(self, factors: dict[str, Factors]) -> RoutedChanges:
-        """The memory at these layers, or a new one.
+    def _memory(self, changes: Sequence[dict[str, Factors]]) -> RoutedChanges:
+        """The memory at the layers of these changes, or a new one.
 
         Raises:
-            ConfigError: if it was begun with other settings, or the change does not fit into it.
+            ConfigError: if it was begun with other settings, or a change does not fit into it.
         """
-        config, paths = self.config, sorted(factors)
-        wanted = max(f.left.shape[1] for f in factors.values())
+        config, layers = self.config, {tuple(sorted(factors)) for factors in changes}
+        paths = list(layers.pop())
+        if layers:
+            raise ConfigError(
+                f"auto keeps changes of the same layers for all facts, and {self.base.capabilities.name} writes some"
+                " of these to other projections than the rest: take expert_policy='shared'"
+            )
+        wanted = max(f.left.shape[1] for factors in changes for f in factors.values())
         memory = next((m for m in self.bench.sites.memories.values() if isinstance(m, RoutedChanges)), None)
         assert config.encoder is not None and config.slack is not None
         if memory is None:

@@ -259,6 +259,9 @@ class Method(ABC):
     pictures: ClassVar[bool] = False
     """Whether the method edits what a model says of pictures."""
 
+    apart: ClassVar[bool] = False
+    """Whether an edit is the same in any company, so that of a batch that fails each request can be tried alone."""
+
     text_only: ClassVar[bool] = False
     """Whether the method needs nothing of a model but its answers, so that it works on one behind an API."""
 
@@ -316,6 +319,14 @@ class Method(ABC):
         Raises:
             EditFailedError: if no usable update was found.
         """
+
+    def compute_apart(self, requests: Sequence[EditRequest]) -> list[Outcome]:
+        """What `compute` finds for each request as if it were the only one.
+
+        One after the other; a method that can runs what does not depend on the others' changes for all of them at
+        once. Results are then equal up to the rounding of batched products.
+        """
+        return [self.compute([request]) for request in requests]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What the method has learnt from earlier edits and belongs to no single one of them; saved with the edits.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -25,9 +25,12 @@ from ..errors import ConfigError, EditFailedError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..statistics.solve import IDENTITY
-from ..values.optimise import ValuePlace
+from ..values.optimise import ValuePlace, Values, pick_values
 from .base import Capabilities, Outcome, Workbench, register_method
 from .locate_then_edit import LocateConfig, LocateMethod, routing_diagnostics, single_layer, where_routed
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
 
 logger = get_logger(__name__)
 
@@ -101,40 +104,63 @@ class ROME(LocateMethod):
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Edit one fact, in the layers of the config from below."""
         (request,) = requests
-        bench, anatomy, deltas, diagnostics = self.bench, self.anatomy_for(request), [], {}
-        groups = self.templates()
-        rows = self.rows([request], groups)
-        with bench.ledger.provisional() as scope:
+        anatomy = self.anatomy_for(request)
+        rows = self.rows([request], self.templates())
+        deltas: list[WeightDelta] = []
+        diagnostics: dict[str, Any] = {}
+        with self.bench.ledger.provisional() as scope:
             for layer in self.config.written_layers:
-                module = anatomy.down(layer).path
-                key_tap = Tap(module, "input")
-                values = self.optimise(rows, layer, "down", [key_tap], anatomy)
-                keys, outputs = values.taken[key_tap][0], values.taken[Tap(module)][0]
-                k_star, k, output = self.association(where_routed(keys, keys), where_routed(keys, outputs))
-
-                factor = bench.statistics.factor(module) if self.config.mom2_adjustment else IDENTITY
-                u = factor.solve(factor.take(k_star.unsqueeze(1))).squeeze(1).float()
-                u = (u / u.norm()).to(k.device)
-                denominator = k @ u
-                right = (values.value[0] - output.to(values.value.device)) / denominator
-                if not bool(torch.isfinite(right).all()):
-                    raise EditFailedError("the key is orthogonal to its own update; choose another layer")
-                delta = WeightDelta(module, left=right.unsqueeze(1), right=u.unsqueeze(1), owners=(0,))
+                values = self.optimise(rows, layer, "down", [_keys_of(anatomy, layer)], anatomy)
+                delta, diagnostics = self._insertion(layer, values, anatomy)
                 scope.add(delta)
                 deltas.append(delta)
-
-                bench.note(f"k_star.{layer}", k_star)
-                bench.note(f"left.{layer}", u)
-                bench.note(f"right.{layer}", right)
-                bench.note(f"cur_input.{layer}", k)
-                bench.note(f"cur_output.{layer}", output)
-                diagnostics = self.diagnose(values, 0) | {
-                    "key_alignment": float(denominator.abs() / k.norm()),
-                    "update_norm": float(right.norm()),
-                    **routing_diagnostics(anatomy, {layer: (keys != 0).any(dim=1)}),
-                }
-                self._warn_if_disabling(diagnostics, float(right.norm()), module)
         return Outcome(deltas, [diagnostics])
+
+    def compute_apart(self, requests: Sequence[EditRequest]) -> list[Outcome]:
+        """Edit each fact alone; their values are optimised together, if there is one layer and one projection."""
+        layers, anatomy = self.config.written_layers, self.bench.anatomy
+        formats = {len(request.formats()) for request in requests}
+        if len(layers) > 1 or len(formats) > 1 or self.config.expert_policy == "top1":
+            return super().compute_apart(requests)
+        values = self.optimise(
+            self.rows(requests, self.templates()), layers[0], "down", [_keys_of(anatomy, layers[0])]
+        )
+        found = [self._insertion(layers[0], pick_values(values, i), anatomy) for i in range(len(requests))]
+        return [Outcome([delta], [diagnostics]) for delta, diagnostics in found]
+
+    def _insertion(self, layer: int, values: Values, anatomy: Anatomy) -> tuple[WeightDelta, dict[str, Any]]:
+        """The update that inserts one fact into a layer (eq. 2), and what is to be said about it.
+
+        Args:
+            layer: that is written.
+            values: of one request, with the keys that were seen when they were optimised.
+            anatomy: of the request.
+        """
+        bench, module = self.bench, anatomy.down(layer).path
+        keys, outputs = values.taken[_keys_of(anatomy, layer)][0], values.taken[Tap(module)][0]
+        k_star, k, output = self.association(where_routed(keys, keys), where_routed(keys, outputs))
+
+        factor = bench.statistics.factor(module) if self.config.mom2_adjustment else IDENTITY
+        u = factor.solve(factor.take(k_star.unsqueeze(1))).squeeze(1).float()
+        u = (u / u.norm()).to(k.device)
+        denominator = k @ u
+        right = (values.value[0] - output.to(values.value.device)) / denominator
+        if not bool(torch.isfinite(right).all()):
+            raise EditFailedError("the key is orthogonal to its own update; choose another layer")
+
+        bench.note(f"k_star.{layer}", k_star)
+        bench.note(f"left.{layer}", u)
+        bench.note(f"right.{layer}", right)
+        bench.note(f"cur_input.{layer}", k)
+        bench.note(f"cur_output.{layer}", output)
+        diagnostics = self.diagnose(values, 0) | {
+            "key_alignment": float(denominator.abs() / k.norm()),
+            "update_norm": float(right.norm()),
+            **routing_diagnostics(anatomy, {layer: (keys != 0).any(dim=1)}),
+        }
+        self._warn_if_disabling(diagnostics, float(right.norm()), module)
+        delta = WeightDelta(module, left=right.unsqueeze(1), right=u.unsqueeze(1), owners=(0,))
+        return delta, diagnostics
 
     def association(
         self, keys: torch.Tensor, outputs: torch.Tensor
@@ -158,3 +184,8 @@ class ROME(LocateMethod):
                 f"{self.capabilities.name}: an update is {diagnostics['update_norm_ratio']:.1f} times as large as the"
                 f" weight of {module}; such edits can break a model. {self.remedy}",
             )
+
+
+def _keys_of(anatomy: Anatomy, layer: int) -> Tap:
+    """Where the keys of a layer are seen."""
+    return Tap(anatomy.down(layer).path, "input")

@@ -16,7 +16,7 @@ from hf_kedit import AutoMethodConfig, EditableModel, EditRequest
 from hf_kedit.books.router import encoder_of_words
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ConfigError, EditFailedError, ExportError, MergeError, RequestError
-from hf_kedit.methods import auto_memory
+from hf_kedit.methods import auto_memory, locate_then_edit
 from hf_kedit.methods.rome import ROME
 from hf_kedit.text.relations import COMMON_RELATIONS
 from hf_kedit.tokens import pad_rows
@@ -42,7 +42,7 @@ def wanted() -> list[EditRequest]:
 @pytest.fixture(scope="module")
 def edited(wanted: list[EditRequest]) -> EditableModel:
     model = EditableModel.from_pretrained("kedit/world-llama", config())
-    model.edit(wanted)
+    model.edit(wanted, batch_size=1)
     return model
 
 
@@ -94,6 +94,50 @@ def test_rows_of_a_batch_are_decided_one_by_one(edited: EditableModel, wanted: l
             before = edited(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert torch.equal(together[[0, 2]], before[[0, 2]])
     assert not torch.equal(together[1], before[1]) and not torch.equal(together[3], before[3])
+
+
+@pytest.mark.parametrize("base", ["rome", "memit", "alphaedit"])
+def test_edits_of_one_call_share_forwards_and_nothing_else(
+    base: str, wanted: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is what it is alone, up to the rounding of batched products."""
+    optimised: list[int] = []
+
+    def counting(model: Any, anatomy: Any, rows: Any, *args: Any, **options: Any) -> Any:
+        optimised.append(len(rows))
+        return optimise_values(model, anatomy, rows, *args, **options)
+
+    optimise_values = locate_then_edit.optimise_values
+    monkeypatch.setattr(locate_then_edit, "optimise_values", counting)
+    together = EditableModel.from_pretrained("kedit/world-llama", config(base={"edit_type": base}))
+    one_by_one = EditableModel.from_pretrained("kedit/world-llama", config(base={"edit_type": base}))
+    result = together.edit(wanted[:3])
+    assert optimised == [3] and [edit.request.subject for edit in result.edits] == [r.subject for r in wanted[:3]]
+    one_by_one.edit(wanted[:3], batch_size=1)
+    assert optimised == [3, 1, 1, 1] and all(learnt(together, wanted[:3]))
+    for request in wanted[:3]:
+        found, expected = (prompt_logits(m, request.filled_prompt) for m in (together, one_by_one))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    together.rollback(result.edits[1].id)
+    assert learnt(together, wanted[:3]) == [True, False, True]
+
+
+def test_a_request_that_fails_costs_the_others_nothing(
+    wanted: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insertion = ROME._insertion
+
+    def fails_for_one(self: ROME, layer: int, values: Any, anatomy: Any) -> Any:
+        if values.probability[0][0] == pytest.approx(first, rel=1e-3):
+            raise EditFailedError("no")
+        return insertion(self, layer, values, anatomy)
+
+    first = alone(wanted[1]).edits[0].diagnostics["target_probability_before"]
+    monkeypatch.setattr(ROME, "_insertion", fails_for_one)
+    model = EditableModel.from_pretrained("kedit/world-llama", config())
+    result = model.edit(wanted[:3], on_error="skip")
+    failed = [request.subject for request, _ in result.failed]
+    assert failed == [wanted[1].subject] and learnt(model, wanted[:3]) == [True, False, True]
 
 
 def test_order_and_company_leave_no_trace(edited: EditableModel, wanted: list[EditRequest]) -> None:
@@ -273,14 +317,14 @@ def test_an_edit_that_fails_half_way_leaves_the_others(
     before, digest = prompt_logits(model, wanted[0].filled_prompt), model_digest(model.base_model)
     calls = []
 
-    def second_fails(self: Any, requests: Any) -> Any:
-        calls.append(requests)
+    def second_fails(self: ROME, *args: Any) -> Any:
+        calls.append(args)
         if len(calls) == 2:
             raise EditFailedError("no")
-        return compute(self, requests)
+        return insertion(self, *args)
 
-    compute = ROME.compute
-    monkeypatch.setattr(ROME, "compute", second_fails)
+    insertion = ROME._insertion
+    monkeypatch.setattr(ROME, "_insertion", second_fails)
     with pytest.raises(EditFailedError):
         model.edit(wanted[1:4])
     assert len(model.edits) == 1 and model_digest(model.base_model) == digest
