@@ -62,15 +62,19 @@ class _Looks:
 
 
 class RowText(str):
-    """What a row of a call says; `look` tells what its pictures look like (`StateReader.looks`), if asked for."""
+    """What a row of a call says, in a chat the user's last turn.
 
+    ``ids`` are those of the whole prompt; ``look`` tells what its pictures look like (`StateReader.looks`), if asked.
+    """
+
+    ids: Sequence[int]
     look: Callable[[], torch.Tensor | None]
 
     @classmethod
-    def of(cls, text: str, look: Callable[[], torch.Tensor | None]) -> RowText:
-        """A text with what finds its look."""
+    def of(cls, text: str, ids: Sequence[int], look: Callable[[], torch.Tensor | None] = lambda: None) -> RowText:
+        """A text with its ids, and with what finds its look."""
         self = cls(text)
-        self.look = look
+        self.ids, self.look = ids, look
         return self
 
 
@@ -93,9 +97,15 @@ class Prefix:
     share: float = 1.0
 
 
-Router = Callable[[Sequence[str]], Sequence["Prefix | None"]]
+Router = Callable[[Sequence[RowText]], Sequence["Prefix | None"]]
 _INSIDE: ContextVar[tuple[Prompter, ...]] = ContextVar("kedit_prompters", default=())
 """Whose own calls are under way here: several threads may call one model."""
+_BEHIND: ContextVar[bool] = ContextVar("kedit_behind_prefixes", default=False)
+
+
+def behind_prefixes() -> bool:
+    """Whether the rows that the model reads now stand behind prefixes, so that their edits are decided already."""
+    return _BEHIND.get()
 
 
 class Prompter:
@@ -104,8 +114,11 @@ class Prompter:
     Args:
         model: a transformers language model.
         tokenizer: of the model, looked up when it is needed.
-        router: prompts (texts) → a prefix for each, or ``None``. Those with pictures are `RowText`.
+        router: prompts (`RowText`) → a prefix for each, or ``None``.
         looks: ``StateReader.looks`` of the model; ``None``: nobody asks what pictures look like.
+        asleep: whether calls go to the model as they are now, beside `passing`.
+        together: run rows without a prefix in the batch that they came in, so that the other rows' prefixes change no
+            bit of theirs; those that have one are then read twice.
     """
 
     def __init__(
@@ -114,8 +127,12 @@ class Prompter:
         tokenizer: Callable[[], PreTrainedTokenizerBase | None],
         router: Router,
         looks: Callable[[dict[str, Any]], list[torch.Tensor | None]] | None = None,
+        *,
+        asleep: Callable[[], bool] = lambda: False,
+        together: bool = False,
     ):
         self.model, self._tokenizer, self.router, self._looks = model, tokenizer, router, looks
+        self._asleep, self._together = asleep, together
         self._before: dict[str, Any] | None = None
         self._passing = 0
 
@@ -162,7 +179,7 @@ class Prompter:
 
     @property
     def _lets_pass(self) -> bool:
-        return self.is_passing or self in _INSIDE.get()
+        return self.is_passing or self._asleep() or self in _INSIDE.get()
 
     @property
     def is_passing(self) -> bool:
@@ -229,15 +246,14 @@ class Prompter:
             return self._logits_of_pictures(plain, rows, routes, wanted)
         unrouted = [i for i, route in enumerate(routes) if route is None or route.share < 1]
         if unrouted:
+            read = self._read_with(unrouted, rows)
             some = {
-                k: take_rows(v, unrouted, rows.count)
-                for k, v in given.items()
-                if k not in ("labels", "logits_to_keep")
+                k: take_rows(v, read, rows.count) for k, v in given.items() if k not in ("labels", "logits_to_keep")
             }
             some |= {"use_cache": False, "return_dict": True}
-            asked = [list(wanted[i]) for i in unrouted]
+            asked = [list(wanted[i]) if i in unrouted else [] for i in read]
             found = logits_at(self.model, some, Positions.of(asked, some["input_ids"]), run=plain)
-            answers = dict(zip(unrouted, found.split([len(row) for row in asked]), strict=True))
+            answers = dict(zip(read, found.split([len(row) for row in asked]), strict=True))
         for model, group in _by_model(routes).items():
             reader = model or self.model
             prefixed = [self.with_prefix(rows.ids[i], routes[i], reader, 0) for i in group]
@@ -384,8 +400,11 @@ class Prompter:
         groups: list[tuple[list[int], Any]] = []
         plain_rows = [i for i, route in enumerate(routes) if route is None]
         if plain_rows:
-            some = {k: take_rows(v, plain_rows, rows.count) for k, v in given.items()}
-            groups.append((plain_rows, plain(**some)))
+            read = self._read_with(plain_rows, rows)
+            found = plain(**{k: take_rows(v, read, rows.count) for k, v in given.items()})
+            if len(read) > len(plain_rows) and isinstance(found, torch.Tensor):
+                found = found[_expanded(plain_rows, found.shape[0] // rows.count)]
+            groups.append((plain_rows, found))
         for model, group in _by_model(routes).items():
             groups.append((group, self._generate_prefixed(plain, given, rows, routes, model, group)))
         if len(groups) == 1:
@@ -399,8 +418,7 @@ class Prompter:
         each = groups[0][1].shape[0] // len(groups[0][0])
         merged = groups[0][1].new_full((rows.count * each, width), pad_id(self.tokenizer))
         for group, found in groups:
-            places = [i * each + n for i in group for n in range(each)]
-            merged[places, : found.shape[1]] = found.to(merged.device)
+            merged[_expanded(group, each), : found.shape[1]] = found.to(merged.device)
         return merged
 
     def _generate_prefixed(
@@ -437,7 +455,8 @@ class Prompter:
             if value and not new:
                 kwargs[name] = value + added
         kwargs = moved(kwargs, device_of(who))
-        found = plain(**kwargs) if model is None else model.generate(**kwargs)
+        with _reading_behind_prefixes():
+            found = plain(**kwargs) if model is None else model.generate(**kwargs)
         sequences = found if isinstance(found, torch.Tensor) else found.sequences
         fresh = sequences[:, batch.input_ids.shape[1] :]
         each = sequences.shape[0] // len(group)
@@ -449,6 +468,10 @@ class Prompter:
         found.past_key_values = None
         return found
 
+    def _read_with(self, wanted: list[int], rows: CallRows) -> list[int]:
+        """The rows that are run so that some of them, which have no prefix, are answered."""
+        return list(range(rows.count)) if self._together else wanted
+
     # ------------------------------------------------------------------ routes and tokens
 
     def _routes(self, rows: CallRows, ends: torch.Tensor | None) -> Sequence[Prefix | None]:
@@ -458,10 +481,10 @@ class Prompter:
             count = sum(column <= end for column in columns)
             turn = self._last_turn(ids[:count])
             whole = str(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
-            texts.append(whole if turn is None else self._said(turn[1]))
+            texts.append(RowText.of(whole if turn is None else self._said(turn[1]), ids[:count]))
         if rows.pictures and self._looks is not None:
             found = _Looks(partial(self._looks, rows.inputs()))
-            texts = [RowText.of(text, partial(found.of, i)) for i, text in enumerate(texts)]
+            texts = [RowText.of(text, text.ids, partial(found.of, i)) for i, text in enumerate(texts)]
         return self.router(texts)
 
     def _said(self, turn: str) -> str:
@@ -563,6 +586,20 @@ class Prompter:
         if whole[: len(stripped)] == stripped and len(whole) == len(stripped) + 1:
             return stripped, whole[-1:]
         return encode(text), list(ids[:1])
+
+
+def _reading_behind_prefixes() -> Switch[None]:
+    """What the model reads inside the block are rows behind their prefixes (`behind_prefixes`)."""
+
+    def say(behind: bool) -> None:
+        _BEHIND.set(behind)
+
+    return switched(lambda: say(True), lambda: say(False))
+
+
+def _expanded(rows: Sequence[int], each: int) -> list[int]:
+    """Places of some rows where every row has become several, which stand together."""
+    return [i * each + n for i in rows for n in range(each)]
 
 
 def _with_pictures(prefix: Prefix | None) -> bool:

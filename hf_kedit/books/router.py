@@ -31,7 +31,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -98,6 +98,8 @@ class RouteCandidate:
         rival_similarity: to it.
         claimed: whether the prompt counts as asking for the edit's fact.
         by: what was compared: ``"words"``, or ``"state"`` (to which there is no rival, but a least similarity).
+        named: whether the prompt names the edit's subject.
+        base: the method whose solution answers the prompt, if the edit claims it; set by those who know it.
     """
 
     edit_id: str
@@ -107,6 +109,8 @@ class RouteCandidate:
     rival_similarity: float
     claimed: bool
     by: str = "words"
+    named: bool = True
+    base: str = ""
 
     @property
     def reason(self) -> str:
@@ -118,6 +122,18 @@ class RouteCandidate:
             f"what is asked ({self.asked!r}) is {self.similarity:.2f} near to it, and {self.rival_similarity:.2f} to"
             f" {self.rival!r}"
         )
+
+
+class Route(NamedTuple):
+    """The edit that claims a prompt.
+
+    Args:
+        place: of the edit, among the router's addresses.
+        named: whether the prompt names its subject; else it was known by a state.
+    """
+
+    place: int
+    named: bool
 
 
 def is_claim(asked: str, similarity: float, rival_similarity: float, slack: float) -> bool:
@@ -165,7 +181,7 @@ class EditRouter:
         self.states = Vectors(0)
         self.views = Vectors(0)
         self._index = _Index()
-        self._known: dict[str, int | None] = {}
+        self._known: dict[str, Route | None] = {}
         self._relations: list[torch.Tensor] = []  # one, once it is needed; routers that come of another share it
 
     # ------------------------------------------------------------------ addresses
@@ -225,8 +241,8 @@ class EditRouter:
 
     # ------------------------------------------------------------------ routing
 
-    def route(self, prompts: Sequence[str], read: Encoder | None = None) -> list[int | None]:
-        """The place in `addresses` of the edit that each prompt asks for, or ``None``.
+    def route(self, prompts: Sequence[str], read: Encoder | None = None) -> list[Route | None]:
+        """The edit that each prompt asks for, or ``None``.
 
         Args:
             prompts: texts.
@@ -239,7 +255,7 @@ class EditRouter:
         asked = [prompt for prompt in new if found[prompt] is unknown]
         for prompt, candidates in zip(asked, self._candidates(asked), strict=True):
             claimed = [(c.similarity, place) for place, c in candidates.items() if c.claimed]
-            found[prompt] = max(claimed)[1] if claimed else None
+            found[prompt] = Route(max(claimed)[1], named=True) if claimed else None
         if len(known) + len(new) > _REMEMBERED:  # several threads may be here: nothing is looked up twice above
             known.clear()
         known.update({prompt: found[prompt] for prompt in new})
@@ -254,10 +270,10 @@ class EditRouter:
             return by_words
         return alike + [replace(c, claimed=False) for c in by_words if c.edit_id != alike[0].edit_id]
 
-    def _alike(self, prompts: Sequence[str], read: Encoder | None) -> dict[str, int]:
-        """The edit, by its place, that the state of each prompt is like; prompts without one are missing."""
+    def _alike(self, prompts: Sequence[str], read: Encoder | None) -> dict[str, Route]:
+        """The edit that the state of each prompt is like; prompts without one are missing."""
         near = self._nearest(prompts, read)
-        return {prompt: place for prompt, (place, c) in zip(prompts, near, strict=False) if c.claimed}
+        return {prompt: Route(place, c.named) for prompt, (place, c) in zip(prompts, near, strict=False) if c.claimed}
 
     def _nearest(self, prompts: Sequence[str], read: Encoder | None) -> list[tuple[int, RouteCandidate]]:
         """The edit whose state each prompt's is nearest to, the latest of equals; nothing where none are compared."""
@@ -271,8 +287,9 @@ class EditRouter:
 
     def _by_state(self, place: int, prompt: str, near: float) -> RouteCandidate:
         assert self.alike is not None
-        edit_id = self._index.addresses[place].edit_id
-        return RouteCandidate(edit_id, prompt, near, "", self.alike, near >= self.alike, BY_STATE)
+        edit_id, claimed = self._index.addresses[place].edit_id, near >= self.alike
+        named = claimed and place in self._named(prompt)  # looked up only where it matters
+        return RouteCandidate(edit_id, prompt, near, "", self.alike, claimed, BY_STATE, named)
 
     def _candidates(self, prompts: Sequence[str]) -> list[dict[int, RouteCandidate]]:
         """For every prompt, the edits whose subject it names, by their places."""

@@ -29,6 +29,7 @@ from ..errors import (
 from ..logging import get_logger
 from .book import Saved, check_known
 from .ledger import Ledger
+from .prompting import Prompter
 from .router import RouteCandidate
 from .sites import Decider, SiteFunction, Sites
 
@@ -52,6 +53,8 @@ class SiteMemory(ABC):
 
     kind: ClassVar[str]
     """Name of the memory in files."""
+    front: Prompter | None = None
+    """What stands before the model while the memory is on it, if texts go in front of prompts; made by `attached`."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = tuple(paths)
@@ -234,12 +237,16 @@ class SiteBook:
         """Attach and detach memories until the model carries exactly those that are in the book."""
         for key, memory in list(self._attached.items()):
             if self.memories.get(key) is not memory:
+                if memory.front is not None:
+                    memory.front.detach()
                 self.sites.detach(key)
                 del self._attached[key]
         for key, memory in self.memories.items():
             if key not in self._attached:
                 self.sites.attach(key, memory.functions(), memory.attached(self))
                 self._attached[key] = memory
+                if memory.front is not None:  # in front of the wrapping, whose `generate` it calls
+                    memory.front.attach()
         self.sites.drop_held()
 
     def _check_enabled(self) -> None:

@@ -1,21 +1,24 @@
 """Auto: every edit on its own, on the untouched model, and switched on where a prompt asks for it.
 
 What one edit does alone is known to be good; what goes wrong is what many edits do to each other, and to prompts that
-have nothing to do with them. So edits are not piled up. Each one is computed by a method of weights (its *base
-method*, by default ROME) as if it were the only one, and kept as the low-rank change that this method would write,
+have nothing to do with them. So edits are not piled up. Each one is computed by another method (its *base method*, by
+default ROME) as if it were the only one, and kept as what this method would do to the model: a low-rank change,
 
     ΔW_i = left_i right_iᵀ        at one or several linear layers,
 
-and no weight is touched. Before the model runs, a router reads each row's prompt (books/router.py) and finds the one
-edit that it asks for, or none:
+or (PROMPT) the fact as a text; and no weight is touched. Before the model runs, a router reads each row's prompt
+(books/router.py) and finds the one edit that it asks for, or none:
 
-    y = W x + left_i (right_iᵀ x)    at every position of a row that edit i claims
+    y = W x + left_i (right_iᵀ x)    at every position of a row that edit i claims, or that row behind text i
     y = W x                          bit for bit, in every other row
+
+Prompts that name the subject and those that do not (the model's states tell them) may get solutions of two base
+methods: what is written for the place of the subject's tokens has nothing to act on in the latter.
 
 What this gives: edit 10,000 is as good as edit 1, taking one back is dropping a row, order does not matter, and
 unrelated prompts have the base model itself. What it costs: a look at the text of every prompt, and a product with
-two thin matrices in rows that are claimed. What it cannot: questions that name neither the subject nor one of its
-names stay with the base model, and so do conclusions that the base method does not draw.
+two thin matrices in rows that are claimed (or reading the fact before them). What it cannot: questions that nothing
+tells to be about the subject stay with the base model, and so do conclusions that the base method does not draw.
 
 Routing between untouched weights and stored edits is the idea of SERAC (arXiv 2206.06520), MELO (arXiv 2312.11795)
 and KEDAS (arXiv 2508.01302); new here are that the stored edit is any method's own solution, and the router.
@@ -30,7 +33,6 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 from pydantic import Field, NonNegativeInt
 
-from ..books.deltas import WeightDelta
 from ..books.retrieval import DENSE, DENSE_MODEL
 from ..books.router import Address
 from ..books.site_book import SiteEntry
@@ -39,8 +41,10 @@ from ..embedded import is_there
 from ..engine.lowrank import Factors
 from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError, WeightError, shown
 from ..requests import EditRequest, in_row
-from .auto_memory import WORDS, Compared, RoutedChange, RoutedChanges, sizes_of, word_vectors
+from .auto_memory import UNNAMED, WORDS, Compared, RoutedChange, RoutedChanges, word_vectors
+from .auto_shelf import Shelf, Solution, sizes_of
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, WrappingConfig, method_class, register_method
+from .ike import Prompt, PromptConfig
 
 
 @dataclass
@@ -48,8 +52,10 @@ class AutoMethodConfig(WrappingConfig):
     """Hyperparameters of `auto`; those of the method that computes the edits are in ``base``.
 
     Args:
-        base: method that computes an edit: one of weights whose changes have a low rank (ROME, MEMIT, LoRA …), by its
-            name or config.
+        base: method that computes an edit: one of weights whose changes have a low rank (ROME, MEMIT, LoRA …), or
+            PROMPT, by its name or config.
+        base_unnamed: another one for prompts that do not name the edit's subject, which only ``states`` can know;
+            ``None``: the same.
         rank: columns that are kept for an edit at each layer, at most; ``None``: those of the first edit. A change of
             a larger rank is refused.
         encoder: what compares wordings: ``"dense"``, any other embedding retriever, or ``"words"``, the word vectors
@@ -63,6 +69,7 @@ class AutoMethodConfig(WrappingConfig):
 
     edit_type: ClassVar[str] = "auto"
 
+    base_unnamed: Any = None
     rank: NonNegativeInt | None = None
     encoder: str | None = None
     slack: float | None = None
@@ -81,23 +88,54 @@ class AutoMethodConfig(WrappingConfig):
         left = {n: v for n, v in values.items() if n not in (*inner, "payload", "payload_settings")}
         return {**left, "base": {"edit_type": values.get("payload") or "rome", **settings}}
 
+    def validate(self) -> None:
+        """Bring the second base method's config into one form, too."""
+        super().validate()
+        if self.base_unnamed is None:
+            return
+        if self.states is None:
+            raise ConfigError(
+                "auto: base_unnamed is for prompts that do not name the subject, and without states= no such prompt is"
+                " ever claimed; give states='model', or leave base_unnamed out"
+            )
+        self.base_unnamed = self._as_dict("base_unnamed")
+        self.check_base(EditConfig.from_dict(self.base_unnamed))
+
+    @property
+    def bases(self) -> list[EditConfig]:
+        """The configs of the base methods; where there are two, the second is for prompts that name no subject."""
+        return [EditConfig.from_dict(base) for base in (self.base, self.base_unnamed) if base is not None]
+
+    @property
+    def in_words(self) -> str:
+        """The method, and those inside."""
+        return f"{self.edit_type} ({'; subject not named: '.join(base.in_words for base in self.bases)})"
+
     def check_base(self, base: EditConfig) -> None:
-        """A method whose changes can be kept beside the weights, one by one."""
-        can = method_class(base).capabilities
-        if can.kind != "weights" or not can.low_rank or can.needs_training:
+        """A method whose edits can be kept beside the weights, one by one."""
+        kind = method_class(base)
+        can = kind.capabilities
+        if isinstance(base, PromptConfig) and kind is Prompt:
+            if base.select or base.scope == "always":
+                raise ConfigError(
+                    "auto's own router decides which prompts a fact is put in front of: leave out 'select' and 'scope'"
+                    " of its base method"
+                )
+        elif can.kind != "weights" or not can.low_rank or can.needs_training:
             raise ConfigError(
                 f"auto cannot switch what {can.name} does on and off: its base method changes weights, by a small"
-                " rank, and needs no trained editor (ROME, R-ROME, MEMIT and its relatives, LoRA)"
+                " rank, and needs no trained editor (ROME, R-ROME, MEMIT and its relatives, LoRA), or is PROMPT"
             )
         if getattr(base, "sequence", "batches") == "joint":
             raise ConfigError("auto keeps edits apart: sequence='joint' of its base method has no meaning here")
 
     def complete(self, profile: ModelProfile, *, files: bool = True) -> Self:
-        """Fill in the base method's config, and the best encoder that there is."""
+        """Fill in the base methods' configs, and the best encoder that there is."""
         full = super().complete(profile, files=files)
         encoder = full.encoder or (DENSE if is_there(DENSE_MODEL) else WORDS)
         slack = SLACK.get(encoder, SLACK[DENSE]) if full.slack is None else full.slack
-        return replace(full, encoder=encoder, slack=slack)
+        unnamed = [base.complete(profile, files=files).to_dict() for base in full.bases[1:]]
+        return replace(full, encoder=encoder, slack=slack, base_unnamed=unnamed[0] if unnamed else None)
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """What an edit is, and how much is taken to ask for it."""
@@ -130,8 +168,7 @@ class Auto(Method):
 
     def __init__(self, bench: Workbench, config: EditConfig):
         super().__init__(bench, config)
-        base = self.config.base_config
-        self.base: Method = method_class(base)(bench, base)
+        self.bases = [method_class(base)(bench, base) for base in self.config.bases]
 
     def edited_modules(self) -> list[str]:
         """No weight is edited."""
@@ -140,44 +177,48 @@ class Auto(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the base method can edit the requests, and that they name their subjects."""
         super().check(requests)
-        if self.base.both_formats != "itself" and any(request.prompt_format == "both" for request in requests):
-            raise ConfigError(
-                f"auto with {self.base.capabilities.name} edits in one format at a time: prompt_format='plain' or"
-                " 'chat', not 'both'"
-            )
-        with self.bench.sites.disabled():
-            self.base.check(requests)
+        two = any(request.prompt_format == "both" for request in requests)
+        for base in self.bases:
+            if two and base.both_formats != "itself":
+                raise ConfigError(
+                    f"auto with {base.capabilities.name} edits in one format at a time: prompt_format='plain' or"
+                    " 'chat', not 'both'"
+                )
+            with self.bench.sites.disabled():
+                base.check(requests)
         for request in requests:
             in_row(self._address, request)
 
     def fetch(self) -> None:
-        """What the base method reads."""
-        self.base.fetch()
+        """What the base methods read."""
+        for base in self.bases:
+            base.fetch()
 
     def prepare(self) -> None:
-        """What the base method prepares."""
+        """What the base methods prepare."""
         with self.bench.sites.disabled():
-            self.base.prepare()
+            for base in self.bases:
+                base.prepare()
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Compute every edit as if it were the only one."""
-        with self.bench.sites.disabled():
-            self.base.bench.trace = self.bench.trace
-            found = [self.base.regularise(outcome) for outcome in self.base.compute_apart(requests)]
-        changes = [self._factors(outcome.deltas) for outcome in found]
-        memory = self._memory(changes)
+        found = [self._found(base, requests) for base in self.bases]
+        memory = self._memory([[solution for solution, _ in own] for own in found])
         entries, diagnostics = [], []
-        for request, factors, outcome in zip(requests, changes, found, strict=True):
-            change, unclaimed = self._addressed(request, memory, factors)
+        for request, own in zip(requests, zip(*found, strict=True), strict=True):
+            (first, numbers), *unnamed = own
+            change, unclaimed = self._addressed(request, memory, [solution for solution, _ in own])
             entries.append(SiteEntry(memory, change))
-            report = {"base": self.base.capabilities.name, "unclaimed": unclaimed}
-            diagnostics.append(outcome.diagnostics[0] | report)
+            report = numbers | {"base": first.base, "unclaimed": unclaimed}
+            for solution, others in unnamed:
+                report |= {"base_unnamed": solution.base, **{f"{UNNAMED}_{k}": v for k, v in others.items()}}
+            diagnostics.append(report)
         return Outcome([], diagnostics, entries)
 
     # ------------------------------------------------------------------ inside
 
     def _addressed(
-        self, request: EditRequest, memory: RoutedChanges, factors: dict[str, Factors]
+        self, request: EditRequest, memory: RoutedChanges, solutions: Sequence[Solution]
     ) -> tuple[RoutedChange, list[str]]:
         """An edit with what it answers to, and those of its wordings that the router would not know it by."""
         address = self._address(request)
@@ -187,7 +228,7 @@ class Auto(Method):
         alone = memory.router.empty().with_addresses([address], states=state)
         routes = alone.route(wordings, read)
         unclaimed = [wording for wording, route in zip(wordings, routes, strict=True) if route is None]
-        return RoutedChange(address, alone.views.tensor, factors, state), unclaimed
+        return RoutedChange(address, alone.views.tensor, solutions, state), unclaimed
 
     def _read(self, prompts: Sequence[str]) -> torch.Tensor:
         """The unedited model's states that are compared, ``[prompts, d]``."""
@@ -222,69 +263,80 @@ class Auto(Method):
             raise RequestError(f"{shown(request.subject)} has no letters or digits to be known by", field="subject")
         return address
 
-    def _factors(self, deltas: Sequence[WeightDelta]) -> dict[str, Factors]:
-        """The changes of an edit, by module.
+    def _found(self, base: Method, requests: Sequence[EditRequest]) -> list[tuple[Solution, dict[str, Any]]]:
+        """What a base method finds for every edit alone, and what it says about it."""
+        with self.bench.sites.disabled():
+            outcomes = [base.regularise(outcome) for outcome in base.compute_apart(requests)]
+        return [(self._solution(base, outcome), outcome.diagnostics[0]) for outcome in outcomes]
+
+    def _solution(self, base: Method, outcome: Outcome) -> Solution:
+        """What a base method has found for one edit.
 
         Raises:
-            UnsupportedModelError: if one of them is not that of a linear layer's matrix.
-            ConfigError: if one of them is no product of two thin matrices.
+            UnsupportedModelError: if it changes something else than a linear layer's matrix.
+            ConfigError: if a change is no product of two thin matrices.
         """
+        name = base.capabilities.name
+        if isinstance(base, Prompt):
+            (entry,) = outcome.entries
+            return Solution(name, {}, entry.fact)
         factors: dict[str, Factors] = {}
-        for delta in deltas:
+        for delta in outcome.deltas:
             try:
                 fits = delta.name == "weight" and sizes_of(self.bench.model, delta.module) == delta.shape[::-1]
             except (WeightError, AttributeError):
                 fits = False
             if not fits:
-                raise UnsupportedModelError(
-                    f"auto switches linear layers; {self.base.capabilities.name} changes {delta.key}, which is none"
-                )
+                raise UnsupportedModelError(f"auto switches linear layers; {name} changes {delta.key}, which is none")
             if delta.left is None or delta.right is None:
                 raise ConfigError(
-                    f"{self.base.capabilities.name} changes all of {delta.key}; auto needs a change of low rank"
-                    " (no rect_keep, no fine-tuning of whole matrices)"
+                    f"{name} changes all of {delta.key}; auto needs a change of low rank (no rect_keep, no fine-tuning"
+                    " of whole matrices)"
                 )
             if delta.module in factors:
-                raise ConfigError(f"{self.base.capabilities.name} changes {delta.key} twice; auto keeps one change")
+                raise ConfigError(f"{name} changes {delta.key} twice; auto keeps one change")
             factors[delta.module] = Factors(delta.left, delta.right)
         if not factors:
-            raise EditFailedError(f"{self.base.capabilities.name} found no change")
-        return factors
+            raise EditFailedError(f"{name} found no change")
+        return Solution(name, factors)
 
-    def _memory(self, changes: Sequence[dict[str, Factors]]) -> RoutedChanges:
-        """The memory at the layers of these changes, or a new one.
+    def _memory(self, by_shelf: Sequence[Sequence[Solution]]) -> RoutedChanges:
+        """The memory in which the solutions of all edits fit, shelf by shelf, or a new one.
 
         Raises:
-            ConfigError: if it was begun with other settings, or a change does not fit into it.
+            ConfigError: if it was begun with other settings, or a solution does not fit into it.
         """
-        config, layers = self.config, {tuple(sorted(factors)) for factors in changes}
-        paths = list(layers.pop())
-        if layers:
-            raise ConfigError(
-                f"auto keeps changes of the same layers for all facts, and {self.base.capabilities.name} writes some"
-                " of these to other projections than the rest: take expert_policy='shared'"
-            )
-        wanted = max(f.left.shape[1] for factors in changes for f in factors.values())
+        config = self.config
+        for own in by_shelf:
+            if len({tuple(solution.paths) for solution in own}) > 1:
+                raise ConfigError(
+                    f"auto keeps changes of the same layers for all facts, and {own[0].base} writes some of these to"
+                    " other projections than the rest: take expert_policy='shared'"
+                )
+        largest = [max(own, key=lambda solution: solution.rank) for own in by_shelf]
         memory = next((m for m in self.bench.sites.memories.values() if isinstance(m, RoutedChanges)), None)
         assert config.encoder is not None and config.slack is not None
         if memory is None:
+            model, marks = self.bench.model, ("", f"{UNNAMED}_")
+            shelves = [Shelf.fitting(s, model, config.rank, mark) for s, mark in zip(largest, marks, strict=False)]
             memory = RoutedChanges(
-                paths, config.rank or wanted, config.encoder, config.slack, word_vectors(self.bench.model),
-                {path: sizes_of(self.bench.model, path) for path in paths}, self._compared(),
+                shelves, config.encoder, config.slack, word_vectors(model), self._compared(),
+                self.bench.anatomy.layer(0).path,
             )  # fmt: skip
-        elif (list(memory.paths), memory.encoder, memory.slack, memory.compared) != (
-            paths, config.encoder, config.slack, self._compared(),
+        elif ([list(shelf.paths) for shelf in memory.shelves], memory.encoder, memory.slack, memory.compared) != (
+            [solution.paths for solution in largest], config.encoder, config.slack, self._compared(),
         ):  # fmt: skip
+            kept = " and ".join(shelf.in_words for shelf in memory.shelves)
             raise ConfigError(
                 f"the edits of auto were begun with encoder={memory.encoder!r}, slack={memory.slack:g}, states"
-                f" {memory.compared} and changes of {', '.join(memory.paths)}; go on with these, or roll them back"
-                " first"
+                f" {memory.compared} and {kept}; go on with these, or roll them back first"
             )
-        if wanted > memory.rank:
-            raise ConfigError(
-                f"a change of rank {wanted} does not fit into an auto memory of rank {memory.rank}; begin with"
-                f" rank={wanted}"
-            )
+        for solution, shelf in zip(largest, memory.shelves, strict=True):
+            if solution.rank > shelf.rank:
+                raise ConfigError(
+                    f"a change of rank {solution.rank} does not fit into an auto memory of rank {shelf.rank}; begin"
+                    f" with rank={solution.rank}"
+                )
         return memory.with_tokenizer(self.bench.tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""The memory of `auto`: low-rank changes that are switched on row by row; the method itself is in auto.py.
+"""The memory of `auto`: solutions that are switched on row by row; the method itself is in auto.py.
 
 Imported by the method file; registers the memory, not a method.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,23 +16,24 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..books.book import Saved
+from ..books.prompting import Prefix, Prompter, RowText, behind_prefixes
 from ..books.retrieval import find_retriever
-from ..books.router import Address, EditRouter, Encoder, RouteCandidate, encoder_of_words
-from ..books.site_book import SiteBook, SiteMemory, check_finite, register_memory
+from ..books.router import Address, EditRouter, Encoder, Route, RouteCandidate, encoder_of_words
+from ..books.site_book import SiteBook, SiteMemory, register_memory
 from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt, prompt_lengths
 from ..engine.forward import device_of
-from ..engine.lowrank import Factors
-from ..engine.nearest import Vectors
-from ..engine.weights import get_module, weight_shape
 from ..errors import ArtifactError, ConfigError
 from ..logging import get_logger, warn_once
 from ..tokens import encode_text, pad_rows
+from .auto_shelf import Shelf, Solution
 
 logger = get_logger(__name__)
 WORDS = "words"
 """The encoder that needs nothing but the model; every other name is that of an embedding retriever."""
 UNCLAIMED = -1
-"""The route of a row that no edit claims."""
+"""In the place of an edit: of a row that no edit claims, or not one of this shelf."""
+UNNAMED = "unnamed"
+"""In files, what belongs to the shelf for prompts that do not name the subject."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class RoutedChange:
     Args:
         address: what it answers to.
         vectors: of its wordings, ``[wordings, d]``.
-        factors: by module.
+        solutions: one for each shelf of the memory.
         state: at the last token of its prompt, ``[1, d]``, where states are compared.
     """
 
     address: Address
     vectors: torch.Tensor
-    factors: Mapping[str, Factors]
+    solutions: Sequence[Solution]
     state: torch.Tensor | None = None
 
 
@@ -72,42 +74,42 @@ _ROWS = 64
 """Prompts that share such a pass."""
 
 
+def _is_reading() -> bool:
+    return _READ.get() is not None
+
+
 @register_memory
 class RoutedChanges(SiteMemory):
-    """Changes of some linear layers, of which a row gets that of the edit that its prompt asks for, or none.
+    """Solutions of which a row gets that of the edit that its prompt asks for, or none.
 
     Args:
-        paths: names of the layers.
-        rank: of a change, at each layer.
+        shelves: the solutions; where there are two, the second is for prompts that do not name the subject.
         encoder: name of what compares wordings.
         slack: of the `EditRouter`.
         embedding: the word vectors of the model, for the encoder ``"words"``.
-        sizes: (d_in, d_out) of every layer.
         compared: states that are compared beside words, if any.
+        site: name of a module that it sits at if all solutions are texts, which change no module.
     """
 
     kind = "auto"
 
     def __init__(
         self,
-        paths: Sequence[str],
-        rank: int,
+        shelves: Sequence[Shelf],
         encoder: str,
         slack: float,
         embedding: Callable[[], torch.Tensor],
-        sizes: Mapping[str, tuple[int, int]],
         compared: Compared | None = None,
+        site: str = "",
     ):
-        super().__init__(paths)
+        super().__init__(list(dict.fromkeys(path for shelf in shelves for path in shelf.paths)) or [site])
+        self.shelves = tuple(shelves)
         self.compared = compared
         self._model: Any = None
-        self.rank, self.encoder, self.slack, self._embedding = rank, encoder, slack, embedding
-        self.sizes = dict(sizes)
+        self.encoder, self.slack, self._embedding = encoder, slack, embedding
         self._tokenizer: Callable[[], PreTrainedTokenizerBase | None] = lambda: None
         self._encode: Encoder | None = None
         self.router = EditRouter(self.encode, slack, None if compared is None else compared.alike)
-        self.lefts = {path: Vectors(rank * self.sizes[path][1]) for path in self.paths}
-        self.rights = {path: Vectors(rank * self.sizes[path][0]) for path in self.paths}
 
     @property
     def edit_ids(self) -> list[str]:
@@ -117,8 +119,13 @@ class RoutedChanges(SiteMemory):
     # ------------------------------------------------------------------ routing
 
     def attached(self, book: SiteBook) -> Decider | None:
-        """Decides by the text of a prompt."""
+        """Decides by the text of a prompt, and puts texts in front of some."""
         self._tokenizer, self._model = book.tokenizer, book.model
+        if any(shelf.holds_texts for shelf in self.shelves):
+            self.front = Prompter(
+                self._model, book.tokenizer, self._prefixes, asleep=lambda: book.sites.is_disabled or _is_reading(),
+                together=True,
+            )  # fmt: skip
         return self.decide
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -164,7 +171,7 @@ class RoutedChanges(SiteMemory):
 
     def decide(self, frame: Frame) -> None:
         """Find the edit of every row, before the model runs."""
-        if _READ.get() is not None:  # the pass below: the model as it is without these edits
+        if _is_reading() or behind_prefixes():  # the model as it is without these edits; decided already
             return
         if frame.phase == "decode" or not needs_whole_prompt(frame, "auto"):
             return
@@ -172,11 +179,30 @@ class RoutedChanges(SiteMemory):
             warn_once(logger, "edits of auto read the prompt, and there are no token ids: they have no effect here")
             return
         masks = frame.prompt_mask.to(frame.ids.device)
-        rows = [row[mask].tolist() for row, mask in zip(frame.ids, masks, strict=True)]
-        prompts = [str(self.tokenizer.decode(row)) for row in rows]
+        routes = self._routes([row[mask].tolist() for row, mask in zip(frame.ids, masks, strict=True)])
+        places = torch.full((len(self.shelves), len(routes)), UNCLAIMED)
+        for row, route in enumerate(routes):
+            if route is not None:
+                places[self._shelf_of(route), row] = route.place
+        frame.held[self.key] = places
+
+    def _routes(self, rows: Sequence[Sequence[int]]) -> list[Route | None]:
+        """The edits that prompts ask for, which are given as token ids."""
+        prompts = [str(self.tokenizer.decode(list(row))) for row in rows]
         known = dict(zip(prompts, rows, strict=True))
-        found = self.router.route(prompts, lambda texts: self._states([known[text] for text in texts]))
-        frame.held[self.key] = torch.tensor([UNCLAIMED if place is None else place for place in found])
+        return self.router.route(prompts, lambda texts: self._states([known[text] for text in texts]))
+
+    def _shelf_of(self, route: Route) -> int:
+        """The last shelf answers prompts that do not name the subject, the first one all others."""
+        return 0 if route.named else len(self.shelves) - 1
+
+    def _prefixes(self, texts: Sequence[RowText]) -> list[Prefix | None]:
+        """What stands in front of prompts: of those claimed by an edit whose solution is a text, this one."""
+        found: list[Prefix | None] = []
+        for route in self._routes([text.ids for text in texts]):
+            fact = "" if route is None else self.shelves[self._shelf_of(route)].facts[route.place]
+            found.append(Prefix(fact) if fact else None)
+        return found
 
     def _states(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """The model's states at the last tokens of prompts, without these edits, ``[prompts, d]``: a pass of its own.
@@ -202,9 +228,13 @@ class RoutedChanges(SiteMemory):
 
     def explain(self, prompt: str) -> list[RouteCandidate]:
         """The edits whose subject a prompt names, the nearest first; before them one that its state is like."""
-        return self.router.explain(
+        found = self.router.explain(
             prompt, lambda texts: self._states([encode_text(self.tokenizer, text).ids for text in texts])
         )
+        places = {edit_id: place for place, edit_id in enumerate(self.edit_ids)} if found else {}
+        routes = [Route(places[candidate.edit_id], candidate.named) for candidate in found]
+        bases = [self.shelves[self._shelf_of(route)].bases[route.place] for route in routes]
+        return [replace(candidate, base=base) for candidate, base in zip(found, bases, strict=True)]
 
     # ------------------------------------------------------------------ changing what a layer gives
 
@@ -214,80 +244,75 @@ class RoutedChanges(SiteMemory):
         return {**dict.fromkeys(self.paths, self._add), **reads}
 
     def _add(self, call: SiteCall) -> torch.Tensor | None:
-        routes = call.frame.held.get(self.key)
-        if routes is None or routes.shape[0] != call.output.shape[0]:
+        held = call.frame.held.get(self.key)
+        if held is None or held.shape[1] != call.output.shape[0]:
             return None
-        rows = (routes != UNCLAIMED).nonzero().squeeze(1)
-        if not len(rows):
-            return None
-        return self.added(call, rows, routes[rows])
-
-    def added(self, call: SiteCall, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The output with the changes of some edits added to some rows, at every position; the others bit for bit."""
-        device, (d_in, d_out) = call.inputs.device, self.sizes[call.path]
-        rows, places = rows.to(device), places.to(device)
-        right = self.rights[call.path].on(device)[places].view(-1, d_in, self.rank)
-        left = self.lefts[call.path].on(device)[places].view(-1, d_out, self.rank)
-        change = torch.bmm(torch.bmm(call.inputs[rows].float(), right), left.transpose(1, 2))
-        output = call.output.clone()
-        output[rows] = (output[rows].float() + change).to(output.dtype)
+        output = None
+        for shelf, places in zip(self.shelves, held, strict=True):
+            rows = (places != UNCLAIMED).nonzero().squeeze(1) if call.path in shelf.sizes else places[:0]
+            if len(rows):
+                output = shelf.changed(call, call.output if output is None else output, rows, places[rows])
         return output
 
     # ------------------------------------------------------------------ changing it
 
     def apply(self, batch_id: str, changes: Sequence[RoutedChange], edit_ids: Sequence[str]) -> None:
         """Take over edits."""
-        flat = {path: [change.factors[path].padded(self.rank) for change in changes] for path in self.paths}
-        check_finite("change", *(t for parts in flat.values() for f in parts for t in (f.left, f.right)))
+        shelves = tuple(
+            shelf.with_solutions([change.solutions[i] for change in changes]) for i, shelf in enumerate(self.shelves)
+        )
         vectors = torch.cat([change.vectors for change in changes])
         states = [change.state for change in changes if change.state is not None]
         self.router = self.router.with_addresses(
             [change.address for change in changes], vectors, torch.cat(states) if states else None
         )
-        self.lefts, self.rights = dict(self.lefts), dict(self.rights)
-        for path, parts in flat.items():
-            for factors in parts:
-                self.lefts[path] = self.lefts[path].with_row(factors.left.reshape(-1))
-                self.rights[path] = self.rights[path].with_row(factors.right.reshape(-1))
+        self.shelves = shelves
 
     def remove(self, edit_ids: Sequence[str]) -> None:
         """Drop edits; always possible, since no edit was made on another."""
         kept = [i for i, edit_id in enumerate(self.edit_ids) if edit_id not in set(edit_ids)]
         self.router = self.router.without(set(edit_ids))
-        self.lefts = {path: vectors.select(kept) for path, vectors in self.lefts.items()}
-        self.rights = {path: vectors.select(kept) for path, vectors in self.rights.items()}
+        self.shelves = tuple(shelf.select(kept) for shelf in self.shelves)
 
     def snapshot(self) -> Any:
         """The present state; lists of vectors are shared, not copied."""
-        return self.router, self.lefts, self.rights
+        return self.router, self.shelves
 
     def restore(self, snapshot: Any) -> None:
         """Return to an earlier state."""
-        self.router, self.lefts, self.rights = snapshot
+        self.router, self.shelves = snapshot
 
     # ------------------------------------------------------------------ files
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Factors of all edits at every layer, and the vectors of their wordings."""
         found = {f"{self.paths[0]}.kedit_auto_views": self.router.views.tensor}
-        for path in self.paths:
-            found[f"{path}.kedit_auto_left"] = self.lefts[path].tensor
-            found[f"{path}.kedit_auto_right"] = self.rights[path].tensor
+        for shelf in self.shelves:
+            found |= shelf.tensors()
         if self.compared is not None:
             found[f"{self.paths[0]}.kedit_auto_states"] = self.router.states.tensor
         return found
 
     def describe(self) -> dict[str, Any]:
         """Settings, and what every edit answers to."""
+        first, unnamed = self.shelves[0], self.shelves[1:]
+
+        def both(describe: Callable[[Shelf], dict[str, Any]]) -> dict[str, Any]:
+            return describe(first) | ({UNNAMED: describe(unnamed[0])} if unnamed else {})
+
         return {
-            "paths": list(self.paths),
-            "rank": self.rank,
+            **both(Shelf.describe),
             "encoder": self.encoder,
             "slack": self.slack,
             **self._describe_states(),
             "edits": [
-                {"edit_id": a.edit_id, "names": [" ".join(n) for n in a.names], "views": list(a.views)}
-                for a in self.router.addresses
+                {
+                    "edit_id": address.edit_id,
+                    "names": [" ".join(name) for name in address.names],
+                    "views": list(address.views),
+                    **both(partial(Shelf.describe_edit, place=i)),
+                }
+                for i, address in enumerate(self.router.addresses)
             ],
         }
 
@@ -298,17 +323,20 @@ class RoutedChanges(SiteMemory):
     @classmethod
     def read(cls, model: nn.Module, paths: Sequence[str], part: Mapping[str, Any], saved: Saved) -> Self:
         """Rebuild the memory; see `SiteMemory.read`."""
-        if sorted(part["paths"]) != sorted(paths):
-            raise ArtifactError(f"{saved.source}: the layers of the edits of auto are not those that are described")
-        rank, edits = int(part["rank"]), part["edits"]
+        edits = part["edits"]
+        shelves = [Shelf.read(model, part, edits, saved)]
+        if UNNAMED in part:
+            own = [edit[UNNAMED] for edit in edits]
+            shelves.append(Shelf.read(model, part[UNNAMED], own, saved, f"{UNNAMED}_"))
         states: Any = part.get("compared")
         compared = states and Compared(str(states["name"]), str(states["site"]), float(states["alike"]))
         if compared is not None and compared.site not in dict(model.named_modules()):
             raise ArtifactError(f"{saved.source}: there is no {compared.site!r}, whose states edits of auto compare")
         memory = cls(
-            part["paths"], rank, str(part["encoder"]), float(part["slack"]), word_vectors(model),
-            {path: sizes_of(model, path) for path in paths}, compared,
+            shelves, str(part["encoder"]), float(part["slack"]), word_vectors(model), compared, min(paths)
         )  # fmt: skip
+        if sorted(memory.paths) != sorted(paths):
+            raise ArtifactError(f"{saved.source}: the layers of the edits of auto are not those that are described")
         addresses = [
             Address(
                 str(e["edit_id"]),
@@ -317,7 +345,7 @@ class RoutedChanges(SiteMemory):
             )
             for e in edits
         ]
-        if rank < 1 or not all(a.views and a.names and all(all(n) for n in a.names) for a in addresses):
+        if not all(a.views and a.names and all(all(n) for n in a.names) for a in addresses):
             raise ArtifactError(f"{saved.source}: an edit of auto answers to nothing")
         width = memory.width_of_views(word_vectors(model)())
         views = saved.tensor(f"{memory.paths[0]}.kedit_auto_views", (sum(len(a.views) for a in addresses), width))
@@ -325,18 +353,7 @@ class RoutedChanges(SiteMemory):
         if compared is not None:
             kept = saved.tensor(f"{memory.paths[0]}.kedit_auto_states", (len(edits), int(states["width"])))
         memory.router = memory.router.with_addresses(addresses, views, kept)
-        for path in memory.paths:
-            d_in, d_out = memory.sizes[path]
-            left = saved.tensor(f"{path}.kedit_auto_left", (len(edits), rank * d_out))
-            right = saved.tensor(f"{path}.kedit_auto_right", (len(edits), rank * d_in))
-            memory.lefts[path], memory.rights[path] = Vectors.of(left), Vectors.of(right)
         return memory
-
-
-def sizes_of(model: nn.Module, path: str) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer."""
-    d_out, d_in = weight_shape(get_module(model, path))
-    return d_in, d_out
 
 
 def word_vectors(model: nn.Module) -> Callable[[], torch.Tensor]:

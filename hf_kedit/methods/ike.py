@@ -192,6 +192,11 @@ class _Prompting(InContext):
         ]
         return Outcome([], diagnostics, entries=entries)
 
+    def compute_apart(self, requests: Sequence[EditRequest]) -> list[Outcome]:
+        """As `compute`: no entry knows of the others."""
+        found = self.compute(requests)
+        return [Outcome([], [d], [e]) for d, e in zip(found.diagnostics, found.entries, strict=True)]
+
     def _probabilities(
         self, requests: Sequence[EditRequest], entries: Sequence[PromptEntry]
     ) -> tuple[list[float], list[float]]:

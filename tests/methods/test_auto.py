@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kedit import AutoMethodConfig, EditableModel, EditRequest
+from hf_kedit import AutoMethodConfig, EditableModel, EditRequest, PromptConfig
 from hf_kedit.books.router import encoder_of_words
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ConfigError, EditFailedError, ExportError, MergeError, RequestError
@@ -163,21 +163,31 @@ def test_rolled_back_is_never_made(wanted: list[EditRequest]) -> None:
     assert without_trace(model)
 
 
-def test_saved_and_loaded_in_a_fresh_process(edited: EditableModel, wanted: list[EditRequest], tmp_path: Path) -> None:
-    edited.save_pretrained(tmp_path / "edits")
-    torch.save([prompt_logits(edited, p) for p in [wanted[0].filled_prompt, *UNRELATED]], tmp_path / "logits.pt")
+def test_saved_and_loaded_in_a_fresh_process(
+    edited: EditableModel, in_context: EditableModel, wanted: list[EditRequest], tmp_path: Path
+) -> None:
+    prompts = [wanted[0].filled_prompt, wanted[1].filled_prompt, *UNRELATED]
+    for name, model in {"changes": edited, "texts": in_context}.items():
+        model.save_pretrained(tmp_path / name)
+        torch.save([prompt_logits(model, p) for p in prompts], tmp_path / f"{name}.pt")
     script = (
         "import sys, torch; from hf_kedit import EditableModel\n"
         "folder, prompts = sys.argv[1], sys.argv[2:]\n"
-        "model = EditableModel.from_pretrained(folder + '/edits')\n"
-        "ids = [model.tokenizer(p, return_tensors='pt')['input_ids'] for p in prompts]\n"
-        "saved = torch.load(folder + '/logits.pt')\n"
-        "with torch.no_grad():\n"
-        "    assert all(torch.equal(model(input_ids=i).logits, s) for i, s in zip(ids, saved))\n"
-        "model.rollback(model.edits[0].id)\n"
-        "assert model.explain(prompts[0]) == []\n"
+        "def logits(model):\n"
+        "    ids = [model.tokenizer(p, return_tensors='pt')['input_ids'] for p in prompts]\n"
+        "    with torch.no_grad():\n"
+        "        return [model(input_ids=i).logits for i in ids]\n"
+        "for name in ('changes', 'texts'):\n"
+        "    model = EditableModel.from_pretrained(f'{folder}/{name}')\n"
+        "    saved = torch.load(f'{folder}/{name}.pt')\n"
+        "    assert all(torch.equal(l, s) for l, s in zip(logits(model), saved)), name\n"
+        "    model.rollback(model.edits[0].id)\n"
+        "    assert model.explain(prompts[0]) == []\n"
+        "    first, second, *others = logits(model)\n"
+        "    with model.disable_edits():\n"
+        "        assert torch.equal(first, logits(model)[0]) and not torch.equal(first, saved[0])\n"
+        "    assert all(torch.equal(l, s) for l, s in zip([second, *others], saved[1:]))\n"
     )
-    prompts = [wanted[0].filled_prompt, *UNRELATED]
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path), *prompts], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -224,10 +234,10 @@ def test_other_base_methods(wanted: list[EditRequest]) -> None:
     model.edit(wanted[:2])
     assert all(learnt(model, wanted[:2]))
     (memory,) = model.sites.memories.values()
-    assert len(memory.paths) == len(model._method.base.config.layers)  # type: ignore[attr-defined]
+    assert len(memory.paths) == len(model._method.bases[0].config.layers)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("base", ["ft-m", "grace", "prompt", "mend", "auto"])
+@pytest.mark.parametrize("base", ["ft-m", "grace", "ike", "mend", "auto"])
 def test_base_methods_that_cannot_be_switched(base: str) -> None:
     with pytest.raises(ConfigError, match="cannot switch"):
         EditableModel.from_pretrained("kedit/world-llama", AutoMethodConfig(base=base, encoder="words"))
@@ -396,3 +406,136 @@ def test_states_are_saved_and_taken_back(by_states: EditableModel, wanted: list[
         loaded.set_method(config(states="model:3", slack=0.1)).edit(wanted[1])
     with pytest.raises(ConfigError, match="layer"):
         EditableModel.from_pretrained("kedit/world-llama", config(states="model:9")).edit(wanted[0])
+
+
+# ---------------------------------------------------------------------- the fact in context, and two base methods
+
+
+@pytest.fixture(scope="module")
+def in_context() -> EditableModel:
+    model = EditableModel.from_pretrained("kedit/world-llama", AutoMethodConfig(encoder="words", base="prompt"))
+    model.edit(facts(3))
+    return model
+
+
+@pytest.fixture(scope="module")
+def by_prompt() -> EditableModel:
+    """PROMPT itself, which puts its one fact in front of everything."""
+    model = EditableModel.from_pretrained("kedit/world-llama", PromptConfig(scope="always"))
+    model.edit(facts(1))
+    return model
+
+
+def test_a_claimed_row_reads_the_words_of_prompt(
+    in_context: EditableModel, by_prompt: EditableModel, wanted: list[EditRequest]
+) -> None:
+    for prompt in (wanted[0].filled_prompt, f"They say that {wanted[0].filled_prompt}"):
+        assert torch.equal(prompt_logits(in_context, prompt), prompt_logits(by_prompt, prompt))
+    assert all(learnt(in_context, wanted[:3]))
+    (found,) = in_context.explain(wanted[0].filled_prompt)
+    assert found.claimed and found.base == "PROMPT" and found.named
+
+
+def test_rows_without_an_edit_stay_the_base_bit_for_bit_beside_rows_with_a_fact(
+    in_context: EditableModel, wanted: list[EditRequest]
+) -> None:
+    others = [UNRELATED[0], *neighbours(wanted[:2]), UNRELATED[1]]
+    prompts = [others[0], wanted[1].filled_prompt, *others[1:], wanted[2].filled_prompt]
+    rows = [in_context.tokenizer(p)["input_ids"] for p in prompts]  # type: ignore[misc]
+    for side in ("left", "right"):
+        batch = pad_rows(rows, 0, side)  # type: ignore[arg-type]
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        with torch.no_grad():
+            together = in_context(**given).logits
+            with in_context.disable_edits():
+                before = in_context(**given).logits
+        for row, prompt in enumerate(prompts):
+            real = batch.attention_mask[row].bool()
+            assert torch.equal(together[row][real], before[row][real]) == (prompt in others), (side, prompt)
+    claimed = [p not in others for p in prompts]
+    with in_context.disable_edits():
+        unedited = says(in_context, prompts)
+    for options in ({}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}):
+        every = options.get("num_return_sequences", 1)
+        said = says(in_context, prompts, **options)[::every]
+        assert said[1].startswith(wanted[1].target_new) and said[-1].startswith(wanted[2].target_new), options
+        if "num_beams" not in options:
+            assert [a == b for a, b in zip(said, unedited, strict=True)] == [not c for c in claimed]
+
+
+def test_facts_in_context_through_a_pipeline_and_a_chat(in_context: EditableModel, wanted: list[EditRequest]) -> None:
+    from transformers import pipeline
+
+    writer = pipeline("text-generation", model=in_context.base_model, tokenizer=in_context.tokenizer)
+    asked = [wanted[0].filled_prompt, UNRELATED[0]]
+    said = [out[0]["generated_text"] for out in writer(asked, max_new_tokens=6, do_sample=False)]
+    assert said[0].startswith(f"{asked[0]} {wanted[0].target_new}")
+    with in_context.disable_edits():
+        assert writer(asked[1:], max_new_tokens=6, do_sample=False)[0][0]["generated_text"] == said[1]
+
+
+def test_without_facts_nothing_stands_before_the_model(wanted: list[EditRequest]) -> None:
+    model = EditableModel.from_pretrained("kedit/world-llama", AutoMethodConfig(encoder="words", base="prompt"))
+    model.edit(wanted[:2])
+    assert "forward" in model.base_model.__dict__
+    model.rollback(2)
+    assert "forward" not in model.base_model.__dict__ and without_trace(model)
+
+
+def test_prompts_that_name_no_subject_get_the_other_base_method(wanted: list[EditRequest], tmp_path: Path) -> None:
+    """A nickname, which the model knows and no text tells, is answered by the fact in context, the rest by ROME."""
+    settings = config(states="model:4", slack=0.1, base_unnamed="prompt")
+    model = EditableModel.from_pretrained("kedit/world-llama", settings)
+    model.edit([replace(request, rephrase_prompts=[]) for request in wanted[:3]])
+    (nickname,) = (p.prompt for p in wanted[0].portability["Subject_Aliasing"])
+    own = wanted[0].filled_prompt
+    kinds = [[(c.base, c.named) for c in model.explain(p) if c.claimed] for p in (nickname, own)]
+    assert kinds == [[("PROMPT", False)], [("ROME", True)]]
+    rome = alone(wanted[0])
+    context = EditableModel.from_pretrained("kedit/world-llama", PromptConfig(scope="always"))
+    context.edit(wanted[0])
+    assert torch.equal(prompt_logits(model, own), prompt_logits(rome, own))
+    assert torch.equal(prompt_logits(model, nickname), prompt_logits(context, nickname))
+    # all kinds in one batch: the fact in context, a change of weights, the base model
+    assert [says(model, [p])[0] for p in (nickname, own, UNRELATED[0])] == says(model, [nickname, own, UNRELATED[0]])
+
+    model.save_pretrained(tmp_path)
+    loaded = EditableModel.from_pretrained(tmp_path)
+    assert loaded.edit_config.base_unnamed["edit_type"] == "prompt"  # type: ignore[attr-defined]
+    assert torch.equal(prompt_logits(loaded, own), prompt_logits(rome, own))
+    assert torch.equal(prompt_logits(loaded, nickname), prompt_logits(context, nickname))
+    assert [(c.base, c.named) for c in loaded.explain(nickname) if c.claimed] == kinds[0]
+    loaded.edit(wanted[3])
+    loaded.rollback(loaded.edits[0].id)
+    assert all(learnt(loaded, wanted[1:4]))
+    with pytest.raises(ConfigError, match="begun with"):
+        loaded.set_method(config(states="model:4", slack=0.1)).edit(wanted[4])
+
+
+def test_two_methods_of_weights_answer_each_their_prompts(wanted: list[EditRequest]) -> None:
+    lora = {"edit_type": "lora", "rank": 2, "num_steps": 12, "layers": [1, 2]}
+    settings = config(base={"layers": [1]}, states="model:4", slack=0.1, base_unnamed=lora)
+    model = EditableModel.from_pretrained("kedit/world-llama", settings)
+    model.edit(wanted[0])
+    (nickname,) = (p.prompt for p in wanted[0].portability["Subject_Aliasing"])
+    only = EditableModel.from_pretrained(
+        "kedit/world-llama", AutoMethodConfig(encoder="words", base=lora, states="model:4", slack=0.1)
+    )
+    only.edit(wanted[0])
+    assert torch.equal(prompt_logits(model, nickname), prompt_logits(only, nickname))
+    rome = EditableModel.from_pretrained("kedit/world-llama", config(base={"layers": [1]}))
+    rome.edit(wanted[0])
+    assert torch.equal(prompt_logits(model, wanted[0].filled_prompt), prompt_logits(rome, wanted[0].filled_prompt))
+    diagnostics = model.edits[0].diagnostics
+    assert (diagnostics["base"], diagnostics["base_unnamed"]) == ("ROME", "LoRA") and "unnamed_loss" in diagnostics
+
+
+def test_settings_of_two_base_methods_that_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="without states= no such prompt"):
+        AutoMethodConfig(base_unnamed="prompt")
+    with pytest.raises(ConfigError, match="cannot switch"):
+        AutoMethodConfig(states="model", base_unnamed="grace")
+    with pytest.raises(ConfigError, match="auto's own router decides"):
+        AutoMethodConfig(base={"edit_type": "prompt", "select": 5})
+    words = AutoMethodConfig(base="rome", states="model", base_unnamed="prompt").in_words
+    assert words == "auto (rome; subject not named: prompt)"
