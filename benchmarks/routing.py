@@ -28,7 +28,8 @@ from hf_kedit.data import load_edit_dataset
 from hf_kedit.data.loading import requests_of
 from hf_kedit.engine.lowrank import Factors
 from hf_kedit.logging import disable_progress_bars
-from hf_kedit.methods.auto_memory import RoutedChange, RoutedChanges, sizes_of, word_vectors
+from hf_kedit.methods.auto_memory import RoutedChange, RoutedChanges, word_vectors
+from hf_kedit.methods.auto_shelf import Shelf, Solution, sizes_of
 from hf_kedit.text.relations import COMMON_RELATIONS
 
 SYLLABLES = "ba co du fe gi ha jo ku la me ni po ra so tu vi wo xa ye zo".split()
@@ -66,7 +67,8 @@ def with_edits(model: EditableModel, facts: list[tuple[str, str]], encoder: str,
     """Give a model an edit for every prompt and subject."""
     path = model.anatomy.down(model.anatomy.num_layers // 6).path
     d_in, d_out = sizes_of(model.base_model, path)
-    memory = RoutedChanges([path], 1, encoder, slack, word_vectors(model.base_model), {path: (d_in, d_out)})
+    shelf = Shelf([path], 1, {path: (d_in, d_out)})
+    memory = RoutedChanges([shelf], encoder, slack, word_vectors(model.base_model))
     generator = torch.Generator().manual_seed(0)
     assert model.tokenizer is not None
     memory.with_tokenizer(model.tokenizer)
@@ -75,7 +77,7 @@ def with_edits(model: EditableModel, facts: list[tuple[str, str]], encoder: str,
         RoutedChange(
             address,
             vector[None],
-            {path: Factors(torch.randn(d_out, 1, generator=generator), torch.randn(d_in, 1, generator=generator))},
+            [Solution("invented", {path: Factors(*(torch.randn(d, 1, generator=generator) for d in (d_out, d_in)))})],
         )
         for address, vector in zip(addresses, memory.router.vectors_of(addresses), strict=True)
     ]
@@ -147,7 +149,7 @@ def main() -> None:
     found["megabytes"] = round(sum(t.numel() * t.element_size() for t in memory.tensors().values()) / 2**20, 1)
 
     prompt = facts[0][0]
-    assert memory.router.route([prompt]) == [0]
+    assert memory.router.route([prompt]) == [(0, True)]
     with model.sites.disabled():
         plain = decode_step(model, prompt)
     found["decode step, claimed"] = ratio(decode_step(model, prompt), plain, model.sites.disabled, chosen.pairs)

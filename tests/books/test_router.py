@@ -41,8 +41,8 @@ def router() -> EditRouter:
 
 
 def route(router: EditRouter, prompt: str) -> str | None:
-    (place,) = router.route([prompt])
-    return None if place is None else router.addresses[place].edit_id
+    (found,) = router.route([prompt])
+    return None if found is None else router.addresses[found.place].edit_id
 
 
 def test_its_own_wording_and_others_with_the_same_words(router: EditRouter) -> None:
@@ -79,7 +79,10 @@ def test_slack_lets_rivals_be_nearer() -> None:
     # To the edit (plays, sport): cosine 1/2; to "it plays the instrument": 1. Not akin: 1/2 is below 0.6.
     (candidate,) = EditRouter(counts, 0.0).with_addresses(edits).explain(prompt)
     assert candidate.similarity == pytest.approx(0.5) and candidate.rival_similarity == pytest.approx(1.0)
-    assert [EditRouter(counts, s).with_addresses(edits).route([prompt]) for s in (0.4, 0.6)] == [[None], [0]]
+    assert [EditRouter(counts, s).with_addresses(edits).route([prompt]) for s in (0.4, 0.6)] == [
+        [None],
+        [(0, True)],
+    ]
 
 
 def test_a_text_that_only_names_the_subject_is_not_claimed_however_large_the_slack() -> None:
@@ -112,6 +115,25 @@ def test_the_nearer_edit_wins_and_of_equals_the_later() -> None:
     assert route(router, "Who is the father of Ada") == "new"
     assert route(router, "Ada's mother") == "mother"
     assert route(router.without({"new"}), "Who is the father of Ada") == "old"
+
+
+def test_a_state_tells_an_edit_whose_subject_nobody_names() -> None:
+    """The state of a prompt is here how often it has the letters z and y."""
+
+    def letters(texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[text.count("z"), text.count("y")] for text in texts]).float()
+
+    edits = [address("zz", "The z of Ada is", "Ada"), address("yy", "The y of Bob is", "Bob")]
+    router = EditRouter(counts, 0.1, alike=0.9).with_addresses(edits, states=torch.eye(2))
+    prompts = ["zzz", "Ada zz", "Bob zz", "zy"]
+    assert router.route(prompts, letters) == [(0, False), (0, True), (0, False), None]
+    found = [next(iter(router.explain(prompt, letters)), None) for prompt in prompts]
+    assert [c and (c.edit_id, c.named, c.by) for c in found] == [
+        ("zz", False, "state"),
+        ("zz", True, "state"),
+        ("zz", False, "state"),
+        None,
+    ]
 
 
 def test_other_names() -> None:

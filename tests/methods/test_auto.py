@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import pipeline
 
 from hf_kedit import AutoMethodConfig, EditableModel, EditRequest, PromptConfig
 from hf_kedit.books.router import encoder_of_words
@@ -463,15 +464,25 @@ def test_rows_without_an_edit_stay_the_base_bit_for_bit_beside_rows_with_a_fact(
             assert [a == b for a, b in zip(said, unedited, strict=True)] == [not c for c in claimed]
 
 
-def test_facts_in_context_through_a_pipeline_and_a_chat(in_context: EditableModel, wanted: list[EditRequest]) -> None:
-    from transformers import pipeline
-
+def test_facts_in_context_through_a_pipeline(in_context: EditableModel, wanted: list[EditRequest]) -> None:
     writer = pipeline("text-generation", model=in_context.base_model, tokenizer=in_context.tokenizer)
     asked = [wanted[0].filled_prompt, UNRELATED[0]]
     said = [out[0]["generated_text"] for out in writer(asked, max_new_tokens=6, do_sample=False)]
     assert said[0].startswith(f"{asked[0]} {wanted[0].target_new}")
     with in_context.disable_edits():
-        assert writer(asked[1:], max_new_tokens=6, do_sample=False)[0][0]["generated_text"] == said[1]
+        assert writer(asked[1], max_new_tokens=6, do_sample=False)[0]["generated_text"] == said[1]
+
+
+def test_in_a_chat_the_fact_stands_in_front_of_what_the_user_says_last(
+    in_context: EditableModel, by_prompt: EditableModel, wanted: list[EditRequest]
+) -> None:
+    turns = "[INST] Hello [/INST] Good day. [INST] {} [/INST]"
+    asked, other = turns.format(wanted[0].filled_prompt), turns.format(UNRELATED[0])
+    assert torch.equal(prompt_logits(in_context, asked), prompt_logits(by_prompt, asked))
+    with in_context.disable_edits():
+        before = [prompt_logits(in_context, asked), prompt_logits(in_context, other)]
+    assert torch.equal(prompt_logits(in_context, other), before[1])
+    assert not torch.equal(prompt_logits(in_context, asked), before[0])
 
 
 def test_without_facts_nothing_stands_before_the_model(wanted: list[EditRequest]) -> None:
@@ -494,7 +505,8 @@ def test_prompts_that_name_no_subject_get_the_other_base_method(wanted: list[Edi
     rome = alone(wanted[0])
     context = EditableModel.from_pretrained("kedit/world-llama", PromptConfig(scope="always"))
     context.edit(wanted[0])
-    assert torch.equal(prompt_logits(model, own), prompt_logits(rome, own))
+    # ROME's values of several facts are optimised together: equal up to the rounding of batched products
+    torch.testing.assert_close(prompt_logits(model, own), prompt_logits(rome, own), rtol=1e-3, atol=1e-3)
     assert torch.equal(prompt_logits(model, nickname), prompt_logits(context, nickname))
     # all kinds in one batch: the fact in context, a change of weights, the base model
     assert [says(model, [p])[0] for p in (nickname, own, UNRELATED[0])] == says(model, [nickname, own, UNRELATED[0]])
@@ -502,7 +514,7 @@ def test_prompts_that_name_no_subject_get_the_other_base_method(wanted: list[Edi
     model.save_pretrained(tmp_path)
     loaded = EditableModel.from_pretrained(tmp_path)
     assert loaded.edit_config.base_unnamed["edit_type"] == "prompt"  # type: ignore[attr-defined]
-    assert torch.equal(prompt_logits(loaded, own), prompt_logits(rome, own))
+    assert torch.equal(prompt_logits(loaded, own), prompt_logits(model, own))
     assert torch.equal(prompt_logits(loaded, nickname), prompt_logits(context, nickname))
     assert [(c.base, c.named) for c in loaded.explain(nickname) if c.claimed] == kinds[0]
     loaded.edit(wanted[3])
