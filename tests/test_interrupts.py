@@ -12,7 +12,8 @@ import torch
 from hf_kedit import EditableModel, EditRequest
 from hf_kedit.books.book import restore_all, snapshot_all
 from hf_kedit.books.ledger import WeightDelta
-from hf_kedit.books.prompting import Prefix, Prompter
+from hf_kedit.books.prefixes import Prefix
+from hf_kedit.books.prompting import Prompter
 from hf_kedit.books.sites import Sites, prompt_lengths
 from hf_kedit.config import config_class
 from hf_kedit.engine.forward import frozen_eval

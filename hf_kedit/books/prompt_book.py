@@ -31,7 +31,8 @@ from ..tokens import as_ids, encode_pair, pad_id
 from .book import Saved, check_known
 from .counterfactuals import BASE, find_counterfactual
 from .ledger import Ledger
-from .prompting import Prefix, Prompter, RowText
+from .prefixes import Prefix, RowText
+from .prompting import Prompter
 from .retrieval import Passage, find_retriever, is_own
 from .state_retrieval import StateReader
 

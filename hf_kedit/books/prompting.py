@@ -18,7 +18,7 @@ import functools
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +42,7 @@ from ..tokens import (
     prompt_ids,
 )
 from .call_rows import CallRows, moved, take_rows, wanted_columns
+from .prefixes import Prefix, RowText, reading_behind_prefixes
 from .sites import prompt_ends
 
 if TYPE_CHECKING:
@@ -61,51 +62,9 @@ class _Looks:
         return self._find()[row]
 
 
-class RowText(str):
-    """What a row of a call says, in a chat the user's last turn.
-
-    ``ids`` are those of the whole prompt; ``look`` tells what its pictures look like (`StateReader.looks`), if asked.
-    """
-
-    ids: Sequence[int]
-    look: Callable[[], torch.Tensor | None]
-
-    @classmethod
-    def of(cls, text: str, ids: Sequence[int], look: Callable[[], torch.Tensor | None] = lambda: None) -> RowText:
-        """A text with its ids, and with what finds its look."""
-        self = cls(text)
-        self.ids, self.look = ids, look
-        return self
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What is put in front of a row.
-
-    Args:
-        fact: the last part, always there.
-        demonstrations: what stands before it, in order; `PicturedText` where they have pictures of their own.
-        nearest_last: the most similar demonstration is the last one; where space is short the others go first.
-        model: the model that reads the row instead; ``None`` for the edited model itself.
-        share: part of the answer that comes from the prefixed row, the rest from the plain one; 1 replaces it.
-    """
-
-    fact: str
-    demonstrations: tuple[str, ...] = ()
-    nearest_last: bool = True
-    model: Any | None = None
-    share: float = 1.0
-
-
 Router = Callable[[Sequence[RowText]], Sequence["Prefix | None"]]
 _INSIDE: ContextVar[tuple[Prompter, ...]] = ContextVar("kedit_prompters", default=())
 """Whose own calls are under way here: several threads may call one model."""
-_BEHIND: ContextVar[bool] = ContextVar("kedit_behind_prefixes", default=False)
-
-
-def behind_prefixes() -> bool:
-    """Whether the rows that the model reads now stand behind prefixes, so that their edits are decided already."""
-    return _BEHIND.get()
 
 
 class Prompter:
@@ -455,7 +414,7 @@ class Prompter:
             if value and not new:
                 kwargs[name] = value + added
         kwargs = moved(kwargs, device_of(who))
-        with _reading_behind_prefixes():
+        with reading_behind_prefixes():
             found = plain(**kwargs) if model is None else model.generate(**kwargs)
         sequences = found if isinstance(found, torch.Tensor) else found.sequences
         fresh = sequences[:, batch.input_ids.shape[1] :]
@@ -586,15 +545,6 @@ class Prompter:
         if whole[: len(stripped)] == stripped and len(whole) == len(stripped) + 1:
             return stripped, whole[-1:]
         return encode(text), list(ids[:1])
-
-
-def _reading_behind_prefixes() -> Switch[None]:
-    """What the model reads inside the block are rows behind their prefixes (`behind_prefixes`)."""
-
-    def say(behind: bool) -> None:
-        _BEHIND.set(behind)
-
-    return switched(lambda: say(True), lambda: say(False))
 
 
 def _expanded(rows: Sequence[int], each: int) -> list[int]:

@@ -124,7 +124,7 @@ class RouteCandidate:
         )
 
 
-class Route(NamedTuple):
+class EditRoute(NamedTuple):
     """The edit that claims a prompt.
 
     Args:
@@ -181,7 +181,7 @@ class EditRouter:
         self.states = Vectors(0)
         self.views = Vectors(0)
         self._index = _Index()
-        self._known: dict[str, Route | None] = {}
+        self._known: dict[str, EditRoute | None] = {}
         self._relations: list[torch.Tensor] = []  # one, once it is needed; routers that come of another share it
 
     # ------------------------------------------------------------------ addresses
@@ -241,7 +241,7 @@ class EditRouter:
 
     # ------------------------------------------------------------------ routing
 
-    def route(self, prompts: Sequence[str], read: Encoder | None = None) -> list[Route | None]:
+    def route(self, prompts: Sequence[str], read: Encoder | None = None) -> list[EditRoute | None]:
         """The edit that each prompt asks for, or ``None``.
 
         Args:
@@ -255,7 +255,7 @@ class EditRouter:
         asked = [prompt for prompt in new if found[prompt] is unknown]
         for prompt, candidates in zip(asked, self._candidates(asked), strict=True):
             claimed = [(c.similarity, place) for place, c in candidates.items() if c.claimed]
-            found[prompt] = Route(max(claimed)[1], named=True) if claimed else None
+            found[prompt] = EditRoute(max(claimed)[1], named=True) if claimed else None
         if len(known) + len(new) > _REMEMBERED:  # several threads may be here: nothing is looked up twice above
             known.clear()
         known.update({prompt: found[prompt] for prompt in new})
@@ -270,10 +270,12 @@ class EditRouter:
             return by_words
         return alike + [replace(c, claimed=False) for c in by_words if c.edit_id != alike[0].edit_id]
 
-    def _alike(self, prompts: Sequence[str], read: Encoder | None) -> dict[str, Route]:
+    def _alike(self, prompts: Sequence[str], read: Encoder | None) -> dict[str, EditRoute]:
         """The edit that the state of each prompt is like; prompts without one are missing."""
         near = self._nearest(prompts, read)
-        return {prompt: Route(place, c.named) for prompt, (place, c) in zip(prompts, near, strict=False) if c.claimed}
+        return {
+            prompt: EditRoute(place, c.named) for prompt, (place, c) in zip(prompts, near, strict=False) if c.claimed
+        }
 
     def _nearest(self, prompts: Sequence[str], read: Encoder | None) -> list[tuple[int, RouteCandidate]]:
         """The edit whose state each prompt's is nearest to, the latest of equals; nothing where none are compared."""

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..books.book import Saved
-from ..books.prompting import Prefix, Prompter, RowText, behind_prefixes
+from ..books.prefixes import Prefix, RowText, behind_prefixes
+from ..books.prompting import Prompter
 from ..books.retrieval import find_retriever
-from ..books.router import Address, EditRouter, Encoder, Route, RouteCandidate, encoder_of_words
+from ..books.router import Address, EditRoute, EditRouter, Encoder, RouteCandidate, encoder_of_words
 from ..books.site_book import SiteBook, SiteMemory, register_memory
 from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt, prompt_lengths
 from ..engine.forward import device_of
@@ -186,13 +187,13 @@ class RoutedChanges(SiteMemory):
                 places[self._shelf_of(route), row] = route.place
         frame.held[self.key] = places
 
-    def _routes(self, rows: Sequence[Sequence[int]]) -> list[Route | None]:
+    def _routes(self, rows: Sequence[Sequence[int]]) -> list[EditRoute | None]:
         """The edits that prompts ask for, which are given as token ids."""
         prompts = [str(self.tokenizer.decode(list(row))) for row in rows]
         known = dict(zip(prompts, rows, strict=True))
         return self.router.route(prompts, lambda texts: self._states([known[text] for text in texts]))
 
-    def _shelf_of(self, route: Route) -> int:
+    def _shelf_of(self, route: EditRoute) -> int:
         """The last shelf answers prompts that do not name the subject, the first one all others."""
         return 0 if route.named else len(self.shelves) - 1
 
@@ -232,7 +233,7 @@ class RoutedChanges(SiteMemory):
             prompt, lambda texts: self._states([encode_text(self.tokenizer, text).ids for text in texts])
         )
         places = {edit_id: place for place, edit_id in enumerate(self.edit_ids)} if found else {}
-        routes = [Route(places[candidate.edit_id], candidate.named) for candidate in found]
+        routes = [EditRoute(places[candidate.edit_id], candidate.named) for candidate in found]
         bases = [self.shelves[self._shelf_of(route)].bases[route.place] for route in routes]
         return [replace(candidate, base=base) for candidate, base in zip(found, bases, strict=True)]
 

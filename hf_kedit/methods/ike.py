@@ -24,8 +24,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeInt
 
+from ..books.prefixes import Prefix
 from ..books.prompt_book import MOST_CHOICES, SAME_PICTURE, PromptEntry
-from ..books.prompting import Prefix, Prompter
+from ..books.prompting import Prompter
 from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..config import EditConfig, ModelProfile
 from ..data import load_edit_dataset

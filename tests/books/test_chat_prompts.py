@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_kedit import EditableModel
-from hf_kedit.books.prompting import Prefix, Prompter
+from hf_kedit.books.prefixes import Prefix
+from hf_kedit.books.prompting import Prompter
 from tests.chat_templates import CHATML, GEMMA, LLAMA3
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
