@@ -53,8 +53,7 @@ class TokenIds(tuple[int, ...]):
         part = super().__getitem__(index)
         if not isinstance(index, slice) or index.start or index.step is not None:
             return part
-        cut = {name: t[:, : len(part)] if name in ALIGNED else t for name, t in self.beside.items()}
-        return TokenIds(part, cut, self.key)
+        return TokenIds(part, _of_tokens(self.beside, slice(len(part))), self.key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TokenIds) and self.key == other.key and tuple.__eq__(self, other)
@@ -70,8 +69,7 @@ class TokenIds(tuple[int, ...]):
 
     def behind(self, start: int) -> TokenIds:
         """The ids from a position on, before which no picture stands."""
-        cut = {name: t[:, start:] if name in ALIGNED else t for name, t in self.beside.items()}
-        return TokenIds(tuple(self)[start:], cut, self.key)
+        return TokenIds(tuple(self)[start:], _of_tokens(self.beside, slice(start, None)), self.key)
 
     def spread(self, row: Sequence[int], own: Sequence[int]) -> TokenIds:
         """The ids with others between them.
@@ -88,6 +86,11 @@ class TokenIds(tuple[int, ...]):
                 tensor = whole
             laid[name] = tensor
         return TokenIds(row, laid, self.key)
+
+
+def _of_tokens(beside: Mapping[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]:
+    """What belongs to some of the tokens of a text, and to all of its pictures."""
+    return {name: tensor[:, part] if name in ALIGNED else tensor for name, tensor in beside.items()}
 
 
 def joined_ids(parts: Sequence[Sequence[int]]) -> Sequence[int]:
@@ -237,7 +240,7 @@ def _encode_pictured(tokenizer: PreTrainedTokenizerBase, text: PicturedText) -> 
     assert plain.offsets is not None
     ids, beside = processed(text)
     if len(ids) > 1 and ids[:1] == ids[1:2] == [tokenizer.bos_token_id]:  # the template's and the tokenizer's
-        ids, beside = ids[1:], {name: t[:, 1:] if name in ALIGNED else t for name, t in beside.items()}
+        ids, beside = ids[1:], _of_tokens(beside, slice(1, None))
     most = min(len(ids), len(plain.ids))
     tail = next((i for i in range(most) if ids[-1 - i] != plain.ids[-1 - i]), most)
     head = next((i for i in range(most - tail) if ids[i] != plain.ids[i]), most - tail)

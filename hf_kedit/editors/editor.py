@@ -130,12 +130,8 @@ class Editor(nn.Module):
                 {module: matrix_sizes(model, module) for module in modules},
                 encoder_decoder=bool(model.config.is_encoder_decoder),
             )
-        editor.origin = {
-            "base_model_name_or_path": str(getattr(model.config, "name_or_path", "") or ""),
-            "base_model_revision": getattr(model.config, "_commit_hash", None),
-            "base_dtype": str(model.dtype).removeprefix("torch."),
-            "base_sha256": {module: weight_digest(model, module) for module in modules},
-        }
+        editor.origin = origin_in(model)
+        editor.origin["base_sha256"] = {module: weight_digest(model, module) for module in modules}
         editor.start_from(model)
         return editor.attach(model)
 
@@ -508,6 +504,15 @@ class Editor(nn.Module):
         """Fill the networks with saved tensors, and remember where they come from."""
         saved.fill(self)
         self.origin = saved.origin
+
+
+def origin_in(model: PreTrainedModel) -> dict[str, Any]:
+    """What an editor remembers of the model that it was made for: JSON-ready."""
+    return {
+        "base_model_name_or_path": str(getattr(model.config, "name_or_path", "") or ""),
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+        "base_dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def register_editor(cls: type[E]) -> type[E]:

@@ -37,7 +37,7 @@ from ..anatomy import resolve_anatomy
 from ..books.counterfactuals import BASE, find_counterfactual, register_counterfactual_kind
 from ..books.prompt_book import PromptEntry
 from ..books.retrieval import LEXICAL, find_retriever, register_retriever_kind
-from ..editors.editor import Editor, EditorOutput, register_editor
+from ..editors.editor import Editor, EditorOutput, origin_in, register_editor
 from ..editors.files import SavedEditor
 from ..engine.devices import seeded
 from ..engine.forward import frozen_eval, image_ids
@@ -207,11 +207,7 @@ class SERACEditor(Editor):
             editor.use_tokenizer(_loaded(AutoTokenizer, "encoder", config.encoder))
         if config.small_model and editor.reader is not None:
             editor.reader = _loaded(type(editor.reader), "small_model", config.small_model, dtype=torch.float32)
-        editor.origin = {
-            "base_model_name_or_path": str(getattr(model.config, "name_or_path", "") or ""),
-            "base_model_revision": getattr(model.config, "_commit_hash", None),
-            "base_dtype": str(model.dtype).removeprefix("torch."),
-        }
+        editor.origin = origin_in(model)
         return editor.attach(model)
 
     def check_fits(self, model: PreTrainedModel) -> None:

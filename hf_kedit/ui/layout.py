@@ -109,7 +109,7 @@ class Page:
     # ------------------------------------------------------------------ the tabs
 
     def _edit_tab(self) -> None:
-        first = self._first_fact()
+        sentence, subject, answer = self._first_fact()
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 with gr.Column(elem_classes="k-examples", visible=bool(self.examples.requests)):
@@ -119,15 +119,15 @@ class Page:
                         for r in self.examples.requests
                     ]
                 self.prompt = gr.Textbox(
-                    first[0], label="Sentence", info="the model goes on from here", lines=2, elem_id="k-prompt"
+                    sentence, label="Sentence", info="the model goes on from here", lines=2, elem_id="k-prompt"
                 )
                 self.says = _note()
                 with gr.Row():
                     self.target = gr.Textbox(
-                        first[2], label="New answer", info="what it is to say", min_width=150, elem_id="k-target"
+                        answer, label="New answer", info="what it is to say", min_width=150, elem_id="k-target"
                     )
                     self.subject = gr.Textbox(
-                        first[1], label="About", info="the name in it", min_width=150, elem_id="k-subject"
+                        subject, label="About", info="the name in it", min_width=150, elem_id="k-subject"
                     )
                 self.method = gr.Dropdown(method_choices(), value="auto", label="Method", info=_summary("auto"))
                 self.go = gr.Button("Change the fact", variant="primary", elem_id="k-go")
@@ -182,11 +182,11 @@ class Page:
                 )
 
     def _inspect_tab(self) -> None:
-        first = self._first_fact()
+        sentence, subject, _ = self._first_fact()
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                self.looked = gr.Textbox(first[0], label="Sentence", info="whose next word is looked at", lines=2)
-                self.looked_subject = gr.Textbox(first[1], label="About", info="the name that is blurred")
+                self.looked = gr.Textbox(sentence, label="Sentence", info="whose next word is looked at", lines=2)
+                self.looked_subject = gr.Textbox(subject, label="About", info="the name that is blurred")
                 self.which = gr.Radio([_ITSELF, _EDITED], value=_ITSELF, label="Look for the fact in")
                 self.look = gr.Button("Look inside", variant="primary", elem_id="k-look")
             with gr.Column(scale=7, min_width=320):
@@ -251,6 +251,7 @@ class Page:
                 self.shell = gr.Code("", language="shell", label="The same as commands", lines=1, **how)
 
     def _first_fact(self) -> tuple[str, str, str]:
+        """Sentence, subject and new answer of the first example; empty texts if there is none."""
         if not self.examples.requests:
             return "", "", ""
         first = self.examples.requests[0]

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..evaluation import generate_answers, score_pairs
 from ..locate import LensReading, Trace, causal_trace, logit_lens
 from ..model import EditableModel
-from ..tokens import prompt_ids
+from ..tokens import pad_id, prompt_ids
 
 _MOST_PROMPTS, MOST_CHARACTERS = 8, 2000
 """Of one question: prompts, and characters of each."""
@@ -191,7 +191,7 @@ def top_answers(model: EditableModel, prompt: str, count: int = 5) -> list[str]:
             attention_mask=torch.ones_like(rows),
             max_new_tokens=_WORD_TOKENS,
             do_sample=False,
-            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id or 0,
+            pad_token_id=pad_id(model.tokenizer),
         )
     words: dict[str, None] = {}
     for row in written[:, start.shape[1] :]:
