@@ -211,3 +211,22 @@ class uninterrupted(Switch[None]):
     def put_back(self, failed: bool) -> None:
         """Let them through again."""
         _interrupts.held_back -= self._shielded
+
+
+class Passable:
+    """What stands between a model and its callers, and can let everything pass."""
+
+    _passing = 0  # blocks that are open
+
+    def passing(self) -> Switch[None]:
+        """Every call inside the block goes to the model as it is."""
+
+        def count(step: int) -> None:
+            self._passing += step
+
+        return switched(lambda: count(1), lambda: count(-1))
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether calls go to the model as they are now."""
+        return self._passing > 0

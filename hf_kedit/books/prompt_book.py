@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anatomy.switching import Switch, switched
+from ..anatomy.switching import Passable, Switch
 from ..engine.examples import Example, target_probabilities
 from ..errors import ArtifactError, BaseModelMismatchError, MergeError, RequestError, RollbackError
 from ..remote.model import RemoteModel
@@ -92,7 +92,7 @@ class PromptEntry:
     embedding: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
 
-class _TextPrompter:
+class _TextPrompter(Passable):
     """The place of a `Prompter` before a model behind an API: what is put in front of a text is text.
 
     Args:
@@ -102,7 +102,6 @@ class _TextPrompter:
 
     def __init__(self, model: RemoteModel, front: Callable[[str], str]):
         self.model, self.front = model, front
-        self._passing = 0
 
     def attach(self) -> None:
         """Stand before the model."""
@@ -111,19 +110,6 @@ class _TextPrompter:
     def detach(self) -> None:
         """Leave it alone."""
         self.model.rewrite = None
-
-    def passing(self) -> Switch[None]:
-        """Every text inside the block goes to the model as it is."""
-
-        def count(step: int) -> None:
-            self._passing += step
-
-        return switched(lambda: count(1), lambda: count(-1))
-
-    @property
-    def is_passing(self) -> bool:
-        """Whether texts go to the model as they are now."""
-        return self._passing > 0
 
 
 def _demonstration(saved: Any, processor: Any) -> str:

@@ -26,7 +26,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 from transformers.modeling_utils import slice_logits_to_keep
 
-from ..anatomy.switching import Switch, switched, uninterrupted
+from ..anatomy.switching import Passable, Switch, switched, uninterrupted
 from ..engine.forward import Positions, device_of, image_ids, logits_at, model_inputs, named_arguments
 from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
 from ..text.pictures import PicturedText
@@ -67,7 +67,7 @@ _INSIDE: ContextVar[tuple[Prompter, ...]] = ContextVar("kedit_prompters", defaul
 """Whose own calls are under way here: several threads may call one model."""
 
 
-class Prompter:
+class Prompter(Passable):
     """Stands between a model and its callers while it is attached.
 
     Args:
@@ -93,7 +93,6 @@ class Prompter:
         self.model, self._tokenizer, self.router, self._looks = model, tokenizer, router, looks
         self._asleep, self._together = asleep, together
         self._before: dict[str, Any] | None = None
-        self._passing = 0
 
     # ------------------------------------------------------------------ attaching
 
@@ -117,14 +116,6 @@ class Prompter:
                     self.model.__dict__[name] = value
             self._before = None
 
-    def passing(self) -> Switch[None]:
-        """Every call inside the block goes to the model as it is."""
-
-        def count(step: int) -> None:
-            self._passing += step
-
-        return switched(lambda: count(1), lambda: count(-1))
-
     def own_calls(self) -> Switch[None]:
         """The calls that this thread makes inside the block go to the model as they are."""
 
@@ -139,11 +130,6 @@ class Prompter:
     @property
     def _lets_pass(self) -> bool:
         return self.is_passing or self._asleep() or self in _INSIDE.get()
-
-    @property
-    def is_passing(self) -> bool:
-        """Whether calls go to the model as they are now."""
-        return self._passing > 0
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ import yaml
 
 from ..config import easyedit as easyedit_hparams
 from ..config import read_mapping
-from ..storage.files import write_text
+from ..storage.files import without_tuples, write_text
 from .output import DebugOption, Format, FormatOption, command, emit, error_console
 
 
@@ -31,9 +31,8 @@ def convert_hparams(
     else:
         data, lines = _config(content)
     model = data["model_name"]
-    # As JSON would: YAML has no tuples.
     text = f"# From EasyEdit's {source.name}{f' for {model}' if model else ''}.\n"
-    text += yaml.safe_dump(_plain(lines), sort_keys=False)
+    text += yaml.safe_dump(without_tuples(lines), sort_keys=False)
     if output is not None:
         write_text(output, text)
     data["output"] = None if output is None else str(output)
@@ -55,7 +54,7 @@ def _config(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     data = {
         "edit_type": config.edit_type,
         "model_name": converted.model_name,
-        "hparams": _plain(changed),
+        "hparams": changed,
         "ignored": converted.ignored,
     }
     return data, {"edit_type": config.edit_type, **changed}
@@ -70,13 +69,7 @@ def _plan(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     data = {
         "edit_type": plan["method"],
         "model_name": plan["model"],
-        "plan": _plain(plan),
+        "plan": plan,
         "ignored": converted.ignored,
     }
     return data, plan
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -103,6 +103,20 @@ def rewrite_row(
     )
 
 
+def prompt_end_rows(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], separator: str | None = None
+) -> list[Row]:
+    """Prompt and whole answer of every request as they are, read and written at the prompt's last token.
+
+    Raises:
+        RequestError: naming the row, if no token is left for the target.
+    """
+    return [
+        rewrite_row(tokenizer, request, SLOT, owner=i, fact_token="last", separator=separator)
+        for i, request in enumerate(requests)
+    ]
+
+
 def drift_row(
     tokenizer: PreTrainedTokenizerBase,
     request: EditRequest,

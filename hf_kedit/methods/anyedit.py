@@ -31,7 +31,7 @@ from ..config.spaces import times
 from ..engine.capture import Tap, stream_states
 from ..engine.examples import Example, target_probabilities
 from ..engine.forward import device_of
-from ..engine.rows import Row, check_lengths, rewrite_row
+from ..engine.rows import Row, check_lengths, prompt_end_rows
 from ..errors import ConfigError
 from ..requests import SLOT, EditRequest
 from ..tokens import pad_rows
@@ -233,12 +233,7 @@ class AnyEdit(Method):
     # ------------------------------------------------------------------ rows and states
 
     def _rows(self, requests: Sequence[EditRequest]) -> list[Row]:
-        """Prompt and whole answer of every request, read at the prompt's last token."""
-        tokenizer, separator = self.bench.tokenizer, self.base.config.separator
-        return [
-            rewrite_row(tokenizer, request, SLOT, owner=i, fact_token="last", separator=separator)
-            for i, request in enumerate(requests)
-        ]
+        return prompt_end_rows(self.bench.tokenizer, requests, self.base.config.separator)
 
     def _chunks(self, row: Row) -> list[Row]:
         """A row for every chunk of an answer, read and written at the token before the chunk."""

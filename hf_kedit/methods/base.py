@@ -20,6 +20,7 @@ from ..books.retrieval import Retriever
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
 from ..config import EditConfig, ModelProfile, register_config
+from ..engine.examples import Example, Objective, encode_examples
 from ..engine.templates import context_templates
 from ..engine.transforms import keep_largest_relative
 from ..engine.unlikelihood import Unlikelihood
@@ -345,6 +346,13 @@ class Method(ABC):
             raise ConfigError(f"{self.capabilities.name} keeps no state, but was given {', '.join(sorted(state))}")
 
     # ------------------------------------------------------------------ terms of a training
+    def examples(self, requests: Sequence[EditRequest], objective: Objective = "target_new") -> list[Example]:
+        """Requests as token ids, with what is to be predicted; see `encode_examples`."""
+        bench = self.bench
+        return encode_examples(
+            bench.model, bench.tokenizer, requests, separator=self.config.separator, objective=objective
+        )
+
     def unlikelihood(self, requests: Sequence[EditRequest]) -> Unlikelihood:
         """The term that takes probability from the answers that requests want gone; nothing without the setting.
 

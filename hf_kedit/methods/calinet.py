@@ -28,7 +28,7 @@ from ..engine.activations import hidden_activation
 from ..engine.examples import all_likely, mean_of_open, row_means
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
-from ..engine.rows import Row, check_lengths, rewrite_row
+from ..engine.rows import Row, check_lengths, prompt_end_rows, rewrite_row
 from ..engine.weights import compute_device
 from ..errors import EditFailedError
 from ..logging import progress_bar
@@ -115,8 +115,7 @@ class CaliNet(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check the layers and every request."""
         self.site()
-        rows = [rewrite_row(self.bench.tokenizer, r, "{}", owner=i, fact_token="last") for i, r in enumerate(requests)]
-        check_lengths(self.bench.model, rows, requests)
+        check_lengths(self.bench.model, prompt_end_rows(self.bench.tokenizer, requests), requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Train new neurons on a batch."""

@@ -79,13 +79,13 @@ class DPO(LoRA):
         for request in requests:
             if str(request.metadata.get(REJECTED)).strip() == request.target_new:
                 raise RequestError("is the new answer itself", row=request.row, field=REJECTED, request_id=request.id)
-        self._examples([rejected for r in requests if (rejected := self._rejected(r)) is not None])
+        self.examples([rejected for r in requests if (rejected := self._rejected(r)) is not None])
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Train on a batch of pairs and return its factors."""
         pairs = [self._rejected(r) or self._said_now(r) for r in requests]
         bench, size = self.bench, self.config.rows_per_step or 1
-        examples = self._examples(pairs)
+        examples = self.examples(pairs)
         before = target_probabilities(bench.model, examples, bench.fill, size)
         named = [
             replace(r, metadata={**r.metadata, REJECTED: pair.target_new})
@@ -106,7 +106,7 @@ class DPO(LoRA):
         """The loss above; ``p₀`` is read here, as there is no adapter yet."""
         bench, config = self.bench, self.config
         likelihood = super().objective(requests, chunks, batches)
-        examples = self._examples([r for request in requests if (r := self._rejected(request)) is not None])
+        examples = self.examples([r for request in requests if (r := self._rejected(request)) is not None])
         rejected = [ExampleBatch.of(bench.model, [examples[i] for i in chunk], bench.fill) for chunk in chunks]
 
         def log_p(batch: ExampleBatch, nll: torch.Tensor) -> torch.Tensor:

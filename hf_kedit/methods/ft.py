@@ -34,7 +34,7 @@ from ..books.ledger import WeightDelta
 from ..config import EditConfig, ModelProfile, UnlearningConfig, WeightConfig, adam_step
 from ..config.spaces import layer_windows, times
 from ..engine.capture import top_experts
-from ..engine.examples import Example, ExampleBatch, Objective, encode_examples, mean_of_open, target_probabilities
+from ..engine.examples import Example, ExampleBatch, Objective, mean_of_open, target_probabilities
 from ..engine.experts import ExpertSlice, parameter_name
 from ..engine.rows import check_length
 from ..engine.unlikelihood import Unlikelihood
@@ -174,7 +174,7 @@ class FineTuning(Method):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check weights and requests."""
-        bench, examples = self.bench, self._examples(requests, self.config.objective)
+        bench, examples = self.bench, self.examples(requests, self.config.objective)
         check_scope(self.config.module_scope, requests)
         if self.breadth_first and not examples[0].decoder_ids:
             for request, example in zip(requests, self._ended(examples), strict=True):
@@ -197,10 +197,10 @@ class FineTuning(Method):
         """Train on a batch of requests and return what changed."""
         bench, config = self.bench, self.config
         assert config.lr is not None
-        examples = self._examples(requests, config.objective)
+        examples = self.examples(requests, config.objective)
         teacher_forced = examples
         if config.objective != "target_new":
-            teacher_forced = self._examples(requests, "target_new")
+            teacher_forced = self.examples(requests)
         if self.breadth_first:
             examples = self._ended(examples)
         copies = TrainedCopies(bench.model, self.parameters(requests))
@@ -297,12 +297,6 @@ class FineTuning(Method):
             positions = (*example.positions, example.positions[-1] + 1)
             ended.append(replace(example, ids=ids, positions=positions, targets=(*example.targets, int(end))))
         return ended
-
-    def _examples(self, requests: Sequence[EditRequest], objective: Objective) -> list[Example]:
-        bench = self.bench
-        return encode_examples(
-            bench.model, bench.tokenizer, requests, separator=self.config.separator, objective=objective
-        )
 
     def _note_gradients(self, copies: Mapping[str, torch.Tensor], step: int) -> None:
         """Leave the first two gradients in the trace."""

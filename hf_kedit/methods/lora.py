@@ -35,7 +35,7 @@ from ..books.ledger import WeightDelta
 from ..config import ModelProfile, UnlearningConfig, WeightConfig, adam_step
 from ..config.spaces import layer_windows, times
 from ..engine.devices import seeded
-from ..engine.examples import Example, ExampleBatch, encode_examples, mean_of_open, target_probabilities
+from ..engine.examples import ExampleBatch, mean_of_open, target_probabilities
 from ..engine.forward import device_of
 from ..engine.unlikelihood import Unlikelihood
 from ..engine.weights import get_module, is_quantised, is_transposed
@@ -187,13 +187,13 @@ class _LowRankTraining(Method):
             )
         super().check(requests)
         check_scope(self.config.module_scope, requests)
-        self._examples(requests)
+        self.examples(requests)
         self.unlikelihood(requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """Train an adapter on a batch of requests and return its factors."""
         bench, config = self.bench, self.config
-        examples, paths = self._examples(requests), self.edited_modules()
+        examples, paths = self.examples(requests), self.edited_modules()
         size = config.rows_per_step or 1
         chunks = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
         began = time.perf_counter()
@@ -278,9 +278,6 @@ class _LowRankTraining(Method):
         restraint.settle(lambda: bench.model)
         bench.note("batch_losses", torch.tensor(batch_losses))
         return losses, restraint
-
-    def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
-        return encode_examples(self.bench.model, self.bench.tokenizer, requests, separator=self.config.separator)
 
     # ------------------------------------------------------------------ what a method decides
 

@@ -18,7 +18,7 @@ from ..books.sites import prompt_lengths
 from ..config import EditConfig
 from ..engine.batches import in_batches, rows_at_once
 from ..engine.capture import Tap, capture_at
-from ..engine.examples import Example, ExampleBatch, encode_examples
+from ..engine.examples import Example, ExampleBatch
 from ..engine.forward import device_of
 from ..engine.weights import get_module, weight_shape
 from ..errors import ConfigError, EditFailedError, UnsupportedModelError, WeightError
@@ -83,11 +83,6 @@ class SiteMethod(Method):
         """Check the layer, tokens and lengths."""
         self.sizes(self.path)
         self.examples(requests)
-
-    def examples(self, requests: Sequence[EditRequest]) -> list[Example]:
-        """The requests as token ids."""
-        bench = self.bench
-        return encode_examples(bench.model, bench.tokenizer, requests, separator=self.config.separator)
 
     # ------------------------------------------------------------------ measuring
 

@@ -29,7 +29,7 @@ from ..config import BoundedConfig, ModelProfile
 from ..config.spaces import layer_windows, times
 from ..engine.activations import hidden_activation
 from ..engine.capture import Tap, stream_states
-from ..engine.examples import Example, all_likely, encode_examples
+from ..engine.examples import Example, all_likely
 from ..engine.forward import device_of
 from ..engine.neurons import NeuronGroup
 from ..engine.replay import Replay, ReplayRow
@@ -221,11 +221,7 @@ class TPatcher(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check the layer and every request."""
         self.site()
-        self._examples(requests)
-
-    def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
-        bench = self.bench
-        return encode_examples(bench.model, bench.tokenizer, requests, separator=self.config.separator)
+        self.examples(requests)
 
     @cached_property
     def memory(self) -> torch.Tensor:
@@ -249,7 +245,7 @@ class TPatcher(Method):
         """Train patches for the tokens that the model gets wrong."""
         (request,) = requests
         bench, site = self.bench, self.site()
-        (example,) = self._examples([request])
+        (example,) = self.examples([request])
         replay = Replay(
             bench.model,
             bench.anatomy,

@@ -25,7 +25,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 from ..books.ledger import WeightDelta
 from ..config import BoundedConfig, ModelProfile, WeightConfig
 from ..config.spaces import layer_windows, times
-from ..engine.examples import Example, ExampleBatch, encode_examples
+from ..engine.examples import Example, ExampleBatch
 from ..engine.forward import device_of
 from ..engine.gradients import signals
 from ..engine.supervised import IGNORE, Scores, collate, score, to_device
@@ -289,14 +289,14 @@ class UltraEdit(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check weights, tokens and lengths."""
         super().check(requests)
-        self._examples(requests)
+        self.examples(requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One turn: collect keys and gradients in micro-batches, bring the statistics up to date, solve."""
         bench, config = self.bench, self.config
         modules = self.edited_modules()
         shapes = {m: _inputs_and_outputs(bench.model, m) for m in modules}
-        examples = self._examples(requests)
+        examples = self.examples(requests)
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
         micro = config.rows_per_step or MICRO_BATCH
         chunks = [order[i : i + micro] for i in range(0, len(order), micro)]
@@ -390,9 +390,6 @@ class UltraEdit(Method):
             if not restraint.within or bool(batch.held(nll, config.stop_probability).all()):
                 break
         return [_times(delta, factor) for delta in deltas], after, self.drift_report(restraint, after)
-
-    def _examples(self, requests: Sequence[EditRequest]) -> list[Example]:
-        return encode_examples(self.bench.model, self.bench.tokenizer, requests, separator=self.config.separator)
 
     def _collect(
         self, examples: Sequence[Example], modules: Sequence[str]

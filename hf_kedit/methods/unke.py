@@ -32,11 +32,11 @@ from ..config.spaces import layer_windows, times
 from ..engine.capture import ModuleCall
 from ..engine.examples import Example, ExampleBatch, target_probabilities
 from ..engine.forward import device_of
-from ..engine.rows import Row, check_lengths, rewrite_row
+from ..engine.rows import Row, check_lengths, prompt_end_rows
 from ..engine.weights import get_module, is_offloaded, weight_shape
 from ..errors import EditFailedError, WeightError
 from ..logging import progress_bar
-from ..requests import SLOT, EditRequest
+from ..requests import EditRequest
 from ..tokens import TokenBatch, encode_text, pad_rows
 from ..values.optimise import Values, optimise_values
 from ..values.settings import ValueSettings
@@ -224,12 +224,7 @@ class UnKE(Method):
     # ------------------------------------------------------------------ states
 
     def _rows(self, requests: Sequence[EditRequest]) -> list[Row]:
-        """Prompt and answer of every request, read and written at the prompt's last token."""
-        tokenizer, separator = self.bench.tokenizer, self.config.separator
-        return [
-            rewrite_row(tokenizer, request, SLOT, owner=i, fact_token="last", separator=separator)
-            for i, request in enumerate(requests)
-        ]
+        return prompt_end_rows(self.bench.tokenizer, requests, self.config.separator)
 
     def values(self, rows: Sequence[Sequence[Row]]) -> Values:
         """The states that make the model say what the rows supervise, behind the last trained layer."""

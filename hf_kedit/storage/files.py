@@ -458,6 +458,13 @@ def read_file(source: str, name: str, *, revision: str | None = None, token: Any
     return FileSource(source, revision=revision, token=token).read(name)
 
 
+def without_tuples(value: Any) -> Any:
+    """A copy in which tuples are lists, for YAML, which has no tuples."""
+    if isinstance(value, Mapping):
+        return {key: without_tuples(each) for key, each in value.items()}
+    return [without_tuples(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def json_ready(value: Any) -> Any:
     """A copy for JSON: NaN and infinity, which JSON lacks, become ``None``; everything unknown becomes text."""
     if isinstance(value, Mapping):

@@ -18,6 +18,7 @@ import yaml
 from ..config import EditConfig
 from ..config.hparams import user_hparams
 from ..errors import TuneError
+from ..storage.files import without_tuples
 from ..version import __version__
 from .facts import ChosenFacts
 from .scores import LEAST_FIGURE, LEAST_KEPT, PairedGain, TuneScore
@@ -167,7 +168,7 @@ class TuneResult:
         defaults = type(self.config)().to_dict()
         values = {k: v for k, v in self.config.to_dict().items() if v != defaults[k]}
         last = self.model.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].lower()
-        content = {"match": [glob.escape(last)], **{k: _plain(v) for k, v in values.items()}}
+        content = {"match": [glob.escape(last)], **without_tuples(values)}
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)
         return "".join(f"# {line}".rstrip() + "\n" for line in lines) + text
 
@@ -235,10 +236,3 @@ class TuneResult:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _plain(value: Any) -> Any:
-    """As YAML has it, which knows no tuples."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

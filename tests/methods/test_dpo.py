@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_paper(per_token: bool) -> None:
     assert isinstance(method, DPO)
     requests = [EditRequest.from_dict(FACT), EditRequest(**{k: v for k, v in FACT.items() if k != "target_neg"})]
     requests[1].metadata["target_neg"] = "farmer"
-    batch = ExampleBatch.of(base, method._examples(requests), method.bench.fill)
+    batch = ExampleBatch.of(base, method.examples(requests), method.bench.fill)
     loss = method.objective(requests, [range(2)], [batch])
     answers = [("plumber", FACT["target_neg"]), ("plumber", "farmer")]
 
@@ -107,7 +107,7 @@ def test_without_an_adapter_preference_is_undecided() -> None:
     method = model._method
     assert isinstance(method, DPO)
     request = EditRequest.from_dict(FACT)
-    batch = ExampleBatch.of(model.base_model, method._examples([request]), method.bench.fill)
+    batch = ExampleBatch.of(model.base_model, method.examples([request]), method.bench.fill)
     loss = method.objective([request], [range(1)], [batch])
     assert loss(0, batch.token_losses(model.base_model), torch.zeros(1, dtype=torch.bool)).item() == pytest.approx(
         math.log(2), rel=1e-5

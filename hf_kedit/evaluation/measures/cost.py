@@ -14,7 +14,7 @@ import torch
 from ...engine.devices import synchronise
 from ...engine.forward import device_of, frozen_eval, generating
 from ...errors import EvaluationError
-from ...tokens import prompt_ids
+from ...tokens import pad_id, prompt_ids
 from ..asking.batching import stock_model
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def edit_cost(
             num_beams=1,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=pad_id(tokenizer),
         )
         synchronise(base)
         return (time.perf_counter() - began) / new_tokens

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from ...data.extra import extra_of
 from ...errors import EvaluationError
-from ...requests import EditRequest
+from ...requests import ERASED, EditRequest
 from ..asking.scoring import PairScore
 from . import metrics
 from .classifiers import Classifier as Classifier
@@ -257,10 +257,15 @@ def repetition_rate(texts: Sequence[str], limit: float = 0.2, tokenizer: str | W
 # ---------------------------------------------------------------------- forgetting
 
 
+def leaks(text: str, answers: Sequence[str]) -> float:
+    """1.0 if a text holds any of some answers, as whole words."""
+    return max((metrics.contains(text, answer) for answer in answers), default=0.0)
+
+
 def forget_scores(
     outputs: Sequence[str],
     old_answers: Sequence[Sequence[str]],
-    target: str = "I don't know.",
+    target: str = ERASED,
     *,
     scorer: Literal["contains", "exact"] = "contains",
     samples: Sequence[Sequence[str]] | None = None,
@@ -280,10 +285,6 @@ def forget_scores(
         ``forget_success``, ``leakage`` (share of outputs with an old answer), with samples ``leakage_at_k`` (share of
         questions where any of the k samples has one), and ``n``.
     """
-
-    def leaks(text: str, answers: Sequence[str]) -> float:
-        return max((metrics.contains(text, answer) for answer in answers), default=0.0)
-
     said = metrics.answer_scorer(scorer)
     result: dict[str, Any] = {
         "forget_success": metrics.mean(said(output, target) for output in outputs),

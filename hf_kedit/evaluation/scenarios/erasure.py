@@ -19,6 +19,7 @@ from ..asking.generation import Continuation, Sampling, generate_answers
 from ..asking.scoring import PairScore
 from ..measures import metrics
 from ..measures.catalogue import Metric, register_metrics
+from ..measures.scenarios import leaks
 from ..protocols.base import Numbers, Output, PairProtocol, Protocol, Query, Question
 from ..protocols.replies import Replies
 from .base import Scenario, register_scenario
@@ -161,11 +162,6 @@ class ErasureReplies(Replies):
     def settings(self) -> dict[str, Any]:
         own = {"match": self.match, "samples": self.samples, "top_k": self.top_k, "seed": self.seed}
         return {**super().settings(), **own}
-
-
-def leaks(text: str, answers: Sequence[str]) -> float:
-    """1.0 if a text holds any of some answers, as whole words."""
-    return max((metrics.contains(text, answer) for answer in answers), default=0.0)
 
 
 @dataclass(frozen=True)
