@@ -1,14 +1,17 @@
 """The library's one logger, with the same switches as transformers'.
 
 Everything goes through the logger ``hf_kedit``; nothing is printed. Progress bars appear on anything
-that may take longer than a few seconds and can be switched off here as well.
+that may take longer than a few seconds, in the logs of jobs as a line a minute, and can be switched off here as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -30,7 +33,17 @@ StepReport = Callable[[str, int, int | None], None]
 """Is told what goes on, how many steps of it are done, and of how many."""
 _told: ContextVar[StepReport | None] = ContextVar("told", default=None)
 _losses: ContextVar[list[float] | None] = ContextVar("losses", default=None)
-_progress_bars = os.environ.get("HF_KEDIT_DISABLE_PROGRESS_BARS", "0") not in ("1", "true", "True")
+
+
+def bars_unwanted() -> bool:
+    """Whether the environment asks for no progress bars (``HF_KEDIT_DISABLE_PROGRESS_BARS=1``)."""
+    return os.environ.get("HF_KEDIT_DISABLE_PROGRESS_BARS", "0") in ("1", "true", "True")
+
+
+_progress_bars = not bars_unwanted()
+_in_lines = False
+_BETWEEN_LINES = 60.0
+"""Seconds."""
 
 
 def get_logger(name: str | None = None) -> logging.Logger:
@@ -105,10 +118,14 @@ def disable_progress_bars() -> None:
     _progress_bars = False
 
 
-def enable_progress_bars() -> None:
-    """Switch the progress bars of the library on again."""
-    global _progress_bars
-    _progress_bars = True
+def enable_progress_bars(*, lines: bool = False) -> None:
+    """Switch the progress bars of the library on again.
+
+    Args:
+        lines: for logs and jobs, where nobody watches: what takes over a minute writes a line every minute instead.
+    """
+    global _progress_bars, _in_lines
+    _progress_bars, _in_lines = True, lines
 
 
 def progress(items: Iterable[T], description: str, *, show: bool | None = None, **kwargs: Any) -> Iterable[T]:
@@ -122,7 +139,41 @@ def progress(items: Iterable[T], description: str, *, show: bool | None = None, 
     """
     if show is None:
         show = not (isinstance(items, Sized) and len(items) <= 1)
-    return tqdm(items, desc=description, disable=not (show and _progress_bars), leave=False, **kwargs)
+    return tqdm(items, **_looks(description, show, kwargs))
+
+
+class _Lines(io.TextIOBase):
+    """Where a bar writes that nobody watches: standard error gets its state once in a while, as a line of its own."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def write(self, text: str) -> int:
+        """Take what would overwrite the bar on a screen."""
+        shown = text.strip("\r\n\x1b[A ")
+        if shown and time.monotonic() - self.last >= _BETWEEN_LINES:
+            self.last = time.monotonic()
+            sys.stderr.write(f"{shown}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """See `io.IOBase`."""
+        sys.stderr.flush()
+
+
+def _looks(description: str, show: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """How ``tqdm`` shows progress.
+
+    Args:
+        description: label of the bar.
+        show: if bars are enabled.
+        given: for ``tqdm``.
+    """
+    looks = {**given, "desc": description, "disable": not (show and _progress_bars), "leave": False}
+    if _in_lines:
+        line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go"
+        looks |= {"file": _Lines(), "bar_format": line, "miniters": 1, "position": 0, "mininterval": 1.0}
+    return looks
 
 
 class _Bar(tqdm):
@@ -145,7 +196,7 @@ class _Bar(tqdm):
 
 def progress_bar(total: int | None, description: str, *, show: bool = True, **kwargs: Any) -> tqdm[Any]:
     """Return a manual progress bar (``update``/``close``; usable as a context manager)."""
-    bar = _Bar(total=total, desc=description, disable=not (show and _progress_bars), leave=False, **kwargs)
+    bar = _Bar(total=total, **_looks(description, show, kwargs))
     bar.told = (description, total)
     return bar
 

@@ -63,11 +63,11 @@ def same_random_numbers() -> None:
 @pytest.fixture(autouse=True)
 def same_verbosity() -> Iterator[None]:
     """Commands set the loggers of the process; tests after these find them as they were."""
-    ours, bars = kedit_logging.get_verbosity(), kedit_logging._progress_bars
+    ours, bars = kedit_logging.get_verbosity(), (kedit_logging._progress_bars, kedit_logging._in_lines)
     theirs = transformers_logging.get_verbosity()
     yield
     kedit_logging.set_verbosity(ours)
-    kedit_logging._progress_bars = bars
+    kedit_logging._progress_bars, kedit_logging._in_lines = bars
     transformers_logging.set_verbosity(theirs)
 
 

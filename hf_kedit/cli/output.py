@@ -117,7 +117,6 @@ def set_up(output_format: Format, debug: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and not _is_utf8(stream):
             stream.reconfigure(errors="replace")
-    interactive = sys.stderr.isatty() and output_format is not Format.quiet
     if debug:
         kedit_logging.set_verbosity_debug()
     elif output_format is Format.quiet:
@@ -130,7 +129,10 @@ def set_up(output_format: Format, debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
     if not debug and not sys.warnoptions:  # ours are logged
         warnings.simplefilter("ignore")
-    (kedit_logging.enable_progress_bars if interactive else kedit_logging.disable_progress_bars)()
+    if output_format is Format.quiet or kedit_logging.bars_unwanted():
+        kedit_logging.disable_progress_bars()
+    else:
+        kedit_logging.enable_progress_bars(lines=not sys.stderr.isatty())
 
 
 def fail(error: BaseException, debug: bool) -> None:

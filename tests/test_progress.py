@@ -1,0 +1,60 @@
+"""Progress where nobody watches: lines in a log instead of bars."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hf_kedit import logging as kedit_logging
+from hf_kedit.cli.output import Format, set_up
+from hf_kedit.logging import progress, progress_bar
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds; bars write lines."""
+    seconds = [0.0]
+    kedit_logging.enable_progress_bars(lines=True)
+    monkeypatch.setattr(kedit_logging, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+def test_what_takes_long_writes_a_line_a_minute(clock: list[float], capfd: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(24, "optimising values", unit="step", bar_format="{bar}") as bar:
+        for _ in range(10):
+            clock[0] += 25
+            bar.update()
+            bar.refresh()
+    written = capfd.readouterr().err
+    assert "\r" not in written and "\x1b" not in written
+    lines = [line.split(" in ") for line in written.splitlines()]
+    assert [line[0] for line in lines] == [f"optimising values: {n} of 24" for n in (3, 6, 9)]
+    assert all(line[1].endswith(" to go") for line in lines)
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_is_soon_done_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in progress(range(3), "editing"):
+        with progress_bar(None, "reading") as bar:
+            bar.refresh()
+            bar.set_description_str("reading on")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("output_format", "unwanted", "shown", "lines"),
+    [
+        (Format.human, "0", True, True),
+        (Format.json, "0", True, True),
+        (Format.quiet, "0", False, None),
+        (Format.human, "1", False, None),
+    ],
+)
+def test_what_a_command_shows_off_the_terminal(
+    output_format: Format, unwanted: str, shown: bool, lines: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_KEDIT_DISABLE_PROGRESS_BARS", unwanted)
+    set_up(output_format, debug=False)
+    assert kedit_logging._progress_bars is shown
+    assert lines is None or kedit_logging._in_lines is lines
