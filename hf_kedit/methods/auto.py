@@ -33,7 +33,7 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 from pydantic import Field, NonNegativeInt
 
-from ..books.retrieval import DENSE, DENSE_MODEL
+from ..books.retrieval import DENSE, DENSE_MODEL, MODEL
 from ..books.router import Address
 from ..books.site_book import SiteEntry
 from ..config import EditConfig, ModelProfile
@@ -54,8 +54,8 @@ class AutoMethodConfig(WrappingConfig):
     Args:
         base: method that computes an edit: one of weights whose changes have a low rank (ROME, MEMIT, LoRA …), or
             PROMPT, by its name or config.
-        base_unnamed: another one for prompts that do not name the edit's subject, which only ``states`` can know;
-            ``None``: the same.
+        base_unnamed: another one for prompts that do not name the edit's subject, which only ``states`` can know
+            (``"model"`` then, if none are named); ``None``: the same.
         rank: columns that are kept for an edit at each layer, at most; ``None``: those of the first edit. A change of
             a larger rank is refused.
         encoder: what compares wordings: ``"dense"``, any other embedding retriever, or ``"words"``, the word vectors
@@ -93,11 +93,7 @@ class AutoMethodConfig(WrappingConfig):
         super().validate()
         if self.base_unnamed is None:
             return
-        if self.states is None:
-            raise ConfigError(
-                "auto: base_unnamed is for prompts that do not name the subject, and without states= no such prompt is"
-                " ever claimed; give states='model', or leave base_unnamed out"
-            )
+        self.states = self.states or MODEL  # without states no prompt is claimed that does not name its subject
         self.base_unnamed = self._as_dict("base_unnamed")
         self.check_base(EditConfig.from_dict(self.base_unnamed))
 
@@ -139,8 +135,14 @@ class AutoMethodConfig(WrappingConfig):
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """What an edit is, and how much is taken to ask for it."""
-        bases = [{"edit_type": name} for name in ("core", "lora", "memit", "namet")]
-        return {"base": bases, "states": ["model"], "slack": [0.1, 0.5]}
+        bases, unnamed = ("core", "lora", "prompt", "memit", "namet"), ("prompt", "lora")
+        return {
+            "base": [{"edit_type": name} for name in bases],
+            "base_unnamed": [{"edit_type": name} for name in unnamed],
+            "states": [MODEL],
+            "slack": [0.1, 0.5],
+            "alike": [0.7],
+        }
 
 
 SLACK = {DENSE: 0.3, WORDS: 0.3}
