@@ -15,7 +15,17 @@ from .errors import UnknownMethodError, nearest, shown
 
 T = TypeVar("T")
 PLUGINS = "hf_kedit.methods"  # entry-point group in which an installed package names its module of methods
-_WISHES = {"any", "auto", "best", "default", "fast", "fastest", "good", "recommended", "standard", "which"}
+_WISHES = frozenset(
+    "any auto best cheapest default easiest easy fast fastest good quick recommended right safe safest simple simplest"
+    " standard which".split()
+)
+_MEANT = {
+    **dict.fromkeys(("ft", "finetune", "finetuning", "sft", "training"), "ft-m"),
+    **dict.fromkeys(("context", "rag", "retrieval", "memory"), "prompt"),
+    **dict.fromkeys(("icl", "incontext", "incontextlearning", "ice"), "ike"),
+    **dict.fromkeys(("adapter", "peft"), "lora"),
+}
+"""Words for a kind of method that resemble the name of another one, and a method of that kind."""
 SOURCES: list[str] = []  # modules that register methods when they are imported
 
 
@@ -70,7 +80,8 @@ class Table(Generic[T]):
                     " method?' (docs/methods/index.md) says what each one reaches and costs, and `kedit list-methods`"
                     f" shows them. Known: {known}."
                 )
-            hint = nearest(name, entries) if isinstance(name, str) else ""
+            meant = _MEANT.get(normalise(name).replace("-", "")) if isinstance(name, str) else None
+            hint = nearest(meant if meant in entries else name, entries) if isinstance(name, str) else ""
             raise UnknownMethodError(f"unknown method {shown(name)}.{hint} Known: {known}.")
         return entries[normalise(name)]
 

@@ -37,7 +37,7 @@ def test_an_unknown_name_is_a_typed_error_that_lists_the_known(name: object) -> 
         table.get(name)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wish", ["best", "Default", "recommended"])
+@pytest.mark.parametrize("wish", ["best", "Default", "recommended", "easiest"])
 def test_a_wish_is_no_method_and_is_told_where_to_look(wish: str) -> None:
     table: Table[int] = Table()
     table.add("pmet", 1)
@@ -47,6 +47,18 @@ def test_a_wish_is_no_method_and_is_told_where_to_look(wish: str) -> None:
     table.add("auto", 1)
     with pytest.raises(UnknownMethodError, match="--method auto"):
         table.get(wish)
+
+
+@pytest.mark.parametrize(
+    ("word", "method"),
+    [("finetune", "ft-m"), ("Fine-Tuning", "ft-m"), ("RAG", "prompt"), ("ICL", "ike"), ("peft", "lora")],
+)
+def test_a_word_for_a_kind_of_method_is_understood_by_its_meaning(word: str, method: str) -> None:
+    table: Table[int] = Table()
+    for name in ("calinet", "ft-m", "ike", "lora", "prompt"):
+        table.add(name, 1)
+    with pytest.raises(UnknownMethodError, match=f"Did you mean '{method}'"):
+        table.get(word)
 
 
 def test_a_module_is_announced_once() -> None:

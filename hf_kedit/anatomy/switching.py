@@ -54,9 +54,11 @@ class _Interrupts:
     def close(self) -> None:
         """The opposite of `open`."""
         self._open -= 1
-        here = threading.current_thread() is threading.main_thread()
+        # Inside another switch, as in every step of a training, nothing is asked: `signal.getsignal` takes its time.
+        if self._open or threading.current_thread() is not threading.main_thread():
+            return
         present: Any = signal.getsignal(signal.SIGINT)
-        if self._open == 0 and here and present is self:  # the body may have chosen another one
+        if present is self:  # the body may have chosen another one
             signal.signal(signal.SIGINT, self._previous)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ from . import (
     tune,
     ui,
 )
+from .output import INTERRUPTED
 
 app = typer.Typer(
     name="kedit",
@@ -85,4 +87,8 @@ app.command("ui")(ui.ui)
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command was begun, which says it itself
+        sys.stderr.write("kedit: interrupted\n")
+        raise SystemExit(INTERRUPTED) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -29,6 +30,8 @@ def _parameters(forward_class: Any) -> Mapping[str, inspect.Parameter]:
 
 def _inner(model: Any) -> Any:
     """The transformers model inside a wrapper that is called like one."""
+    if isinstance(model, PreTrainedModel):
+        return model
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model
 
@@ -224,7 +227,7 @@ def logits_at(
     masked = kept.dtype == torch.bool
     width = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"].shape[1]
     if accepts(model, "logits_to_keep") and (masked or kept.shape[1] < width):
-        with _last_states_brought_back(model):
+        with _last_states_brought_back(model) if _is_spread(model) else nullcontext():
             logits = run(**kwargs, logits_to_keep=kept).logits
         if logits.dim() == 2:
             return cast(torch.Tensor, logits[places.to(logits.device)])
@@ -235,6 +238,12 @@ def logits_at(
     return cast(torch.Tensor, logits[rows.to(logits.device), columns.to(logits.device)])
 
 
+def _is_spread(model: Any) -> bool:
+    """Whether parts of a model lie on several devices."""
+    placed = getattr(_inner(model), "hf_device_map", None)
+    return placed is not None and len(set(placed.values())) > 1
+
+
 def _last_states_brought_back(model: Any) -> Switch[None]:
     """Inside the block, the stacks of a model that is spread over devices return their states where they were asked.
 
@@ -243,8 +252,6 @@ def _last_states_brought_back(model: Any) -> Switch[None]:
     on the last block's. Moving them back costs one copy, which accelerate would make at the head at the latest.
     """
     inner = _inner(model)
-    if len(set((getattr(inner, "hf_device_map", None) or {}).values())) < 2:
-        return hooks()
 
     def back(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -47,6 +48,43 @@ def test_every_command_has_help_and_formats(kedit: Run, name: str) -> None:
     result = kedit(name, "--help")
     assert result.exit_code == 0
     assert "--format" in result.stdout
+
+
+@pytest.mark.parametrize("module", ["hf_kedit.cli.app", "hf_kedit.cli.doctor", "hf_kedit.cli.edit"])
+def test_an_interrupt_while_the_program_starts_is_one_line(module: str) -> None:
+    """Ctrl-C comes while Python reads a file of the command line, and there is no command yet."""
+    code = f"""
+import signal, sys
+
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Pressed())
+from hf_kedit.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "kedit: interrupted\n")
+
+
+def test_an_interrupt_before_and_in_a_command_is_one_line(
+    kedit: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys.modules["hf_kedit.cli.app"], "app", pressed)  # the package's name is the Typer object
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "kedit: interrupted\n"
+    monkeypatch.setattr(EditableModel, "edit", pressed)
+    one = ("-p", "{} is a", "--subject", "Ada", "-t", "cook", "-o", tmp_path / "out")
+    result = kedit("edit", "-m", "kedit/world-gpt2", "-M", "rome", *one)
+    assert (result.exit_code, result.stderr) == (130, "kedit: interrupted\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_offer_what_the_evaluation_knows() -> None:

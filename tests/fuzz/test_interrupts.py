@@ -17,11 +17,11 @@ import hf_kedit
 from hf_kedit import EditableModel, EditRequest
 from tests.fuzz.mutations import FIRST, LONG, Tally
 from tests.fuzz.states import difference, logits, surface
-from tests.fuzz.test_sequences import CONFIGS, FACTS, OTHER
+from tests.fuzz.test_sequences import CONFIGS, FACTS, OTHER, WEIGHTS
 from tests.golden_cases import load_model
 
 PACKAGE = str(Path(hf_kedit.__file__).parent)
-METHODS = ("rome", "ft-m", "lora", "ultraedit", "grace", "auto", "melo", "prompt")
+METHODS = (*WEIGHTS, "grace", "auto", "melo", "prompt")
 
 
 class Lines:
@@ -96,7 +96,7 @@ def run(seeds: range, tmp_path: Path, methods: Sequence[str] = METHODS) -> Tally
             model = EditableModel(base, CONFIGS[method], tokenizer)
             model.edit(FACTS[:2], batch_size=1, show_progress=False)
             possible = calls(model, tmp_path / "saved")
-            if method not in ("rome", "ft-m", "lora", "ultraedit"):
+            if method not in WEIGHTS:
                 del possible["pack"]
             name = rng.choice(sorted(possible))
             before, ids, said = surface(base), [e.id for e in model.edits], logits(model, OTHER)

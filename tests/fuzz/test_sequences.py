@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from hf_kedit import (
+    AnyEditConfig,
     AutoMethodConfig,
     CaliNetConfig,
     DEFERConfig,
+    DINMConfig,
+    DPOConfig,
     EditableModel,
     EditConfig,
     EditRequest,
@@ -28,6 +31,7 @@ from hf_kedit import (
     ROMEConfig,
     TPatcherConfig,
     UltraEditConfig,
+    UnKEConfig,
     WISEConfig,
 )
 from hf_kedit.books.ledger import Ledger
@@ -54,10 +58,16 @@ CONFIGS: dict[str, EditConfig] = {
     "calinet": CaliNetConfig(layers=[1], num_steps=2, slots=2, context_templates=["{}"]),
     "wise": WISEConfig(layers=[1], n_iter=2, context_templates=["{}"], irrelevant_texts=["The river is wide."]),
     "auto": AutoMethodConfig(encoder="words", base={"edit_type": "rome", "layers": [1], **VALUES}),
+    "unke": UnKEConfig(layers=[1], v_num_grad_steps=2, num_steps=2, held_texts=2),
+    "anyedit": AnyEditConfig(
+        window_size=2, base=UnKEConfig(layers=[1], v_num_grad_steps=2, num_steps=2, held_texts=2)
+    ),
+    "dinm": DINMConfig(num_steps=2, layers=[1], drift_bound=None),
+    "dpo": DPOConfig(layers=[1], num_steps=2, rank=2),
     "prompt": PromptConfig(),
     "ike": IKEConfig(k=1),
 }
-WEIGHTS = ("rome", "memit", "ft-l", "ft-m", "lora", "kn", "ultraedit")
+WEIGHTS = ("rome", "memit", "ft-l", "ft-m", "lora", "kn", "ultraedit", "unke", "anyedit", "dinm", "dpo")
 NAMES = [f"Otto {word}" for word in ("Berg", "Tal", "See", "Feld", "Wald", "Stein", "Bach", "Land")]
 FACTS = [
     EditRequest(prompt="{} plays the sport of", subject=name, target_new=sport)
