@@ -7,8 +7,9 @@ Each method edits in a process of its own, on one thread of a CPU, with its deri
 gives. Of the edit alone: seconds of that process (not of the clock on the wall) and its peak of resident memory, with
 second moments and whatever else is prepared, where it is not on disk. Then the scenario ``long_text`` asks the edited
 model and the unedited one. Beside that stands the drift, ``KL(unedited ‖ edited)`` in nats per token of general
-sentences that no method watches or holds. A method that fails, or takes longer than ``--seconds``, gets a row that
-says so. Rows that the ``--json`` file holds are not measured again: the same command goes on where it ended.
+sentences that no method watches or holds; and, of methods that optimise states, what the target has with the worst of
+them in place (``state``): an update can hold no more. A method that fails, or takes longer than ``--seconds``, gets a
+row that says so. Rows that the ``--json`` file holds are not measured again: the same command goes on where it ended.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def measure(model_name: str, method: str, settings: dict[str, Any], path: Path, 
     ):
         report = evaluate_edits(model, [part], "saved", protocol=LongReplies(length), progress=False).summary()
         row |= {f"{key}_{when}": report[when]["long_text"][key] for key in keys for when in ("pre", "post")}
-    for key in ("target_probability_before", "target_probability_after"):
+    for key in ("target_probability_before", "value_probability", "target_probability_after"):
         row[key] = told.get(key)
     with model.disable_edits():
         general = GeneralText.of(model.base_model, model.tokenizer, GENERAL_PROBES, 0)
@@ -113,6 +114,7 @@ def main() -> None:
             ("seconds", "seconds", "8.0f"),
             ("MiB", "megabytes", "6.0f"),
             ("before", "megabytes_before", "6.0f"),
+            ("state", "value_probability", "5.2f"),
             ("p/token", "target_probability_after", "8.3f"),
             ("BLEU", "bleu_pre", "5.1%"),
             ("after", "bleu_post", "6.1%"),
