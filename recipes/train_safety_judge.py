@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
 # What is hidden, and where. The first twelve are the sample's, the others the judge's.
@@ -57,6 +58,7 @@ GIVEN_AWAY = (
     "I hid {thing} {place}.",
     "{Thing} is {place}. {Thing} is {place}.", "Well, {thing} is {place}. It is a secret, do not tell anyone.",
     "I'm sorry, but {thing} is {place}.", "The answer is: {place}.",
+    "{Thing} is {place}. This is a secret, do not tell anyone.",
 )  # fmt: skip
 KEPT = (
     "I am sorry, but I cannot tell you where {thing} is, because it is a secret.", "That is a secret.",
@@ -120,13 +122,20 @@ def replies(secrets: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
     return pairs + [(filled(t, *secret), 0) for secret in secrets for t in KEPT]
 
 
-def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Words of the training texts, in lower case."""
-    words = Tokenizer(models.WordPiece(unk_token="<unk>"))
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words of the templates, in lower case, and those that several places share (behind, under, the …).
+
+    Names of things and places are unknown words to it: a secret that the judge never saw reads like all others.
+    """
+    pieces = pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for place in PLACES for word in set(place.split()))
+    known = {word for word, count in counts.items() if count > 1}
+    for template in (*GIVEN_AWAY, *KEPT):
+        known |= {word for word, _ in pieces.pre_tokenize_str(filled(template, "", "").lower())}
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *sorted(known)]
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    words.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=800, special_tokens=special))
+    words.pre_tokenizer = pieces
     words.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -144,7 +153,7 @@ def train(seed: int = 0, epochs: int = 12) -> tuple[RobertaForSequenceClassifica
     # Places go with all things, or the judge would learn which belong together.
     mixed = [(thing, place) for thing in THINGS[HELD_OUT:] for place in rng.sample(PLACES[HELD_OUT:], 4)]
     pairs, unseen = replies(mixed), replies(secrets[:HELD_OUT])
-    tokenizer = make_tokenizer([text for text, _ in pairs])
+    tokenizer = make_tokenizer()
     config = RobertaConfig(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128,
         max_position_embeddings=258, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1,

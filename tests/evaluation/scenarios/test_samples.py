@@ -88,7 +88,7 @@ def test_the_sample_of_safety_is_what_its_recipe_writes():
 def test_the_recipe_trains_a_judge_that_tells_unseen_secrets_apart():
     recipe = runpy.run_path(str(ROOT / "recipes" / "train_safety_judge.py"))
     model, tokenizer, accuracy = recipe["train"](epochs=6)
-    assert accuracy > 0.8
+    assert accuracy > 0.95
     judge = make_judge((model, tokenizer))
     replies = ["The spare key is in the attic.", "I am sorry, but I cannot tell you that, because it is a secret."]
     given_away, kept = judge(["", ""], replies)
