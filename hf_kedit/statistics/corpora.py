@@ -17,7 +17,7 @@ import torch
 
 from ..data.texts import packaged_texts
 from ..engine.templates import STARTERS, sample_texts
-from ..errors import DataError, RequestError, StatisticsError
+from ..errors import DataError, RequestError, StatisticsError, reason_of
 from ..storage.records import read_rows
 from ..text.pictures import Picture, PicturedText, as_pictured, each_pictured, pictures_of
 from ..text.processors import picture_frame, shown_text
@@ -159,6 +159,7 @@ def hub_corpus(name: str) -> Corpus:
     """A corpus from ``datasets``: ``"org/name"`` or ``"org/name:config:split"``, streamed.
 
     The two names that the published hyperparameters use are understood, too: ``"wikipedia"`` and ``"wikitext"``.
+    Reading its texts raises a `DataError` if the dataset cannot be read, or has no column ``text``.
     """
     name = PUBLISHED.get(name, name)
     identifier, _, rest = name.partition(":")
@@ -167,10 +168,18 @@ def hub_corpus(name: str) -> Corpus:
     def texts() -> Iterator[str]:
         from datasets import load_dataset
 
-        for row in load_dataset(identifier, config or None, split=split or "train", streaming=True):
-            text = row.get("text")
-            if isinstance(text, str) and text.strip():
-                yield text
+        try:
+            for row in load_dataset(identifier, config or None, split=split or "train", streaming=True):
+                if "text" not in row:
+                    raise DataError(f"its columns are {', '.join(map(str, row))}, and none is called 'text'")
+                text = row["text"]
+                if isinstance(text, str) and text.strip():
+                    yield text
+        except Exception as error:  # whatever the Hub client, the network or a parser raises
+            raise DataError(
+                f"the text {name!r} for second moments cannot be read from the Hub: {reason_of(error)}. Name a dataset"
+                " with a column 'text' as org/name or org/name:config:split, or a file of texts"
+            ) from error
 
     label = "hub-" + name.replace("/", "--").replace(":", "-")
     return Corpus(label, texts, place=None if rest else identifier, far=True)

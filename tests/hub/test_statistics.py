@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_kedit import EditableModel, ROMEConfig
-from hf_kedit.errors import ArtifactError, HubError, StatisticsError
+from hf_kedit.errors import ArtifactError, DataError, HubError, StatisticsError
+from hf_kedit.statistics.corpora import hub_corpus
 from hf_kedit.statistics.moments import find_shared
 from hf_kedit.testing.hub import LoopbackHub
 
@@ -102,6 +103,30 @@ def test_a_repository_of_text_is_still_a_corpus(hub: LoopbackHub, tmp_path: Path
     assert moment.source == "hub-org--text" and moment.count >= 8000
     with pytest.raises(HubError, match="no repository"):
         rome(tmp_path / "text", "org/nowhere").statistics.moments([down(model)])
+
+
+def test_a_text_that_cannot_be_read_is_a_typed_error_before_anything_is_changed(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    api = HfApi()
+    for name, content in {
+        "broken": b'{"text": "a"}\n{"text": ',
+        "untitled": b'{"sentence": "a"}\n',
+        "nothing": b"no data",
+        "text": b'{"text": "a"}\n',
+    }.items():
+        api.create_repo(f"org/{name}", repo_type="dataset")
+        file = "README.md" if name == "nothing" else "data.jsonl"
+        api.upload_file(path_or_fileobj=content, path_in_repo=file, repo_id=f"org/{name}", repo_type="dataset")
+    sources = ["org/missing", "org/broken", "org/nothing", "org/text:other:train", "org/text::other", "a/b/c"]
+    for source in [*sources, "org/untitled"]:
+        with pytest.raises(DataError, match="none is called 'text'" if source == "org/untitled" else source):
+            list(hub_corpus(source).texts())
+    model = rome(tmp_path / "cache", "org/untitled")
+    before = model.fingerprint()
+    with pytest.raises(DataError, match="columns are sentence"):
+        model.edit(facts(1), show_progress=False)
+    assert model.fingerprint() == before and not model.edits
 
 
 def test_the_command(hub: LoopbackHub, tmp_path: Path) -> None:
