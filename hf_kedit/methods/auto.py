@@ -37,6 +37,7 @@ from ..books.retrieval import DENSE, DENSE_MODEL, MODEL
 from ..books.router import Address
 from ..books.site_book import SiteEntry
 from ..config import EditConfig, ModelProfile
+from ..config.hparams import find_hparams
 from ..embedded import is_there
 from ..engine.lowrank import Factors
 from ..errors import ConfigError, EditFailedError, RequestError, UnsupportedModelError, WeightError, shown
@@ -135,10 +136,15 @@ class AutoMethodConfig(WrappingConfig):
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """What an edit is, and how much is taken to ask for it."""
-        bases, unnamed = ("core", "lora", "prompt", "memit", "namet"), ("prompt", "lora")
+
+        def settings(name: str) -> dict[str, Any]:
+            """Of a base method, as for a user who names it: from its own file for the model, if there is one."""
+            base, known = EditConfig.from_dict({"edit_type": name}), find_hparams(name, profile.name) is not None
+            return base.complete(profile).to_dict() if known else {"edit_type": name}
+
         return {
-            "base": [{"edit_type": name} for name in bases],
-            "base_unnamed": [{"edit_type": name} for name in unnamed],
+            "base": [settings(name) for name in ("core", "lora", "prompt", "memit", "namet")],
+            "base_unnamed": [settings(name) for name in ("prompt", "lora")],
             "states": [MODEL],
             "slack": [0.1, 0.5],
             "alike": [0.7],
