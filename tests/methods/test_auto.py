@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers import pipeline
 from hf_kedit import AutoMethodConfig, EditableModel, EditRequest, PromptConfig
 from hf_kedit.books.router import encoder_of_words
 from hf_kedit.engine.weights import model_digest
-from hf_kedit.errors import ConfigError, EditFailedError, ExportError, MergeError, RequestError
+from hf_kedit.errors import ArtifactError, ConfigError, EditFailedError, ExportError, MergeError, RequestError
 from hf_kedit.methods import auto_memory, locate_then_edit
 from hf_kedit.methods.rome import ROME
 from hf_kedit.text.relations import COMMON_RELATIONS
@@ -491,6 +492,26 @@ def test_without_facts_nothing_stands_before_the_model(wanted: list[EditRequest]
     assert "forward" in model.base_model.__dict__
     model.rollback(2)
     assert "forward" not in model.base_model.__dict__ and without_trace(model)
+
+
+@pytest.mark.parametrize("damage", [None, "", 7])
+def test_a_damaged_text_is_refused(in_context: EditableModel, damage: Any, tmp_path: Path) -> None:
+    in_context.save_pretrained(tmp_path)
+    file = tmp_path / "edit_config.json"
+    saved = json.loads(file.read_text())
+
+    def edits(part: Any) -> list[dict[str, Any]]:
+        """The descriptions of edits that have texts, wherever they stand."""
+        below = part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+        own = [part] if isinstance(part, dict) and "fact" in part else []
+        return own + [found for value in below for found in edits(value)]
+
+    found = edits(saved)
+    assert len(found) == 3
+    found[1]["fact"] = damage
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ArtifactError, match="neither a change nor a text"):
+        EditableModel.from_pretrained(tmp_path)
 
 
 def test_prompts_that_name_no_subject_get_the_other_base_method(wanted: list[EditRequest], tmp_path: Path) -> None:
