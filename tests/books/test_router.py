@@ -172,6 +172,20 @@ def test_states_that_share_memory_do_not_see_each_other(router: EditRouter) -> N
     assert torch.equal(left.views.tensor, first.views.tensor[1:])
 
 
+def test_every_wording_of_every_edit_counts_whatever_stood_before_it() -> None:
+    """Two and three wordings: vectors lie one behind the other, and are counted off when an edit in front goes."""
+    ada = Address.of("ada", ["The tongue of Ada is", "The voice of Ada is"], ["Ada"])
+    bob = Address.of("bob", ["The garden of Bob is", "The orchard of Bob is", "The meadow of Bob is"], ["Bob"])
+    both = EditRouter(counts, slack=0.1).with_addresses([ada, bob])
+    for router, known in ((both, ["ada", "bob"]), (both.without({"ada"}), ["bob"]), (both.without({"bob"}), ["ada"])):
+        for made in (ada, bob):
+            for view in made.views:
+                prompt = view.replace("it", made.names[0][0])
+                assert route(router, prompt) == (made.edit_id if made.edit_id in known else None)
+            other = "The meadow of Ada is" if made is ada else "The voice of Bob is"
+            assert route(router, other) is None  # the wording of another edit
+
+
 def test_the_words_of_a_model_as_an_encoder() -> None:
     embedding = torch.eye(300)
     ids = {word: i for i, word in enumerate({w for text in COMMON_RELATIONS for w in text.split()})}
