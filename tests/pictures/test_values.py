@@ -139,3 +139,25 @@ def test_a_text_with_pictures_is_equal_to_itself_alone() -> None:
     joined = "x" + one + "y"
     assert isinstance(joined, PicturedText) and joined == PicturedText("xay", one.pictures, None)
     assert type(str(joined)) is str and pickle.loads(pickle.dumps(joined)) == joined
+
+
+def test_a_photo_stands_as_its_camera_was_held_whatever_lies_in_its_rows() -> None:
+    """Orientation 6 of EXIF: the rows of the file are the columns of the picture, from the right."""
+    lying = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    lying.save(buffer, "PNG", exif=exif)
+    found = Picture.of(Image.open(io.BytesIO(buffer.getvalue())))
+    assert np.array_equal(np.asarray(found.image), np.rot90(np.asarray(lying), -1))
+
+
+def test_pictures_of_the_same_bytes_in_another_shape_are_others() -> None:
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8)
+    assert Picture.of(pixels.reshape(2, 3, 3)).digest != Picture.of(pixels.reshape(3, 2, 3)).digest
+
+
+def test_who_draws_on_a_picture_draws_on_a_copy() -> None:
+    black = Picture.of(np.zeros((2, 2, 3), dtype=np.uint8))
+    black.image.putpixel((0, 0), (255, 0, 0))
+    assert black.image.getpixel((0, 0)) == (0, 0, 0)
