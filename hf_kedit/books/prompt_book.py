@@ -287,7 +287,8 @@ class PromptBook:
         if self.prompter.is_passing:
             raise RollbackError("edits are switched off (disable_edits); leave that block before rolling back")
         check_known("the prompt memory", self.edit_ids, edit_ids)
-        self.restore(tuple(entry for entry in self.entries if entry.edit_id not in set(edit_ids)))
+        gone = set(edit_ids)
+        self.restore(tuple(entry for entry in self.entries if entry.edit_id not in gone))
 
     def snapshot(self) -> tuple[PromptEntry, ...]:
         """The present state, for `restore`."""

@@ -160,7 +160,8 @@ def solve_set(
         method.check(facts)
         check()
         method.prepare()
-        for request in [r for r in facts if r.id in set(optional)]:
+        spare = set(optional)
+        for request in [r for r in facts if r.id in spare]:
             try:
                 JointSolve(method, [request], passes, until).find_first_values()
             except EditFailedError as error:

@@ -250,7 +250,8 @@ class Editing(EditedModel):
         until = method.config.joint_until if until is None else until
         if isinstance(passes, bool) or passes < 1 or not 0 < until <= 1:
             raise ConfigError(f"iterations must be at least 1 and until above 0 and at most 1, not {passes}, {until}")
-        staying = [e for e in edits if e.id not in set(gone)]
+        leaving = set(gone)
+        staying = [e for e in edits if e.id not in leaving]
         chosen = FactSet.of([*(e.request.with_id(e.id) for e in staying), *new])
         if not chosen.facts:
             return EditResult([])
@@ -312,19 +313,18 @@ class Editing(EditedModel):
             method.prepare()
             name, show = method.capabilities.name, method.bench.show_progress
             for batch in progress(batches, f"editing ({name})", show=show):
-                try:
-                    result.edits.extend(self._edit_batch(batch, [read[request.id] for request in batch]))
-                    continue
-                except EditFailedError as error:
-                    if not may_fail:
-                        raise
-                    if not method.apart:
-                        result.failed.extend((r, error) for r in batch)
-                for request in batch if method.apart else ():
+                parts = [batch]
+                while parts:
+                    part = parts.pop(0)
                     try:
-                        result.edits.extend(self._edit_batch([request], [read[request.id]]))
+                        result.edits.extend(self._edit_batch(part, [read[request.id] for request in part]))
                     except EditFailedError as error:
-                        result.failed.append((request, error))
+                        if not may_fail:
+                            raise
+                        if method.apart and len(part) > 1:  # which of them it is shows when each is tried alone
+                            parts = [[request] for request in part]
+                        else:
+                            result.failed.extend((request, error) for request in part)
         return result
 
     @torch.enable_grad()
@@ -380,14 +380,16 @@ class Editing(EditedModel):
             RollbackError: if an edit was computed together with others and cannot be separated from them.
         """
         ids = self.journal.select(which)
-        gone = [e for e in self.journal if e.id in set(ids)]
+        leaving = set(ids)
+        gone = [e for e in self.journal if e.id in leaving]
         weights = self.ledger.modules_of(ids)
         joint = [e for e in self.journal if e.joint]
-        staying = [e for e in joint if e.id not in set(ids)]
+        staying = [e for e in joint if e.id not in leaving]
         with _AllOrNothing(self):
             if staying and len(staying) < len(joint):
                 self._solve_without(joint, staying, ids)
-                ids = [i for i in ids if i not in {e.id for e in joint}]
+                solved_anew = {e.id for e in joint}
+                ids = [i for i in ids if i not in solved_anew]
             with uninterrupted():
                 remove_from(self.books.values(), ids)
                 self.journal.drop(ids)
@@ -408,7 +410,8 @@ class Editing(EditedModel):
                 f"these edits were solved for together, with {made_with!r}; without one of them the others have to be"
                 f" solved for again, and the present method is {self.method_name!r}: set_method(...) first"
             )
-        gone = [e.id for e in joint if e.id in set(ids)]
+        leaving = set(ids)
+        gone = [e.id for e in joint if e.id in leaving]
         self._solve_together(joint, [], how["iterations"], how["until"], gone=gone)
 
     @exclusively

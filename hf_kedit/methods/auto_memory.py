@@ -271,8 +271,9 @@ class RoutedChanges(SiteMemory):
 
     def remove(self, edit_ids: Sequence[str]) -> None:
         """Drop edits; always possible, since no edit was made on another."""
-        kept = [i for i, edit_id in enumerate(self.edit_ids) if edit_id not in set(edit_ids)]
-        self.router = self.router.without(set(edit_ids))
+        gone = set(edit_ids)
+        kept = [i for i, edit_id in enumerate(self.edit_ids) if edit_id not in gone]
+        self.router = self.router.without(gone)
         self.shelves = tuple(shelf.select(kept) for shelf in self.shelves)
 
     def snapshot(self) -> Any:

@@ -5,6 +5,7 @@ Imported by the method's files; registers nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,7 @@ class Shelf:
         return f"changes of {', '.join(self.paths)}" if self.paths else "texts"
 
     def _copy(self) -> Shelf:
-        made = Shelf(self.paths, self.rank, self.sizes, self.mark)
-        made.bases, made.facts = self.bases, self.facts
+        made = copy.copy(self)
         made._lefts, made._rights = dict(self._lefts), dict(self._rights)
         return made
 

@@ -268,6 +268,11 @@ class LocateMethod(Method):
         check_lengths(self.bench.model, [row for group in built for row in group], requests)
         return built
 
+    @staticmethod
+    def can_share(requests: Sequence[EditRequest]) -> bool:
+        """Whether requests have the rows that each has alone when they are optimised together (see `_rows`)."""
+        return len({len(request.formats()) for request in requests}) == 1
+
     def _rows(self, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[list[Row]]:
         config, tokenizer = self.config, self.bench.tokenizer
         forms = [request.formats() for request in requests]

@@ -336,7 +336,8 @@ class BlockDatabase(SiteMemory):
 
     def remove(self, edit_ids: Sequence[str]) -> None:
         """Build the clusters without some edits, and free blocks that no edit uses; always possible."""
-        kept = [i for i, record in enumerate(self.records) if record.edit_id not in set(edit_ids)]
+        gone = set(edit_ids)
+        kept = [i for i, record in enumerate(self.records) if record.edit_id not in gone]
         self._build([self.records[i] for i in kept], self.queries[kept])
         used = {record.block for record in self.records}
         self.blocks = {number: block for number, block in self.blocks.items() if number in used}

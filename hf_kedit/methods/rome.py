@@ -119,8 +119,7 @@ class ROME(LocateMethod):
     def compute_apart(self, requests: Sequence[EditRequest]) -> list[Outcome]:
         """Edit each fact alone; their values are optimised together, if there is one layer and one projection."""
         layers, anatomy = self.config.written_layers, self.bench.anatomy
-        formats = {len(request.formats()) for request in requests}
-        if len(layers) > 1 or len(formats) > 1 or self.config.expert_policy == "top1":
+        if len(layers) > 1 or self.config.expert_policy == "top1" or not self.can_share(requests):
             return super().compute_apart(requests)
         values = self.optimise(
             self.rows(requests, self.templates()), layers[0], "down", [_keys_of(anatomy, layers[0])]

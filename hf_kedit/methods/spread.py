@@ -114,8 +114,7 @@ class SpreadMethod(LocateMethod):
 
     def compute_apart(self, requests: Sequence[EditRequest]) -> list[Outcome]:
         """Edit each fact alone; the values, which take most of the time, are optimised together."""
-        apart = self.solves_together and not self.config.boundary_layers
-        if not apart or len({len(request.formats()) for request in requests}) > 1:
+        if not self.solves_together or self.config.boundary_layers or not self.can_share(requests):
             return super().compute_apart(requests)
         rows, values, first_pass = self._values(requests)
         return [

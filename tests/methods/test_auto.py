@@ -563,6 +563,19 @@ def test_two_methods_of_weights_answer_each_their_prompts(wanted: list[EditReque
     assert (diagnostics["base"], diagnostics["base_unnamed"]) == ("ROME", "LoRA") and "unnamed_loss" in diagnostics
 
 
+def test_texts_stand_beside_a_codebook(wanted: list[EditRequest]) -> None:
+    """GRACE looks at prompts itself; a row that stands behind a text is that of another edit."""
+    model = EditableModel.from_pretrained("kedit/world-llama", "grace")
+    model.edit(wanted[0])
+    others = [*UNRELATED, *neighbours(wanted)]
+    before = [prompt_logits(model, prompt) for prompt in others]
+    model.set_method(AutoMethodConfig(encoder="words", base="prompt")).edit(wanted[1])
+    assert all(learnt(model, wanted[:2])) and not any(learnt(model, wanted[2:]))
+    assert all(torch.equal(prompt_logits(model, prompt), was) for prompt, was in zip(others, before, strict=True))
+    model.rollback(model.edits[0].id)
+    assert learnt(model, wanted[:2]) == [False, True]
+
+
 def test_settings_of_two_base_methods_that_do_not_go_together() -> None:
     assert AutoMethodConfig(base_unnamed="prompt").states == "model"  # nothing else knows such prompts
     with pytest.raises(ConfigError, match="cannot switch"):
