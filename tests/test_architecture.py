@@ -240,6 +240,19 @@ def test_every_module_says_what_it_is() -> None:
     assert not silent, f"no module docstring: {silent}"
 
 
+def test_named_tuples_document_attributes() -> None:
+    """A strict build of the reference pages takes the entries under ``Args:`` of a named tuple for unknown parameters."""
+    wrong = [
+        f"{name}: {node.name}"
+        for name, path in modules().items()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef)
+        and any(getattr(base, "id", "") == "NamedTuple" for base in node.bases)
+        and "Args:" in (ast.get_docstring(node) or "")
+    ]
+    assert not wrong, f"write `Attributes:` instead of `Args:` in the docstring of {wrong}"
+
+
 def _makes_type_variable(value: ast.expr) -> bool:
     return isinstance(value, ast.Call) and getattr(value.func, "id", "") == "TypeVar"
 

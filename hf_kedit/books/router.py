@@ -127,7 +127,7 @@ class RouteCandidate:
 class EditRoute(NamedTuple):
     """The edit that claims a prompt.
 
-    Args:
+    Attributes:
         place: of the edit, among the router's addresses.
         named: whether the prompt names its subject; else it was known by a state.
     """

@@ -45,7 +45,7 @@ _PUBLISHED = "https://github.com/zjunlp/PitfallsKnowledgeEditing (data/GPT-J/ or
 class _Fact(NamedTuple):
     """A relation of a subject, and the objects that a record gives it.
 
-    Args:
+    Attributes:
         relation: its id.
         templates: prompts with a slot for the subject, the relation's own first.
         subject: label.

@@ -75,7 +75,7 @@ class DEFERConfig(SiteConfig):
 class Network(NamedTuple):
     """Gate and map.
 
-    Args:
+    Attributes:
         gate_weight: w, ``[1, d_in]``.
         gate_bias: b, ``[1]``.
         value_weight: W, ``[d_out, d_in]``.

@@ -162,7 +162,7 @@ class Cluster:
 class ClusterStep(NamedTuple):
     """Where one edit went, and what that did to the clusters.
 
-    Args:
+    Attributes:
         action: see the module's head.
         distance: of its query from the nearest centre before; ``None`` for the first edit.
         forgets: edits whose points were dropped.

@@ -38,7 +38,7 @@ Numbers = dict[tuple[str, str], float]
 class Query(NamedTuple):
     """What a model is asked.
 
-    Args:
+    Attributes:
         prompt: text.
         answer: where the protocol feeds one.
         separator: between them, where the case brings its own.
