@@ -241,7 +241,7 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_named_tuples_document_attributes() -> None:
-    """A strict build of the reference pages takes the entries under ``Args:`` of a named tuple for unknown parameters."""
+    """A strict build of the reference pages takes entries under ``Args:`` of a named tuple for unknown parameters."""
     wrong = [
         f"{name}: {node.name}"
         for name, path in modules().items()
