@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config import config_class
+from ...config import EditConfig, config_class
 from ...data import load_edit_dataset
 from ...errors import DataError, EvaluationError, KeditError
 from ...logging import get_logger
@@ -104,7 +104,7 @@ def run_bench(
             try:
                 if model is None or loaded != run.model:
                     model = None  # the old one goes before the new one comes
-                    model, loaded = EditableModel.from_pretrained(run.model.name, **run.model.options), run.model
+                    model, loaded = _load(run), run.model
                 if run.dataset not in datasets:
                     datasets[run.dataset] = load_edit_dataset(run.dataset.name, **run.dataset.options)
                 if abilities is None:
@@ -118,6 +118,15 @@ def run_bench(
     return result
 
 
+def _config(method: Part) -> EditConfig | str:
+    return config_class(method.name).from_dict(method.options) if method.options else method.name
+
+
+def _load(run: BenchRun) -> EditableModel:
+    """With the method of the run from the start: the default one has nothing to say about a model that it won't edit."""
+    return EditableModel.from_pretrained(run.model.name, _config(run.method), **run.model.options)
+
+
 def _carry_out(
     plan: BenchPlan,
     run: BenchRun,
@@ -127,8 +136,7 @@ def _carry_out(
     folder: Path,
     progress: bool,
 ) -> EvaluationReport:
-    method = run.method
-    model.set_method(config_class(method.name).from_dict(method.options) if method.options else method.name)
+    model.set_method(_config(run.method))
     piles_up = run.setting.name != "single"  # else there is nothing that could wear the model down
     return evaluate_edits(
         model,

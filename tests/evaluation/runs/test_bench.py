@@ -77,6 +77,15 @@ def test_a_sweep_runs_once_and_is_collected(sweep, counted):
     assert len(result.reports[0][1].records) > len(result.reports[2][1].records)
 
 
+def test_a_sweep_says_nothing_of_methods_that_it_does_not_run(sweep, caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("KEDIT_HOME", str(tmp_path / "home"))  # a machine on which no model was told of yet
+    caplog.set_level("WARNING", "hf_kedit")
+    result = run_bench(BenchPlan.from_dict({**sweep, "settings": ["single"]}), progress=False)
+    assert len(result.reports) == 2
+    derived = [record.getMessage() for record in caplog.records if "no hparams file" in record.getMessage()]
+    assert derived and all(text.startswith("ft-m:") for text in derived), derived
+
+
 def test_shards_share_one_folder(sweep, counted):
     plan = BenchPlan.from_dict(sweep)
     first = run_bench(plan, shard="1/2", progress=False)
