@@ -29,6 +29,21 @@ ALIGNED = frozenset({"mm_token_type_ids", "token_type_ids", "cross_attention_mas
 """What processors return with a number (or more) for every token, ``[1, tokens, …]``."""
 
 
+def needed_tokenizer(found: PreTrainedTokenizerBase | None, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, for something that cannot do without.
+
+    Args:
+        found: of the model, if it has one.
+        what: cannot do without, as a sentence begins.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if found is None:
+        raise ConfigError(f"{what} needs the tokenizer of the model: EditableModel(model, …, tokenizer=…)")
+    return found
+
+
 class TokenIds(tuple[int, ...]):
     """Token ids of a text with pictures, together with what else the model reads: pixels, sizes, kinds of tokens.
 

@@ -37,6 +37,7 @@ from ..tokens import (
     context_length,
     encode_text,
     joined_ids,
+    needed_tokenizer,
     pad_id,
     pad_rows,
     prompt_ids,
@@ -138,10 +139,7 @@ class Prompter(Passable):
         Raises:
             ConfigError: if there is none.
         """
-        found = self._tokenizer()
-        if found is None:
-            raise ConfigError("edits that live in prompts need the tokenizer: EditableModel(model, …, tokenizer=...)")
-        return found
+        return needed_tokenizer(self._tokenizer(), "an edit that lives in prompts")
 
     # ------------------------------------------------------------------ one forward
 

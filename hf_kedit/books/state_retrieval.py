@@ -19,7 +19,7 @@ from ..engine.forward import device_of, frozen_eval, model_inputs
 from ..engine.looks import looks_of
 from ..errors import ConfigError
 from ..text.pictures import PicturedText
-from ..tokens import context_length, encode_text, pad_id, pad_rows
+from ..tokens import context_length, encode_text, needed_tokenizer, pad_id, pad_rows
 from .retrieval import MODEL, EmbeddingRetriever
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ class StateReader:
         Raises:
             ConfigError: if the model has no tokenizer.
         """
-        tokenizer = self.tokenizer()
-        if tokenizer is None:
-            raise ConfigError("the retriever 'model' needs the tokenizer: EditableModel(model, …, tokenizer=...)")
+        tokenizer = needed_tokenizer(self.tokenizer(), "the retriever 'model'")
         limit, fill = context_length(self.model.config) or 0, pad_id(tokenizer)
         ids = [encode_text(tokenizer, text).ids[-limit:] or [fill] for text in texts]
         tap = Tap(self.anatomy.layer(layer).path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, KeditError, RequestError, nearest
+from ..errors import KeditError, RequestError, nearest
 from ..storage.display import printable, printable_json
 from .models import LoadOptions, MethodOptions, PromptFormatOption, SystemOption, UntieOption, open_model
 from .output import DebugOption, Format, FormatOption, command, console, counted, error_console
@@ -69,9 +69,10 @@ def chat(
     --method is for the edits that you make (default: that of the saved edits, else auto).
     """
     editable = open_model(model, load, how, flags={"prompt_format": prompt_format, "system": system}, untie=untie)
-    if editable.tokenizer is None:
-        raise ConfigError("the model has no tokenizer, without which it can be told nothing")
-    chats = bool(getattr(editable.tokenizer, "chat_template", None)) and not complete
+    from ..tokens import needed_tokenizer
+
+    tokenizer = needed_tokenizer(editable.tokenizer, "a chat")
+    chats = bool(getattr(tokenizer, "chat_template", None)) and not complete
     if chats and prompt_format is None:  # facts are asked for in turns, so they are edited in turns
         editable.set_method(editable.edit_config.changed({"prompt_format": "chat"}))
     talk = Talk(editable, chats, system, max_tokens, temperature, format)

@@ -23,6 +23,7 @@ from ..logging import get_logger, progress, warn_once
 from ..methods.base import check_composition, method_class
 from ..methods.spread import SpreadMethod
 from ..requests import ERASED, EditRequest, RequestSource
+from ..tokens import needed_tokenizer
 from ..tracking import Tracking
 from .edit_set import FactSet, solve_set, spread_method
 from .formats import compute, read_by
@@ -93,8 +94,8 @@ class Editing(EditedModel):
             raise ConfigError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
             raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
-        if self.tokenizer is None and not self.is_remote:
-            raise ConfigError("editing needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        if not self.is_remote:
+            needed_tokenizer(self.tokenizer, "editing")
         about: dict[str, Any] = {"method": self.method_name, "model": self.base_model_id}
         if report_to is not None:
             about["config"] = self.edit_config.to_dict()
@@ -244,8 +245,7 @@ class Editing(EditedModel):
             after_pass: as for `resolve_all`.
         """
         method = spread_method(self._method)
-        if self.tokenizer is None:
-            raise ConfigError("solving again needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+        needed_tokenizer(self.tokenizer, "solving again")
         passes = method.config.joint_passes if passes is None else passes
         until = method.config.joint_until if until is None else until
         if isinstance(passes, bool) or passes < 1 or not 0 < until <= 1:

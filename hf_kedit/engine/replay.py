@@ -48,6 +48,27 @@ _ROUTES: WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Route]] = Weak
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 
+def nearly_equal(model: torch.nn.Module, found: torch.Tensor, expected: torch.Tensor, share: float = 1.0) -> bool:
+    """Whether a short cut gives what the full forward gives, but for rounding in the model's dtype.
+
+    Args:
+        model: that computed both.
+        found: by the short cut.
+        expected: of the same shape.
+        share: of the tolerance that is allowed.
+
+    Returns:
+        ``max |found − expected| ≤ share · tolerance · max(max |expected|, 1)``; never where one of them is NaN.
+    """
+    tolerance = share * _TOLERANCE.get(next(model.parameters()).dtype, 6e-2)
+    exact = expected.to(torch.promote_types(expected.dtype, torch.float32))
+    off, scale = float((found - exact).abs().max()), max(float(exact.abs().max()), 1.0)
+    if off <= tolerance * scale:
+        return True
+    logger.debug("%s: a short cut is off by %.2e", type(model).__name__, off)
+    return False
+
+
 class _PrefixLayer(DynamicLayer):
     """Keys and values of the columns before the window: read, joined with the new ones, never stored into."""
 
@@ -344,15 +365,13 @@ class Replay:
         """Compare a replay without offsets with the first pass; fall back step by step where they differ."""
         hoped = self._hoped_route()
         zero = {s: torch.zeros(self.taken[Tap(s)].shape, device=self.taken[Tap(s)].device) for s in self.sites}
-        tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 6e-2)
-        scale = max(float(self.base_logits.abs().max()), 1.0)
         while self.route != "full":
             try:
                 with torch.no_grad():
-                    difference = float((self.logits(zero) - self.base_logits).abs().max())
-                if difference <= tolerance * scale:
+                    found = self.logits(zero)
+                if nearly_equal(self.model, found, self.base_logits):
                     break
-                logger.debug("%s: the %s route is off by %.2e", type(self.model).__name__, self.route, difference)
+                logger.debug("%s: the %s route gives other numbers", type(self.model).__name__, self.route)
             except torch.OutOfMemoryError:  # says nothing about the route
                 raise
             except Exception as error:
@@ -465,12 +484,9 @@ class LastColumn:
         known, key = _ROUTES.setdefault(self.model, {}), ("last column", layer, self.width > 1)
         if key not in known:
             everything = torch.arange(self._logits.shape[0], device=self.batch.input_ids.device)
-            expected = self._logits.float()
-            tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, 6e-2)
             try:
                 with torch.no_grad():
-                    off = float((self._run(layer, everything).float() - expected).abs().max())
-                exact = off <= tolerance * max(float(expected.abs().max()), 1.0)
+                    exact = nearly_equal(self.model, self._run(layer, everything), self._logits)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:

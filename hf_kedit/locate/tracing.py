@@ -35,7 +35,16 @@ from ..engine.weights import get_module
 from ..errors import AnatomyError, ConfigError, UnsupportedModelError
 from ..logging import get_logger, progress
 from ..requests import EditRequest
-from ..tokens import encode_pair, encode_prompt, encode_target, pad_id, pad_rows, prompt_ids, span_tokens
+from ..tokens import (
+    encode_pair,
+    encode_prompt,
+    encode_target,
+    needed_tokenizer,
+    pad_id,
+    pad_rows,
+    prompt_ids,
+    span_tokens,
+)
 from .traces import TRACE_KINDS, Fact, Trace, TraceReport
 
 if TYPE_CHECKING:
@@ -155,8 +164,7 @@ def unpack(
         name, base = str(model.base_model_id), model.base_model
     else:
         name, base = str(getattr(model.config, "name_or_path", "") or type(model).__name__), model
-    if tokenizer is None:
-        raise ConfigError("tracing needs the tokenizer of the model: pass tokenizer=")
+    tokenizer = needed_tokenizer(tokenizer, "tracing")
     parameters = inspect.signature(unwrap(base).forward).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if [n for n in needed if n != "input_ids"]:

@@ -25,7 +25,7 @@ from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_pr
 from ..engine.forward import device_of
 from ..errors import ArtifactError, ConfigError
 from ..logging import get_logger, warn_once
-from ..tokens import encode_text, pad_rows
+from ..tokens import encode_text, needed_tokenizer, pad_rows
 from .auto_shelf import Shelf, Solution
 
 logger = get_logger(__name__)
@@ -141,10 +141,7 @@ class RoutedChanges(SiteMemory):
         Raises:
             ConfigError: if there is none.
         """
-        found = self._tokenizer()
-        if found is None:
-            raise ConfigError("auto reads prompts and needs the tokenizer: EditableModel(model, …, tokenizer=…)")
-        return found
+        return needed_tokenizer(self._tokenizer(), "the method auto")
 
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """Vectors of texts, ``[n, d]`` fp32.

@@ -30,6 +30,7 @@ from ..methods.base import Capabilities, method_class
 from ..requests import EditRequest, RequestSource
 from ..statistics.store import FEW_TOKENS_PER_WIDTH
 from ..storage.files import cache_home, json_ready
+from ..tokens import needed_tokenizer
 from ..version import __version__
 from .candidates import Inventor, TuneCandidate, rungs
 from .facts import ASKED_AT_ONCE, LEAST_FACTS, choose_facts
@@ -125,8 +126,7 @@ def search_settings(
     _check_method(cls.capabilities)
     if model.edits:
         raise TuneError("settings are searched for on a model without edits; roll them back, or load it again")
-    if model.tokenizer is None:
-        raise TuneError("tuning needs the tokenizer: EditableModel(model, config, tokenizer=...)")
+    needed_tokenizer(model.tokenizer, "tuning")
     with model.exclusive():
         derived = cls.config_class().complete(model.profile, files=False)
         if not derived.search_space(model.profile, ()):

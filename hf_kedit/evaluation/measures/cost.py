@@ -14,7 +14,7 @@ import torch
 from ...engine.devices import synchronise
 from ...engine.forward import device_of, frozen_eval, generating
 from ...errors import EvaluationError
-from ...tokens import pad_id, prompt_ids
+from ...tokens import needed_tokenizer, pad_id, prompt_ids
 from ..asking.batching import stock_model
 
 if TYPE_CHECKING:
@@ -79,11 +79,10 @@ def edit_cost(
         costs nothing).
 
     Raises:
-        EvaluationError: if the model has no tokenizer or carries no edits, or a number is below 1.
+        ConfigError: if the model has no tokenizer.
+        EvaluationError: if it carries no edits, or a number is below 1.
     """
-    tokenizer, base = model.tokenizer, stock_model(model)
-    if tokenizer is None:
-        raise EvaluationError("the model has no tokenizer; pass one when you make the EditableModel")
+    tokenizer, base = needed_tokenizer(model.tokenizer, "timing"), stock_model(model)
     if not model.edits:
         raise EvaluationError("the model carries no edits; make or load some first")
     if new_tokens < 1 or repetitions < 1:

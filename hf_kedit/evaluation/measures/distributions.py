@@ -15,7 +15,7 @@ import torch
 from ...engine.capture import Tap, as_rows, listen
 from ...engine.forward import Positions, device_of, frozen_eval, gather_logits, model_inputs
 from ...errors import EvaluationError, RequestError
-from ...tokens import context_length, encode_text, pad_id, pad_rows, vocabulary_size
+from ...tokens import context_length, encode_text, needed_tokenizer, pad_id, pad_rows, vocabulary_size
 from ..asking.batching import TOKEN_BUDGET, is_encoder_decoder, make_batches, stock_model
 from ..asking.scoring import LOGIT_BUDGET, TargetRow, encode_row, target_logits
 from . import likelihoods
@@ -217,9 +217,7 @@ def locality_divergence(
     Raises:
         EvaluationError: if a pair cannot be scored.
     """
-    base, tokenizer = stock_model(model), model.tokenizer
-    if tokenizer is None:
-        raise EvaluationError("the model has no tokenizer; pass one when you make the EditableModel")
+    base, tokenizer = stock_model(model), needed_tokenizer(model.tokenizer, "the distance of answers")
     rows: dict[tuple[str, str], TargetRow] = {}
     for prompt, target in dict.fromkeys(pairs):
         try:

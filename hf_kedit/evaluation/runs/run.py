@@ -23,6 +23,7 @@ from ...errors import EditFailedError, EvaluationError, RequestError
 from ...logging import get_logger, progress_bar, warn_once
 from ...storage.files import json_ready
 from ...text.chat import TextFormat
+from ...tokens import needed_tokenizer
 from ...version import __version__
 from ..asking.batching import TOKEN_BUDGET, stock_model
 from ..measures.cost import changed_parameters
@@ -111,8 +112,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.base = stock_model(self.model)
-        if self.model.tokenizer is None and not self.model.is_remote:
-            raise EvaluationError("the model has no tokenizer; pass one when you make the EditableModel")
+        if not self.model.is_remote:
+            needed_tokenizer(self.model.tokenizer, "an evaluation")
         self.tokenizer: Any = self.model.tokenizer
         if self.separator is None:
             self.separator = self.model.edit_config.separator
