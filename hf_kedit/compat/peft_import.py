@@ -1,19 +1,22 @@
 """Makes this library's adapter types known to PEFT as soon as both are imported, in whichever order.
 
 Importing `hf_kedit` stays light: PEFT (and with it torch) is not imported here. Until it is, a finder waits for it.
+Finder and loader are plain classes: their base classes in `importlib.abc` take longer to import than all of it.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import importlib
 import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..registry import import_sources
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 
 def register_when_imported() -> None:
@@ -29,7 +32,7 @@ def _register() -> None:
     importlib.import_module("hf_kedit.compat.peft_tuners").register()
 
 
-class _Waiting(importlib.abc.MetaPathFinder):
+class _Waiting:
     """Finds PEFT as usual and registers behind its import.
 
     It waits until PEFT has been imported, not until it is looked for: transformers asks whether there is a PEFT long
@@ -42,9 +45,11 @@ class _Waiting(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         if name != "peft" or self._looking:
             return None
+        from importlib.util import find_spec
+
         self._looking = True  # the others are asked the same
         try:
-            spec = importlib.util.find_spec(name)
+            spec = find_spec(name)
         finally:
             self._looking = False
         if spec is None or spec.loader is None:
@@ -53,13 +58,13 @@ class _Waiting(importlib.abc.MetaPathFinder):
         return spec
 
 
-class _Registering(importlib.abc.Loader):
+class _Registering:
     """A loader that does what another one does, and registers."""
 
-    def __init__(self, loader: importlib.abc.Loader, waiting: _Waiting):
+    def __init__(self, loader: Loader, waiting: _Waiting):
         self._loader, self._waiting = loader, waiting
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:

@@ -73,12 +73,14 @@ class Limits:
         body_bytes: of a request.
         parallel: answers that are made at the same time.
         waiting: further requests that may wait for their turn.
+        sending_seconds: in which a client has sent a request whole; who is slower is not waited for.
     """
 
     prompt_tokens: int | None = None
     body_bytes: int = 2**20
     parallel: int = 4
     waiting: int = 64
+    sending_seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -380,14 +382,21 @@ def build_app(service: Service) -> FastAPI:
     async def body_of(request: Request) -> bytes:
         most, found, size = service.limits.body_bytes, bytearray(), 0
         try:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= most:
-                    found += chunk
-                elif size > _DRAINED * most:
-                    break
+            async with asyncio.timeout(service.limits.sending_seconds):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size <= most:
+                        found += chunk
+                    elif size > _DRAINED * most:
+                        break
         except ClientDisconnect as error:
             raise NoLongerWantedError("the client has gone") from error
+        except TimeoutError as error:
+            raise ServeError(
+                f"the request was not sent within {service.limits.sending_seconds:g} seconds",
+                status=408,
+                code="request_timeout",
+            ) from error
         if size > most:
             raise ServeError(
                 f"the body of the request has {'more than ' * (size > _DRAINED * most)}{size} bytes; this server takes"
@@ -503,7 +512,10 @@ def build_app(service: Service) -> FastAPI:
         if isinstance(error, NoLongerWantedError):
             error = service.unwanted()
         status, content = error_content(error)
-        return _json(content, status)
+        answer = _json(content, status)
+        if status == 408:  # what the client may still send belongs to no request
+            answer.headers["connection"] = "close"
+        return answer
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: Exception) -> Response:

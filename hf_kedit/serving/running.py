@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from ..errors import ServeError, require_extra
 from ..logging import get_logger
@@ -15,6 +17,7 @@ from .app import Service, build_app
 
 try:
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 except ImportError as error:
     raise require_extra("uvicorn", "serve", "a server") from error
 
@@ -66,10 +69,53 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def _patient_for(seconds: float) -> type[asyncio.Protocol]:
+    """A protocol that hangs up on who has not sent the head of a request after some seconds.
+
+    uvicorn waits for it without end, so that a client that sends a byte now and then, or none, holds a connection. The
+    body is read by the routes, which have an answer for who is slow.
+    """
+    known: Any = AutoHTTPProtocol
+
+    class Protocol(known):  # type: ignore[misc]
+        _hang_up: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._calm()
+            super().connection_lost(error)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def _watch(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:  # a request is being answered
+                self._calm()
+            elif self._hang_up is None:
+                self._hang_up = self.loop.call_later(seconds, self._late)
+
+        def _calm(self) -> None:
+            if self._hang_up is not None:
+                self._hang_up.cancel()
+                self._hang_up = None
+
+        def _late(self) -> None:
+            self._hang_up = None
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+    return Protocol
+
+
 def _server(service: Service) -> _Server:
     # What uvicorn has to say of each request and of itself concerns no user; what goes wrong, the routes log.
     config = uvicorn.Config(
         build_app(service),
+        http=_patient_for(service.limits.sending_seconds),
         log_config=None,
         log_level="critical",
         access_log=False,

@@ -24,7 +24,7 @@ from hf_kedit.serving.running import address_of, is_loopback, listening, serving
 from hf_kedit.serving.variants import Variants
 from hf_kedit.text.chat import chat_frame, chat_text
 from hf_kedit.tokens import prompt_ids
-from tests.serving.conftest import FACT, KEY, METHODS, NEW, OLD, OWN, PROMPT, TOKEN, client_of, until
+from tests.serving.conftest import FACT, KEY, METHODS, NEW, OLD, OWN, PROMPT, TOKEN, client_of, own_model, until
 
 QUESTION = [{"role": "user", "content": PROMPT}]
 PATIENCE = 60
@@ -357,6 +357,35 @@ def test_who_leaves_before_the_body_is_no_error(url: str, caplog: pytest.LogCapt
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
+
+
+def test_half_sent_requests_are_not_waited_for() -> None:
+    """Who sends a part of a head is hung up on, who sends a part of a body is told so; answers may take longer."""
+    service = Service(Variants(own_model(), "mine"), Limits(sending_seconds=0.2))
+    whole = json.dumps({"model": "mine", "prompt": PROMPT, "max_tokens": 2}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(whole)
+
+    def answers(*parts: bytes) -> bytes:
+        """All that comes back until the server hangs up."""
+        with socket.create_connection((host, int(port))) as sender:
+            sender.settimeout(PATIENCE)
+            for part in parts:
+                sender.sendall(part)
+            return b"".join(iter(lambda: sender.recv(4096), b""))
+
+    with serving(service) as url:
+        host, port = url.removeprefix("http://").split(":")
+        assert answers() == answers(b"PO") == answers(head[:-3]) == b""
+        said = answers(head, whole[:5])
+        assert said.startswith(b"HTTP/1.1 408") and b"connection: close" in said.lower() and b"0.2 seconds" in said
+        assert answers(head + whole, head[:-3]).count(b"HTTP/1.1 200") == 1  # a connection that is used again
+        with ThreadPoolExecutor(1) as threads:
+            with service.variants.changing():  # nobody is answered now
+                waiting = threads.submit(answers, head, whole)
+                until(lambda: service.open == 1)
+                threading.Event().wait(0.5)
+            assert waiting.result(PATIENCE).startswith(b"HTTP/1.1 200")
+        assert httpx.get(f"{url}/health").json()["open_requests"] == 0
 
 
 def test_keys_are_asked_for(guarded: Callable[..., str]) -> None:
