@@ -73,6 +73,7 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
         "kind": "edits",
         "source": artifact.source,
         "base_model": config["base_model_name_or_path"],
+        "base_model_folder": config.get("base_model_folder"),
         "base_model_revision": config.get("base_model_revision"),
         "base_model_class": config.get("base_model_class"),
         "base_dtype": config.get("base_dtype"),
@@ -112,7 +113,9 @@ def describe_artifact(artifact: Artifact) -> dict[str, Any]:
 
 def _show_artifact(console: Console, data: dict[str, Any]) -> None:
     n = len(data["edits"])
-    console.print(f"{counted(n, 'edit')} of {data['base_model'] or 'a model in memory'}", style="bold")
+    folder = data["base_model_folder"]
+    elsewhere = f"{folder} (a folder of the machine that they come from)" if folder else "a model in memory"
+    console.print(f"{counted(n, 'edit')} of {data['base_model'] or elsewhere}", style="bold")
     revision = f", revision {data['base_model_revision']}" if data["base_model_revision"] else ""
     console.print(f"{data['base_model_class']}, {data['base_dtype']}{revision}; last method {data['method']}\n")
     if n:

@@ -139,6 +139,7 @@ def test_nothing_of_this_machine_is_pushed(place: Path, hub: LoopbackHub, caplog
         assert "mine" in ModelCard.load(repo).text and "base_model=model" in ModelCard.load(repo).text
         with pytest.raises(ArtifactError, match="'mine' of another machine"):
             EditableModel.from_pretrained(repo)
+        assert "1 edit of mine (a folder of the machine" in CliRunner().invoke(app, ["inspect", repo]).stdout
         again = EditableModel.from_pretrained(repo, base_model=place / "models/mine")
         assert torch.equal(logits(again), logits(model))
     for folder in ("saved/rome", "saved/lora"):

@@ -171,6 +171,15 @@ def test_a_name_without_counterpart_says_what_to_use_instead(name: str) -> None:
         exec("class Mine(thing): pass", {"thing": thing})
 
 
+@pytest.mark.parametrize("path", ["nope", "models.instruct_edit", "dataset.processor", "util.nethook.deeper"])
+def test_a_module_that_nobody_knows(path: str) -> None:
+    """Below every module, whether there is one or not."""
+    with pytest.raises(NoCounterpartError, match=f"'{path}' is no module of EasyEdit's.*docs/migrate.md"):
+        importlib.import_module(f"hf_kedit.compat.easyedit.{path}")
+    with pytest.raises(ModuleNotFoundError):  # what lies elsewhere is not its business
+        importlib.import_module(f"hf_kedit.compat.{path}")
+
+
 def test_a_name_that_nobody_knows() -> None:
     with pytest.raises(NoCounterpartError, match="Did you mean 'ROMEHyperParams'"):
         exec("from hf_kedit.compat.easyedit.models import ROMEHyperParam")

@@ -17,7 +17,7 @@ from typing import Any
 from .editor import BaseEditor, BatchEditor, encode_ike_facts
 from .hparams import HyperParams
 from .measures import summary_metrics
-from .names import ABSENT, HERE, MODULES, Door, find
+from .names import ABSENT, HERE, MODULES, Door, Signpost, find
 from .training import EditTrainer, convert_training
 
 __all__ = ["BaseEditor", "BatchEditor", "EditTrainer", "HyperParams", "encode_ike_facts", "summary_metrics"]
@@ -36,3 +36,4 @@ for _path in MODULES:
     _parent, _, _last = _door.__name__.rpartition(".")
     if _last not in HERE and _last not in ABSENT:  # trainer.EditTrainer is a module and a class: the class is meant
         setattr(sys.modules[_parent], _last, _door)
+sys.meta_path.append(Signpost(__name__))

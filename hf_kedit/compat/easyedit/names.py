@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import nn
 
@@ -235,6 +235,32 @@ class Door(ModuleType):
     """One of EasyEdit's modules: every name that is known here can be imported from it."""
 
     __all__ = sorted(HERE)
+    __path__: ClassVar[list[str]] = []  # so that Python asks the finders for what is imported from below it
 
     def __getattr__(self, name: str) -> Any:
         return find(name)
+
+
+class Signpost:
+    """The last finder: whoever imports a module that nobody has found, below EasyEdit's names, is shown the way.
+
+    Args:
+        package: that has the doors.
+    """
+
+    def __init__(self, package: str):
+        self._package = package
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """See `importlib.abc.MetaPathFinder`.
+
+        Raises:
+            NoCounterpartError: for a module below the package.
+        """
+        below = name.removeprefix(f"{self._package}.")
+        if below != name and not below.rpartition(".")[2].startswith("_"):
+            raise NoCounterpartError(
+                f"{below!r} is no module of EasyEdit's that is known here.{nearest(below, MODULES)} Every name that"
+                f" there is can be imported from {self._package}; docs/migrate.md lists them.",
+                name=name,
+            )
