@@ -123,7 +123,7 @@ def _config(method: Part) -> EditConfig | str:
 
 
 def _load(run: BenchRun) -> EditableModel:
-    """With the method of the run from the start: the default one has nothing to say about a model that it won't edit."""
+    """With the method of the run from the start: the default one has nothing to say about models it does not edit."""
     return EditableModel.from_pretrained(run.model.name, _config(run.method), **run.model.options)
 
 
