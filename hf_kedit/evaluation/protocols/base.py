@@ -151,6 +151,11 @@ class Protocol(ABC):
         """
         return {}
 
+    def counts(self, question: Question, before: Sequence[Any]) -> bool:
+        """Whether a question of a section of the protocol's own counts, by what the unedited model put out; if not, it
+        has no numbers in either state, for the reason that `why_unscored` gives."""
+        return True
+
     def changes(self, question: Question, before: Sequence[Any], after: Sequence[Any]) -> Numbers:
         """Further numbers that the outputs before and after an edit give together; they stand behind the edit."""
         return {}

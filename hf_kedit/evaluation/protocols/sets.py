@@ -34,17 +34,12 @@ class SetQuestion(Question):
     Args:
         parts: the questions.
         need: how many of them must be right.
-        conditions: what the unedited model must have right for the set to count; ``None``: it counts always, and is
-            measured before the edit as well.
+        conditions: what the unedited model must have right for the set to count.
     """
 
     parts: tuple[SetPart, ...] = ()
     need: Literal["any", "all"] = "any"
-    conditions: tuple[SetPart, ...] | None = None
-
-
-BEFORE = "_before"
-"""Ends the name of what the unedited model gets right of the sets that count under a condition."""
+    conditions: tuple[SetPart, ...] = ()
 
 
 def set_of(
@@ -52,13 +47,12 @@ def set_of(
     axis: str,
     parts: Sequence[SetPart],
     need: Literal["any", "all"] = "any",
-    conditions: Sequence[SetPart] | None = None,
+    conditions: Sequence[SetPart] = (),
     index: int = 0,
 ) -> SetQuestion:
     """A set of questions for a number ``axis`` of a section of the protocol's own."""
-    known = None if conditions is None else tuple(conditions)
-    prompt = parts[0].prompt
-    return SetQuestion(section, axis, index, prompt, (), parts=tuple(parts), need=need, conditions=known)
+    asked, known = tuple(parts), tuple(conditions)
+    return SetQuestion(section, axis, index, asked[0].prompt, (), parts=asked, need=need, conditions=known)
 
 
 @dataclass(frozen=True)
@@ -82,26 +76,16 @@ class AnswerSets(Replies):
 
     def queries(self, question: Question) -> list[Query]:
         assert isinstance(question, SetQuestion)
-        return [Query(part.prompt) for part in (*question.parts, *(question.conditions or ()))]
+        return [Query(part.prompt) for part in (*question.parts, *question.conditions)]
 
     def details(self, question: Question, outputs: Sequence[Continuation], score: float | None) -> Numbers:
         assert isinstance(question, SetQuestion)
-        if question.conditions is not None:
-            return {}
         return {(question.section, str(question.axis)): self._right(question, outputs)}
 
-    def changes(self, question: Question, before: Sequence[Any], after: Sequence[Any]) -> Numbers:
+    def counts(self, question: Question, before: Sequence[Any]) -> bool:
         assert isinstance(question, SetQuestion)
-        if question.conditions is None:
-            return {}
-        known = before[len(question.parts) :]
-        if not all(self._says(part, said) for part, said in zip(question.conditions, known, strict=True)):
-            return {}
-        name = str(question.axis)
-        return {
-            (question.section, name): self._right(question, after),
-            (question.section, name + BEFORE): self._right(question, before),
-        }
+        known = zip(question.conditions, before[len(question.parts) :], strict=True)
+        return all(self._says(part, said) for part, said in known)
 
     def why_unscored(self, question: Question) -> str:
         return "the unedited model does not know what the test takes for granted"

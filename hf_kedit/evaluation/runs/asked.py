@@ -186,6 +186,8 @@ class Asked:
         """`_score` for a question of a section of the protocol's own: its numbers before, after, and of all states."""
         protocol, question = self.protocol, exchange.question
         old, new = states[BEFORE_EDITS], states[AFTER_EDITS]
+        if not protocol.counts(question, old):
+            return protocol.why_unscored(question)
         before, after = (
             protocol.details(question, outputs, score) for outputs, score in zip((old, new), scores, strict=True)
         )

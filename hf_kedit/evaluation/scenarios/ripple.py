@@ -19,7 +19,7 @@ from ...data.ripple import LOCALITY, PORTABILITY
 from ...requests import EditRequest, Probe
 from ..measures.catalogue import Metric, register_metrics
 from ..protocols.base import Protocol, Question
-from ..protocols.sets import BEFORE, AnswerSets, SetPart, set_of
+from ..protocols.sets import AnswerSets, SetPart, set_of
 from .base import Scenario, register_scenario
 
 _ABOUT = {
@@ -30,13 +30,11 @@ _ABOUT = {
     "Relation_Specificity": "tests passed of other facts of the subject",
     "Forgetfulness": "tests passed of older objects that stay true",
 }
-_UNEDITED = "the same, passed by the unedited model"
 RIPPLE = register_metrics(
     "ripple",
     {
         "edit": Metric("share of edits whose prompt is completed with the target", share=True),
         **{axis: Metric(about) for axis, about in _ABOUT.items()},
-        **{axis + BEFORE: Metric(_UNEDITED, better=None, chart=False) for axis in _ABOUT},
         "mean": Metric("mean of the axes", parts=tuple(_ABOUT), combine=lambda m: sum(m) / len(m), needs_all=False),
     },
 )
