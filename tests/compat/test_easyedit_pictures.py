@@ -74,8 +74,10 @@ def test_a_script(model: EditableModel, requests: list[EditRequest], tmp_path: P
     assert name.startswith("model.language_model.layers.3.") and not torch.equal(model.get_parameter(name), original)
     model.rollback("all")
     assert model_digest(model.base_model) == digest
-    metrics, _, _ = editor.edit(**arguments(requests, tmp_path), sequential_edit=True, verbose=False)
-    assert len(metrics) == len(model.edits) == 2
+    given = arguments(requests, tmp_path)
+    given["target_new"] = given.pop("targets")  # as in the README
+    metrics, _, _ = editor.edit(**given, sequential_edit=True, verbose=False)
+    assert [e.request.target_new for e in model.edits] == [r.target_new for r in requests] and len(metrics) == 2
     model.rollback("all")
 
 
@@ -99,7 +101,9 @@ def test_what_does_not_fit(model: EditableModel, requests: list[EditRequest]) ->
         ({"image": "1.png"}, "one value for 2 edits"),
         ({"image": ["1.png"] * 2, "file_type": ["image", "video"]}, "frames"),
         ({"image": ["nowhere.png"] * 2}, "picture"),
+        ({"image": None}, "'image': is missing"),
+        ({"targets": None, "image": ["1.png"] * 2}, "'targets': is missing"),
     ):
         with pytest.raises(RequestError, match=message):
-            editor.edit(**texts, **bad, verbose=False)
+            editor.edit(**{**texts, **bad}, verbose=False)
     assert not model.edits

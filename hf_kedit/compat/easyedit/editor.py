@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ...config import EditConfig
 from ...config.easyedit import convert_hparams
@@ -28,6 +28,7 @@ from ...model import EditableModel
 from ...requests import EditRequest
 from ...storage.files import write_text
 from ...tokens import context_length
+from .behind_api import answers_by_hops, is_behind_api, model_behind_api
 from .extras import Extras, Row, protocol_of
 from .facts import Facts
 from .hparams import HyperParams, values_of
@@ -67,6 +68,10 @@ class BaseEditor:
     def __init__(self, hparams: HyperParams | Mapping[str, Any], model: EditableModel | None = None):
         self.hparams = hparams
         self._seen = values_of(hparams)
+        if is_behind_api(self._seen):
+            self.model = model or model_behind_api(self._seen)
+            self.config, self.model_name = self.model.edit_config, self._seen.get("model_name")
+            return
         converted = convert_hparams(self._seen)
         for key, reason in converted.ignored.items():
             logger.info("%s: ignored: %s", key, reason)
@@ -265,16 +270,18 @@ class BaseEditor:
         _write_before(rows, other)
         return rows, self.model, Originals(self.model)
 
-    def deep_edit(self, datasets: Any = None, **other: Any) -> NoReturn:
-        """EasyEdit's editing of models behind an API.
+    def deep_edit(self, datasets: Facts | Sequence[Mapping[str, Any]]) -> list[str]:
+        """Ask a model behind an API the questions of several hops of edited cases; see `answers_by_hops`.
 
         Raises:
-            NoCounterpartError: always.
+            NoCounterpartError: for any other model.
         """
-        raise NoCounterpartError(
-            "EasyEdit's BaseEditor.deep_edit edits models behind an API, which it drives itself:"
-            " EditableModel.from_backend(…) does that here"
-        )
+        if not self.model.is_remote:
+            raise NoCounterpartError(
+                "EasyEdit's BaseEditor.deep_edit asks a model behind an API: take DeepEditApiHyperParams, or"
+                " EditableModel.from_backend(…) and its answer_by_hops"
+            )
+        return answers_by_hops(self.model, datasets)
 
     # ------------------------------------------------------------------ shared by all of these
 

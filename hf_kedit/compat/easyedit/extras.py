@@ -46,15 +46,24 @@ def protocol_of(values: Mapping[str, Any]) -> str | Protocol:
     check_choice("evaluation_type", kind, _EVALUATIONS)
     if not key:
         return Judged(ExactMatchJudge(), prompt_format="qa")
+    address, variable = str(values.get("api_base") or ENDPOINT), key_variable(key)
+    return Judged(
+        OpenAICompatibleJudge(address, str(values.get("judge_model") or JUDGE), variable), prompt_format="qa"
+    )
+
+
+def key_variable(key: Any) -> str:
+    """The name of the environment variable that ``api_key`` has here.
+
+    Raises:
+        ConfigError: if it is a key.
+    """
     if not str(key).isidentifier():
         raise ConfigError(
             "api_key: keys are taken from the environment only; put the key into a variable (OPENAI_API_KEY, say) and"
             " give its name here"
         )
-    address = str(values.get("api_base") or ENDPOINT)
-    return Judged(
-        OpenAICompatibleJudge(address, str(values.get("judge_model") or JUDGE), str(key)), prompt_format="qa"
-    )
+    return str(key)
 
 
 class Extras:

@@ -35,8 +35,8 @@ class MultimodalEditor(BaseEditor):
     def edit(  # type: ignore[override]
         self,
         prompts: str | Sequence[str],
-        targets: str | Sequence[str],
-        image: Any,
+        targets: str | Sequence[str] | None = None,
+        image: Any = None,
         file_type: str | Sequence[str] | None = None,
         rephrase_prompts: str | Sequence[str] | None = None,
         rephrase_image: Any = None,
@@ -50,7 +50,7 @@ class MultimodalEditor(BaseEditor):
 
         Args:
             prompts: one text, or one per edit; likewise the arguments that follow.
-            targets: the new answers.
+            targets: the new answers; ``target_new``, as EasyEdit's README has it, is the same.
             image: pictures (paths, PIL images …); of several pictures for one edit, a list in the list. Relative paths
                 start from the hyperparameters' ``coco_image`` where they name one.
             file_type: anything but ``"video"``: give its frames as a list of pictures.
@@ -70,6 +70,10 @@ class MultimodalEditor(BaseEditor):
         Raises:
             RequestError: for an unusable request, or arguments that are not as many as the prompts.
         """
+        targets = other.pop("target_new", None) if targets is None else targets
+        for name, value in (("targets", targets), ("image", image)):
+            if value is None:
+                raise RequestError("is missing", field=name)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         count = len(texts)
         kinds = _each(file_type, count, "file_type")

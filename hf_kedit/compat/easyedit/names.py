@@ -45,6 +45,7 @@ from .unstructured import apply_ft_uns_to_model, apply_lora_uns_to_model, apply_
 HPARAMS = {
     "alphaedit": "AlphaEditHyperParams",
     "core": "COREHyperParams",
+    "deepedit_api": "DeepEditApiHyperParams",
     "defer": "DeferHyperParams",
     "dpo": "DPOHyperParams",
     "eamet": "EAMETHyperParams",
@@ -118,6 +119,7 @@ HERE |= dict.fromkeys([*TRAINING, *MULTIMODAL], HyperParams)
 HERE["encode_ike_facts_multimodal"] = encode_ike_facts
 HERE |= {f"apply_{method}_to_model": apply_to_model for method in HPARAMS if method not in ("ike", "mend", "serac")}
 HERE |= {"apply_unke_to_model": apply_unke_to_model, "apply_unke_ARE_to_model": apply_unke_to_model}
+HERE["apply_deepedit_api_to_model"] = lambda datasets, hparams, **_: BaseEditor(hparams).deep_edit(datasets)
 HERE |= {"apply_ft_uns_to_model": apply_ft_uns_to_model, "apply_lora_uns_to_model": apply_lora_uns_to_model}
 HERE |= {"LOG": get_logger("hf_kedit.compat.easyedit"), "DS_DICT": {"cf": CounterFactDataset, "zsre": ZsreDataset}}
 HERE["ALG_DICT"] = dict.fromkeys(
@@ -129,8 +131,8 @@ HERE["ALG_DICT"] = dict.fromkeys(
 _WAYS: dict[str, str] = {
     "hf_kedit.decode_with(model, 'dola' or 'deco'), around model.generate": """
         DeCoHyperParams DoLaHyperParams DecoHyperParams DolaHyperParams""",
-    "EditableModel.from_backend edits models behind an API (docs/scenarios/black_box.md)": """
-        DeepEditApiHyperParams FTApiHyperParams apply_ft_api_to_model apply_deepedit_api_to_model""",
+    "a provider's own fine-tuning gets its file from model.export_finetune (docs/scenarios/black_box.md)": """
+        FTApiHyperParams apply_ft_api_to_model""",
     "MultimodalEditor edits models that see; `kedit train` trains editors (docs/training.md)": """
         MultimodalTrainer MENDMultimodalTrainingHparams SERACMultimodalTrainingHparams ADSEditDataset
         MultimodalEvaluator compute_multimodal_edit_results MendMultimodalRewriteExecutor
@@ -160,7 +162,7 @@ _WAYS: dict[str, str] = {
 }
 ABSENT = {name: way for way, names in _WAYS.items() for name in names.split()}
 
-_MODELS = [*HPARAMS, *"deco dola deepedit_api ft_api".split()]
+_MODELS = [*HPARAMS, *"deco dola ft_api".split()]
 _FILES = {"alphaedit": "AlphaEdit"}  # where the files of a folder are spelt otherwise
 _INSIDE = {
     "models": "ike.util rome.layer_stats wise.WISE grace.GRACE melo.melo defer.DEFER kn.knowledge_neurons"
