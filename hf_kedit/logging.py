@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ from tqdm.auto import tqdm
 T = TypeVar("T")
 FORMAT = "[%(name)s] %(levelname)s: %(message)s"
 _ROOT = "hf_kedit"
+_OTHERS = ("bitsandbytes", "torch.utils._pytree", "torchao")
+"""Loggers of libraries that transformers and PEFT import where they are installed, whether or not a model is
+quantised: what they say about kernels that they lack concerns no user of a command, and neither do their warnings."""
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -96,6 +100,18 @@ def set_verbosity_warning() -> None:
 def set_verbosity_error() -> None:
     """Show errors only."""
     set_verbosity(logging.ERROR)
+
+
+def hush_others(debug: bool = False) -> None:
+    """For programs that are ours alone: what libraries say that are imported on the way is not shown.
+
+    Args:
+        debug: it is, after all.
+    """
+    for name in _OTHERS:
+        logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
+    if not debug and not sys.warnoptions:  # ours are logged
+        warnings.simplefilter("ignore")
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:

@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Annotated, Any, TextIO, get_type_hints
@@ -28,9 +27,6 @@ from ..errors import KeditError
 from ..storage.display import printable, printable_json
 from ..storage.files import json_ready
 
-OTHERS = ("bitsandbytes", "torch.utils._pytree", "torchao")
-"""Loggers of libraries that transformers and PEFT import where they are installed, whether or not a model is
-quantised: what they say about kernels that they lack concerns no user of a command, and neither do their warnings."""
 FAILURE, BELOW_MIN_SUCCESS, HARM, INTERRUPTED = 1, 3, 4, 130
 
 
@@ -125,10 +121,7 @@ def set_up(output_format: Format, debug: bool) -> None:
         kedit_logging.set_verbosity_warning()
     for handler in kedit_logging.get_logger().handlers:
         handler.setFormatter(SafeFormatter(kedit_logging.FORMAT))
-    for name in OTHERS:
-        logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
-    if not debug and not sys.warnoptions:  # ours are logged
-        warnings.simplefilter("ignore")
+    kedit_logging.hush_others(debug)
     if output_format is Format.quiet or kedit_logging.bars_unwanted():
         kedit_logging.disable_progress_bars()
     else:

