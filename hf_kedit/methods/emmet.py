@@ -8,7 +8,7 @@ disturbs the preserved keys least is taken,
 
 where MEMIT trades both against each other. Values, keys and spreading are MEMIT's. With more than one fact a
 small ridge is added to ``Kᵀ Ĉ⁻¹ K``, which similar keys make nearly singular; a single fact needs none and gives
-ROME's closed form.
+ROME's closed form. In a sequence the keys of earlier batches can be preserved too (`KeepingConfig`).
 """
 
 from __future__ import annotations
@@ -21,24 +21,30 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from ..config import ModelProfile
+from ..logging import get_logger, warn_once
 from ..statistics.solve import MomentFactor, equality_columns, factor_beside
 from .base import Capabilities, Workbench, register_method
-from .locate_then_edit import LocateConfig, single_layer
-from .spread import SpreadMethod
+from .locate_then_edit import single_layer
+from .spread import KeepingConfig, SpreadMethod
+
+logger = get_logger(__name__)
+_FEW_KEYS = 10.0
 
 
 @dataclass
-class EMMETConfig(LocateConfig):
-    """Hyperparameters of EMMET; see `LocateConfig` for the shared ones.
+class EMMETConfig(KeepingConfig):
+    """Hyperparameters of EMMET; see `KeepingConfig` for the shared ones.
 
     Args:
         mom2_update_weight: λ, how many typical keys the second moment stands for.
         emmet_lambda: ridge for batches of more than one fact. A common factor of Ĉ cancels except against it: its
-            effective size is ``emmet_lambda · mom2_update_weight``.
+            effective size is ``emmet_lambda · mom2_update_weight``. With ``keep_edited_keys`` λ counts: all other
+            knowledge weighs as much as λ earlier edits.
         update_norm_lambda: ν, a penalty on the size of the update.
     """
 
     edit_type: ClassVar[str] = "emmet"
+    keeps_keys_by_default: ClassVar[bool] = False
 
     mom2_update_weight: PositiveFloat | None = None
     emmet_lambda: NonNegativeFloat = 0.1
@@ -78,6 +84,18 @@ class EMMET(SpreadMethod):
         super().__init__(bench, config)
         self._factors: dict[str, MomentFactor] = {}
 
+    def prepare(self) -> None:
+        """Templates and second moments; says where kept keys would outweigh them."""
+        super().prepare()
+        weight = self.config.mom2_update_weight
+        if self.keeps_keys and weight is not None and weight < _FEW_KEYS:
+            warn_once(
+                logger,
+                "EMMET: with keep_edited_keys all other knowledge weighs no more than mom2_update_weight earlier"
+                f" edits, here {weight:g}, and long sequences break the model; set mom2_update_weight to about 100 and"
+                " emmet_lambda to 0.1 divided by it",
+            )
+
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
         """``Ĉ⁻¹ K (Kᵀ Ĉ⁻¹ K)⁻¹``."""
         config = self.config
@@ -86,7 +104,8 @@ class EMMET(SpreadMethod):
             factor, scale = self._penalised(module), 1.0
         else:
             factor, scale = self.bench.statistics.factor(module), config.mom2_update_weight
-        return equality_columns(factor, keys, scale, self.caution * config.emmet_lambda if keys.shape[1] > 1 else 0.0)
+        ridge = self.caution * config.emmet_lambda if keys.shape[1] > 1 else 0.0
+        return equality_columns(factor, keys, scale, ridge, self.earlier_keys(module))
 
     def _penalised(self, module: str) -> MomentFactor:
         """Factor of ``λ C + ν I``."""

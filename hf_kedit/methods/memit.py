@@ -25,30 +25,22 @@ from ..config.spaces import times
 from ..errors import ConfigError
 from ..statistics.solve import ridge_columns
 from .base import Capabilities, register_method
-from .locate_then_edit import LocateConfig
-from .spread import SpreadMethod
+from .spread import KeepingConfig, SpreadMethod
 
 
 @dataclass
-class MEMITConfig(LocateConfig):
-    """Hyperparameters of MEMIT and of the methods that solve a layer as it does; see also `LocateConfig`.
+class MEMITConfig(KeepingConfig):
+    """Hyperparameters of MEMIT and of the methods that solve a layer as it does; see also `KeepingConfig`.
 
     Args:
         mom2_update_weight: λ, how many typical keys the second moment stands for.
         layer_weights: λ of each edited layer, from below; ``None``: ``mom2_update_weight`` for all.
-        keep_edited_keys: also leave alone what earlier batches wrote: ``(λ C + K_e K_eᵀ + K Kᵀ)⁻¹`` with the keys
-            ``K_e`` of the edits that the model carries (of those that brought theirs along); arXiv 2605.26670. Without
-            such edits it changes nothing. ``None``: what serves the method (`keeps_keys_by_default`). The published
-            algorithm is ``False``, and so are the packaged files with published values.
     """
 
     edit_type: ClassVar[str] = "memit"
-    keeps_keys_by_default: ClassVar[bool] = True
-    """What ``keep_edited_keys=None`` means: on where it was measured to help in sequences (docs/results.md)."""
 
     mom2_update_weight: PositiveFloat | None = None
     layer_weights: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
-    keep_edited_keys: bool | None = None
 
     def validate(self) -> None:
         """Check that there is one λ per layer."""
@@ -63,11 +55,6 @@ class MEMITConfig(LocateConfig):
     def model_dependent_fields(cls) -> tuple[str, ...]:
         """Fields filled from an hparams file or the model's depth."""
         return (*super().model_dependent_fields(), "mom2_update_weight")
-
-    @classmethod
-    def published(cls) -> dict[str, Any]:
-        """Each batch is solved as if it were the first."""
-        return super().published() | {"keep_edited_keys": False}
 
     def search_space(self, profile: ModelProfile, traced: Sequence[int]) -> dict[str, list[Any]]:
         """Those of the value, and how much old knowledge weighs."""
@@ -100,16 +87,10 @@ class MEMIT(SpreadMethod):
     )
     config: MEMITConfig
 
-    @property
-    def keeps_keys(self) -> bool:
-        """Whether later batches leave this one alone, and this one those before."""
-        chosen = self.config.keep_edited_keys
-        return self.config.keeps_keys_by_default if chosen is None else chosen
-
     def columns(self, module: str, keys: torch.Tensor) -> torch.Tensor:
         """``(λ C + K Kᵀ)⁻¹ K``, eq. 14."""
         factor, weight = self.bench.statistics.factor(module), self.weight_of(module)
-        earlier = self.bench.ledger.keys(module) if self.keeps_keys else None
+        earlier = self.earlier_keys(module)
         if earlier is None:
             return ridge_columns(factor, keys, weight)
         everything = torch.cat([earlier.to(keys), keys], dim=1)

@@ -36,7 +36,6 @@ class NAMETConfig(MEMITConfig):
     """Hyperparameters of NAMET: those of MEMIT, with its own defaults."""
 
     edit_type: ClassVar[str] = "namet"
-    keeps_keys_by_default: ClassVar[bool] = False
 
     stop_loss: NonNegativeFloat = 0.01
 

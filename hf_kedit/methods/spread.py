@@ -38,6 +38,29 @@ _AT_ONCE = 256
 """Requests that are read together."""
 
 
+@dataclass
+class KeepingConfig(LocateConfig):
+    """Fields of the methods that may leave alone what earlier batches wrote; see also `LocateConfig`.
+
+    Args:
+        keep_edited_keys: also leave alone what earlier batches wrote, by the keys ``K_e`` of the edits that the model
+            carries (of those that brought theirs along) beside the second moment: ``λ C + K_e K_eᵀ`` instead of
+            ``λ C``; arXiv 2605.26670. Without such edits it changes nothing. ``None``: what serves the method
+            (`keeps_keys_by_default`). The published algorithms are ``False``, and so are the packaged files with
+            published values.
+    """
+
+    keeps_keys_by_default: ClassVar[bool] = True
+    """What ``keep_edited_keys=None`` means: on where it was measured to help in sequences (docs/methods/memit.md)."""
+
+    keep_edited_keys: bool | None = None
+
+    @classmethod
+    def published(cls) -> dict[str, Any]:
+        """Each batch is solved as if it were the first."""
+        return super().published() | {"keep_edited_keys": False}
+
+
 @dataclass(frozen=True)
 class Write:
     """One matrix to write, and what is to be true once it and those after it are written.
@@ -238,8 +261,15 @@ class SpreadMethod(LocateMethod):
 
     @property
     def keeps_keys(self) -> bool:
-        """Whether later edits must know the keys of this one (they then travel with its deltas)."""
-        return False
+        """Whether later edits leave this one alone, and this one those before (its keys travel with its deltas)."""
+        config = self.config
+        if not isinstance(config, KeepingConfig):
+            return False
+        return config.keeps_keys_by_default if config.keep_edited_keys is None else config.keep_edited_keys
+
+    def earlier_keys(self, module: str) -> torch.Tensor | None:
+        """Keys ``[d_in, m]`` of earlier edits that the matrix is to answer as it does; ``None``: there are none."""
+        return self.bench.ledger.keys(module) if self.keeps_keys else None
 
     def value_layer(self) -> int:
         """Layer at which the values are optimised."""

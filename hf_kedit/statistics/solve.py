@@ -145,7 +145,9 @@ def _columns_of_many(factor: MomentFactor, keys: torch.Tensor, weight: float) ->
     return torch.cat([torch.linalg.lu_solve(lu, pivots, factor.take(part)).float() for part in parts], dim=1)
 
 
-def equality_columns(factor: MomentFactor, keys: torch.Tensor, weight: float, ridge: float) -> torch.Tensor:
+def equality_columns(
+    factor: MomentFactor, keys: torch.Tensor, weight: float, ridge: float, spared: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return ``A = X (Kᵀ X + ridge · I)⁻¹`` with ``X = (λC)⁻¹ K``, ``[d, n]``: ``Aᵀ K = I`` without a ridge (EMMET).
 
     Where the ``n × n`` matrix is singular (equal keys, no ridge), its pseudo-inverse stands in.
@@ -155,9 +157,12 @@ def equality_columns(factor: MomentFactor, keys: torch.Tensor, weight: float, ri
         keys: ``K`` ``[d, n]``.
         weight: λ.
         ridge: added to the diagonal of ``Kᵀ X``.
+        spared: further keys ``K_e`` ``[d, m]`` that weigh one each: ``X = (λC + K_e K_eᵀ)⁻¹ K``.
     """
     k = factor.take(keys)
     x = factor.solve(k) / weight
+    if spared is not None:  # Woodbury
+        x = x - ridge_columns(factor, spared, weight).to(x) @ (factor.take(spared).T @ x)
     inner = k.T @ x + ridge * torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
     inner = (inner + inner.T) / 2
     solution, info = torch.linalg.solve_ex(inner, x, left=False)

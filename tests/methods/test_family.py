@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_kedit import (
     EMMETConfig,
     FTMConfig,
     MEMITConfig,
+    NAMETConfig,
     PMETConfig,
     RROMEConfig,
     load_edit_dataset,
@@ -362,24 +364,36 @@ def test_contexts_of_core_come_from_the_fact() -> None:
         model.edit(bare)
 
 
-def test_memit_spares_what_it_wrote_before_unless_told_not_to() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [MEMITConfig(), NAMETConfig(), EMMETConfig(mom2_update_weight=100.0, emmet_lambda=0.001)],
+    ids=lambda config: config.edit_type,
+)
+def test_what_was_written_before_is_spared_if_told_or_by_default(config: MEMITConfig | EMMETConfig) -> None:
     first, second = facts(4), facts(4, start=4)
+    default = config.edit_type != "emmet"
     moved, digests = {}, {}
     for keep in (False, True, None):
-        model = EditableModel.from_pretrained("kedit/world-gpt2", MEMITConfig(keep_edited_keys=keep))
+        model = EditableModel.from_pretrained("kedit/world-gpt2", replace(config, keep_edited_keys=keep))
         model.trace = {}
         model.edit(first)
         modules = model._method.edited_modules()
         keys = {m: model.trace[f"k_star.{i}"] for m, i in zip(modules, model.edit_config.layers, strict=True)}
         before = {m: model.ledger.total(m) for m in modules}
-        assert (model.ledger.keys(modules[0]) is not None) == (keep is not False)
+        assert (model.ledger.keys(modules[0]) is not None) == (default if keep is None else keep)
         digests[keep, "first"] = model_digest(model.base_model)
         model.edit(second)
         digests[keep, "both"] = model_digest(model.base_model)
         moved[keep] = sum(float(((model.ledger.total(m) - before[m]) @ keys[m]).norm()) for m in modules)
     assert moved[True] < moved[False]
-    assert digests[None, "first"] == digests[False, "first"]  # a model without edits has nothing to spare
-    assert digests[None, "both"] == digests[True, "both"] != digests[False, "both"]
+    assert digests[True, "first"] == digests[False, "first"]  # a model without edits has nothing to spare
+    assert digests[None, "both"] == digests[default, "both"] != digests[not default, "both"]
+
+
+def test_emmet_says_where_kept_keys_would_outweigh_all_else(caplog: pytest.LogCaptureFixture) -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", EMMETConfig(keep_edited_keys=True))
+    model.edit(facts(1))
+    assert "no more than mom2_update_weight earlier edits, here 1" in caplog.text
 
 
 def test_the_published_algorithm_keeps_no_keys(tmp_path: Path) -> None:

@@ -125,6 +125,20 @@ def test_equal_keys_share_what_they_store() -> None:
     assert torch.allclose(columns.T @ keys.double(), torch.full((2, 2), 0.5, dtype=torch.float64), atol=1e-8)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_equality_columns_spare_further_keys(ridge: float) -> None:
+    c, old, new = moment(), some_keys(3, 8), some_keys(2, 9)
+    found = equality_columns(factor_moment(c), new, 4.0, ridge, old)
+    e, k = old.double(), new.double()
+    x = torch.linalg.solve(4.0 * c + e @ e.T, k)
+    expected = x @ torch.linalg.inv(k.T @ x + ridge * torch.eye(2, dtype=torch.float64))
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-10)
+    alone = equality_columns(factor_moment(c), new, 4.0, ridge).double()
+    assert float((alone.T @ e).norm()) > 1.05 * float((expected.T @ e).norm())
+    if not ridge:
+        assert torch.allclose(found.double().T @ k, torch.eye(2, dtype=torch.float64), atol=1e-8)
+
+
 def test_ridge_columns_with_more_keys_are_columns_of_the_larger_system() -> None:
     """What `keep_edited_keys` relies on: the last columns solve for the batch beside all keys."""
     c, old, new = moment(), some_keys(3, 8), some_keys(2, 9)
