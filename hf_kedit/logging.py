@@ -37,6 +37,7 @@ StepReport = Callable[[str, int, int | None], None]
 """Is told what goes on, how many steps of it are done, and of how many."""
 _told: ContextVar[StepReport | None] = ContextVar("told", default=None)
 _losses: ContextVar[list[float] | None] = ContextVar("losses", default=None)
+_wanted_here: ContextVar[bool] = ContextVar("bars_wanted_here", default=True)
 
 
 def bars_unwanted() -> bool:
@@ -144,6 +145,16 @@ def enable_progress_bars(*, lines: bool = False) -> None:
     _progress_bars, _in_lines = True, lines
 
 
+@contextlib.contextmanager
+def bars_here(wanted: bool) -> Iterator[None]:
+    """Show bars inside the block, if they are enabled, or none at all; inner blocks can only show fewer."""
+    before = _wanted_here.set(wanted and _wanted_here.get())
+    try:
+        yield
+    finally:
+        _wanted_here.reset(before)
+
+
 def progress(items: Iterable[T], description: str, *, show: bool | None = None, **kwargs: Any) -> Iterable[T]:
     """Iterate over ``items`` under a progress bar on standard error.
 
@@ -185,7 +196,8 @@ def _looks(description: str, show: bool, given: dict[str, Any]) -> dict[str, Any
         show: if bars are enabled.
         given: for ``tqdm``.
     """
-    looks = {**given, "desc": description, "disable": not (show and _progress_bars), "leave": False}
+    shown = show and _progress_bars and _wanted_here.get()
+    looks = {**given, "desc": description, "disable": not shown, "leave": False}
     if _in_lines:
         line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go"
         looks |= {"file": _Lines(), "bar_format": line, "miniters": 1, "position": 0, "mininterval": 1.0}

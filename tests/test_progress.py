@@ -8,7 +8,8 @@ import pytest
 
 from hf_kedit import logging as kedit_logging
 from hf_kedit.cli.output import Format, set_up
-from hf_kedit.logging import progress, progress_bar
+from hf_kedit.evaluation.asking.batching import make_batches
+from hf_kedit.logging import bars_here, progress, progress_bar
 
 
 @pytest.fixture
@@ -58,3 +59,20 @@ def test_what_a_command_shows_off_the_terminal(
     set_up(output_format, debug=False)
     assert kedit_logging._progress_bars is shown
     assert lines is None or kedit_logging._in_lines is lines
+
+
+def test_what_is_asked_of_a_model_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    kedit_logging.enable_progress_bars()
+    asked = {f"question {n}": n for n in range(120)}
+
+    def batches(doing: str, items: dict[str, int] = asked) -> str:
+        groups = list(make_batches(items, lambda q: 8, 160, doing=doing))
+        assert [len(group) for group in groups] == [20] * (len(items) // 20)
+        return capfd.readouterr().err
+
+    shown = batches("writing answers")
+    assert "writing answers" in shown and "120/120" in shown
+    assert batches("") == "" and batches("writing answers", dict(list(asked.items())[:40])) == ""
+    with bars_here(False), bars_here(True):  # who wants none gets none, whatever is called inside
+        assert batches("writing answers") == ""
+    assert "120/120" in batches("writing answers")

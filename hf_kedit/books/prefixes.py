@@ -4,28 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..anatomy.switching import Switch, switched
 
-_BEHIND: ContextVar[bool] = ContextVar("kedit_behind_prefixes", default=False)
+
+@dataclass(frozen=True)
+class PrefixedRows:
+    """Rows that the model reads behind prefixes, so that their edits are decided already.
+
+    Args:
+        prefixes: of each row; ``generate`` may read several copies of a row, which stand together.
+        held: what is found out about them once, by name of who wants to know it.
+    """
+
+    prefixes: tuple[Prefix | None, ...]
+    held: dict[str, Any] = field(default_factory=dict)
 
 
-def behind_prefixes() -> bool:
-    """Whether the rows that the model reads now stand behind prefixes, so that their edits are decided already."""
-    return _BEHIND.get()
+_READ: ContextVar[PrefixedRows | None] = ContextVar("kedit_prefixed_rows", default=None)
 
 
-def reading_behind_prefixes() -> Switch[None]:
-    """What the model reads inside the block are rows behind their prefixes (`behind_prefixes`)."""
+def prefixed_rows() -> PrefixedRows | None:
+    """The rows that the model reads now, if they stand behind prefixes."""
+    return _READ.get()
 
-    def say(behind: bool) -> None:
-        _BEHIND.set(behind)
 
-    return switched(lambda: say(True), lambda: say(False))
+def reading_behind(prefixes: Sequence[Prefix | None]) -> Switch[None]:
+    """What the model reads inside the block are rows behind these prefixes (`prefixed_rows`)."""
+    before: list[PrefixedRows | None] = []
+
+    def begin() -> None:
+        before.append(_READ.get())
+        _READ.set(PrefixedRows(tuple(prefixes)))
+
+    def end() -> None:
+        _READ.set(before.pop())
+
+    return switched(begin, end)
 
 
 class RowText(str):
@@ -55,6 +74,7 @@ class Prefix:
         nearest_last: the most similar demonstration is the last one; where space is short the others go first.
         model: the model that reads the row instead; ``None`` for the edited model itself.
         share: part of the answer that comes from the prefixed row, the rest from the plain one; 1 replaces it.
+        mark: what the one who has decided on it wants to know again while the row is read behind it.
     """
 
     fact: str
@@ -62,3 +82,4 @@ class Prefix:
     nearest_last: bool = True
     model: Any | None = None
     share: float = 1.0
+    mark: Any = None

@@ -43,7 +43,7 @@ from ..tokens import (
     prompt_ids,
 )
 from .call_rows import CallRows, moved, take_rows, wanted_columns
-from .prefixes import Prefix, RowText, reading_behind_prefixes
+from .prefixes import Prefix, RowText, reading_behind
 from .sites import prompt_ends
 
 if TYPE_CHECKING:
@@ -204,12 +204,13 @@ class Prompter(Passable):
             # column of the caller → column behind the prefix, of each row's own tokens
             places = [dict(zip(rows.columns[i], p[1], strict=True)) for i, p in zip(group, prefixed, strict=True)]
             asked = [[where[c] for c in wanted[i] if c in where] for i, where in zip(group, places, strict=True)]
-            found = logits_at(
-                reader,
-                {**model_inputs(reader, batch), "return_dict": True},
-                Positions.of(asked, batch.input_ids),
-                run=plain if model is None else None,
-            ).to(rows.input_ids.device, self.model.dtype)
+            with reading_behind([routes[i] for i in group]):
+                found = logits_at(
+                    reader,
+                    {**model_inputs(reader, batch), "return_dict": True},
+                    Positions.of(asked, batch.input_ids),
+                    run=plain if model is None else None,
+                ).to(rows.input_ids.device, self.model.dtype)
             for i, where, behind in zip(group, places, found.split([len(row) for row in asked]), strict=True):
                 share = routes[i].share  # type: ignore[union-attr]
                 at = [k for k, c in enumerate(wanted[i]) if c in where]
@@ -230,7 +231,8 @@ class Prompter(Passable):
         batch, places = self._behind_pictures(rows, routes, 0, "right")
         asked = [[where[c] for c in columns if c in where] for columns, where in zip(wanted, places, strict=True)]
         inputs = {**rows.with_pictures(self.model, batch), "use_cache": False, "return_dict": True}
-        found = logits_at(self.model, inputs, Positions.of(asked, batch.input_ids), run=plain)
+        with reading_behind(routes):
+            found = logits_at(self.model, inputs, Positions.of(asked, batch.input_ids), run=plain)
         answers = []
         pieces = found.split([len(row) for row in asked])
         for columns, where, behind in zip(wanted, places, pieces, strict=True):
@@ -288,7 +290,8 @@ class Prompter(Passable):
             read = {k: take_rows(v, group, rows.count) for k, v in given.items()}
             read |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             read = moved(read, device_of(model or self.model))
-            logits = (plain if model is None else model)(**read).logits
+            with reading_behind([routes[i] for i in group]):
+                logits = (plain if model is None else model)(**read).logits
             logits = logits.to(rows.input_ids.device, self.model.dtype)
             for i, answer in zip(group, logits, strict=True):
                 share = routes[i].share  # type: ignore[union-attr]
@@ -380,7 +383,8 @@ class Prompter(Passable):
             batch = self._encoder_rows(rows, routes, group, model)
             kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             kwargs = moved(kwargs, device_of(who))
-            return plain(**kwargs) if model is None else model.generate(**kwargs)
+            with reading_behind([routes[i] for i in group]):
+                return plain(**kwargs) if model is None else model.generate(**kwargs)
         settings = given.get("generation_config") or who.generation_config
         new = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
         if rows.pictures:
@@ -398,7 +402,7 @@ class Prompter(Passable):
             if value and not new:
                 kwargs[name] = value + added
         kwargs = moved(kwargs, device_of(who))
-        with reading_behind_prefixes():
+        with reading_behind([routes[i] for i in group]):
             found = plain(**kwargs) if model is None else model.generate(**kwargs)
         sequences = found if isinstance(found, torch.Tensor) else found.sequences
         fresh = sequences[:, batch.input_ids.shape[1] :]

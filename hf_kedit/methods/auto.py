@@ -6,10 +6,10 @@ default ROME) as if it were the only one, and kept as what this method would do 
 
     ΔW_i = left_i right_iᵀ        at one or several linear layers,
 
-or (PROMPT) the fact as a text; and no weight is touched. Before the model runs, a router reads each row's prompt
-(books/router.py) and finds the one edit that it asks for, or none:
+or (PROMPT) the fact as a text, or both; and no weight is touched. Before the model runs, a router reads each row's
+prompt (books/router.py) and finds the one edit that it asks for, or none:
 
-    y = W x + left_i (right_iᵀ x)    at every position of a row that edit i claims, or that row behind text i
+    y = W x + left_i (right_iᵀ x)    at every position of a row that edit i claims, and that row behind text i
     y = W x                          bit for bit, in every other row
 
 Prompts that name the subject and those that do not (the model's states tell them) may get solutions of two base
@@ -45,7 +45,7 @@ from ..requests import EditRequest, in_row
 from .auto_memory import UNNAMED, WORDS, Compared, RoutedChange, RoutedChanges, word_vectors
 from .auto_shelf import Shelf, Solution, sizes_of
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, WrappingConfig, method_class, register_method
-from .ike import Prompt, PromptConfig
+from .ike import Prompt, PromptConfig, new_fact
 
 
 @dataclass
@@ -57,6 +57,8 @@ class AutoMethodConfig(WrappingConfig):
             PROMPT, by its name or config.
         base_unnamed: another one for prompts that do not name the edit's subject, which only ``states`` can know
             (``"model"`` then, if none are named); ``None``: the same.
+        in_context: read claimed rows behind the fact as a text, too, as PROMPT does: a change and a text help each
+            other. Has no meaning where the base method is PROMPT.
         rank: columns that are kept for an edit at each layer, at most; ``None``: those of the first edit. A change of
             a larger rank is refused.
         encoder: what compares wordings: ``"dense"``, any other embedding retriever, or ``"words"``, the word vectors
@@ -71,6 +73,7 @@ class AutoMethodConfig(WrappingConfig):
     edit_type: ClassVar[str] = "auto"
 
     base_unnamed: Any = None
+    in_context: bool = False
     rank: NonNegativeInt | None = None
     encoder: str | None = None
     slack: float | None = None
@@ -106,7 +109,8 @@ class AutoMethodConfig(WrappingConfig):
     @property
     def in_words(self) -> str:
         """The method, and those inside."""
-        return f"{self.edit_type} ({'; subject not named: '.join(base.in_words for base in self.bases)})"
+        text = ", with the fact in front" if self.in_context else ""
+        return f"{self.edit_type} ({'; subject not named: '.join(base.in_words for base in self.bases)}{text})"
 
     def check_base(self, base: EditConfig) -> None:
         """A method whose edits can be kept beside the weights, one by one."""
@@ -146,6 +150,7 @@ class AutoMethodConfig(WrappingConfig):
             "base": [settings(name) for name in ("core", "lora", "prompt", "memit", "namet")],
             "base_unnamed": [settings(name) for name in ("prompt", "lora")],
             "states": [MODEL],
+            "in_context": [True],
             "slack": [0.1, 0.5],
             "alike": [0.7],
         }
@@ -275,7 +280,11 @@ class Auto(Method):
         """What a base method finds for every edit alone, and what it says about it."""
         with self.bench.sites.disabled():
             outcomes = [base.regularise(outcome) for outcome in base.compute_apart(requests)]
-        return [(self._solution(base, outcome), outcome.diagnostics[0]) for outcome in outcomes]
+        found = [(self._solution(base, outcome), outcome.diagnostics[0]) for outcome in outcomes]
+        if not self.config.in_context or isinstance(base, Prompt):
+            return found
+        texts = [new_fact(request.asked("plain"), self.config.separator) for request in requests]
+        return [(replace(s, fact=text), numbers) for (s, numbers), text in zip(found, texts, strict=True)]
 
     def _solution(self, base: Method, outcome: Outcome) -> Solution:
         """What a base method has found for one edit.
@@ -316,7 +325,7 @@ class Auto(Method):
         """
         config = self.config
         for own in by_shelf:
-            if len({tuple(solution.paths) for solution in own}) > 1:
+            if len({solution.kind for solution in own}) > 1:
                 raise ConfigError(
                     f"auto keeps changes of the same layers for all facts, and {own[0].base} writes some of these to"
                     " other projections than the rest: take expert_policy='shared'"
@@ -331,8 +340,8 @@ class Auto(Method):
                 shelves, config.encoder, config.slack, word_vectors(model), self._compared(),
                 self.bench.anatomy.layer(0).path,
             )  # fmt: skip
-        elif ([list(shelf.paths) for shelf in memory.shelves], memory.encoder, memory.slack, memory.compared) != (
-            [solution.paths for solution in largest], config.encoder, config.slack, self._compared(),
+        elif ([shelf.kind for shelf in memory.shelves], memory.encoder, memory.slack, memory.compared) != (
+            [solution.kind for solution in largest], config.encoder, config.slack, self._compared(),
         ):  # fmt: skip
             kept = " and ".join(shelf.in_words for shelf in memory.shelves)
             raise ConfigError(

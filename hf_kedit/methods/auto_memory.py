@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..books.book import Saved
-from ..books.prefixes import Prefix, RowText, behind_prefixes
+from ..books.prefixes import Prefix, PrefixedRows, RowText, prefixed_rows
 from ..books.prompting import Prompter
 from ..books.retrieval import find_retriever
 from ..books.router import Address, EditRoute, EditRouter, Encoder, RouteCandidate, encoder_of_words
@@ -169,7 +169,7 @@ class RoutedChanges(SiteMemory):
 
     def decide(self, frame: Frame) -> None:
         """Find the edit of every row, before the model runs."""
-        if _is_reading() or behind_prefixes():  # the model as it is without these edits; decided already
+        if _is_reading() or prefixed_rows() is not None:  # the model as it is without these edits; decided already
             return
         if frame.phase == "decode" or not needs_whole_prompt(frame, "auto"):
             return
@@ -178,11 +178,15 @@ class RoutedChanges(SiteMemory):
             return
         masks = frame.prompt_mask.to(frame.ids.device)
         routes = self._routes([row[mask].tolist() for row, mask in zip(frame.ids, masks, strict=True)])
+        frame.held[self.key] = self._places(routes)
+
+    def _places(self, routes: Sequence[EditRoute | None]) -> torch.Tensor:
+        """The place of each row's edit on each shelf, ``[shelves, rows]``, `UNCLAIMED` where it has none there."""
         places = torch.full((len(self.shelves), len(routes)), UNCLAIMED)
         for row, route in enumerate(routes):
             if route is not None:
                 places[self._shelf_of(route), row] = route.place
-        frame.held[self.key] = places
+        return places
 
     def _routes(self, rows: Sequence[Sequence[int]]) -> list[EditRoute | None]:
         """The edits that prompts ask for, which are given as token ids."""
@@ -199,7 +203,7 @@ class RoutedChanges(SiteMemory):
         found: list[Prefix | None] = []
         for route in self._routes([text.ids for text in texts]):
             fact = "" if route is None else self.shelves[self._shelf_of(route)].facts[route.place]
-            found.append(Prefix(fact) if fact else None)
+            found.append(Prefix(fact, mark=route) if fact else None)
         return found
 
     def _states(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -242,7 +246,8 @@ class RoutedChanges(SiteMemory):
         return {**dict.fromkeys(self.paths, self._add), **reads}
 
     def _add(self, call: SiteCall) -> torch.Tensor | None:
-        held = call.frame.held.get(self.key)
+        behind = prefixed_rows()
+        held = call.frame.held.get(self.key) if behind is None else self._places_behind(behind, call.output.shape[0])
         if held is None or held.shape[1] != call.output.shape[0]:
             return None
         output = None
@@ -251,6 +256,18 @@ class RoutedChanges(SiteMemory):
             if len(rows):
                 output = shelf.changed(call, call.output if output is None else output, rows, places[rows])
         return output
+
+    def _places_behind(self, behind: PrefixedRows, rows: int) -> torch.Tensor:
+        """`_places` of rows that are read behind their texts, as it was decided when these were put there.
+
+        The text names the subject, too: asked again, the router might decide otherwise.
+        """
+        places = behind.held.get(self.key)
+        if places is None:
+            marks = [prefix and prefix.mark for prefix in behind.prefixes]
+            places = self._places([mark if isinstance(mark, EditRoute) else None for mark in marks])
+            behind.held[self.key] = places
+        return places.repeat_interleave(rows // places.shape[1], dim=1)
 
     # ------------------------------------------------------------------ changing it
 

@@ -24,12 +24,12 @@ from ..errors import ArtifactError
 
 @dataclass(frozen=True)
 class Solution:
-    """What a base method has computed for one edit: changes of layers, or a text for the front of prompts.
+    """What a base method has computed for one edit: changes of layers, a text for the front of prompts, or both.
 
     Args:
         base: name of the method.
-        factors: its changes, by module; none where it is a text.
-        fact: the text.
+        factors: its changes, by module; none where it is a text alone.
+        fact: the text; empty where there is none.
     """
 
     base: str
@@ -42,23 +42,38 @@ class Solution:
         return sorted(self.factors)
 
     @property
+    def kind(self) -> tuple[tuple[str, ...], bool]:
+        """As of the shelf that it lies on."""
+        return tuple(self.paths), bool(self.fact)
+
+    @property
     def rank(self) -> int:
         """The largest rank of its changes, 0 without any."""
         return max((f.left.shape[1] for f in self.factors.values()), default=0)
 
 
 class Shelf:
-    """The solutions of all edits, in order: changes of the same layers, or texts. Immutable.
+    """The solutions of all edits, in order: changes of the same layers, texts, or both. Immutable.
 
     Args:
-        paths: names of the layers; none: the solutions are texts.
+        paths: names of the layers; none: the solutions are texts alone.
         rank: of a change, at each layer.
         sizes: (d_in, d_out) of every layer.
         mark: what sets the names of its tensors apart from those of another shelf.
+        holds_texts: whether the solutions have texts.
     """
 
-    def __init__(self, paths: Sequence[str], rank: int, sizes: Mapping[str, tuple[int, int]], mark: str = ""):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        rank: int,
+        sizes: Mapping[str, tuple[int, int]],
+        mark: str = "",
+        *,
+        holds_texts: bool,
+    ):
         self.paths, self.rank, self.sizes, self.mark = tuple(paths), rank, dict(sizes), mark
+        self.holds_texts = holds_texts
         self.bases: tuple[str, ...] = ()
         self.facts: tuple[str, ...] = ()
         self._lefts = {path: Vectors(rank * sizes[path][1]) for path in self.paths}
@@ -68,17 +83,20 @@ class Shelf:
     def fitting(cls, solution: Solution, model: nn.Module, rank: int | None = None, mark: str = "") -> Shelf:
         """An empty shelf for solutions of this kind, of a rank (``None``: its own)."""
         sizes = {path: sizes_of(model, path) for path in solution.paths}
-        return cls(solution.paths, (rank or solution.rank) if sizes else 0, sizes, mark)
+        return cls(
+            solution.paths, (rank or solution.rank) if sizes else 0, sizes, mark, holds_texts=bool(solution.fact)
+        )
 
     @property
-    def holds_texts(self) -> bool:
-        """Whether the solutions are texts."""
-        return not self.paths
+    def kind(self) -> tuple[tuple[str, ...], bool]:
+        """What all its solutions have in common: the layers that they change, and whether they have texts."""
+        return self.paths, self.holds_texts
 
     @property
     def in_words(self) -> str:
         """What lies on it."""
-        return f"changes of {', '.join(self.paths)}" if self.paths else "texts"
+        changes = f"changes of {', '.join(self.paths)}" if self.paths else ""
+        return " with ".join(filter(None, [changes, "texts" if self.holds_texts else ""]))
 
     def _copy(self) -> Shelf:
         made = copy.copy(self)
@@ -140,7 +158,8 @@ class Shelf:
 
     def describe(self) -> dict[str, Any]:
         """What all edits have in common."""
-        return {"paths": list(self.paths), "rank": self.rank}
+        both = {"texts": True} if self.paths and self.holds_texts else {}
+        return {"paths": list(self.paths), "rank": self.rank, **both}
 
     def describe_edit(self, place: int) -> dict[str, Any]:
         """What is not a tensor of one edit."""
@@ -166,11 +185,12 @@ class Shelf:
         paths, rank = list(map(str, part["paths"])), int(part["rank"])
         if rank < 1 and paths:
             raise ArtifactError(f"{saved.source}: edits of auto change layers by rank {rank}")
-        made = cls(paths, rank, {path: sizes_of(model, path) for path in paths}, mark)
+        texts = not paths or part.get("texts") is True
+        made = cls(paths, rank, {path: sizes_of(model, path) for path in paths}, mark, holds_texts=texts)
         made.bases = tuple(str(edit.get("base", "")) for edit in edits)  # not there in files of earlier versions
-        made.facts = tuple("" if paths else edit["fact"] for edit in edits)
-        if made.holds_texts and not all(isinstance(fact, str) and fact for fact in made.facts):
-            raise ArtifactError(f"{saved.source}: an edit of auto has neither a change nor a text")
+        made.facts = tuple(edit["fact"] if texts else "" for edit in edits)
+        if texts and not all(isinstance(fact, str) and fact for fact in made.facts):
+            raise ArtifactError(f"{saved.source}: an edit of auto lacks its text")
         for path in paths:
             d_in, d_out = made.sizes[path]
             made._lefts[path] = Vectors.of(saved.tensor(made._name(path, "left"), (len(edits), rank * d_out)))

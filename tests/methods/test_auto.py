@@ -494,9 +494,75 @@ def test_without_facts_nothing_stands_before_the_model(wanted: list[EditRequest]
     assert "forward" not in model.base_model.__dict__ and without_trace(model)
 
 
+@pytest.fixture(scope="module")
+def with_both() -> EditableModel:
+    """Three edits that are changes of weights and texts."""
+    model = EditableModel.from_pretrained("kedit/world-llama", config(in_context=True))
+    model.edit(facts(3), batch_size=1)
+    return model
+
+
+def test_a_claimed_row_reads_the_fact_with_the_change(with_both: EditableModel, wanted: list[EditRequest]) -> None:
+    """As PROMPT on the model that ROME has changed, whatever else stands in the batch."""
+    changed = EditableModel.from_pretrained("kedit/world-llama", config().base_config)
+    changed.edit(wanted[1])
+    both = EditableModel(changed.merge_and_unload(), PromptConfig(scope="always"), tokenizer=with_both.tokenizer)
+    both.edit(wanted[1])
+    asked = [wanted[1].filled_prompt, f"They say that {wanted[1].filled_prompt}"]
+    for prompt in asked:
+        torch.testing.assert_close(prompt_logits(with_both, prompt), prompt_logits(both, prompt), rtol=1e-3, atol=1e-3)
+    said = says(both, asked)
+    several = [UNRELATED[0], asked[0], wanted[0].filled_prompt, asked[1]]
+    for options in ({}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}):
+        every = options.get("num_return_sequences", 1)
+        found = says(with_both, several, **options)[::every]
+        assert says(with_both, asked[:1], **options)[0] == found[1]  # alone as among others
+        assert found[2].startswith(wanted[0].target_new)
+        if "num_beams" not in options:
+            assert [found[1], found[3]] == said
+    assert all(learnt(with_both, wanted[:3]))
+    (claim,) = with_both.explain(asked[0])
+    assert claim.claimed and claim.base == "ROME"
+
+
+def test_with_the_fact_in_front_other_rows_stay_the_base_bit_for_bit(
+    with_both: EditableModel, wanted: list[EditRequest]
+) -> None:
+    batch = pad_rows([with_both.tokenizer(p)["input_ids"] for p in (*UNRELATED, wanted[0].filled_prompt)], 0, "left")  # type: ignore[misc]
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        together = with_both(**given).logits
+        with with_both.disable_edits():
+            before = with_both(**given).logits
+    real = batch.attention_mask.bool()
+    kept = [torch.equal(together[row][real[row]], before[row][real[row]]) for row in range(len(real))]
+    assert kept == [True] * len(UNRELATED) + [False]
+
+
+def test_changes_with_texts_are_saved_and_taken_back(
+    with_both: EditableModel, wanted: list[EditRequest], tmp_path: Path
+) -> None:
+    with_both.save_pretrained(tmp_path)
+    loaded = EditableModel.from_pretrained(tmp_path)
+    for request in wanted[:3]:
+        assert torch.equal(
+            prompt_logits(loaded, request.filled_prompt), prompt_logits(with_both, request.filled_prompt)
+        )
+    loaded.rollback(loaded.edits[1].id)
+    with loaded.disable_edits():
+        before = prompt_logits(loaded, wanted[1].filled_prompt)
+    assert torch.equal(prompt_logits(loaded, wanted[1].filled_prompt), before)
+    assert learnt(loaded, [wanted[0], wanted[2]]) == [True, True]
+    with pytest.raises(
+        ConfigError, match=r"begun with.*with texts"
+    ):  # without a text it would not fit beside the rest
+        loaded.set_method(config()).edit(wanted[3])
+
+
 @pytest.mark.parametrize("damage", [None, "", 7])
-def test_a_damaged_text_is_refused(in_context: EditableModel, damage: Any, tmp_path: Path) -> None:
-    in_context.save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["in_context", "with_both"])
+def test_a_damaged_text_is_refused(kind: str, damage: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(kind).save_pretrained(tmp_path)
     file = tmp_path / "edit_config.json"
     saved = json.loads(file.read_text())
 
@@ -510,7 +576,7 @@ def test_a_damaged_text_is_refused(in_context: EditableModel, damage: Any, tmp_p
     assert len(found) == 3
     found[1]["fact"] = damage
     file.write_text(json.dumps(saved))
-    with pytest.raises(ArtifactError, match="neither a change nor a text"):
+    with pytest.raises(ArtifactError, match="lacks its text"):
         EditableModel.from_pretrained(tmp_path)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import RequestError
-from ...logging import get_logger, warn_once
+from ...logging import get_logger, progress_bar, warn_once
 from ...tokens import TokenIds
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ H = TypeVar("H", bound=Hashable)
 
 TOKEN_BUDGET = 8192
 """Padded tokens of one forward pass."""
+_SOON = 50
+"""As many questions are answered before a bar could be read."""
 
 
 def stock_model(model: Any) -> PreTrainedModel:
@@ -31,15 +34,16 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
 
 
 def make_batches(
-    items: Iterable[H],
+    items: Sequence[H] | Mapping[H, Any],
     width: Callable[[H], int],
     token_budget: int,
     *,
+    doing: str = "",
     max_rows: int | None = None,
     positions: Callable[[H], int] | None = None,
     max_positions: int | None = None,
 ) -> Iterator[list[H]]:
-    """Cut ``items``, longest first, into groups (a single item always makes one).
+    """Cut ``items``, longest first, into groups (a single item always makes one), and show how far they are.
 
     The longest batch comes first, so that too large a budget fails at once. Equal lengths keep the order of the
     input: the same items always give the same batches.
@@ -48,25 +52,32 @@ def make_batches(
         items: what is run.
         width: padded tokens of a row, were it the longest of its group.
         token_budget: largest number of rows × width of a group.
+        doing: what is done with them, for a progress bar; empty: none.
         max_rows: largest number of rows.
         positions: of an item, how many positions its logits are computed at.
         max_positions: largest sum of them in a group.
     """
     group: list[H] = []
     computed = 0
-    for item in sorted(items, key=lambda i: -width(i)):
-        more = positions(item) if positions is not None else 0
-        if group and (
-            (len(group) + 1) * width(group[0]) > token_budget
-            or (max_rows is not None and len(group) >= max_rows)
-            or (max_positions is not None and computed + more > max_positions)
-        ):
+    shown = bool(doing) and len(items) > _SOON
+    with progress_bar(len(items), doing, unit="question") if shown else contextlib.nullcontext() as bar:
+        for item in sorted(items, key=lambda i: -width(i)):
+            more = positions(item) if positions is not None else 0
+            if group and (
+                (len(group) + 1) * width(group[0]) > token_budget
+                or (max_rows is not None and len(group) >= max_rows)
+                or (max_positions is not None and computed + more > max_positions)
+            ):
+                yield group
+                if bar is not None:
+                    bar.update(len(group))
+                group, computed = [], 0
+            group.append(item)
+            computed += more
+        if group:
             yield group
-            group, computed = [], 0
-        group.append(item)
-        computed += more
-    if group:
-        yield group
+            if bar is not None:
+                bar.update(len(group))
 
 
 def stand_in_bos(tokenizer: PreTrainedTokenizerBase) -> int:

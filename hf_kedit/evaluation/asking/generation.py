@@ -138,7 +138,11 @@ def generate_answers(
     results: dict[str, Continuation] = {}
     with frozen_eval(model), generating(), torch.inference_mode(), _generation_config(model, config):
         for group in make_batches(
-            rows, lambda p: len(rows[p]) + max_new_tokens, token_budget, max_rows=max_batch_rows
+            rows,
+            lambda p: len(rows[p]) + max_new_tokens,
+            token_budget,
+            max_rows=max_batch_rows,
+            doing="writing answers",
         ):
             noise = None if sampling is None else _SeededTopK(sampling, group)
             continued = _generate_batch(

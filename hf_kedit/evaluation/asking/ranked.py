@@ -66,7 +66,12 @@ def ranked_predictions(
             found[prompt, target] = Unscored(prompt, target, str(error))
     most = LOGIT_BUDGET // vocabulary_size(model)
     batches = make_batches(
-        rows, lambda pair: rows[pair].width, token_budget, positions=lambda pair: rows[pair].width, max_positions=most
+        rows,
+        lambda pair: rows[pair].width,
+        token_budget,
+        positions=lambda pair: rows[pair].width,
+        max_positions=most,
+        doing="ranking answers",
     )
     with frozen_eval(model), torch.inference_mode():
         for group in batches:

@@ -206,6 +206,7 @@ def try_score_pairs(
         max_rows=max_batch_rows,
         positions=positions,
         max_positions=LOGIT_BUDGET // vocabulary_size(model),
+        doing="scoring answers",
     )
     with frozen_eval(model), torch.inference_mode():
         for group in batches:

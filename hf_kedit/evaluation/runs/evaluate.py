@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...engine.access import alone
 from ...errors import EvaluationError, check_choice, check_count, shown
+from ...logging import bars_here
 from ...tracking import Tracking
 from ..asking.batching import TOKEN_BUDGET
 from ..measures.abilities import Ability
@@ -200,7 +201,7 @@ def evaluate_edits(
         todo = [step for step in mine if step.number not in run.done]
         if todo or keep_edits:
             # Everything is asked of the unedited model in the same batches, whether or not a run is continued.
-            with tracking:
+            with tracking, bars_here(progress):
                 run.measure_pre(mine, by_number)
                 seconds_pre = time.perf_counter() - began
                 run.execute(units, mine, by_number, progress, keep_edits)
