@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,31 @@ def test_what_is_soon_done_writes_nothing(capfd: pytest.CaptureFixture[str]) -> 
             bar.refresh()
             bar.set_description_str("reading on")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("items", "show", "shown"),
+    [
+        ([], None, False),
+        ([1], None, False),
+        ([1, 2], None, True),
+        (iter([1]), None, True),  # nobody knows how many
+        ([1], True, True),
+        ([1, 2], False, False),
+    ],
+)
+def test_one_item_needs_no_bar(items: Any, show: bool | None, shown: bool) -> None:
+    kedit_logging.enable_progress_bars()
+    bar: Any = progress(items, "editing", show=show)
+    assert bar.disable is not shown
+    bar.close()
+
+
+def test_names_of_loggers_stand_below_the_library() -> None:
+    assert [kedit_logging.get_logger(name).name for name in ("hf_kedit.cli.app", "mine")] == [
+        "hf_kedit.cli.app",
+        "hf_kedit.mine",
+    ]
 
 
 @pytest.mark.parametrize(

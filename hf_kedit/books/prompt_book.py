@@ -211,7 +211,7 @@ class PromptBook:
     ) -> tuple[PromptEntry, float] | None:
         """The candidate whose number the model finds the likeliest behind the list of them, or ``None`` for 0."""
         assert isinstance(self.prompter, Prompter)
-        tokenizer = self.prompter.tokenizer
+        tokenizer = self.prompter.writer.tokenizer
         facts = [f"{i}. {entry.statement}" for i, (entry, _) in enumerate(candidates, start=1)]
         text = SELECTION.format(facts="\n".join(facts), prompt=prompt)
         examples = []

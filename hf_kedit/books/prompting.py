@@ -4,21 +4,15 @@ While it is attached, a model's ``forward`` and ``generate`` ask a router about 
 for is run with the prefix behind its leading special tokens (BOS), by the model itself or by another one; logits,
 loss and returned sequences are those of the tokens that the caller gave. Rows without a prefix run as they are, and a
 call without any such row is passed on untouched, bit for bit. Nothing else of the model changes, and detaching it
-restores the model. An encoder-decoder reads the prefix in its encoder. This module knows no method.
-
-Of a row with pictures the prefix stands between these and the question. Demonstrations with pictures of their own
-stand in front of the row's, so that every picture has its text behind it:
-
-    [BOS] {picture}{demonstration} … {the row's picture}{fact}{question}
+restores the model. An encoder-decoder reads the prefix in its encoder. This module knows no method,
+and leaves to `prefixed_rows` where in a row a prefix stands.
 """
 
 from __future__ import annotations
 
 import functools
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,21 +22,10 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from ..anatomy.switching import Passable, Switch, switched, uninterrupted
 from ..engine.forward import Positions, device_of, image_ids, logits_at, model_inputs, named_arguments
-from ..errors import ConfigError, TargetTooLongError, UnsupportedModelError
-from ..text.pictures import PicturedText
-from ..text.subjects import last_user_turn
-from ..tokens import (
-    TokenBatch,
-    TokenIds,
-    context_length,
-    encode_text,
-    joined_ids,
-    needed_tokenizer,
-    pad_id,
-    pad_rows,
-    prompt_ids,
-)
+from ..errors import ConfigError, UnsupportedModelError
+from ..tokens import TokenBatch, context_length, pad_id, pad_rows
 from .call_rows import CallRows, moved, take_rows, wanted_columns
+from .prefixed_rows import PrefixWriter, shows_pictures
 from .prefixes import Prefix, RowText, reading_behind
 from .sites import prompt_ends
 
@@ -91,7 +74,7 @@ class Prompter(Passable):
         asleep: Callable[[], bool] = lambda: False,
         together: bool = False,
     ):
-        self.model, self._tokenizer, self.router, self._looks = model, tokenizer, router, looks
+        self.model, self.writer, self.router, self._looks = model, PrefixWriter(tokenizer), router, looks
         self._asleep, self._together = asleep, together
         self._before: dict[str, Any] | None = None
 
@@ -131,15 +114,6 @@ class Prompter(Passable):
     @property
     def _lets_pass(self) -> bool:
         return self.is_passing or self._asleep() or self in _INSIDE.get()
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer.
-
-        Raises:
-            ConfigError: if there is none.
-        """
-        return needed_tokenizer(self._tokenizer(), "an edit that lives in prompts")
 
     # ------------------------------------------------------------------ one forward
 
@@ -199,8 +173,8 @@ class Prompter(Passable):
             answers = dict(zip(read, found.split([len(row) for row in asked]), strict=True))
         for model, group in _by_model(routes).items():
             reader = model or self.model
-            prefixed = [self.with_prefix(rows.ids[i], routes[i], reader, 0) for i in group]
-            batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer)).to(device_of(reader))
+            prefixed = [self.writer.with_prefix(rows.ids[i], routes[i], reader, 0) for i in group]
+            batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.writer.tokenizer)).to(device_of(reader))
             # column of the caller → column behind the prefix, of each row's own tokens
             places = [dict(zip(rows.columns[i], p[1], strict=True)) for i, p in zip(group, prefixed, strict=True)]
             asked = [[where[c] for c in wanted[i] if c in where] for i, where in zip(group, places, strict=True)]
@@ -254,10 +228,10 @@ class Prompter(Passable):
                 "an edit of this method answers by a model of text, and the question has pictures; ask without them,"
                 " or inside disable_edits()"
             )
-        more = any(_with_pictures(route) for route in routes)
+        more = any(shows_pictures(route) for route in routes)
         own = rows.apart(image_ids(self.model)) if more else [rows.row(i) for i in range(rows.count)]
-        prefixed = [self.with_prefix(ids, route, self.model, reserve) for ids, route in zip(own, routes, strict=True)]
-        batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.tokenizer), side).to(rows.input_ids.device)
+        prefixed = [self.writer.with_prefix(ids, route, self.model, reserve) for ids, route in zip(own, routes, strict=True)]
+        batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.writer.tokenizer), side).to(rows.input_ids.device)
         starts = batch.starts.tolist()
         return batch, [
             {c: start + k for c, k in zip(columns, own, strict=True)}
@@ -286,7 +260,7 @@ class Prompter(Passable):
                 )
             )
         for model, group in _by_model(routes).items():
-            batch = self._encoder_rows(rows, routes, group, model)
+            batch = self._encoder_rows(rows, routes, group, model or self.model)
             read = {k: take_rows(v, group, rows.count) for k, v in given.items()}
             read |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             read = moved(read, device_of(model or self.model))
@@ -301,23 +275,11 @@ class Prompter(Passable):
         return Seq2SeqLMOutput(loss=loss, logits=merged)
 
     def _encoder_rows(
-        self, rows: CallRows, routes: Sequence[Prefix | None], group: list[int], model: Any | None
+        self, rows: CallRows, routes: Sequence[Prefix | None], group: Sequence[int], reader: Any
     ) -> TokenBatch:
-        """Rows behind their prefixes as the encoder reads them: as texts, with the tokenizer's own special tokens."""
-        limit = context_length((model or self.model).config)
-        texts = self.tokenizer.batch_decode([rows.ids[i] for i in group], skip_special_tokens=True)
-        read: list[Sequence[int]] = []
-        for i, text in zip(group, texts, strict=True):
-            for _, front in _fronts(routes[i]):
-                ids = prompt_ids(self.tokenizer, front + text, encoder_decoder=True)
-                if limit is None or len(ids) <= limit:
-                    break
-            else:
-                raise TargetTooLongError(
-                    f"the new fact and the prompt take {len(ids)} tokens, the context has {limit}"
-                )
-            read.append(ids)
-        return pad_rows(read, pad_id(self.tokenizer))
+        """Some rows behind their prefixes, for the encoder of the model that reads them."""
+        ids, prefixes = [rows.ids[i] for i in group], [routes[i] for i in group]
+        return self.writer.encoder_rows(ids, prefixes, context_length(reader.config))
 
     # ------------------------------------------------------------------ generation
 
@@ -362,7 +324,7 @@ class Prompter(Passable):
             )
         width = max(found.shape[1] for _, found in groups)
         each = groups[0][1].shape[0] // len(groups[0][0])
-        merged = groups[0][1].new_full((rows.count * each, width), pad_id(self.tokenizer))
+        merged = groups[0][1].new_full((rows.count * each, width), pad_id(self.writer.tokenizer))
         for group, found in groups:
             merged[_expanded(group, each), : found.shape[1]] = found.to(merged.device)
         return merged
@@ -380,7 +342,7 @@ class Prompter(Passable):
         who = model or self.model
         kwargs = {k: take_rows(v, group, rows.count) for k, v in given.items()}
         if who.config.is_encoder_decoder:
-            batch = self._encoder_rows(rows, routes, group, model)
+            batch = self._encoder_rows(rows, routes, group, model or self.model)
             kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             kwargs = moved(kwargs, device_of(who))
             with reading_behind([routes[i] for i in group]):
@@ -391,8 +353,8 @@ class Prompter(Passable):
             batch, _ = self._behind_pictures(rows, routes, new, "left")
             kwargs |= rows.with_pictures(self.model, batch)
         else:
-            prefixed = [self.with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
-            batch = pad_rows(prefixed, pad_id(self.tokenizer), side="left")
+            prefixed = [self.writer.with_prefix(rows.ids[i], routes[i], who, new)[0] for i in group]
+            batch = pad_rows(prefixed, pad_id(self.writer.tokenizer), side="left")
             kwargs |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         for name in ("position_ids", "cache_position", "past_key_values"):
             kwargs.pop(name, None)
@@ -419,145 +381,22 @@ class Prompter(Passable):
         """The rows that are run so that some of them, which have no prefix, are answered."""
         return list(range(rows.count)) if self._together else wanted
 
-    # ------------------------------------------------------------------ routes and tokens
+    # ------------------------------------------------------------------ routes
 
     def _routes(self, rows: CallRows, ends: torch.Tensor | None) -> Sequence[Prefix | None]:
         last = [rows.width] * rows.count if ends is None else ends.tolist()
         texts = []
         for ids, columns, end in zip(rows.ids, rows.columns, last, strict=True):
             count = sum(column <= end for column in columns)
-            turn = self._last_turn(ids[:count])
-            whole = str(self.tokenizer.decode(ids[:count], skip_special_tokens=True))
-            texts.append(RowText.of(whole if turn is None else self._said(turn[1]), ids[:count]))
+            texts.append(RowText.of(self.writer.said_in(ids[:count]), ids[:count]))
         if rows.pictures and self._looks is not None:
             found = _Looks(partial(self._looks, rows.inputs()))
             texts = [RowText.of(text, text.ids, partial(found.of, i)) for i, text in enumerate(texts)]
         return self.router(texts)
 
-    def _said(self, turn: str) -> str:
-        """What the user says in a turn, without what stands for pictures."""
-        for token in self.tokenizer.all_special_tokens:
-            turn = turn.replace(token, "")
-        return turn.strip()
-
-    def _last_turn(self, ids: Sequence[int]) -> tuple[int, str] | None:
-        """Where what the user of a chat says last begins, and what it is; ``None`` if the text is not one.
-
-        A text counts as a chat if markers of a template stand in it: special tokens, or ``[INST]``.
-        """
-        tokenizer, markers = self.tokenizer, set(self.tokenizer.all_special_ids)
-        text = str(tokenizer.decode(list(ids)))
-        turn = last_user_turn(text)
-        if turn is None or not ("[INST]" in text or any(i in markers for i in ids[1:])):
-            return None
-        start = bisect_left(range(len(ids)), turn[0], key=lambda k: len(str(tokenizer.decode(list(ids[:k])))))
-        while start < len(ids) and not str(tokenizer.decode(list(ids[start : start + 1]))).strip():
-            start += 1  # the line break that belongs to the marker
-        return start, text[slice(*turn)]
-
-    def with_prefix(
-        self, ids: Sequence[int], prefix: Prefix | None, model: Any, reserve: int
-    ) -> tuple[Sequence[int], list[int]]:
-        """Token ids of a row behind its prefix, and where each of the row's own tokens now is.
-
-        The prefix stands behind the leading special tokens (and pictures), in a chat in front of what the user says
-        last: outside of its turns a chat model reads nothing.
-        """
-        if prefix is None:
-            return ids, list(range(len(ids)))
-        turn = self._last_turn(ids)
-        begin = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id) if turn is None else turn[0]
-        if image_ids(model).isdisjoint(ids) and _with_pictures(prefix):  # nothing is to be seen
-            prefix = replace(prefix, demonstrations=())
-        lead = self._behind_specials(ids, begin, image_ids(model), turn is not None)
-        limit = context_length(model.config)
-        for shown, text in _fronts(prefix):
-            front, first = self._join(text, ids[lead:])
-            before = [self._shown_ids(demonstration) for demonstration in shown]
-            added = sum(len(part) for part in before)
-            row = [*ids[:begin], *(i for part in before for i in part), *ids[begin:lead], *front, *first]
-            row += ids[lead + len(first) :]
-            if limit is None or len(row) + reserve <= limit:
-                break
-        else:
-            raise TargetTooLongError(
-                f"the new fact, the prompt and {reserve} new tokens take {len(row) + reserve} tokens, the model's"
-                f" context has {limit}"
-            )
-        own = [*range(begin), *range(begin + added, lead + added), *range(lead + added + len(front), len(row))]
-        if not isinstance(ids, TokenIds):
-            return row, own
-        if not before:
-            return ids.spread(row, own), own
-        rest = len(row) - begin - added
-        tail = ids.behind(begin).spread(row[-rest:], [place - begin - added for place in own if place >= begin])
-        return joined_ids([row[:begin], *before, tail]), own
-
-    def _behind_specials(self, ids: Sequence[int], start: int, pictures: set[int], in_turn: bool) -> int:
-        """Where text begins behind leading special tokens and pictures; in a turn of a chat, behind pictures only."""
-        tokenizer, lead = self.tokenizer, start
-        leading = set(tokenizer.all_special_ids)
-        if not pictures.isdisjoint(ids[start:]):
-            added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-            specials = leading | pictures | added
-            while lead < len(ids) and (ids[lead] in specials or not str(tokenizer.decode([ids[lead]])).strip()):
-                lead += 1  # among blanks: the line break that belongs to the placeholder
-            if not pictures.isdisjoint(ids[start:lead]):
-                return lead
-        if in_turn:
-            return start
-        return next((n for n in range(start, len(ids)) if ids[n] not in leading), len(ids))
-
-    def _shown_ids(self, text: str) -> Sequence[int]:
-        """Token ids of a demonstration with its pictures, without the BOS."""
-        ids = encode_text(self.tokenizer, text).ids
-        start = int(ids[0] == self.tokenizer.bos_token_id)
-        return ids.behind(start) if isinstance(ids, TokenIds) else ids[start:]
-
-    def _join(self, text: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Tokens of the prefix, and the row's first token as it is written behind it.
-
-        A word behind a space is another token than one at the start of a text. Where that is a single token too, it
-        takes the place of the first one; elsewhere the space stays with the prefix.
-        """
-        tokenizer = self.tokenizer
-
-        def encode(part: str) -> list[int]:
-            encoded = encode_text(tokenizer, part)
-            return [i for i, special in zip(encoded.ids, encoded.special, strict=True) if not special]
-
-        if not text.endswith(" ") or not ids:
-            return encode(text), list(ids[:1])
-        word = str(tokenizer.decode(list(ids[:1])))
-        stripped, whole = encode(text[:-1]), encode(text + word)
-        if whole[: len(stripped)] == stripped and len(whole) == len(stripped) + 1:
-            return stripped, whole[-1:]
-        return encode(text), list(ids[:1])
-
-
 def _expanded(rows: Sequence[int], each: int) -> list[int]:
     """Places of some rows where every row has become several, which stand together."""
     return [i * each + n for i in rows for n in range(each)]
-
-
-def _with_pictures(prefix: Prefix | None) -> bool:
-    """Whether demonstrations of a prefix have pictures of their own."""
-    return prefix is not None and any(isinstance(text, PicturedText) for text in prefix.demonstrations)
-
-
-def _fronts(prefix: Prefix | None) -> Iterator[tuple[list[str], str]]:
-    """A prefix, and what is left of it where space is short: one demonstration fewer each time.
-
-    Yields:
-        Demonstrations that stand in front of the row's pictures, and the text that stands behind them.
-    """
-    assert prefix is not None
-    demonstrations, apart = list(prefix.demonstrations), _with_pictures(prefix)
-    while True:
-        yield (list(demonstrations), prefix.fact) if apart else ([], "".join(demonstrations) + prefix.fact)
-        if not demonstrations:
-            return
-        demonstrations.pop(0 if prefix.nearest_last else -1)
 
 
 def _by_model(routes: Sequence[Prefix | None]) -> dict[Any, list[int]]:

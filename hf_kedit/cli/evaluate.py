@@ -143,7 +143,7 @@ def evaluate(
         bool, typer.Option("--collect", help="Run nothing; put the parts in --output-dir together.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file for the whole report, case by case.")
+        Path | None, typer.Option("--output", "-o", help="File for the whole report, case by case: JSON; ….html and ….md for people.")
     ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="HTML file for the report: charts, and every case with its texts.")
@@ -228,7 +228,8 @@ def evaluate(
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
     if output is not None:
-        report.to_json(output)
+        written = {".html": report.to_html, ".htm": report.to_html, ".md": report.to_markdown}
+        written.get(output.suffix.lower(), report.to_json)(output)
     if html is not None:
         report.to_html(html)
     if plot is not None:

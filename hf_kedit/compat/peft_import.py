@@ -54,7 +54,8 @@ class _Waiting:
             self._looking = False
         if spec is None or spec.loader is None:
             return None
-        spec.loader = _Registering(spec.loader, self)
+        loader: Any = _Registering(spec.loader, self)
+        spec.loader = loader
         return spec
 
 

@@ -208,7 +208,7 @@ class _Prompting(InContext):
         behind = []
         for example, entry in zip(plain, entries, strict=True):
             prefix = Prefix(entry.fact, entry.demonstrations, entry.nearest_last)
-            ids, own = prompter.with_prefix(example.ids, prefix, model, reserve=0)
+            ids, own = prompter.writer.with_prefix(example.ids, prefix, model, reserve=0)
             behind.append(replace(example, ids=as_ids(ids), positions=tuple(own[p] for p in example.positions)))
         return (
             target_probabilities(model, plain, fill, _ROWS),

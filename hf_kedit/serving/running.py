@@ -77,7 +77,7 @@ def _patient_for(seconds: float) -> type[asyncio.Protocol]:
     """
     known: Any = AutoHTTPProtocol
 
-    class Protocol(known):  # type: ignore[misc]
+    class Protocol(known):
         _hang_up: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:

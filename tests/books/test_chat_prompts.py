@@ -35,7 +35,7 @@ def test_where_the_text_goes(template: str | None) -> None:
         return [None] * len(prompts)
 
     prompter = Prompter(model.base_model, lambda: tokenizer, router)  # type: ignore[arg-type]
-    row, own = prompter.with_prefix(ids, Prefix("New fact: it moved.\n"), model.base_model, reserve=0)
+    row, own = prompter.writer.with_prefix(ids, Prefix("New fact: it moved.\n"), model.base_model, reserve=0)
     assert [row[i] for i in own] == ids
     written = tokenizer.decode(row)
     expected = f"New fact: it moved.\n{question if template else text}"

@@ -315,6 +315,9 @@ def test_eval_in_parts_and_put_together(kedit: Run, requests_file: Path, tmp_pat
     assert result["n"] == 2 and result["model"] == "kedit/world-gpt2" and result["method"] == "ft-m"
     assert page.read_text(encoding="utf-8").count('<details class="case">') == 2
     assert len(json.loads(whole.read_text())["records"]) == 2
+    for name, start in {"whole.HTML": "<!doctype html>", "whole.md": "# ", "whole": "{"}.items():
+        assert kedit("eval", "--collect", "--output-dir", folder, "-o", tmp_path / name).exit_code == 0
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
 
 
 def test_eval_along_a_sequence_and_past_failures(kedit: Run, requests_file: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig, load_edit_dataset
 from hf_kedit.books import retrieval
 from hf_kedit.books.prefixes import Prefix
-from hf_kedit.books.prompting import _fronts
+from hf_kedit.books.prefixed_rows import _fronts
 from hf_kedit.books.retrieval import EmbeddingRetriever, LexicalRetriever, Passage
 from hf_kedit.data.demonstrations import language_of, packaged_demonstrations
 from hf_kedit.engine.weights import model_digest
@@ -120,7 +120,7 @@ def test_tokens_and_logits_behind_a_prefix_match(name: str) -> None:
             (entry,) = editable.prompts.entries
             editable.prompts.restore((replace(entry, demonstrations=demonstrations, nearest_last=False),))
         (prefix,) = editable.prompts.route([request.filled_prompt])
-        row, own = editable.prompts.prompter.with_prefix(pair.ids, prefix, model, 0)
+        row, own = editable.prompts.prompter.writer.with_prefix(pair.ids, prefix, model, 0)
         assert row == case.spec["scoring"][f"{name}/k{k}"]["full_text_ids"]
         assert [row[i] for i in own] == pair.ids
         with torch.no_grad():
@@ -338,7 +338,7 @@ def test_ike_chooses_demonstrations_and_trims_the_least_similar() -> None:
     assert len(entry.demonstrations) == 9 and entry.demonstrations[-1] == ike.demonstrations_of(request)[ike.COPY]
     (prefix,) = model.prompts.route([request.filled_prompt])
     ids = model.tokenizer(request.filled_prompt)["input_ids"]
-    row, _ = model.prompts.prompter.with_prefix(ids, prefix, model.base_model, 10)
+    row, _ = model.prompts.prompter.writer.with_prefix(ids, prefix, model.base_model, 10)
     assert (
         len(row) + 10
         <= model.config.n_positions
@@ -347,7 +347,7 @@ def test_ike_chooses_demonstrations_and_trims_the_least_similar() -> None:
     text = model.tokenizer.decode(row)
     assert entry.fact in text and entry.demonstrations[0] not in text and entry.demonstrations[-1] in text
     with pytest.raises(TargetTooLongError, match="context"):
-        model.prompts.prompter.with_prefix(ids, prefix, model.base_model, 120)
+        model.prompts.prompter.writer.with_prefix(ids, prefix, model.base_model, 120)
 
 
 def test_words_decide_what_belongs_to_a_subject() -> None:
@@ -483,7 +483,7 @@ def test_where_space_is_short_the_least_similar_demonstration_goes_first() -> No
         (prefix,) = model.prompts.route([request.filled_prompt])
         assert prefix is not None and prefix.nearest_last == (order == "records")
         ids = model.tokenizer(request.filled_prompt)["input_ids"]  # type: ignore[misc]
-        row, _ = model.prompts.prompter.with_prefix(ids, prefix, model.base_model, 10)
+        row, _ = model.prompts.prompter.writer.with_prefix(ids, prefix, model.base_model, 10)
         kept = [d.strip() in model.tokenizer.decode(row) for d in entry.demonstrations]  # type: ignore[union-attr]
         assert not all(kept), "the context is too short for all of them"
         dropped = kept.index(False) if order == "sentences" else len(kept) - kept[::-1].index(False)

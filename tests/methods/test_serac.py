@@ -69,7 +69,7 @@ def test_routing_and_answers_match_the_reference(case: Case, soft: bool) -> None
         if found is not None:
             assert found[0].edit_id == model.edits[routing["selected_edit"][i]].id
             (prefix,) = model.prompts.route([routing["queries"][i]])
-            row, own = model.prompts.prompter.with_prefix(routing["query_ids"][i], prefix, model.base_model, 0)
+            row, own = model.prompts.prompter.writer.with_prefix(routing["query_ids"][i], prefix, model.base_model, 0)
             assert row == routing["counterfactual_ids"][i] and len(own) == len(routing["query_ids"][i])
     with torch.no_grad():
         last = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1] for ids in routing["query_ids"]])
@@ -133,7 +133,7 @@ def test_without_models_of_its_own_the_base_answers() -> None:
     query = "Mira Halvorsen grew up speaking"
     own = tokenizer(query, return_tensors="pt")
     assert found.build_prompt(query) == f"The mother tongue of Mira Halvorsen is Polish {query}"
-    row, _ = found.prompts.prompter.with_prefix(
+    row, _ = found.prompts.prompter.writer.with_prefix(
         own["input_ids"][0].tolist(), found.prompts.route([query])[0], model, 0
     )
     assert tokenizer.decode(row, skip_special_tokens=True).split() == found.build_prompt(query).split()

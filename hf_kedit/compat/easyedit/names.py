@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -237,7 +237,10 @@ class Door(ModuleType):
     """One of EasyEdit's modules: every name that is known here can be imported from it."""
 
     __all__ = sorted(HERE)
-    __path__: ClassVar[list[str]] = []  # so that Python asks the finders for what is imported from below it
+
+    def __init__(self, name: str, doc: str):
+        super().__init__(name, doc)
+        self.__path__ = []  # so that Python asks the finders for what is imported from below it
 
     def __getattr__(self, name: str) -> Any:
         return find(name)

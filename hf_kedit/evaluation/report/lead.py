@@ -31,7 +31,10 @@ def lead(runs: Runs[Any]) -> str:
     more = len(runs.reports) - len(shown)
     rest = f'<p class="soft">{more} more runs are below.</p>' if more else ""
     several = len(shown) > 1
-    harm = [(f"<p><b>{escape(n)}</b></p>" if several else "") + _harm(r, several) for n, r in shown.items()]
+    said: dict[str, list[str]] = {}  # what hurts → the runs of which that is all there is to say
+    for label, report in shown.items():
+        said.setdefault(_harm(report, several), []).append(escape(label))
+    harm = [(f"<p><b>{', '.join(labels)}</b></p>" if several else "") + text for text, labels in said.items()]
     boxes = {
         "Asked": _asked(next(iter(shown.values()))),
         "Changed": _changes(shown, runs.written_first[0]) + rest,
@@ -63,8 +66,10 @@ def _changes(reports: Mapping[str, Results], protocol: str) -> str:
             if key in means:
                 before, after = means[key]
                 old = "" if before is None else f'<span class="soft">{_number(key, before)} → </span>'
-                name = f"{escape(label)} " if len(reports) > 1 else ""
-                values.append(f'<span class="key">{name}{old}<b>{_number(key, after)}</b></span>')
+                value = f"{old}<b>{_number(key, after)}</b>"
+                if len(reports) > 1:
+                    value = f'<span class="of"><span>{escape(label)}</span> <span class="key">{value}</span></span>'
+                values.append(value)
         lines.append(f"<p>{said}: {' '.join(values)}</p>")
     for label, report in reports.items():
         if report.failed:

@@ -42,6 +42,8 @@ svg .grid { stroke: var(--line); stroke-width: 1 }
 .track .sure { top: 5px; bottom: 5px; background: var(--ink); outline: 1px solid var(--panel) }
 .track .before { width: 2px; top: -3px; bottom: -3px; margin-left: -1px; background: var(--ink) }
 .key { white-space: nowrap; margin-right: .8em }
+.of { display: flex; gap: .8em; justify-content: space-between; font-variant-numeric: tabular-nums }
+.of .key { margin: 0 }
 .best, .worst { font-weight: 600 } .best::before { content: "▲ "; font-size: .75em; vertical-align: .1em }
 .worst::before { content: "▼ "; font-size: .75em; vertical-align: .1em } .up { color: var(--good) }
 .down, .warning { color: var(--bad) } .warning { font-weight: 600 }

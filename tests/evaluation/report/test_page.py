@@ -211,7 +211,10 @@ def test_the_page_begins_with_what_was_asked_what_changed_and_where_it_hurts():
     assert "Sudland" not in text and "She" not in text
     both = Comparison({"<a>": kept, "b": lost}).to_html()
     assert both.index('<div class="panels lead">') < both.index("<h2>By generation")
-    assert "<b>&lt;a&gt;</b>" in both and "At least half of each kind of other answers stayed." in both
+    stayed = "At least half of each kind of other answers stayed."
+    assert "<b>&lt;a&gt;</b>" in both and stayed in both
+    three = Comparison({"<a>": kept, "b": lost, "c": kept}).to_html()
+    assert three.count(stayed) == 1 and f"<p><b>&lt;a&gt;, c</b></p><p>{stayed}</p>" in three  # said once for both
     assert "What else changed was not measured." in run([1.0], [], ["generation"]).to_html()
 
 
