@@ -1,7 +1,8 @@
 """Rows of token ids behind their prefixes: where a prefix stands among special tokens, pictures and turns of a chat.
 
-`prompting` runs the rows that are written here. Of a row with pictures the prefix stands between these and the question.
-Demonstrations with pictures of their own stand in front of the row's, so that every picture has its text behind it:
+`prompting` runs the rows that are written here. Of a row with pictures the prefix stands between these and the
+question. Demonstrations with pictures of their own stand in front of the row's, so that every picture has its text
+behind it:
 
     [BOS] {picture}{demonstration} … {the row's picture}{fact}{question}
 """
@@ -57,7 +58,7 @@ class PrefixWriter:
         """What a row asks: in a chat the user's last turn without what stands for pictures, else its whole text."""
         turn = self._last_turn(ids)
         if turn is None:
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         said = turn[1]
         for token in self.tokenizer.all_special_tokens:
             said = said.replace(token, "")

@@ -230,7 +230,9 @@ class Prompter(Passable):
             )
         more = any(shows_pictures(route) for route in routes)
         own = rows.apart(image_ids(self.model)) if more else [rows.row(i) for i in range(rows.count)]
-        prefixed = [self.writer.with_prefix(ids, route, self.model, reserve) for ids, route in zip(own, routes, strict=True)]
+        prefixed = [
+            self.writer.with_prefix(ids, route, self.model, reserve) for ids, route in zip(own, routes, strict=True)
+        ]
         batch = pad_rows([ids for ids, _ in prefixed], pad_id(self.writer.tokenizer), side).to(rows.input_ids.device)
         starts = batch.starts.tolist()
         return batch, [
@@ -393,6 +395,7 @@ class Prompter(Passable):
             found = _Looks(partial(self._looks, rows.inputs()))
             texts = [RowText.of(text, text.ids, partial(found.of, i)) for i, text in enumerate(texts)]
         return self.router(texts)
+
 
 def _expanded(rows: Sequence[int], each: int) -> list[int]:
     """Places of some rows where every row has become several, which stand together."""

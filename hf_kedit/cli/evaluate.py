@@ -143,7 +143,8 @@ def evaluate(
         bool, typer.Option("--collect", help="Run nothing; put the parts in --output-dir together.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File for the whole report, case by case: JSON; ….html and ….md for people.")
+        Path | None,
+        typer.Option("--output", "-o", help="File for the whole report: JSON, or ….html or ….md."),
     ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="HTML file for the report: charts, and every case with its texts.")

@@ -15,7 +15,7 @@ import torch
 from transformers import pipeline
 
 from hf_kedit import AutoMethodConfig, EditableModel, EditRequest, PromptConfig
-from hf_kedit.books.router import encoder_of_words
+from hf_kedit.books.router import EditRouter, encoder_of_words
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import ArtifactError, ConfigError, EditFailedError, ExportError, MergeError, RequestError
 from hf_kedit.methods import auto_memory, locate_then_edit
@@ -463,6 +463,23 @@ def test_rows_without_an_edit_stay_the_base_bit_for_bit_beside_rows_with_a_fact(
         assert said[1].startswith(wanted[1].target_new) and said[-1].startswith(wanted[2].target_new), options
         if "num_beams" not in options:
             assert [a == b for a, b in zip(said, unedited, strict=True)] == [not c for c in claimed]
+
+
+def test_what_stands_behind_its_fact_is_decided_already(
+    in_context: EditableModel, wanted: list[EditRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a model writes behind a fact, its edits are not asked again for the fact and the prompt together."""
+    asked, route = list[str](), EditRouter.route
+
+    def watched(self: EditRouter, prompts: list[str], *rest: Any) -> Any:
+        asked.extend(prompts)
+        return route(self, prompts, *rest)
+
+    monkeypatch.setattr(EditRouter, "route", watched)
+    for _ in range(2):  # and the next call is asked about again
+        asked.clear()
+        says(in_context, [wanted[0].filled_prompt])
+        assert asked and {p.removeprefix("<s>").strip() for p in asked} == {wanted[0].filled_prompt}, asked
 
 
 def test_facts_in_context_through_a_pipeline(in_context: EditableModel, wanted: list[EditRequest]) -> None:

@@ -14,8 +14,8 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig, load_edit_dataset
 from hf_kedit.books import retrieval
-from hf_kedit.books.prefixes import Prefix
 from hf_kedit.books.prefixed_rows import _fronts
+from hf_kedit.books.prefixes import Prefix
 from hf_kedit.books.retrieval import EmbeddingRetriever, LexicalRetriever, Passage
 from hf_kedit.data.demonstrations import language_of, packaged_demonstrations
 from hf_kedit.engine.weights import model_digest
