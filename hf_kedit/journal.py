@@ -21,6 +21,7 @@ from .errors import (
     UnknownEditError,
     check_choice,
     nearest,
+    shown,
 )
 from .requests import EditRequest
 from .storage.parsing import parse_json_lines
@@ -255,6 +256,8 @@ class Journal:
             if not 1 <= which <= len(self._edits):
                 raise RollbackError(f"cannot roll back {which} edits; the model carries {len(self._edits)}")
             return [e.id for e in self._edits[-which:]]
+        if not all(isinstance(edit_id, str) for edit_id in which):
+            raise RollbackError(f"give the ids of edits as texts, not {shown(which)}")
         return [self.get(edit_id).id for edit_id in dict.fromkeys(which)]
 
     def to_jsonl(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import embedded
-from .errors import UnsupportedModelError
+from .errors import ArtifactError, UnsupportedModelError, shown
 from .gguf import reading as gguf_reading
 from .logging import get_logger
 from .statistics.corpora import Corpus
@@ -26,12 +26,18 @@ logger = get_logger(__name__)
 
 
 def model_name(name: str | Path) -> str:
-    """A model's name as it is recorded: folders and files absolute, so that they are found from everywhere."""
+    """A model's name as it is recorded: folders and files absolute, so that they are found from everywhere.
+
+    Raises:
+        ArtifactError: if it is no name.
+    """
+    if not isinstance(name, (str, Path)):
+        raise ArtifactError(f"a model is named by a Hub id, a folder or a file, not {shown(name)}")
     text = str(name)
     if text.startswith(embedded.PREFIX):
         return text.rstrip("/")
     folder = Path(os.path.expanduser(text))
-    if text and (folder.is_dir() or (folder.is_file() and gguf_reading.is_gguf(text))):
+    if text and (os.path.isdir(folder) or (os.path.isfile(folder) and gguf_reading.is_gguf(text))):
         return os.path.abspath(folder)
     return text if text.startswith(("/", ".", "~")) else text.rstrip("/")
 

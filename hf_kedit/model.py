@@ -37,7 +37,7 @@ from .logging import get_logger
 from .remote.backend import TextBackend
 from .remote.model import RemoteModel
 from .statistics.corpora import Corpus
-from .storage.files import write_text
+from .storage.files import named_path, write_text
 from .storage.repository import cached_commit
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
             ExportError: if ``per_edit`` is asked of edits that are not all low-rank changes, or not separable.
             WeightError: if an edited weight was trained since; merge the edits then.
         """
-        save_artifact(self, Path(save_directory), report=report, per_edit=per_edit)
+        save_artifact(self, named_path(save_directory, "the folder"), report=report, per_edit=per_edit)
 
     def build_prompt(self, query: str) -> str:
         """The text that answers a query under the edits that live in prompts, for a model that only takes text.

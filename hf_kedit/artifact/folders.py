@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
-from ..storage.files import FileSource, write_folder
+from ..storage.files import FileSource, named_path, write_folder
 from ..storage.parsing import parse_json
 from ..storage.repository import list_files, matches, push_files
 from .card import PLACEHOLDER
@@ -56,7 +56,7 @@ def push_folder(
             read.
         HubError: if the repository cannot be written.
     """
-    folder = Path(folder)
+    folder = named_path(folder, "the folder")
     config_file = FileSource(str(folder)).read(CONFIG) if folder.is_dir() else None
     if config_file is None:
         raise ArtifactError(f"{str(folder)!r} holds nothing to push (no {CONFIG})")

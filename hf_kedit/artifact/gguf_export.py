@@ -18,6 +18,7 @@ from ..gguf.families import family_of
 from ..gguf.reading import require_gguf
 from ..gguf.writing import GgufDtype, Weight, check_dtype, write_adapter, write_model
 from ..logging import get_logger
+from ..storage.files import named_path
 from .lora_tensors import build_adapter, check_factors_only
 
 logger = get_logger(__name__)
@@ -81,7 +82,7 @@ class GgufExport(EditedModel):
             raise ExportError("a GGUF file holds the tokenizer too, and this model has none; pass tokenizer=")
         self.ledger.check_unchanged()
         tensors = write_model(
-            Path(path),
+            named_path(path, "the file"),
             family,
             self.base_model.config,
             self.tokenizer,
@@ -117,7 +118,7 @@ class GgufExport(EditedModel):
         _check_head(self, adapter.factors)
         factors = {f"{path}.weight": f.padded(adapter.rank) for path, f in adapter.factors.items()}
         changed = write_adapter(
-            Path(path),
+            named_path(path, "the file"),
             family,
             config,
             {name: (f.left, f.right) for name, f in factors.items()},

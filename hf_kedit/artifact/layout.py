@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +112,10 @@ def refuse_folder(folder: Path, foreign: Iterable[str], what: str) -> None:
     Raises:
         ArtifactError: if the folder is a file, or has one of ``foreign``.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):  # no error for what can be no path
         raise ArtifactError(f"{str(folder)!r} is a file; give a folder")
     for name in foreign:
-        if (folder / name).exists():
+        if os.path.exists(folder / name):
             raise ArtifactError(
                 f"{str(folder)!r} already holds {_HOLDS[name]} ({name}); {what} in the same folder would apply edits"
                 " twice when it is loaded. Choose another folder."
@@ -127,7 +128,7 @@ def check_destination(folder: Path) -> None:
     Raises:
         ArtifactError: if it is a file, or holds a whole model or an adapter of another origin.
     """
-    has_edits = (folder / CONFIG).exists()  # then an adapter beside them is the one that was saved with them
+    has_edits = os.path.exists(folder / CONFIG)  # then an adapter beside them is the one that was saved with them
     refuse_folder(folder, ["config.json", *([] if has_edits else [ADAPTER_CONFIG])], "edits")
 
 
@@ -195,6 +196,8 @@ def check_config(source: str, config: Any) -> None:
         texts = [text for group in groups for text in group] if _is_list_of(list, groups) else [None]
         if not all(isinstance(text, str) and "{}" in text for text in texts):
             raise ArtifactError(f"{source}: {CONFIG} has no valid 'context_templates'")
+    if config["format_version"] < 1:
+        raise ArtifactError(f"{source}: {CONFIG} has no valid 'format_version'")
     if config["format_version"] > FORMAT_VERSION:
         raise ArtifactError(
             f"{source}: written in format {config['format_version']}, this version of hf_kedit reads up to"

@@ -10,6 +10,7 @@ from ..editing.state import EditedModel
 from ..engine.access import exclusively, together_with_others
 from ..journal import EditResult
 from ..requests import RequestSource
+from ..storage.files import named_path
 from .lora_compile import CompiledEdits, compile_edits
 from .lora_export import LoraExport, export_lora
 from .lora_import import import_lora
@@ -42,7 +43,7 @@ class LoraExchange(EditedModel):
             ExportError: if the edits cannot be written so.
             ArtifactError: if the folder holds a model or saved edits.
         """
-        return export_lora(self, Path(folder), target=target, rank=rank, modules=modules)
+        return export_lora(self, named_path(folder, "the folder"), target=target, rank=rank, modules=modules)
 
     @exclusively
     def compile_edits(

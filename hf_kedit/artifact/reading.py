@@ -94,7 +94,7 @@ def holds_edits(name: str) -> bool:
 
 def _edit_config(source: FileSource) -> bytes | None:
     """The ``edit_config.json`` of saved edits; ``None`` for a model, be it one that edits were merged into."""
-    if Path(source.name).is_file():
+    if os.path.isfile(source.name):
         raise ArtifactError(f"{source.name!r} is a file; give the folder of a model or of saved edits")
     try:
         config_file = source.read(CONFIG)
@@ -109,6 +109,15 @@ def _edit_config(source: FileSource) -> bytes | None:
         no_edits = f"no {CONFIG}" if config_file is None else f"{CONFIG} is that of a merged model"
         raise ArtifactError(f"{source.name!r} is neither a saved edit ({no_edits}) nor a model (no config.json)")
     return None
+
+
+def _why_changed(data: bytes, digest: str) -> str:
+    """What became of a file whose hash is another one, as far as the file itself tells."""
+    if data.startswith(b"version https://git-lfs"):
+        return "it is the pointer that Git LFS leaves in the place of a file; git lfs pull fetches the file"
+    if hashlib.sha256(data.replace(b"\r\n", b"\n")).hexdigest() == digest:
+        return "its line ends were changed, as Git does on Windows; clone with -c core.autocrlf=false"
+    return "interrupted save or changed file"
 
 
 def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes | None]) -> Artifact:
@@ -136,7 +145,7 @@ def read_artifact(source: str, config_file: bytes, fetch: Callable[[str], bytes 
     for name, digest in config["files"].items():
         if name in raw and hashlib.sha256(raw[name]).hexdigest() != digest:
             raise ArtifactError(
-                f"{source}: {name} is not the file that {CONFIG} was written with (interrupted save or changed file)"
+                f"{source}: {name} is not the file that {CONFIG} was written with ({_why_changed(raw[name], digest)})"
             )
     try:
         tensors = load_tensors(raw[WEIGHTS])

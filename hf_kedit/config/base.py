@@ -23,7 +23,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAd
 from ..errors import ConfigError, LayerError, nearest, shown
 from ..logging import get_logger, info_once, warn_once
 from ..registry import CONFIGS, normalise
-from ..storage.files import first_time, write_text
+from ..storage.files import first_time, named_path, write_text
 from ..text.chat import TextFormat
 from ..text.scripts import HALF, is_writable
 from .easyedit import convert_hparams
@@ -160,6 +160,8 @@ class EditConfig(metaclass=_OldNames):
                 raise ConfigError(f"{type(self).__name__}.{f.name} is empty; leave it out to use the default")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise ConfigError(f"{type(self).__name__}.layers names a layer twice: {self.layers}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"{type(self).__name__}.seed has more than 64 bits: {self.seed}")
 
     @classmethod
     def from_earlier(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -362,7 +364,7 @@ class EditConfig(metaclass=_OldNames):
         Raises:
             ArtifactError: if it cannot be written.
         """
-        write_text(Path(save_directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(named_path(save_directory, "the folder") / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls: type[C], path: str | Path) -> C:
@@ -371,7 +373,7 @@ class EditConfig(metaclass=_OldNames):
         Raises:
             ConfigError: if there is no such file, or its content is not a config.
         """
-        file = Path(path)
+        file = named_path(path, "the config", ConfigError)
         if file.is_dir():
             file = file / CONFIG_NAME
         data = read_mapping(file)

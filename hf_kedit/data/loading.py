@@ -22,6 +22,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 from ..errors import DataError, KeditError, RequestError, nearest, shown
 from ..logging import get_logger
 from ..requests import KNOWN_FIELDS, EditRequest, RequestSource, load_requests
+from ..storage.files import named_path
 from ..storage.records import SUFFIXES, read_all, read_rows
 from .columns import Columns, check_columns, own_rows
 from .conflicts import Keep, Key, excluded_keys, select
@@ -429,7 +430,7 @@ def _registered_plans(
                 f"The dataset {entry.name!r} has no split {one!r}.{nearest(one, entry.splits)} "
                 f"It has {', '.join(entry.splits)}."
             )
-    place = Path(path) if path is not None else None
+    place = named_path(path, "path", DataError) if path is not None else None
     if place is not None and len(wanted) > 1 and place.is_file() and entry.source is not None:
         raise DataError(f"{str(place)!r} is one file: name the split, or pass the folder with all of them.")
     if revision is not None and (entry.source is None or entry.source.repo is None):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import NonFiniteError
 from ..logging import progress
 from ..requests import SLOT
 from ..tokens import encode_text, pad_id, pad_rows
@@ -68,6 +69,9 @@ def sample_texts(
 
     Rows are left-padded and positions given, so that a starter's text does not depend on the others' lengths.
     With a ``description``, a bar with this label shows the steps.
+
+    Raises:
+        NonFiniteError: if the model's logits are no numbers.
     """
     encoded = [encode_text(tokenizer, s).ids for s in starters]
     batch = pad_rows(encoded, pad_id(tokenizer), side="left").to(device_of(model))
@@ -86,6 +90,10 @@ def sample_texts(
             output = model(**kwargs)
             cache = getattr(output, "past_key_values", None)
             logits = output.logits[:, -1].float().cpu()
+            if (logits.isnan() | logits.isposinf()).any():
+                raise NonFiniteError(
+                    "what the model writes by itself holds NaN or infinity; reload it, or load it in float32"
+                )
             if forbidden and len(forbidden) < logits.shape[-1]:
                 logits[:, [i for i in forbidden if i < logits.shape[-1]]] = -torch.inf
             weights, candidates = (logits / temperature).softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)

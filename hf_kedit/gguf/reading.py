@@ -65,7 +65,7 @@ class GgufFile:
 def is_gguf(name: str) -> bool:
     """Whether a name means a GGUF file: it ends so, or is a file that begins so (Ollama's files have no ending)."""
     path = Path(os.path.expanduser(name))
-    if path.is_file():
+    if os.path.isfile(path):
         with contextlib.suppress(OSError), path.open("rb") as handle:
             return handle.read(len(MAGIC)) == MAGIC or name.lower().endswith(SUFFIX)
     return name.lower().endswith(SUFFIX) and not path.is_dir()
@@ -97,7 +97,7 @@ def locate(name: str, *, revision: str | None = None, **hub: Any) -> GgufFile:
         HubError: if the repository cannot be read.
     """
     path = Path(os.path.expanduser(name))
-    if path.is_file():
+    if os.path.isfile(path):
         return GgufFile(os.path.abspath(path), Path(os.path.abspath(path)))
     repo, wanted = inside_repository(name)
     if not wanted:
@@ -114,7 +114,7 @@ def inside_repository(name: str) -> tuple[str, str]:
     A file of this machine without its way is a name of the second kind: nobody else has it.
     """
     parts = name.split("/")
-    if len(parts) < 3 or name.startswith(("/", ".", "~")) or not is_gguf(name) or Path(name).is_file():
+    if len(parts) < 3 or name.startswith(("/", ".", "~")) or not is_gguf(name) or os.path.isfile(name):
         return name, ""
     return "/".join(parts[:2]), "/".join(parts[2:])
 

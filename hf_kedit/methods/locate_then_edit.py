@@ -25,6 +25,7 @@ from ..errors import ConfigError
 from ..logging import get_logger, warn_once
 from ..requests import EditRequest
 from ..statistics.store import FEW_TOKENS_PER_WIDTH
+from ..storage.files import named_path
 from ..tokens import FactToken
 from ..values.anchors import added_by, rescaled, solved_values
 from ..values.optimise import ValuePlace, Values, optimise_values
@@ -122,6 +123,9 @@ class LocateConfig(EditConfig):
         if self.context_templates is not None and (not flat or flat[0] != "{}"):
             raise ConfigError("context_templates: the first template must be the bare prompt '{}'")
         name = type(self).__name__
+        for place in ("stats_dir", "stats_dataset"):
+            if getattr(self, place) is not None:
+                named_path(getattr(self, place), f"{name}.{place}", ConfigError)
         if self.norm_anchor is not None and self.expert_policy == "top1":
             raise ConfigError(
                 f"{name}.norm_anchor: values of single experts have no common norm; use 'shared' experts"

@@ -30,7 +30,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, KeditError, reason_of, shown
 from .repository import download, matches
 
 LOCK_SECONDS = 60.0
@@ -105,15 +105,40 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, last: str, owned: 
         raise ArtifactError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
 
 
+def named_path(value: Any, what: str, error: type[KeditError] = ArtifactError) -> Path:
+    """A path as a user names it, looked at before anything is done with it.
+
+    Args:
+        value: what was given.
+        what: is named, as a sentence begins.
+        error: to raise.
+
+    Raises:
+        KeditError: ``error``, for what is no path, for an empty one (which would be the current folder), and for one
+            that no file of this system can have.
+    """
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise error(f"{what} must be a path, not {shown(value)}")
+    if not text.strip():
+        raise error(f"{what} is empty; name it, or '.' for the current folder")
+    try:
+        os.lstat(os.path.expanduser(text))
+    except (OSError, ValueError) as reason:
+        if isinstance(reason, ValueError) or reason.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+            raise error(f"{what}: {shown(text)} cannot be a path: {reason_of(reason)}") from reason
+    return Path(value)
+
+
 def _followed(path: Path) -> Path:
     """Where a path leads to.
 
     Raises:
-        ArtifactError: for characters that no path has.
+        ArtifactError: for characters that no path has, and where there is no current folder any more.
     """
     try:
         return Path(os.path.realpath(path))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{str(path)!r} cannot be a path: {error}") from error
 
 
@@ -412,7 +437,7 @@ class FileSource:
         self.name, self.revision, self.repo_type, self.hub = name, revision, repo_type, hub
         self.commit: str | None = None
         folder = Path(os.path.expanduser(name))
-        self.folder = folder if folder.is_dir() else None
+        self.folder = folder if os.path.isdir(folder) else None  # no error for names that no folder can have
         if self.folder is not None:
             finish(self.folder)
 

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from ...errors import ArtifactError, DataError
 from ...storage.display import percent, printable
-from ...storage.files import json_ready, write_text
+from ...storage.files import json_ready, named_path, write_text
 from ...storage.shapes import of_type
 from ..measures.catalogue import metric_of
 from . import html, markdown
@@ -304,7 +304,7 @@ def written(text: str, path: str | Path | None) -> str:
     if path is not None:
         try:
             # Half a character, which UTF-8 lacks, stands as \ud83d: JSON reads it again, and people see it.
-            write_text(Path(path), text, errors="backslashreplace")
+            write_text(named_path(path, "the file"), text, errors="backslashreplace")
         except ArtifactError as error:
             raise DataError(f"cannot write the report: {error}") from error
     return text

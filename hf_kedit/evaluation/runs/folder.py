@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from ...config import EditConfig
 from ...errors import DataError, EvaluationError, KeditError
 from ...logging import get_logger
-from ...storage.files import json_ready
+from ...storage.files import json_ready, named_path
 from ...storage.parsing import as_mapping, parse_json
 from ...storage.shapes import of_type
 from ..report.case_result import CaseResult
@@ -54,7 +54,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], plan: Sequence[Step], shard: tuple[int, int]):
-        self.path = Path(path)
+        self.path = named_path(path, "output_dir", EvaluationError)
         self.file = self.path / (
             "results.jsonl" if shard[1] == 1 else f"results-{shard[0]:04d}-of-{shard[1]:04d}.jsonl"
         )
@@ -179,7 +179,7 @@ def collect_report(path: str | Path) -> EvaluationReport:
         DataError: if there is no run in the folder.
         EvaluationError: if parts of the run are missing or were measured twice.
     """
-    folder = Path(path)
+    folder = named_path(path, "the folder of the run", DataError)
     run = _read_run(folder)
     steps: dict[int, StepResult] = {}
     for file in sorted(folder.glob("results*.jsonl")):

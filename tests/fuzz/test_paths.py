@@ -1,0 +1,156 @@
+"""What a user may name a file or a folder by, at every door: a typed error, and nothing is written or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_kedit import (
+    AutoEditConfig,
+    EditableModel,
+    Editor,
+    ROMEConfig,
+    collect_report,
+    evaluate_edits,
+    load_edit_dataset,
+    load_requests,
+)
+from hf_kedit.errors import ConfigError, KeditError, NonFiniteError, RollbackError
+from hf_kedit.evaluation.runs.folder import RunFolder
+from hf_kedit.hub import push_folder
+from hf_kedit.storage.files import named_path, write_folder
+from tests.fuzz.states import contents, difference, surface
+
+FACT = {"prompt": "By profession {} is a", "subject": "Tarosk Boayond", "target_new": "plumber"}
+LONG = "x" * 300
+BAD = {"long": LONG, "below": f"{LONG}/y", "nothing": None, "number": 5, "empty": "", "blank": " ", "bytes": b"x"}
+BAD |= {"nul": "a\0b", "half a character": "\ud83d"}
+
+
+@pytest.fixture(scope="module")
+def model() -> EditableModel:
+    made = EditableModel.from_pretrained("kedit/world-gpt2", "prompt")
+    made.edit(FACT, show_progress=False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def changed() -> EditableModel:
+    """A model with a change of low rank, without computing one."""
+    made = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
+    made.edit(FACT, show_progress=False)
+    return made
+
+
+Door = Callable[[EditableModel, EditableModel, Any], Any]
+DOORS: dict[str, Door] = {
+    "from_pretrained": lambda m, c, p: EditableModel.from_pretrained(p),
+    "load_edits": lambda m, c, p: c.load_edits(p, "other"),
+    "import_lora": lambda m, c, p: c.import_lora(p),
+    "save_pretrained": lambda m, c, p: m.save_pretrained(p),
+    "export_lora": lambda m, c, p: c.export_lora(p),
+    "export_gguf": lambda m, c, p: c.export_gguf(p),
+    "push_folder": lambda m, c, p: push_folder(p, "a/b"),
+    "load_requests": lambda m, c, p: load_requests(p),
+    "config, read": lambda m, c, p: AutoEditConfig.from_pretrained(p),
+    "config, written": lambda m, c, p: m.edit_config.save_pretrained(p),
+    "editor": lambda m, c, p: Editor.from_pretrained(p),
+    "run, read": lambda m, c, p: collect_report(p),
+    "run, written": lambda m, c, p: RunFolder(p, {}, [], (1, 1)),
+}
+# Where nothing may be named, too.
+OPTIONAL: dict[str, Door] = {
+    "data": lambda m, c, p: load_edit_dataset("zsre", path=p),
+    "base": lambda m, c, p: EditableModel.from_pretrained("kedit/world-gpt2", base_model=p),
+    "statistics": lambda m, c, p: ROMEConfig(stats_dir=p),
+    "corpus": lambda m, c, p: ROMEConfig(stats_dataset=p),
+}
+
+
+@pytest.mark.parametrize("door", [*DOORS, *OPTIONAL])
+def test_no_path_opens_a_door(
+    door: str, model: EditableModel, changed: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = [surface(m.base_model) for m in (model, changed)]
+    for kind, path in BAD.items():
+        if door in OPTIONAL and path is None:  # which it may be
+            continue
+        if door in ("statistics", "corpus") and isinstance(path, bytes):  # a text, to the field's type
+            continue
+        with pytest.raises(KeditError) as raised:
+            {**DOORS, **OPTIONAL}[door](model, changed, path)
+        assert len(str(raised.value)) > 20, kind
+    assert not contents(tmp_path)
+    for was, now in zip(before, (model, changed), strict=True):
+        assert difference(was, surface(now.base_model)) is None
+
+
+def test_a_report_cannot_be_written_to_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = evaluate_edits(EditableModel.from_pretrained("kedit/world-gpt2", "prompt"), [FACT], progress=False)
+    for value in BAD.values():
+        if value is not None:
+            with pytest.raises(KeditError):
+                report.to_html(value)  # type: ignore[arg-type]
+    assert not contents(tmp_path)
+
+
+def test_without_a_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: EditableModel) -> None:
+    """It was removed while the program ran."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(KeditError, match="cannot be a path"):
+        model.save_pretrained("edits")
+    model.save_pretrained(tmp_path / "edits")
+    assert len(EditableModel.from_pretrained(tmp_path / "edits").edits) == 1
+
+
+def test_a_path_may_be_what_nobody_would_name_it(tmp_path: Path) -> None:
+    for name in (
+        "😀 ünïcode",
+        "\u202eabc",
+        "e\u0301",
+        "x...",
+        "CON",
+        "C:\\x\\y",
+        " lead",
+        "a\nb",
+        "-rf",
+        "%s{}",
+        "x" * 255,
+    ):
+        folder = named_path(str(tmp_path / name), "the folder")
+        write_folder(folder, {"one": b"1"}, last="one")
+        assert contents(folder).keys() == {"one"}
+
+
+@pytest.mark.parametrize("which", [[["a"]], [None], [{}], (5,)])
+def test_no_id_takes_an_edit_back(which: Any, model: EditableModel) -> None:
+    with pytest.raises(RollbackError, match="ids of edits"):
+        model.rollback(which)
+    assert len(model.edits) == 1
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 2**70])
+def test_a_seed_that_no_generator_takes(seed: int) -> None:
+    with pytest.raises(ConfigError, match="64 bits"):
+        ROMEConfig(seed=seed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_a_model_that_writes_no_numbers(method: str, bad: float) -> None:
+    model = EditableModel.from_pretrained("kedit/world-gpt2", method)
+    with torch.no_grad():
+        model.base_model.transformer.ln_f.weight[7] = bad
+    before = surface(model.base_model)
+    with pytest.raises(NonFiniteError, match="reload"):
+        model.edit(FACT, show_progress=False)
+    assert difference(before, surface(model.base_model)) is None
