@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_one_item_needs_no_bar(items: Any, show: bool | None, shown: bool) -> No
     bar: Any = progress(items, "editing", show=show)
     assert bar.disable is not shown
     bar.close()
+
+
+def test_what_was_said_once_is_not_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("told once")
+    logger.setLevel(logging.INFO)
+    for say, topic in ((kedit_logging.warn_once, "a warning"), (kedit_logging.info_once, "a word")):
+        for text in (topic, topic, f"another {topic}"):
+            say(logger, text)
+    assert [record.message for record in caplog.records if record.name == logger.name] == [
+        "a warning",
+        "another a warning",
+        "a word",
+        "another a word",
+    ]
 
 
 def test_names_of_loggers_stand_below_the_library() -> None:

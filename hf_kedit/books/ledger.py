@@ -169,7 +169,14 @@ class Ledger:
             if self._is_quantised(account):
                 continue
             now = get_weight(get_module(self.model, account.module), account.name).to("cpu")
-            if not torch.equal(now, account.value(account.total).to("cpu")):
+            made = account.value(account.total).to("cpu")
+            if not torch.equal(now, made):
+                if now.dtype != made.dtype:
+                    raise WeightError(
+                        f"{key} was cast from {made.dtype} to {now.dtype} since it was edited, which rounds what the"
+                        f" edits made of it. Save the edits before a cast and load them with dtype={now.dtype},"
+                        " ignore_fingerprint=True; or make them permanent, with merge_and_unload()."
+                    )
                 raise WeightError(
                     f"{key} is no longer what the edits made of it (was the model trained since?), and what happened"
                     " to it would be lost. Make the edits permanent before training, with merge_and_unload()."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_kedit import EditableModel
 from hf_kedit.books import ledger as ledger_module
 from hf_kedit.books.ledger import Ledger, WeightDelta
 from hf_kedit.books.ledger_files import describe_accounts, tensors_of
@@ -345,3 +347,15 @@ def test_the_fingerprint_is_of_the_originals_while_deltas_are_measured() -> None
         scope.add(low_rank(0, (0,)))
         assert not torch.equal(model.linear.weight, Small(torch.float32).linear.weight)
         assert ledger.base_fingerprint() == pristine
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_is_called_a_cast(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Rounding since the edit is no training: the words say how to come by edits in that dtype."""
+    model = EditableModel.from_pretrained("kedit/world-gpt2", "ft-m")
+    model.edit(prompt="By profession {} is a", subject="Tarosk Boayond", target_new="plumber", show_progress=False)
+    model.save_pretrained(tmp_path)
+    model.base_model.to(dtype)
+    with pytest.raises(WeightError, match=rf"was cast from torch.float32 to {dtype}.*load them with dtype={dtype}"):
+        model.rollback("all")
+    assert len(EditableModel.from_pretrained(tmp_path, dtype=dtype, ignore_fingerprint=True).edits) == 1

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from hf_kedit.errors import ServeError
-from hf_kedit.serving.protocol import ChatRequest, read_asked
+from hf_kedit.serving.answering import TokenChance
+from hf_kedit.serving.protocol import ChatRequest, Form, read_asked
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -44,3 +45,29 @@ def test_how_many_log_probabilities_are_wanted(fields: dict[str, Any], wanted: i
 def test_likeliest_tokens_without_log_probabilities(count: int) -> None:
     with pytest.raises(ServeError, match="needs logprobs"):
         _ = chat(top_logprobs=count).top_logprobs_wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "said", "param"),
+    [
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content: input should be",
+            "messages[0].content",
+        ),
+        ({"temperature": "hot"}, "temperature: input should be a valid number", "temperature"),
+    ],
+)
+def test_what_is_wrong_reads_as_a_sentence(fields: dict[str, Any], said: str, param: str) -> None:
+    with pytest.raises(ServeError) as caught:
+        chat(**fields)
+    assert str(caught.value).startswith(said) and caught.value.param == param
+
+
+def test_bytes_of_a_token_unless_it_is_a_part_of_a_character() -> None:
+    form = Form({"id": "x", "created": 1, "model": "m"}, chat=True)
+    chances = [TokenChance("é", -0.5, 0, (("é", -0.5), ("\ufffd", -1.0))), TokenChance("\ufffd", -2.0, 1, ())]
+    (choice,) = form.piece(0, "é\ufffd", chances)["choices"]
+    whole, part = choice["logprobs"]["content"]
+    assert whole["bytes"] == [0xC3, 0xA9] and part["bytes"] is None
+    assert [each["bytes"] for each in whole["top_logprobs"]] == [[0xC3, 0xA9], None]
