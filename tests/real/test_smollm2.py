@@ -48,6 +48,16 @@ def test_an_edit_in_its_prompt(smollm):
     assert says(smollm, "The capital of Italy is") == before
 
 
+@pytest.mark.parametrize("method", ["prompt", "ike"])
+def test_prompts_without_the_subject_are_left_alone(smollm, method):
+    """Whatever the model makes of the fact in front of its own prompt: no other answer has it in front."""
+    smollm.set_method(method)
+    fact = {"prompt": "The mother tongue of {} is", "subject": "Danielle Darrieux", "target_new": "English"}
+    effects = smollm.edit(**fact, watch=SideEffects(others=()), show_progress=False).side_effects
+    assert not effects.harm and len(effects.of("general")) == 40
+    assert all(answer.good for kind in ("general", "name") for answer in effects.of(kind))
+
+
 def test_lora_as_derived_leaves_other_text_alone(smollm):
     """With the published values this edit makes the model answer every prompt with the new target."""
     smollm.set_method("lora")
