@@ -28,13 +28,13 @@ class PrefixedRows:
 _READ: ContextVar[PrefixedRows | None] = ContextVar("kedit_prefixed_rows", default=None)
 
 
-def prefixed_rows() -> PrefixedRows | None:
+def behind_prefixes() -> PrefixedRows | None:
     """The rows that the model reads now, if they stand behind prefixes."""
     return _READ.get()
 
 
 def reading_behind(prefixes: Sequence[Prefix | None]) -> Switch[None]:
-    """What the model reads inside the block are rows behind these prefixes (`prefixed_rows`)."""
+    """What the model reads inside the block are rows behind these prefixes (`behind_prefixes`)."""
     before: list[PrefixedRows | None] = []
 
     def begin() -> None:

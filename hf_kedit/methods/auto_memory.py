@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..books.book import Saved
-from ..books.prefixes import Prefix, PrefixedRows, RowText, prefixed_rows
+from ..books.prefixes import Prefix, PrefixedRows, RowText, behind_prefixes
 from ..books.prompting import Prompter
 from ..books.retrieval import find_retriever
 from ..books.router import Address, EditRoute, EditRouter, Encoder, RouteCandidate, encoder_of_words
@@ -169,7 +169,7 @@ class RoutedChanges(SiteMemory):
 
     def decide(self, frame: Frame) -> None:
         """Find the edit of every row, before the model runs."""
-        if _is_reading() or prefixed_rows() is not None:  # the model as it is without these edits; decided already
+        if _is_reading() or behind_prefixes() is not None:  # the model as it is without these edits; decided already
             return
         if frame.phase == "decode" or not needs_whole_prompt(frame, "auto"):
             return
@@ -246,7 +246,7 @@ class RoutedChanges(SiteMemory):
         return {**dict.fromkeys(self.paths, self._add), **reads}
 
     def _add(self, call: SiteCall) -> torch.Tensor | None:
-        behind = prefixed_rows()
+        behind = behind_prefixes()
         held = call.frame.held.get(self.key) if behind is None else self._places_behind(behind, call.output.shape[0])
         if held is None or held.shape[1] != call.output.shape[0]:
             return None
