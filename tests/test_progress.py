@@ -10,7 +10,7 @@ import pytest
 
 from hf_kedit import logging as kedit_logging
 from hf_kedit.cli.output import Format, set_up
-from hf_kedit.evaluation.asking.batching import make_batches
+from hf_kedit.evaluation.asking.batching import make_batches, shown_batches
 from hf_kedit.logging import bars_here, progress, progress_bar
 
 
@@ -106,14 +106,14 @@ def test_what_is_asked_of_a_model_is_told(capfd: pytest.CaptureFixture[str]) -> 
     kedit_logging.enable_progress_bars()
     asked = {f"question {n}": n for n in range(120)}
 
-    def batches(doing: str, items: dict[str, int] = asked) -> str:
-        groups = list(make_batches(items, lambda q: 8, 160, doing=doing))
+    def batches(items: dict[str, int] = asked) -> str:
+        groups = list(shown_batches(make_batches(items, lambda q: 8, 160), len(items), "writing answers"))
         assert [len(group) for group in groups] == [20] * (len(items) // 20)
         return capfd.readouterr().err
 
-    shown = batches("writing answers")
+    shown = batches()
     assert "writing answers" in shown and "/120" in shown
-    assert batches("") == "" and batches("writing answers", dict(list(asked.items())[:40])) == ""
+    assert batches(dict(list(asked.items())[:40])) == ""
     with bars_here(False), bars_here(True):  # who wants none gets none, whatever is called inside
-        assert batches("writing answers") == ""
-    assert "/120" in batches("writing answers")
+        assert batches() == ""
+    assert "/120" in batches()

@@ -399,7 +399,7 @@ def _own_plan(source: Any, split: str | None, revision: str | None, common: Mapp
         check_columns(common["columns"])
     part = "test" if split in (None, "all") else split
     if isinstance(source, (str, Path)):
-        file = Path(source)
+        file = named_path(source, "the file", DataError)
         if file.is_dir():
             raise DataError(f"{str(file)!r} is a folder; give the name of its dataset with path=, or one file.")
         return _Plan(file.stem, str(part), None, str(file), Located((str(file),)), **common)

@@ -68,7 +68,7 @@ def is_gguf(name: str) -> bool:
     if os.path.isfile(path):
         with contextlib.suppress(OSError), path.open("rb") as handle:
             return handle.read(len(MAGIC)) == MAGIC or name.lower().endswith(SUFFIX)
-    return name.lower().endswith(SUFFIX) and not path.is_dir()
+    return name.lower().endswith(SUFFIX) and not os.path.isdir(path)
 
 
 def inside(name: str, gguf_file: str) -> str:
@@ -79,7 +79,7 @@ def inside(name: str, gguf_file: str) -> str:
     """
     if is_gguf(name):
         raise ConfigError(f"{name!r} is a file, so that gguf_file={gguf_file!r} says nothing; leave it out")
-    if Path(os.path.expanduser(name)).is_dir():
+    if os.path.isdir(os.path.expanduser(name)):
         return os.path.abspath(Path(os.path.expanduser(name)) / gguf_file)
     return f"{name.rstrip('/')}/{gguf_file}"
 

@@ -46,6 +46,11 @@ def changed() -> EditableModel:
     return made
 
 
+def ending(path: Any, suffix: str) -> Any:
+    """A text with an ending that tells what kind of file it is; anything else as it is."""
+    return path + suffix if isinstance(path, str) else path
+
+
 Door = Callable[[EditableModel, EditableModel, Any], Any]
 DOORS: dict[str, Door] = {
     "from_pretrained": lambda m, c, p: EditableModel.from_pretrained(p),
@@ -65,6 +70,9 @@ DOORS: dict[str, Door] = {
 # Where nothing may be named, too.
 OPTIONAL: dict[str, Door] = {
     "data": lambda m, c, p: load_edit_dataset("zsre", path=p),
+    "model, ending": lambda m, c, p: EditableModel.from_pretrained(ending(p, ".gguf")),
+    "file in a folder": lambda m, c, p: EditableModel.from_pretrained(p, gguf_file="model.gguf"),
+    "data, ending": lambda m, c, p: load_edit_dataset(ending(p, ".json")),
     "base": lambda m, c, p: EditableModel.from_pretrained("kedit/world-gpt2", base_model=p),
     "statistics": lambda m, c, p: ROMEConfig(stats_dir=p),
     "corpus": lambda m, c, p: ROMEConfig(stats_dataset=p),

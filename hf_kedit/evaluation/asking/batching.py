@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import RequestError
@@ -34,16 +33,15 @@ def is_encoder_decoder(model: PreTrainedModel) -> bool:
 
 
 def make_batches(
-    items: Sequence[H] | Mapping[H, Any],
+    items: Iterable[H],
     width: Callable[[H], int],
     token_budget: int,
     *,
-    doing: str = "",
     max_rows: int | None = None,
     positions: Callable[[H], int] | None = None,
     max_positions: int | None = None,
 ) -> Iterator[list[H]]:
-    """Cut ``items``, longest first, into groups (a single item always makes one), and show how far they are.
+    """Cut ``items``, longest first, into groups (a single item always makes one).
 
     The longest batch comes first, so that too large a budget fails at once. Equal lengths keep the order of the
     input: the same items always give the same batches.
@@ -52,32 +50,42 @@ def make_batches(
         items: what is run.
         width: padded tokens of a row, were it the longest of its group.
         token_budget: largest number of rows × width of a group.
-        doing: what is done with them, for a progress bar; empty: none.
         max_rows: largest number of rows.
         positions: of an item, how many positions its logits are computed at.
         max_positions: largest sum of them in a group.
     """
     group: list[H] = []
     computed = 0
-    shown = bool(doing) and len(items) > _SOON
-    with progress_bar(len(items), doing, unit="question") if shown else contextlib.nullcontext() as bar:
-        for item in sorted(items, key=lambda i: -width(i)):
-            more = positions(item) if positions is not None else 0
-            if group and (
-                (len(group) + 1) * width(group[0]) > token_budget
-                or (max_rows is not None and len(group) >= max_rows)
-                or (max_positions is not None and computed + more > max_positions)
-            ):
-                yield group
-                if bar is not None:
-                    bar.update(len(group))
-                group, computed = [], 0
-            group.append(item)
-            computed += more
-        if group:
+    for item in sorted(items, key=lambda i: -width(i)):
+        more = positions(item) if positions is not None else 0
+        if group and (
+            (len(group) + 1) * width(group[0]) > token_budget
+            or (max_rows is not None and len(group) >= max_rows)
+            or (max_positions is not None and computed + more > max_positions)
+        ):
             yield group
-            if bar is not None:
-                bar.update(len(group))
+            group, computed = [], 0
+        group.append(item)
+        computed += more
+    if group:
+        yield group
+
+
+def shown_batches(batches: Iterable[list[H]], total: int, doing: str) -> Iterator[list[H]]:
+    """Batches under a progress bar that counts their items.
+
+    Args:
+        batches: of `make_batches`.
+        total: items of all of them.
+        doing: what is done with them.
+    """
+    if total <= _SOON:
+        yield from batches
+        return
+    with progress_bar(total, doing, unit="question") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 def stand_in_bos(tokenizer: PreTrainedTokenizerBase) -> int:

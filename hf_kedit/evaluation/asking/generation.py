@@ -33,6 +33,7 @@ from .batching import (
     cut_left,
     is_encoder_decoder,
     make_batches,
+    shown_batches,
     stand_in_bos,
     stock_model,
 )
@@ -137,13 +138,8 @@ def generate_answers(
     config = _greedy_config(model, tokenizer, max_new_tokens)
     results: dict[str, Continuation] = {}
     with frozen_eval(model), generating(), torch.inference_mode(), _generation_config(model, config):
-        for group in make_batches(
-            rows,
-            lambda p: len(rows[p]) + max_new_tokens,
-            token_budget,
-            max_rows=max_batch_rows,
-            doing="writing answers",
-        ):
+        batches = make_batches(rows, lambda p: len(rows[p]) + max_new_tokens, token_budget, max_rows=max_batch_rows)
+        for group in shown_batches(batches, len(rows), "writing answers"):
             noise = None if sampling is None else _SeededTopK(sampling, group)
             continued = _generate_batch(
                 model, tokenizer, [rows[p] for p in group], config, cut_lines, stop_strings, noise

@@ -11,7 +11,7 @@ import torch
 from ...engine.forward import frozen_eval
 from ...errors import EvaluationError, RequestError
 from ...tokens import vocabulary_size
-from .batching import TOKEN_BUDGET, is_encoder_decoder, make_batches, stock_model
+from .batching import TOKEN_BUDGET, is_encoder_decoder, make_batches, shown_batches, stock_model
 from .scoring import LOGIT_BUDGET, TargetRow, Unscored, encode_row, target_logits
 
 if TYPE_CHECKING:
@@ -66,15 +66,10 @@ def ranked_predictions(
             found[prompt, target] = Unscored(prompt, target, str(error))
     most = LOGIT_BUDGET // vocabulary_size(model)
     batches = make_batches(
-        rows,
-        lambda pair: rows[pair].width,
-        token_budget,
-        positions=lambda pair: rows[pair].width,
-        max_positions=most,
-        doing="ranking answers",
+        rows, lambda pair: rows[pair].width, token_budget, positions=lambda pair: rows[pair].width, max_positions=most
     )
     with frozen_eval(model), torch.inference_mode():
-        for group in batches:
+        for group in shown_batches(batches, len(rows), "ranking answers"):
             members = [rows[pair] for pair in group]
             best = target_logits(model, tokenizer, members, everywhere=True).topk(k, -1).indices.tolist()
             place = 0

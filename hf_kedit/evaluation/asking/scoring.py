@@ -36,6 +36,7 @@ from .batching import (
     cut_left,
     is_encoder_decoder,
     make_batches,
+    shown_batches,
     stand_in_bos,
     stock_model,
 )
@@ -206,10 +207,9 @@ def try_score_pairs(
         max_rows=max_batch_rows,
         positions=positions,
         max_positions=LOGIT_BUDGET // vocabulary_size(model),
-        doing="scoring answers",
     )
     with frozen_eval(model), torch.inference_mode():
-        for group in batches:
+        for group in shown_batches(batches, len(rows), "scoring answers"):
             for pair, score in zip(group, _score_batch(model, tokenizer, group, rows), strict=True):
                 results[pair] = score
     return [results[p, t] for p, t in pairs]
