@@ -67,7 +67,7 @@ def with_edits(model: EditableModel, facts: list[tuple[str, str]], encoder: str,
     """Give a model an edit for every prompt and subject."""
     path = model.anatomy.down(model.anatomy.num_layers // 6).path
     d_in, d_out = sizes_of(model.base_model, path)
-    shelf = Shelf([path], 1, {path: (d_in, d_out)})
+    shelf = Shelf([path], 1, {path: (d_in, d_out)}, holds_texts=False)
     memory = RoutedChanges([shelf], encoder, slack, word_vectors(model.base_model))
     generator = torch.Generator().manual_seed(0)
     assert model.tokenizer is not None
