@@ -104,9 +104,9 @@ class PrefixWriter:
             if limit is None or len(row) + reserve <= limit:
                 break
         else:
+            new = f" and {reserve} new tokens" if reserve else ""
             raise TargetTooLongError(
-                f"the new fact, the prompt and {reserve} new tokens take {len(row) + reserve} tokens, the model's"
-                f" context has {limit}"
+                f"the new fact with the prompt{new} takes {len(row) + reserve} tokens, the model's context has {limit}"
             )
         own = [*range(begin), *range(begin + added, lead + added), *range(lead + added + len(front), len(row))]
         if not isinstance(ids, TokenIds):
@@ -116,6 +116,22 @@ class PrefixWriter:
         rest = len(row) - begin - added
         tail = ids.behind(begin).spread(row[-rest:], [place - begin - added for place in own if place >= begin])
         return joined_ids([row[:begin], *before, tail]), own
+
+    def check_room(self, ids: Sequence[int], fact: str, model: Any) -> None:
+        """Raise if a fact does not fit in front of a row, whatever else could stand before it is left out.
+
+        Args:
+            ids: token ids of the row.
+            fact: the text.
+            model: that is to read both.
+
+        Raises:
+            TargetTooLongError: if both take more tokens than its context has.
+        """
+        if model.config.is_encoder_decoder:
+            self.encoder_rows([ids], [Prefix(fact)], context_length(model.config))
+        else:
+            self.with_prefix(ids, Prefix(fact), model, 0)
 
     def encoder_rows(
         self, rows: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], limit: int | None
@@ -139,7 +155,7 @@ class PrefixWriter:
                     break
             else:
                 raise TargetTooLongError(
-                    f"the new fact and the prompt take {len(ids)} tokens, the context has {limit}"
+                    f"the new fact with the prompt takes {len(ids)} tokens, the model's context has {limit}"
                 )
             read.append(ids)
         return pad_rows(read, pad_id(self.tokenizer))

@@ -45,7 +45,7 @@ from ..requests import EditRequest, in_row
 from .auto_memory import UNNAMED, WORDS, Compared, RoutedChange, RoutedChanges, word_vectors
 from .auto_shelf import Shelf, Solution, sizes_of
 from .base import BothFormats, Capabilities, Method, Outcome, Workbench, WrappingConfig, method_class, register_method
-from .ike import Prompt, PromptConfig, new_fact
+from .ike import Prompt, PromptConfig, check_room, new_fact
 
 
 @dataclass
@@ -199,6 +199,8 @@ class Auto(Method):
                 )
             with self.bench.sites.disabled():
                 base.check(requests)
+        if self.config.in_context:
+            check_room(self.bench, requests, self._fact, self.config.separator)
         for request in requests:
             in_row(self._address, request)
 
@@ -276,6 +278,10 @@ class Auto(Method):
             raise RequestError(f"{shown(request.subject)} has no letters or digits to be known by", field="subject")
         return address
 
+    def _fact(self, request: EditRequest) -> str:
+        """The text that rows which an edit claims are read behind, with ``in_context``."""
+        return new_fact(request, self.config.separator)
+
     def _found(self, base: Method, requests: Sequence[EditRequest]) -> list[tuple[Solution, dict[str, Any]]]:
         """What a base method finds for every edit alone, and what it says about it."""
         with self.bench.sites.disabled():
@@ -283,7 +289,7 @@ class Auto(Method):
         found = [(self._solution(base, outcome), outcome.diagnostics[0]) for outcome in outcomes]
         if not self.config.in_context or isinstance(base, Prompt):
             return found
-        texts = [new_fact(request.asked("plain"), self.config.separator) for request in requests]
+        texts = [self._fact(request.asked("plain")) for request in requests]
         return [(replace(s, fact=text), numbers) for (s, numbers), text in zip(found, texts, strict=True)]
 
     def _solution(self, base: Method, outcome: Outcome) -> Solution:

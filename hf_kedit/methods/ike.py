@@ -15,7 +15,7 @@ others are answered as ever.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeInt
 
+from ..books.prefixed_rows import PrefixWriter
 from ..books.prefixes import Prefix
 from ..books.prompt_book import MOST_CHOICES, SAME_PICTURE, PromptEntry
 from ..books.prompting import Prompter
@@ -35,11 +36,11 @@ from ..engine.examples import encode_examples, target_probabilities
 from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..logging import get_logger, warn_once
 from ..remote.model import RemoteModel
-from ..requests import SLOT, EditRequest, load_requests
+from ..requests import SLOT, EditRequest, in_row, load_requests
 from ..text.pictures import PictureFrame, pictures_of
 from ..text.processors import picture_frame, sees, takes_several
 from ..tokens import as_ids, separator_between
-from .base import BothFormats, Capabilities, Method, Outcome, register_method
+from .base import BothFormats, Capabilities, Method, Outcome, Workbench, register_method
 
 logger = get_logger(__name__)
 BELIEVED = 0.5
@@ -158,6 +159,16 @@ class InContext(Method):
         """What is put in front of the prompts that belong to a request."""
         return self.config.template.replace(SLOT, fact_of(request, self.config.separator))
 
+    def reader(self, request: EditRequest) -> Any:
+        """The model that reads this text."""
+        return self.bench.model
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check that each text fits in front of its own prompt, which could not be asked otherwise."""
+        super().check(requests)
+        if not isinstance(self.bench.model, RemoteModel):  # whose context nobody knows
+            check_room(self.bench, requests, self.text, self.config.separator, self.reader)
+
 
 class _Prompting(InContext):
     """What IKE and PROMPT share: checks, and an entry in the prompt memory."""
@@ -167,6 +178,7 @@ class _Prompting(InContext):
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that the retriever is there."""
+        super().check(requests)
         find_retriever(self.config.retriever, self.bench.own_retriever)
         if self.config.select and isinstance(self.bench.model, RemoteModel):
             raise UnsupportedModelError(
@@ -348,6 +360,37 @@ def answered(prompt: str, answer: str, separator: str | None = None) -> str:
 def fact_of(request: EditRequest, separator: str | None = None) -> str:
     """The new fact as a sentence: prompt and target."""
     return answered(request.plain_prompt, request.target_new, request.separator_or(separator))
+
+
+def check_room(
+    bench: Workbench,
+    requests: Sequence[EditRequest],
+    text: Callable[[EditRequest], str],
+    separator: str | None = None,
+    reader: Callable[[EditRequest], Any] | None = None,
+) -> None:
+    """Raise if what stands in front of an edit's prompts leaves no room for its own prompt and target.
+
+    Args:
+        bench: of the model.
+        requests: the edits, as the model reads them.
+        text: request (as a plain one) → what stands in front.
+        separator: between prompt and target; ``None`` for the rule of `tokens.separator_between`.
+        reader: request → the model that reads it; ``None``: the edited one.
+
+    Raises:
+        TargetTooLongError: naming the row.
+    """
+    writer = PrefixWriter(lambda: bench.tokenizer)
+
+    def look(request: EditRequest) -> None:
+        (example,) = encode_examples(bench.model, bench.tokenizer, [request], separator=separator)
+        model = bench.model if reader is None else reader(request)
+        writer.check_room(example.ids, text(request.asked("plain")), model)
+
+    for request in requests:
+        for form in request.formats():
+            in_row(look, form)
 
 
 def new_fact(request: EditRequest, separator: str | None = None) -> str:

@@ -512,6 +512,7 @@ class SERAC(InContext):
         find_retriever(self.scope, self.bench.reader.retriever)
         if self.counterfactual != BASE:
             find_counterfactual(self.counterfactual, self.bench.model)
+        super().check(requests)
 
     def compute(self, requests: Sequence[EditRequest]) -> Outcome:
         """One record per request."""
@@ -520,17 +521,32 @@ class SERAC(InContext):
         numbers = [{"scope_classifier": e.retriever, "counterfactual_model": e.reader} for e in entries]
         return Outcome([], numbers, entries=entries)
 
+    def text(self, request: EditRequest) -> str:
+        """What is put in front of the prompts that belong to a request."""
+        if self.editor is not None and self._answers(request) == self._trained:
+            return self.editor.context(request)
+        return super().text(request)
+
+    def reader(self, request: EditRequest) -> Any:
+        """The model that reads this text."""
+        name = self._answers(request)
+        return self.bench.model if name == BASE else find_counterfactual(name, self.bench.model)
+
+    def _answers(self, request: EditRequest) -> str:
+        """Name of the model that answers; about a picture it is the edited one, which sees it."""
+        return BASE if request.image is not None else self.counterfactual
+
     def entry(self, request: EditRequest) -> PromptEntry:
-        """What the memory keeps of a request; a fact about a picture is read by the edited model, which sees it."""
-        editor, reader = self.editor, BASE if request.image is not None else self.counterfactual
+        """What the memory keeps of a request."""
+        editor = self.editor
         return PromptEntry(
             scope=editor.scope_text(request) if editor and self.scope == self._trained else request.plain_prompt,
             subject=request.subject,
-            fact=editor.context(request) if editor and reader == self._trained else self.text(request),
+            fact=self.text(request),
             demonstrations=(),
             nearest_last=True,
             retriever=self.scope,
             threshold=self.config.threshold,
-            reader=reader,
+            reader=self._answers(request),
             soft=self.config.soft,
         )

@@ -12,11 +12,20 @@ import torch
 from transformers import pipeline
 from transformers.modeling_utils import slice_logits_to_keep
 
-from hf_kedit import EditableModel, EditRequest, IKEConfig, PromptConfig, load_edit_dataset
-from hf_kedit.books import retrieval
+from hf_kedit import (
+    AutoMethodConfig,
+    EditableModel,
+    EditRequest,
+    IKEConfig,
+    PromptConfig,
+    SERACConfig,
+    load_edit_dataset,
+)
+from hf_kedit.books import counterfactuals, retrieval
 from hf_kedit.books.prefixed_rows import _fronts
 from hf_kedit.books.prefixes import Prefix
 from hf_kedit.books.retrieval import EmbeddingRetriever, LexicalRetriever, Passage
+from hf_kedit.config import EditConfig
 from hf_kedit.data.demonstrations import language_of, packaged_demonstrations
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import (
@@ -460,12 +469,45 @@ def test_ike_works_as_it_is_and_says_what_it_reached(
     assert 0 < made.diagnostics["target_probability_after"] < 1
 
 
-def test_what_does_not_fit_is_refused_when_it_is_edited() -> None:
-    editable = EditableModel(*load_model("gpt2")[:1], PromptConfig(), load_model("gpt2")[1])
-    limit = editable.base_model.config.n_positions
-    with pytest.raises(TargetTooLongError):
-        editable.edit(EditRequest(prompt="word " * (limit // 2 - 2) + "is", target_new="Cork"))
-    assert editable.edits == [] and editable.prompts.entries == ()
+AUTO: dict[str, Any] = {
+    "encoder": "words",
+    "base": {"edit_type": "rome", "v_num_grad_steps": 1, "context_templates": ["{}"], "mom2_adjustment": False},
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptConfig(),
+        IKEConfig(k=2),
+        SERACConfig(scope="lexical", counterfactual="base"),
+        SERACConfig(scope="lexical", counterfactual="a reader with half the context"),
+        AutoMethodConfig(**AUTO, in_context=True),
+        AutoMethodConfig(encoder="words", base="prompt"),
+        AutoMethodConfig(**AUTO, base_unnamed="prompt"),
+    ],
+    ids=["PROMPT", "IKE", "SERAC", "SERAC with a reader", "auto in context", "auto PROMPT", "auto unnamed"],
+)
+def test_a_fact_that_leaves_no_room_for_its_own_prompt_is_refused_before_anything_is_computed(
+    config: EditConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 128
+    if isinstance(config, SERACConfig) and config.counterfactual != "base":
+        other = EditableModel.from_pretrained("kedit/world-gpt2", "prompt").base_model
+        limit = other.config.n_positions = 64
+        monkeypatch.setitem(counterfactuals._REGISTERED, config.counterfactual, other)
+    editable = EditableModel.from_pretrained("kedit/world-gpt2", config)
+    fits = {"prompt": "By profession {} is a", "subject": "Tarosk Boayond", "target_new": "plumber"}
+    long = {**fits, "prompt": "very " * (limit // 3) + fits["prompt"]}
+    assert limit / 2 < len(editable.tokenizer(long["prompt"])["input_ids"]) < limit  # alone it fits
+
+    def computed(*_: Any) -> Any:
+        raise AssertionError("it is refused before")
+
+    monkeypatch.setattr(type(editable._method), "compute", computed)
+    with pytest.raises(TargetTooLongError, match=f"row 1.*the new fact with the prompt takes .*context has {limit}"):
+        editable.edit([fits, long], batch_size=1, on_error="skip")
+    assert editable.edits == [] and not any(book.edit_ids for book in editable.books.values())
 
 
 def test_where_space_is_short_the_least_similar_demonstration_goes_first() -> None:
