@@ -5,6 +5,7 @@ python -m benchmarks.covariance --shape gpt2-tiny gpt2-small --layers 3 5
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def main() -> None:
             with frozen_eval(model):
                 sides = alternate(
                     ours,
-                    lambda model=model, paths=paths: reference.covariance(model, tokenizer(), corpus, paths),
+                    partial(reference.covariance, model, tokenizer(), corpus, paths),
                     pairs=chosen.pairs,
                     device=chosen.device,
                 )

@@ -12,6 +12,7 @@ import argparse
 import gc
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ MODEL = "kedit/world-gpt2"
 
 def growth(method: str, facts: list[dict[str, object]], device: str) -> list[int]:
     """Bytes that each edit after the first one adds to what lives on the device."""
-    model = EditableModel(load_base(MODEL).to(device), method, load_tokenizer(MODEL), base_model_id=MODEL)
+    base: Any = load_base(MODEL)
+    model = EditableModel(base.to(device), method, load_tokenizer(MODEL), base_model_id=MODEL)
     live = []
     for fact in facts:
         model.edit(fact, show_progress=False)

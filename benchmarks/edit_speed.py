@@ -97,7 +97,8 @@ class Setting:
         chosen_values = {"v_num_grad_steps": steps} if shape == REAL else {**common, **values}
         config = kind(layers=self.layers, context_templates=templates, stats_ridge=0.0, **chosen_values)
         self.model = EditableModel(self.base, config, tokenizer=self.tokenizer)
-        self.inner: Any = self.model._method
+        inner: Any = self.model._method
+        self.inner = inner
         self.paths = [self.model.anatomy.down(layer).path for layer in self.layers]
         self._give_statistics()
         self.weight = getattr(self.inner.config, "mom2_update_weight", WEIGHT)
@@ -105,7 +106,7 @@ class Setting:
         parts = SEQUENCE if method == "alphaedit" and edits >= SEQUENCE else 1
         size = math.ceil(edits / parts)
         self.batches = [todo[i : i + size] for i in range(0, edits, size)]
-        self.rows = [self.inner.rows(batch, self.inner.templates()) for batch in self.batches]
+        self.rows = [inner.rows(batch, inner.templates()) for batch in self.batches]
 
     def _give_statistics(self) -> None:
         """Second moments of few tokens; factorised or decomposed once, which is not part of an edit."""
@@ -133,7 +134,8 @@ class Setting:
         Args:
             values: takes up the optimised value of every request (not in a run that is timed).
         """
-        before, changes = [get_weight(get_module(self.base, p)).float() for p in self.paths], []
+        before = [get_weight(get_module(self.base, p)).float() for p in self.paths]
+        changes: list[torch.Tensor] = []
 
         def measure() -> None:
             changes.extend(
@@ -188,7 +190,8 @@ class Setting:
         """
         settings = self.published()
         paths = self.paths if self.method == "rome" else self._plan().sites
-        sites = {"rome": "down", "pmet": ("down", "attention_out")}.get(self.method, "block")
+        chosen: dict[str, Any] = {"rome": "down", "pmet": ("down", "attention_out")}
+        sites = chosen.get(self.method, "block")
         rows, found = [group for batch in self.rows for group in batch], []
         self.base.double()
         try:

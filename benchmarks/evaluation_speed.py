@@ -6,6 +6,8 @@ python -m benchmarks.evaluation_speed --cases 1000 --pairs 1
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks import reference
@@ -54,8 +56,8 @@ def main() -> None:
         pairs = questions(chosen.cases)
         with frozen_eval(model):
             sides = alternate(
-                lambda model=model, pairs=pairs: score_pairs(model, tokenizer(), pairs),
-                lambda model=model, pairs=pairs: reference.score(model, tokenizer(), pairs),
+                partial(score_pairs, model, tokenizer(), pairs),
+                partial(reference.score, model, tokenizer(), pairs),
                 pairs=chosen.pairs,
                 device=chosen.device,
             )

@@ -133,8 +133,10 @@ if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].startswith("["):
         *asked, last = json.loads(sys.argv[1])
         if len(asked) == 1:
-            print(json.dumps(first_load(*asked, last)))
+            print(json.dumps(first_load(asked[0], last)))
         else:
-            print(json.dumps(side(*asked, json.loads(Path(last).read_text(encoding="utf-8")))))
+            checkout, folder, method, batch, settings = asked
+            facts = json.loads(Path(last).read_text(encoding="utf-8"))
+            print(json.dumps(side(checkout, folder, method, batch, settings, facts)))
     else:
         main()

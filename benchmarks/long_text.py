@@ -32,6 +32,7 @@ from hf_kedit.errors import KeditError
 from hf_kedit.evaluation import evaluate_edits, load_scenario
 from hf_kedit.evaluation.scenarios.long_text import LongReplies
 from hf_kedit.methods.drift import GeneralText
+from hf_kedit.tokens import needed_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "scenarios" / "data" / "long_page.json"
 SHORT = 40
@@ -51,7 +52,8 @@ def measure(model_name: str, method: str, settings: dict[str, Any], path: Path, 
     """
     model = EditableModel.from_pretrained(model_name, AutoEditConfig.for_method(method, **settings))
     request = load_requests(load_scenario("long_text").read(path))[0]
-    tokens = len(model.tokenizer(f" {request.target_new}", add_special_tokens=False).input_ids)
+    tokenizer = needed_tokenizer(model.tokenizer, "The benchmark")
+    tokens = len(tokenizer(f" {request.target_new}", add_special_tokens=False).input_ids)
     row: dict[str, Any] = {"tokens": tokens}
     base, began = reset_peak("cpu"), clock("cpu")
     told = model.edit(request, show_progress=False).edits[0].diagnostics
@@ -66,7 +68,7 @@ def measure(model_name: str, method: str, settings: dict[str, Any], path: Path, 
     for key in ("target_probability_before", "value_probability", "target_probability_after"):
         row[key] = told.get(key)
     with model.disable_edits():
-        general = GeneralText.of(model.base_model, model.tokenizer, GENERAL_PROBES, 0)
+        general = GeneralText.of(model.base_model, tokenizer, GENERAL_PROBES, 0)
     with torch.no_grad():
         row["drift"] = float(general.drift(model.base_model))
     return row

@@ -103,7 +103,8 @@ def model(options: argparse.Namespace, count: int) -> dict[str, Any]:
 def main() -> None:
     """Print both tables."""
     options = parser(__doc__)
-    options.add_argument("--shape", default="smollm2-135m", choices=sorted(SHAPES))
+    llamas = sorted(name for name, (_, values, _) in SHAPES.items() if "hidden_size" in values)
+    options.add_argument("--shape", default="smollm2-135m", choices=llamas)
     options.add_argument("--edits", nargs="*", type=int, default=[1000, 2000, 10000])
     options.add_argument("--real", nargs="*", type=int, default=[8, 16, 32])
     options.add_argument("--steps", type=int, default=4)

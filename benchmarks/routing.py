@@ -70,6 +70,10 @@ def with_edits(model: EditableModel, facts: list[tuple[str, str]], encoder: str,
     shelf = Shelf([path], 1, {path: (d_in, d_out)}, holds_texts=False)
     memory = RoutedChanges([shelf], encoder, slack, word_vectors(model.base_model))
     generator = torch.Generator().manual_seed(0)
+
+    def column(size: int) -> torch.Tensor:
+        return torch.randn(size, 1, generator=generator)
+
     assert model.tokenizer is not None
     memory.with_tokenizer(model.tokenizer)
     addresses = [Address.of(str(i), [prompt], [name]) for i, (prompt, name) in enumerate(facts)]
@@ -77,7 +81,7 @@ def with_edits(model: EditableModel, facts: list[tuple[str, str]], encoder: str,
         RoutedChange(
             address,
             vector[None],
-            [Solution("invented", {path: Factors(*(torch.randn(d, 1, generator=generator) for d in (d_out, d_in)))})],
+            [Solution("invented", {path: Factors(column(d_out), column(d_in))})],
         )
         for address, vector in zip(addresses, memory.router.vectors_of(addresses), strict=True)
     ]

@@ -118,7 +118,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A model of the shape with random weights, scaled so that losses really fall; or the real one (`is_real`)."""
     if is_real(shape):
-        return load_base("kedit/smollm2-135m", dtype=dtype).to(device).eval()
+        real: Any = load_base("kedit/smollm2-135m", dtype=dtype)
+        return real.to(device).eval()
     kind, values, _ = SHAPES[shape]
     torch.manual_seed(seed)
     with torch.device(device):

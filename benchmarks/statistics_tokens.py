@@ -9,6 +9,8 @@ one: ``λ tr(D C Dᵀ) + ‖D K − R‖²`` relative to the best possible, and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from benchmarks.shapes import requests, texts
@@ -16,10 +18,12 @@ from benchmarks.timing import Table, begin, environment, parser
 from hf_kedit import EditableModel, MEMITConfig
 from hf_kedit.engine.capture import Tap
 from hf_kedit.engine.forward import frozen_eval
+from hf_kedit.engine.sweep import Sweep
 from hf_kedit.statistics.collecting import collect_moments
 from hf_kedit.statistics.corpora import text_corpus
 from hf_kedit.statistics.moments import SecondMoment
 from hf_kedit.statistics.solve import factor_moment, ridge_columns
+from hf_kedit.tokens import needed_tokenizer
 
 
 def main() -> None:
@@ -36,13 +40,16 @@ def main() -> None:
     model = EditableModel.from_pretrained(
         chosen.model, MEMITConfig(layers=[chosen.layer], context_templates=["{}"]), device_map=chosen.device
     )
+    tokenizer = needed_tokenizer(model.tokenizer, "The benchmark")
     path = model.anatomy.down(chosen.layer).path
     width = model.anatomy.down(chosen.layer).in_features
-    method = model._method
-    rows = [group[0] for group in method.rows(requests(max(chosen.keys)), [["{}"]])]  # type: ignore[attr-defined]
+    method: Any = model._method
+    rows = [group[0] for group in method.rows(requests(max(chosen.keys)), [["{}"]])]
+    tap = Tap(path, "input")
     with frozen_eval(model.base_model):
-        keys = method.measure(rows, [Tap(path, "input")])[Tap(path, "input")].T.double().cpu()  # type: ignore[attr-defined]
-    corpus, samples, sample = texts(chosen.truth * width // 4), {}, None
+        keys = Sweep(model.base_model, model.anatomy, rows).read([tap], chosen.layer)[tap].T.double().cpu()
+    corpus, samples = texts(chosen.truth * width // 4), {}
+    sample: SecondMoment | None = None
     position = 0
     for multiple in [*chosen.multiples, chosen.truth]:
         while sample is None or sample.count < multiple * width:
@@ -51,10 +58,11 @@ def main() -> None:
             if not part:
                 break
             found = collect_moments(
-                model.base_model, model.tokenizer, [path], text_corpus(part), token_budget=1024, show_progress=False
+                model.base_model, tokenizer, [path], text_corpus(part), token_budget=1024, show_progress=False
             )[path]
             sample = found if sample is None else sample.merged(found)
-        samples[multiple] = SecondMoment(sample.total, sample.count)  # type: ignore[union-attr]
+        assert sample is not None, "the corpus is empty"
+        samples[multiple] = SecondMoment(sample.total, sample.count)
     truth = samples[chosen.truth].mean()
     table = Table(
         [
@@ -79,8 +87,8 @@ def main() -> None:
             best = ridge_columns(factor_moment(truth), k, weight)
             floor, least = judge(best)
             for multiple in chosen.multiples:
-                found = ridge_columns(factor_moment(samples[multiple].mean(), name="the sample"), k, weight)
-                cost, old = judge(found)
+                estimate = ridge_columns(factor_moment(samples[multiple].mean(), name="the sample"), k, weight)
+                cost, old = judge(estimate)
                 table.add(
                     {
                         "multiple": samples[multiple].count / width,
@@ -89,7 +97,7 @@ def main() -> None:
                         "weight": weight,
                         "objective": cost / floor,
                         "disturbance": old / least,
-                        "cosine": float((found * best).sum() / (found.norm() * best.norm())),
+                        "cosine": float((estimate * best).sum() / (estimate.norm() * best.norm())),
                         "model": chosen.model,
                         **environment(chosen.device, "float32"),
                     }
