@@ -20,7 +20,7 @@ def test_every_benchmark_can_be_imported(name: str) -> None:
     assert importlib.import_module(f"benchmarks.{name}").__doc__
 
 
-@pytest.mark.parametrize("method", ["rome", "memit"])
+@pytest.mark.parametrize("method", [pytest.param("rome", marks=pytest.mark.slow), "memit"])
 def test_edits_agree_with_the_straightforward_path(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

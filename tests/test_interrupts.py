@@ -212,7 +212,7 @@ def test_frozen_models_and_injected_layers() -> None:
     assert at_every_step(around, unchanged(model)) > 15
 
 
-@pytest.mark.parametrize("method", ["rome", "grace", "auto", "prompt", "lora"])
+@pytest.mark.parametrize("method", ["rome", "grace", "auto", "prompt", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_edit_is_made_or_not(method: str) -> None:
     """At some steps of an edit beside another one, and at all of the last: where it is written and the call ends."""
     check_edits(method, few=20, last=30)

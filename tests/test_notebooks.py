@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(path.stem for path in (DOCS / "notebooks").glob("*.ipynb"))
+LONGEST = {"trained_editors", "memories", "fine_tuning", "evaluation_traps", "president_story"}
 
 
 def _script(name: str) -> dict[str, Any]:
@@ -34,7 +35,9 @@ def kernel() -> Iterator[Any]:
             asyncio.run(manager.shutdown_kernel(now=True))
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONGEST else name for name in NOTEBOOKS]
+)
 def test_notebook(name: str, tmp_path: Path, kernel: Any) -> None:
     """Every cell runs; the last ones assert what the text claims."""
     make = _script("make.py")

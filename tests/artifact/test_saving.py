@@ -47,7 +47,7 @@ def saved(tmp_path: Path) -> Path:
     ("name", "config"),
     [
         ("kedit/world-gpt2", "rome"),
-        ("kedit/world-llama", "memit"),
+        pytest.param("kedit/world-llama", "memit", marks=pytest.mark.slow),
         ("kedit/world-llama", "lora"),
         ("kedit/world-gpt2", FTMConfig(layers=[1, 3], lr=1e-3, num_steps=3, train_bias=True)),
     ],

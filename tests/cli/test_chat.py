@@ -202,6 +202,7 @@ def test_data_alone(typed: Type, output_format: str) -> None:
     assert said["answer"].startswith(" plumber")
 
 
+@pytest.mark.slow
 def test_through_a_pipe() -> None:
     """A process of its own, bytes that are no text among what it reads, and not a word of others."""
     lines = f"{EDIT}\n{PROMPT}\n".encode() + b"\xff\xfe is\n/quit\n"

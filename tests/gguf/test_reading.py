@@ -177,6 +177,7 @@ def test_it_is_said_once_what_becomes_of_the_blocks(
         assert "float16" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.hub
 def test_a_file_of_the_hub(files: Path, tmp_path: Path, hub: LoopbackHub) -> None:
     HfApi().create_repo("org/files")

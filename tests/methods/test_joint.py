@@ -46,7 +46,14 @@ def named(requests: list[EditRequest]) -> list[EditRequest]:
 # ---------------------------------------------------------------------- a function of the set
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "memit",
+        "pmet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in {"memit", "pmet"}),
+    ],
+)
 def test_order_batches_and_what_was_taken_back_leave_no_trace(method: str, tmp_path: Path) -> None:
     rows = named(facts(5))
     kept = [rows[i] for i in (0, 2, 3)]
@@ -65,6 +72,7 @@ def test_order_batches_and_what_was_taken_back_leave_no_trace(method: str, tmp_p
     assert not loaded.method_state(), "what belongs to no edit is not kept"
 
 
+@pytest.mark.slow
 def test_a_model_with_bos_and_rms_norm_likewise() -> None:
     rows = named(facts(4))
     one = make(name="kedit/world-llama")

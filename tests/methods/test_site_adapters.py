@@ -138,6 +138,7 @@ def test_tensors_are_saved_once(edited: Any, tmp_path: Path) -> None:
         EditableModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["", "assert importlib.util.find_spec('peft')"])  # transformers asks so
 def test_types_are_known_when_peft_is_imported_later(first: str) -> None:
     script = f"""

@@ -36,7 +36,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def test_unke_says_the_new_object_and_changes_one_layer(name: str, tmp_path: Path) -> None:
     model = EditableModel.from_pretrained(name, "unke")
     digest = model_digest(model.base_model)
@@ -67,7 +67,7 @@ def test_unke_says_the_new_object_and_changes_one_layer(name: str, tmp_path: Pat
     assert model_digest(model.base_model) == digest
 
 
-@pytest.mark.parametrize("base", ["unke", "memit", "alphaedit"])
+@pytest.mark.parametrize("base", ["unke", "memit", pytest.param("alphaedit", marks=pytest.mark.slow)])
 def test_anyedit_teaches_a_text_chunk_by_chunk(base: str, tmp_path: Path) -> None:
     """Thirty tokens, beside a second text, which is taken back where every column has an owner."""
     config = AnyEditConfig(base=base, window_size=4)
@@ -168,6 +168,7 @@ def test_a_step_of_the_training_is_that_of_the_paper() -> None:
         parameter.requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_several_layers_share_what_is_missing() -> None:
     one, two = (
         EditableModel.from_pretrained(

@@ -162,7 +162,7 @@ def test_which_trained_methods_take_pictures() -> None:
     assert {"mend", "malmen", "rledit", "ke", "serac"} <= taking and "instructedit" not in taking
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
 def test_serac_learns_which_words_and_pictures_belong_to_an_edit(family: str, tmp_path: Path) -> None:
     """Beside a model that sees, only the scope classifier is trained, and the model itself answers behind the edit."""
     model, processor = seeing(family)

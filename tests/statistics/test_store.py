@@ -98,7 +98,7 @@ def test_collecting_goes_on_when_memory_runs_out(llama: Any, monkeypatch: pytest
         assert found[path].count == count and torch.allclose(found[path].total, total, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, 300, 4096, 4097])
+@pytest.mark.parametrize("tokens", [1, 300, pytest.param(4096, marks=pytest.mark.slow), 4097])
 def test_the_same_tokens_are_read_whatever_a_device_runs_at_once(llama: Any, tokens: int) -> None:
     """Exactly as many as wanted, the first ones of the text, cut in the middle of a text."""
     model, tokenizer = llama

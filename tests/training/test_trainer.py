@@ -226,6 +226,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
     assert losses(second) == losses(straight) and len(losses(second)) == 8
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_a_doubled_batch(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(

@@ -206,6 +206,7 @@ def _dict_of(plan):
 # ---------------------------------------------------------------------- the harness
 
 
+@pytest.mark.slow
 def test_a_task_of_the_harness_sees_the_edit(editable, tmp_path, cache):
     rows = [{"prompt": "The capital of Norland is", "options": ["Lima", "Oslo"], "label": 0}]
     (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
