@@ -329,7 +329,7 @@ class EditableModel(Editing, Sharing, LoraExchange, GgufExport):
         lines = finetune_lines(
             [edit.request for edit in self.edits], system=system, least=least, rephrasings=rephrasings
         )
-        return write_text(Path(file), "".join(line + "\n" for line in lines))
+        return write_text(named_path(file, "the file"), "".join(line + "\n" for line in lines))
 
     def explain(self, prompt: str) -> list[RouteCandidate]:
         """Which edits of `auto` a prompt is compared with, the nearest first, and whether one of them claims it.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union
 
 from .errors import DataError, RequestError, SubjectNotFoundError, nearest, shown
 from .storage.cells import check_plain, read_cell
-from .storage.records import CsvRow, read_rows, rows_of_columns
+from .storage.records import CsvRow, read_rows, rows_given
 from .text.chat import TEXT_FORMATS, ChatFrame, Messages, TextFormat, chat_frame, read_messages, with_system
 from .text.joining import separator_between
 from .text.pictures import Pictured, PictureFrame, as_pictured, each_pictured, pictured_to_json, pictures_of
@@ -568,14 +568,7 @@ def load_requests(source: RequestSource) -> list[EditRequest]:
     """
     if isinstance(source, EditRequest):
         return [source]
-    if isinstance(source, (str, Path)):
-        rows: Iterable[Any] = read_rows(source)
-    elif isinstance(source, Mapping):
-        rows = rows_of_columns(source) if isinstance(source.get("prompt"), list) else [source]
-    elif isinstance(source, Iterable):
-        rows = source
-    else:
-        raise RequestError(f"cannot read edit requests from a {type(source).__name__}")
+    rows = read_rows(source) if isinstance(source, (str, Path)) else rows_given(source, RequestError)
     requests: list[EditRequest] = []
     seen: dict[str, int] = {}
     for number, entry in enumerate(rows):

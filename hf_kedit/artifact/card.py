@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -240,7 +240,7 @@ def base_licence(base: str, revision: str | None) -> dict[str, str]:
         revision: of the repository.
     """
     base = inside_repository(base)[0]
-    if not _is_hub_id(base) and not Path(base or "/nowhere").is_dir():
+    if not _is_hub_id(base) and not os.path.isdir(base or "/nowhere"):
         return {}
     try:
         card = read_file(base, CARD, revision=revision)

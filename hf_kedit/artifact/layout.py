@@ -149,7 +149,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
 def portable(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Hyperparameters without paths of one machine: where statistics are kept, and a corpus in a file or folder."""
     corpus = hparams.get("stats_dataset")
-    local = isinstance(corpus, str) and (is_local(corpus) or Path(corpus).suffix in _TEXTS or Path(corpus).exists())
+    local = isinstance(corpus, str) and (is_local(corpus) or Path(corpus).suffix in _TEXTS or os.path.exists(corpus))
     gone = ("stats_dir", *(("stats_dataset",) if local else ()))
     kept = {name: value for name, value in hparams.items() if value is None or name not in gone}
     if isinstance(inner := kept.get("base"), Mapping):  # of a method that another one works for

@@ -6,6 +6,7 @@ Read are ``adapter_config.json`` and ``adapter_model.safetensors``, by their con
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def import_lora(
     if not known:
         raise RequestError(f"{adapter} does not say what it changes; give requests=[EditRequest(...)]")
     wanted = load_requests(known)
-    name = Path(adapter).name if Path(adapter).exists() else adapter  # the journal travels: no path of this machine
+    name = Path(adapter).name if os.path.exists(adapter) else adapter  # the journal travels: no path of this machine
     with alone(model.base_model, edited=True):  # nobody waited while files came from the Hub
         deltas = read_lora(adapter, config, tensors, model.ledger)
         todo = model.journal.with_ids(wanted)

@@ -234,7 +234,11 @@ def _base_of(artifact: Artifact) -> str:
     recorded = artifact.config["base_model_name_or_path"]
     folder = Path(os.path.expanduser(artifact.source))
     beside = artifact.config.get("base_model_relative_path") or (recorded if recorded.startswith(".") else None)
-    if not Path(os.path.expanduser(recorded)).exists() and isinstance(beside, str) and (folder / beside).exists():
+    if (
+        not os.path.exists(os.path.expanduser(recorded))
+        and isinstance(beside, str)
+        and os.path.exists(folder / beside)
+    ):
         return model_name(folder / beside)  # both were moved together
     return model_name(recorded)
 
@@ -265,7 +269,7 @@ def _load(
         where = artifact.config.get("base_model_folder")
         made_on = f"in {_kind_of(where)} {where!r} of another machine" if where else "in memory"
         raise ArtifactError(f"{artifact.source}: the edits were made on a model {made_on}; {give}")
-    if is_local(name) and not Path(os.path.expanduser(name)).exists():
+    if is_local(name) and not os.path.exists(os.path.expanduser(name)):
         what = "the edits were made on" if given is None else "their base model is to be"
         raise ArtifactError(f"{artifact.source}: {what} {name!r}, which is not there; {give}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +52,7 @@ def rollback(
     if to is not None:
         back_to(source, to, output, format)
         return
-    if output is None and not Path(source).is_dir():
+    if output is None and not os.path.isdir(source):
         raise typer.BadParameter(f"{source} is no folder: say where what is left goes", param_hint="--output")
     model = _open_edits(source, device, trust_remote_code, base)
     which: Any = "all" if all_ else last if last is not None else edit_ids
@@ -90,8 +91,8 @@ def export_finetune(
     from ..data.finetune import finetune_lines
     from ..data.loading import requests_of
 
-    artifact = None if Path(source).is_file() else edits_at(source)
-    if artifact is None and not Path(source).is_file():
+    artifact = None if os.path.isfile(source) else edits_at(source)
+    if artifact is None and not os.path.isfile(source):
         raise ArtifactError(f"{source!r} holds no saved edits (no edit_config.json), and is no file of requests")
     requests = requests_of(source) if artifact is None else [edit.request for edit in artifact.journal]
     lines = finetune_lines(requests, system=system, least=least, rephrasings=rephrasings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -179,7 +180,7 @@ def evaluate(
     if no_edit and (batch_size or setting is not SettingChoice.single or when or at or shard):
         raise typer.BadParameter("with --no-edit the edits are measured as they are", param_hint="--no-edit")
     for option, file in (("--output", output), ("--html", html)):
-        if file is not None and file.is_dir():
+        if file is not None and os.path.isdir(file):
             raise typer.BadParameter(f"{file} is a folder; name a file", param_hint=option)
     check_plot(plot)
     counts = _counts(at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ def push(
 
 def back_to(source: str, version: str, output: Path | None, format: Format) -> None:
     """Make an earlier version of a repository the present one, or write it to a folder (``kedit rollback --to``)."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         raise ArtifactError(f"{source!r} is a folder; versions are tags and commits of a repository on the Hub")
     from ..hub import pull_folder, restore_version
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,6 @@ def check_plot(file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.is_dir() or file.suffix.lower() not in _FORMATS:
+    if os.path.isdir(file) or file.suffix.lower() not in _FORMATS:
         raise typer.BadParameter(f"{file}: name a file that ends with {', '.join(_FORMATS)}", param_hint="--plot")
     check_extra("matplotlib", "viz", "drawing (--plot)")

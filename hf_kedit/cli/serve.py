@@ -143,7 +143,7 @@ def _secret(variable: str | None) -> str | None:
 def _name_of(model: str) -> str:
     """What a model is called where nothing else is said."""
     path = Path(os.path.expanduser(model))
-    return (path.resolve().name if path.exists() else model).replace("+", "-") or "model"
+    return (path.resolve().name if os.path.exists(path) else model).replace("+", "-") or "model"
 
 
 def _warn(console: Console, host: str, has_key: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnknownMethodError, nearest, shown
 from ..registry import CONFIGS, normalise
+from ..storage.files import named_path
 from .hparams import read_mapping
 
 # Names of methods that are spelt otherwise; `FT` and `LoRA` depend on a second key.
@@ -132,7 +133,7 @@ def convert_hparams(source: str | Path | Mapping[str, Any]) -> Converted:
         UnknownMethodError: if ``alg_name`` is no method of this library.
         ConfigError: if the file cannot be read, has no ``alg_name``, or a value is unusable.
     """
-    data = dict(source) if isinstance(source, Mapping) else read_mapping(_existing(Path(source)))
+    data = dict(source) if isinstance(source, Mapping) else read_mapping(_existing(source))
     if normalise(str(data.get("alg_name"))) == "unke-are":  # one file for what is a method and its base here
         own = {key: data.pop(key) for key in ("window_size",) if key in data}
         written = convert_hparams({**data, "alg_name": "unke"})
@@ -194,7 +195,8 @@ def _one_level(data: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     return {**flat, **lora, **model, **grace}, found if isinstance(found, str) else None
 
 
-def _existing(path: Path) -> Path:
+def _existing(source: str | Path) -> Path:
+    path = named_path(source, "the hyperparameters", ConfigError)
     return path if path.exists() or path.suffix in (".yaml", ".yml", ".json") else path.with_name(path.name + ".yaml")
 
 

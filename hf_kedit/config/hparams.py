@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..storage.files import named_path
 from ..storage.parsing import as_mapping, parse_json, parse_yaml, read_text
 
 TRAINING = "TRAINING"
@@ -84,11 +85,12 @@ def find_hparams(method: str, model_name: str) -> tuple[Path, dict[str, Any]] | 
     return None
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: str | Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds one mapping.
 
     Raises:
         ConfigError: if it is missing, unreadable or something else.
     """
+    path = named_path(path, "the file", ConfigError)
     parse = parse_json if path.suffix == ".json" else parse_yaml
     return as_mapping(parse(read_text(path, ConfigError), repr(str(path)), ConfigError), repr(str(path)), ConfigError)

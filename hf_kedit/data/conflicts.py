@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..errors import DataError
 from ..requests import EditRequest
+from ..storage.records import rows_given
 from .normalise import RawRow
 from .report import LoadReport
 
@@ -84,7 +85,7 @@ def excluded_keys(exclude: Iterable[Any] | None) -> frozenset[Key | str]:
     if isinstance(exclude, (str, Mapping, EditRequest)):
         raise DataError("'exclude' must be a list of prompts or rows, or a dataset.")
     keys: set[Key | str] = set()
-    for entry in exclude:
+    for entry in rows_given(exclude):
         if isinstance(entry, str):
             keys.add(normalised(entry))
         elif isinstance(entry, EditRequest) or (isinstance(entry, Mapping) and isinstance(entry.get("prompt"), str)):

@@ -9,6 +9,7 @@ dropping rows without a target, conflicts, exclusion, the limit, counting, and b
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,11 +20,11 @@ from typing import Any, Literal
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
-from ..errors import DataError, KeditError, RequestError, nearest, shown
+from ..errors import DataError, KeditError, RequestError, nearest, reason_of, shown
 from ..logging import get_logger
 from ..requests import KNOWN_FIELDS, EditRequest, RequestSource, load_requests
 from ..storage.files import named_path
-from ..storage.records import SUFFIXES, read_all, read_rows
+from ..storage.records import SUFFIXES, read_all, read_rows, rows_given
 from .columns import Columns, check_columns, own_rows
 from .conflicts import Keep, Key, excluded_keys, select
 from .features import FEATURES
@@ -178,8 +179,10 @@ def dataset_entry(name: str) -> DatasetEntry:
     try:
         return _REGISTRY[name.lower()]
     except KeyError:
+        if os.path.isdir(name):
+            raise DataError(f"{name!r} is a folder; give the name of its dataset with path=, or one file.") from None
         raise DataError(
-            f"There is no dataset named {name!r}.{nearest(name, _REGISTRY)} "
+            f"There is no dataset named {shown(name)}.{nearest(name, _REGISTRY)} "
             f"Known: {', '.join(dataset_names())}; or give the path of a {', '.join(SUFFIXES)} file."
         ) from None
 
@@ -216,7 +219,7 @@ def requests_of(source: RequestSource, path: str | Path | None = None) -> list[E
         DataError: if there are no rows, or they have the layout of a registered dataset.
     """
     if isinstance(source, (str, Path)):
-        return requests_of(read_rows(Path(source)), source)
+        return requests_of(read_rows(source), source)
     try:
         return load_requests(source)
     except RequestError as error:
@@ -323,8 +326,8 @@ def load_edit_dataset(
 
     Args:
         name: a registered dataset (:func:`dataset_names`); or the path of a JSON, JSONL, CSV or Parquet file; or a
-            ``datasets.Dataset`` or list of dicts. Own data have those columns, the fields of
-            :class:`hf_kedit.EditRequest`, or what ``columns`` says.
+            ``datasets.Dataset``, a list of dicts or `EditRequest`, or one of these. Own data have those columns, the
+            fields of :class:`hf_kedit.EditRequest`, or what ``columns`` says.
         split: name of the split; the dataset's default one (mostly ``"test"``) if None; ``"all"`` for a
             ``DatasetDict`` of all splits.
         path: file or folder of a registered dataset that was downloaded before; or, without ``name``, the file.
@@ -369,7 +372,7 @@ def load_edit_dataset(
         "excluded": excluded_keys(exclude), "bad_rows": bad_rows, "options": options,
     }  # fmt: skip
     if name is None or isinstance(name, Path) or not isinstance(name, str) or _looks_like_file(name):
-        plans = [_own_plan(path if name is None else name, split, revision, common)]
+        plans = [_own_plan(path if name is None else name, split, revision, streaming, common)]
     else:
         if columns is not None:
             raise DataError(f"'columns' is for own data; the layout of {name!r} is known.")
@@ -388,7 +391,9 @@ def _looks_like_file(name: str) -> bool:
     return name.lower() not in _REGISTRY and Path(name).suffix.lower() in SUFFIXES
 
 
-def _own_plan(source: Any, split: str | None, revision: str | None, common: Mapping[str, Any]) -> _Plan:
+def _own_plan(
+    source: Any, split: str | None, revision: str | None, streaming: bool, common: Mapping[str, Any]
+) -> _Plan:
     if common["options"]:
         raise DataError(f"Own data take no option {next(iter(common['options']))!r}.")
     if revision is not None:
@@ -403,9 +408,10 @@ def _own_plan(source: Any, split: str | None, revision: str | None, common: Mapp
         if file.is_dir():
             raise DataError(f"{str(file)!r} is a folder; give the name of its dataset with path=, or one file.")
         return _Plan(file.stem, str(part), None, str(file), Located((str(file),)), **common)
-    if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
-        raise DataError(f"Cannot load edit requests from a {type(source).__name__}: give a name, file, table or list.")
-    return _Plan("data", str(part), None, None, Located(()), records=source, **common)
+    rows = [source] if isinstance(source, EditRequest) else rows_given(source)
+    if streaming and isinstance(rows, Iterator):
+        raise DataError(f"a {type(rows).__name__} gives its rows once, a stream several times: pass a list of them")
+    return _Plan("data", str(part), None, None, Located(()), records=rows, **common)
 
 
 def _registered_plans(
@@ -461,7 +467,12 @@ def _table(plan: _Plan) -> Dataset:
 
 
 def _stream(plan: _Plan) -> IterableDataset:
-    stream = IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs={"plan": plan})
+    try:
+        stream = IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs={"plan": plan})
+    except Exception as error:  # whatever its rows stumble over: a stream is known by a hash of them
+        raise DataError(
+            f"{plan.label}: rows of this kind cannot be streamed ({reason_of(error)}); leave streaming out"
+        ) from error
     stream.info.description = plan.report().to_text()
     return stream
 

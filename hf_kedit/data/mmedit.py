@@ -28,6 +28,7 @@ The layouts of the last three are those that their published loaders read; the f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,9 @@ def _image(record: Record, images: str | None, name: str) -> str | None:
     path = record.text(name)
     if path is None or images is None:
         return path
-    if not Path(images).is_dir():
+    if not os.path.isdir(images):
         raise DataError(f"There is no folder of images {str(images)!r}.")
-    if not (Path(images) / path).is_file():
+    if not os.path.isfile(Path(images) / path):
         raise record.fail(f"is not in the folder of images: {path}", name)
     return str(Path(images) / path)
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..requests import SLOT
+from ..storage.files import named_path
 from ..storage.records import read_records
 from ..text.subjects import find_subject
 from .counterfact import flat_columns, rome_columns
@@ -129,7 +130,7 @@ def _piqa(place: str) -> tuple[tuple[str, str, str], ...]:
     Raises:
         DataError: a file is missing, or the labels do not fit.
     """
-    file = Path(place)
+    file = named_path(place, "the questions of PIQA", DataError)
     if file.is_dir():
         file = next(iter(sorted(file.rglob("piqa_valid.jsonl"))), file / "piqa_valid.jsonl")
     labels_file = file.with_name("piqa_valid-labels.lst")

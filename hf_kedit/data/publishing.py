@@ -91,6 +91,8 @@ def as_hub_parquet(
     if licence is None or origin is None:
         raise DataError("say under which licence the data may be passed on (licence='mit') and where from (origin=…)")
     for name, table in tables.items():
+        if not isinstance(table, Dataset):
+            raise DataError(f"a {type(table).__name__} is no table: push what load_edit_dataset makes of it")
         if table.features != FEATURES:
             raise DataError(f"split {name!r} does not have the columns of hf_kedit.data.FEATURES")
     with hub_errors(repo_id):

@@ -19,6 +19,7 @@ from unicodedata import east_asian_width
 
 from ..errors import DataError, require_extra
 from ..storage.display import printable
+from ..storage.files import named_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +129,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     Raises:
         DataError: if matplotlib does not know the format, or the file cannot be written.
     """
-    path = Path(path)
+    path = named_path(path, "the picture", DataError)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=_DPI)

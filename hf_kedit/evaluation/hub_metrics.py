@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, check_choice, require_extra
+from ..storage.files import named_path
 
 _CLASSES = {
     "kedit": "Kedit",
@@ -70,7 +71,7 @@ def write_space(name: str, folder: str | Path) -> Path:
         "app.py": _APP.format(name=full),
         "requirements.txt": "hf_kedit[eval]\n",
     }
-    target = Path(folder) / full
+    target = named_path(folder, "the folder", DataError) / full
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file, text in files.items():

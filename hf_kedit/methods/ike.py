@@ -14,11 +14,11 @@ others are answered as ever.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -329,7 +329,7 @@ class IKE(_Prompting):
         """The requests that the config's demonstrations are made of."""
         source = self.config.demonstrations
         assert source is not None
-        if isinstance(source, str) and not Path(source).is_file():
+        if isinstance(source, str) and not os.path.isfile(source):
             try:
                 source = load_edit_dataset(source, split="train", limit=_POOL)
             except DataError as error:

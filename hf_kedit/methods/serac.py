@@ -21,6 +21,7 @@ one, or the base model itself. The edit's diagnostics say which it was.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -426,7 +427,7 @@ def reference(source: str) -> tuple[str, SERACEditor]:
         ArtifactError: if there is no SERAC editor.
         HubError: if a repository cannot be read.
     """
-    place = str(Path(source).resolve()) if Path(source).is_dir() else source
+    place = str(Path(source).resolve()) if os.path.isdir(source) else source
     editor = SERACEditor.from_pretrained(place)
     assert isinstance(editor, SERACEditor)
     return f"{KIND}:{place}#{str(editor.sha256)[:16]}", editor

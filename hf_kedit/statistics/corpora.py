@@ -7,6 +7,7 @@ No corpus is ever downloaded unless the user names it. For a model that sees, a 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -18,7 +19,7 @@ import torch
 from ..data.texts import packaged_texts
 from ..engine.templates import STARTERS, sample_texts
 from ..errors import DataError, RequestError, StatisticsError, reason_of
-from ..storage.records import read_rows
+from ..storage.records import read_rows, rows_given
 from ..text.pictures import Picture, PicturedText, as_pictured, each_pictured, pictures_of
 from ..text.processors import picture_frame, shown_text
 from ..tokens import context_length, encode_text
@@ -251,14 +252,16 @@ def resolve_corpus(source: str | Path | Sequence[Any] | None, processor: Any = N
     if source is None:
         return None
     if not isinstance(source, (str, Path)):
-        rows = list(source)
+        rows = list(rows_given(source))
         return text_corpus(rows) if all(isinstance(row, str) for row in rows) else row_corpus(rows, processor)
+    if not str(source).strip():
+        raise DataError("the name of the corpus is empty; name a file, a folder or a data set, or leave it out")
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         if processor is not None and path.suffix == ".jsonl":
             return row_corpus(list(read_rows(path)), processor, path.parent)
         return file_corpus(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return shared_corpus(path)
     if path.suffix in (".txt", ".jsonl", ".json") or str(source).startswith((".", "/", "~")):
         raise DataError(f"there is no corpus file {str(source)!r}")

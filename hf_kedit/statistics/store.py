@@ -218,7 +218,7 @@ class StatisticsStore:
             repo_id,
             chosen,
             fingerprint=self.fingerprint,
-            model=Path(self.name).name if Path(self.name).is_dir() else self.name,
+            model=Path(self.name).name if os.path.isdir(self.name) else self.name,
             repo_type=repo_type,
             private=private,
             tag=tag,
@@ -247,7 +247,7 @@ class StatisticsStore:
     @staticmethod
     def _finished(place: str) -> SharedMoments | PublishedMoments | None:
         """Finished statistics in a folder or repository, ours or those of the published codes."""
-        return find_shared(place) or (find_published(Path(place)) if Path(place).is_dir() else None)
+        return find_shared(place) or (find_published(Path(place)) if os.path.isdir(place) else None)
 
     def corpus_texts(self, *, more: bool = True) -> Iterator[str]:
         """The texts of the corpus without pictures: the user's, the embedded model's, or the packaged ones.

@@ -126,7 +126,8 @@ def named_path(value: Any, what: str, error: type[KeditError] = ArtifactError) -
         os.lstat(os.path.expanduser(text))
     except (OSError, ValueError) as reason:
         if isinstance(reason, ValueError) or reason.errno in (errno.ENAMETOOLONG, errno.EINVAL):
-            raise error(f"{what}: {shown(text)} cannot be a path: {reason_of(reason)}") from reason
+            why = getattr(reason, "strerror", None) or reason_of(reason)  # which would name it again, at full length
+            raise error(f"{what}: {shown(text)} cannot be a path: {why}") from reason
     return Path(value)
 
 

@@ -15,7 +15,8 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ..errors import DataError
+from ..errors import DataError, KeditError, shown
+from .files import named_path
 from .parsing import checked, parse_csv, parse_json, parse_json_lines
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -38,11 +39,11 @@ def read_records(file: str) -> Generator[Any, None, None]:
     name = PurePosixPath(file.replace("\\", "/")).name
     suffix = PurePosixPath(name).suffix.lower()
     if "\x00" in file:
-        raise DataError(f"there is no file {file!r}")
+        raise DataError(f"there is no file {shown(file)}")
     if "://" not in file and os.path.isdir(file):
         raise DataError(f"{file!r} is a folder; give the path of a {', '.join(SUFFIXES)} file")
     if suffix not in SUFFIXES:
-        raise DataError(f"cannot read {name!r}: use {', '.join(SUFFIXES)}")
+        raise DataError(f"cannot read {shown(name)}: use {', '.join(SUFFIXES)}")
     try:
         with _open(file) as stream:
             if suffix == ".parquet":
@@ -63,12 +64,62 @@ def read_records(file: str) -> Generator[Any, None, None]:
         raise DataError(f"cannot read {name!r}: {error}") from error
 
 
-def rows_of_columns(columns: Mapping[str, Any]) -> list[Any]:
-    """The rows of what a slice of a ``datasets.Dataset`` is: a dict of columns, each a list with one cell per row.
+def rows_given(source: Any, error: type[KeditError] = DataError) -> Iterable[Any]:
+    """The rows of what is given in the place of a file.
 
     Args:
-        columns: column name → cells; anything else is handed back as the one row that it then is.
+        source: one row (a dict); the slice of a ``datasets.Dataset`` (a dict of columns, each a list with one cell per
+            row); or what gives one row after the other (a list, a ``datasets.Dataset``, a generator).
+        error: to raise.
+
+    Raises:
+        KeditError: ``error``, saying what to pass instead of a table of another library, several splits, bytes, an
+            array of numbers, and all else that gives no rows.
     """
+    instead = _instead_of(source)
+    if instead is not None:
+        raise error(f"cannot take rows from a value of type {type(source).__name__}: {instead}")
+    return _rows_of_columns(source) if isinstance(source, Mapping) else source
+
+
+def _instead_of(source: Any) -> str | None:
+    """What to pass instead of something that gives no rows; ``None`` if it does.
+
+    Tables are known by what they can do: none of their libraries has to be there.
+    """
+    if isinstance(source, Mapping):
+        values = list(source.values())
+        if values and all(isinstance(value, Mapping) for value in values):
+            return "it is a dict of dicts; pass a list of its rows (of a DataFrame: frame.to_dict('records'))"
+        if values and all(_is_table(value) for value in values):
+            return f"it has splits; pass one of them ({', '.join(map(str, source))})"
+        return None
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "pass the path of a file, or what json.loads makes of it"
+    if isinstance(source, io.IOBase):
+        return "pass the path of the file"
+    if hasattr(source, "iloc"):  # pandas
+        return "pass frame.to_dict('records')" if hasattr(source, "columns") else "pass the row as a dict"
+    for name in ("to_dicts", "to_pylist"):  # polars, pyarrow
+        if callable(getattr(source, name, None)):
+            return f"pass what its {name}() returns"
+    numbers = getattr(source, "dtype", None)  # NumPy, PyTorch …; a list of objects or of texts may be an array, too
+    if numbers is not None and (len(source.shape) != 1 or getattr(numbers, "kind", "") not in ("O", "U")):
+        return "an array holds no facts; pass a list of dicts"
+    if isinstance(source, str) or not isinstance(source, Iterable):
+        return f"pass a list of dicts, a datasets.Dataset, or the path of a {', '.join(SUFFIXES)} file"
+    return None
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value of a dict is a table: the dict has splits then. The columns of a table are lists of cells."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and not isinstance(value[0], (str, int, float, list, tuple, type(None)))
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+
+
+def _rows_of_columns(columns: Mapping[str, Any]) -> list[Any]:
+    """The rows of a dict of columns, each a list with one cell per row; any other dict is the one row that it is."""
     lengths = {len(cells) if isinstance(cells, list) else None for cells in columns.values()}
     if len(lengths) != 1 or None in lengths:
         return [columns]
@@ -81,7 +132,7 @@ def read_rows(path: str | Path) -> list[Any]:
     Raises:
         DataError: if the file is missing, unreadable, not UTF-8, or not of these formats.
     """
-    rows = read_records(str(path))
+    rows = read_records(str(named_path(path, "the path of the file", DataError)))
     return [CsvRow({k: v for k, v in row.items() if v}) if isinstance(row, CsvRow) else row for row in rows]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ def cached_commit(repo: str, name: str, *, revision: str | None = None, cache_di
     """The commit from which the cache has a file of a model repository; ``None`` if it has not."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(repo).is_dir():
+    if os.path.isdir(repo):
         return None
     cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
     return Path(cached).parents[name.count("/")].name if isinstance(cached, str) else None

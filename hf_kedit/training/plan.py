@@ -10,6 +10,7 @@ training: {output_dir: mend-world-gpt2, learning_rate: 1.0e-3, max_steps: 700}
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class TrainingPlan:
         Raises:
             ConfigError: for an unreadable file, or an unknown or a missing key.
         """
-        values = read_mapping(Path(path))
+        values = read_mapping(path)
         for name, value in changes.items():
             known = values.get(name)
             values[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
@@ -192,7 +193,7 @@ class TrainingPlan:
             parts = [load_edit_dataset(n, split=split, **options).remove_columns("id") for n in name]
             share = self.data.get("weights", [1 / len(parts)] * len(parts))
             return load_requests(interleave_datasets(parts, share, seed=0, stopping_strategy="all_exhausted"))
-        if Path(str(name)).is_file():
+        if os.path.isfile(str(name)):
             return requests_of(str(name))
         if "path" in self.data:
             options["path"] = self.data["path"]

@@ -29,7 +29,7 @@ from ..logging import get_logger
 from ..methods.base import Capabilities, method_class
 from ..requests import EditRequest, RequestSource
 from ..statistics.store import FEW_TOKENS_PER_WIDTH
-from ..storage.files import cache_home, json_ready
+from ..storage.files import cache_home, json_ready, named_path
 from ..tokens import needed_tokenizer
 from ..version import __version__
 from .candidates import Inventor, TuneCandidate, rungs
@@ -134,7 +134,9 @@ def search_settings(
         before = model.edit_config
         watch = Stopwatch(minutes, clock, show_progress, f"tune {cls.capabilities.name}")
         try:
-            place = Path(folder) if folder is not None else _default_folder(model, derived)
+            place = (
+                named_path(folder, "the folder", TuneError) if folder is not None else _default_folder(model, derived)
+            )
             search = _Search(model, derived, Logbook(place, fresh=fresh), watch, seed)
             return search.run(facts, candidates, first_facts, search_facts, held_out, packaged)
         finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..storage.display import python_text
-from ..storage.files import write_text
+from ..storage.files import named_path, write_text
 from ..version import __version__
 
 GRADIO_VERSION = "6.31.0"
@@ -60,11 +61,13 @@ def export_space(folder: str | Path, model: str) -> list[Path]:
         ArtifactError: if the folder cannot be written.
         ConfigError: for a model in a folder of this machine, which a Space does not have.
     """
-    if Path(model).expanduser().exists():
+    if not isinstance(model, str) or not model.strip():
+        raise ConfigError(f"a model is named by its id on the Hub, not {shown(model)}")
+    if os.path.exists(os.path.expanduser(model)):
         raise ConfigError(
             f"{model!r} is a folder of this machine, which a Space does not see: push it, and name its id"
         )
-    folder = Path(folder)
+    folder = named_path(folder, "the folder")
     texts = {
         "app.py": _APP.format(model=python_text(model)),
         "requirements.txt": f"hf_kedit[demo]=={__version__}\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,38 @@ from hf_kedit import (
     AutoEditConfig,
     EditableModel,
     Editor,
+    IKEConfig,
     ROMEConfig,
+    SERACConfig,
     collect_report,
     evaluate_edits,
     load_edit_dataset,
     load_requests,
 )
+from hf_kedit.artifact.card import base_licence
+from hf_kedit.artifact.layout import portable
+from hf_kedit.compat.easyedit import ROMEHyperParams
+from hf_kedit.config.easyedit import convert_hparams
 from hf_kedit.errors import ConfigError, KeditError, NonFiniteError, RollbackError
+from hf_kedit.evaluation import load_ability
+from hf_kedit.evaluation.hub_metrics import write_space
+from hf_kedit.evaluation.measures.judges import CallableJudge
+from hf_kedit.evaluation.runs.bench import collect_bench, run_bench
 from hf_kedit.evaluation.runs.folder import RunFolder
+from hf_kedit.evaluation.runs.sweep import BenchPlan
+from hf_kedit.evaluation.scenarios.base import load_scenario
 from hf_kedit.hub import push_folder
+from hf_kedit.statistics.corpora import resolve_corpus
 from hf_kedit.storage.files import named_path, write_folder
+from hf_kedit.training.plan import TrainingPlan
+from hf_kedit.ui.space import export_space
 from tests.fuzz.states import contents, difference, surface
 
 FACT = {"prompt": "By profession {} is a", "subject": "Tarosk Boayond", "target_new": "plumber"}
 LONG = "x" * 300
 BAD = {"long": LONG, "below": f"{LONG}/y", "nothing": None, "number": 5, "empty": "", "blank": " ", "bytes": b"x"}
 BAD |= {"nul": "a\0b", "half a character": "\ud83d"}
+SWEEP = BenchPlan.from_dict({"models": ["kedit/world-gpt2"], "methods": ["rome"], "datasets": ["nowhere.json"]})
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +83,13 @@ DOORS: dict[str, Door] = {
     "editor": lambda m, c, p: Editor.from_pretrained(p),
     "run, read": lambda m, c, p: collect_report(p),
     "run, written": lambda m, c, p: RunFolder(p, {}, [], (1, 1)),
+    "a provider's fine-tuning": lambda m, c, p: m.export_finetune(p),
+    "EasyEdit's hyperparameters": lambda m, c, p: convert_hparams(p),
+    "Space, folder": lambda m, c, p: export_space(p, "org/model"),
+    "metric, folder": lambda m, c, p: write_space("kedit_accuracy", p),
+    "EasyEdit's class": lambda m, c, p: ROMEHyperParams.from_hparams(p),
+    "plan of a sweep": lambda m, c, p: BenchPlan.from_file(p),
+    "plan of a training": lambda m, c, p: TrainingPlan.from_file(p),
 }
 # Where nothing may be named, too.
 OPTIONAL: dict[str, Door] = {
@@ -76,6 +100,24 @@ OPTIONAL: dict[str, Door] = {
     "base": lambda m, c, p: EditableModel.from_pretrained("kedit/world-gpt2", base_model=p),
     "statistics": lambda m, c, p: ROMEConfig(stats_dir=p),
     "corpus": lambda m, c, p: ROMEConfig(stats_dataset=p),
+    "scenario": lambda m, c, p: load_scenario("safety").read(p),
+    "scenario, path": lambda m, c, p: load_scenario("safety").read(path=p),
+    "paragraphs": lambda m, c, p: load_scenario("long_text").read(p),
+    "paragraphs, path": lambda m, c, p: load_scenario("long_text").read(path=p),
+    "ability": lambda m, c, p: load_ability("sentiment", p),
+    "verdicts": lambda m, c, p: CallableJudge(lambda *texts: True, cache_path=p),
+    "training": lambda m, c, p: TrainingPlan("kedit/world-gpt2", "mend", {"dataset": p}, {}).train_facts(),
+    "SERAC's editor": lambda m, c, p: m.set_method(SERACConfig(editor=p)),
+    "demonstrations": lambda m, c, p: m.set_method(IKEConfig(demonstrations=p)).edit(FACT),
+}
+# A name on the Hub is as good: what is no path is looked up there, or was only meant to be looked up.
+NAMES: dict[str, Callable[[Any], Any]] = {
+    "texts for statistics": lambda p: resolve_corpus(p),
+    "saved settings": lambda p: portable({"stats_dataset": p}),
+    "licence of the base": lambda p: base_licence(p, None),
+    "Space, model": lambda p: export_space("space", p),
+    "sweep, read": lambda p: collect_bench(SWEEP, p),
+    "sweep, made": lambda p: run_bench(SWEEP, p),
 }
 
 
@@ -96,6 +138,17 @@ def test_no_path_opens_a_door(
     assert not contents(tmp_path)
     for was, now in zip(before, (model, changed), strict=True):
         assert difference(was, surface(now.base_model)) is None
+
+
+@pytest.mark.parametrize("door", NAMES)
+def test_what_is_no_path_may_be_a_name_but_no_other_error(
+    door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in BAD.values():
+        if isinstance(path, str):
+            with contextlib.suppress(KeditError):
+                NAMES[door](path)
 
 
 def test_a_report_cannot_be_written_to_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ methods, its protocols (teacher forced), its reading of the hyperparameters. doc
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -403,7 +404,7 @@ class BaseEditor:
         if isinstance(config, EditorConfig) and config.editor is None:
             trained = Path(str(values.get("results_dir") or "results")) / "models" / config.edit_type
             for folder in (values.get("archive"), trained):
-                if folder and (str(folder).startswith(PREFIX) or (Path(str(folder)) / EDITOR_WEIGHTS).is_file()):
+                if folder and (str(folder).startswith(PREFIX) or os.path.isfile(Path(str(folder)) / EDITOR_WEIGHTS)):
                     return replace(config, editor=str(folder))
         return config
 

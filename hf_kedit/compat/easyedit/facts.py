@@ -6,6 +6,7 @@ makes an object is the same for all: a path, perhaps a number of rows, and hyper
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -216,7 +217,7 @@ class AKEWUnifiedDataset(Facts):
 
     def file(self, path: Path, other: Mapping[str, Any]) -> Path:
         """Scripts that edit paragraphs name the folder of all sets."""
-        return path / _FILES[self.part] if other.get("use_unstructured_data") and path.is_dir() else path
+        return path / _FILES[self.part] if other.get("use_unstructured_data") and os.path.isdir(path) else path
 
     def record(self, row: Row) -> Row:
         """Texts, those of CounterFact as lists; of paragraphs the questions about them, too."""

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from ...config import read_mapping
+from ...errors import ConfigError
+from ...storage.files import named_path
 
 
 class HyperParams(SimpleNamespace):
@@ -26,7 +28,7 @@ class HyperParams(SimpleNamespace):
         Raises:
             ConfigError: if it cannot be read.
         """
-        file = Path(path)
+        file = named_path(path, "the hyperparameters", ConfigError)
         known = file.suffix in (".yaml", ".yml", ".json")
         content = read_mapping(file if known else file.with_name(file.name + ".yaml"))
         if cls.METHOD is not None and not {"alg_name", "alg"} & content.keys():

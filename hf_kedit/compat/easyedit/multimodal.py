@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class MultimodalEditor(BaseEditor):
             if isinstance(one, (list, tuple)):
                 return [placed(each) for each in one]
             inside = Path(str(folder)) / str(one) if folder and isinstance(one, (str, Path)) else None
-            return str(inside) if inside is not None and inside.is_file() else one
+            return str(inside) if inside is not None and os.path.isfile(inside) else one
 
         return [placed(one) for one in _each(given, count, name)]
 

@@ -6,6 +6,7 @@ They take a model of transformers, rows of `AKEWUnifiedDataset`, and give back w
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def eval_akew_unstructured(
         EvaluationError: if there is no such file, or it has no rows.
     """
     path = Path(result_path)
-    rows = parse_json(path.read_bytes(), str(path), EvaluationError) if path.is_file() else None
+    rows = parse_json(path.read_bytes(), str(path), EvaluationError) if os.path.isfile(path) else None
     if not rows:
         raise EvaluationError(f"{path}: " + ("there is no such file" if rows is None else "has no rows"))
     if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("answer"), str) for r in rows):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.normalise import RawRow
 from ...errors import DataError, check_choice, check_count
-from ...storage.records import read_rows
+from ...storage.records import read_rows, rows_given
 from ..asking.batching import TOKEN_BUDGET
 from ..asking.generation import generate_answers
 from . import metrics
@@ -167,10 +168,10 @@ def load_ability(
 def _rows(
     task: str, source: str | Path | Iterable[RawRow] | None, split: str | None, config: str | None
 ) -> Iterable[RawRow]:
-    if isinstance(source, Path) or (isinstance(source, str) and Path(source).is_file()):
-        return read_rows(Path(source))
+    if isinstance(source, Path) or (isinstance(source, str) and os.path.isfile(source)):
+        return read_rows(source)
     if source is not None and not isinstance(source, str):
-        return source
+        return rows_given(source)
     public = ABILITIES[task].hub if source is None else (source, None, "test")
     if public is None:
         raise DataError(f"{task}: no public data set loads without a script; pass a file whose rows have"

@@ -21,6 +21,7 @@ from ...errors import EvaluationError, check_count, shown
 from ...logging import get_logger, warn_once
 from ...remote.backend import chat_reply
 from ...remote.endpoint import Endpoint
+from ...storage.files import named_path
 from ...storage.parsing import parse_json
 from ..asking.generation import generate_answers
 from . import metrics
@@ -68,7 +69,7 @@ class Judge(ABC):
 
     def __init__(self, cache_path: str | Path | None = None, max_workers: int = 1):
         check_count("max_workers", max_workers)
-        self.cache_path = None if cache_path is None else Path(cache_path)
+        self.cache_path = None if cache_path is None else named_path(cache_path, "cache_path", EvaluationError)
         self.max_workers = max_workers
         self._verdicts: dict[str, Verdict] = {}
         self._lock = threading.Lock()

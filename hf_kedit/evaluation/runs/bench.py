@@ -12,6 +12,7 @@ from ...data import load_edit_dataset
 from ...errors import DataError, EvaluationError, KeditError
 from ...logging import get_logger
 from ...model import EditableModel
+from ...storage.files import named_path
 from ..measures.abilities import Ability
 from ..report.comparison import Comparison
 from ..report.report import EvaluationReport
@@ -86,7 +87,7 @@ def run_bench(
     Raises:
         EvaluationError: for a bad ``shard``.
     """
-    root = Path(output_dir or plan.output_dir)
+    root = named_path(output_dir or plan.output_dir, "output_dir", EvaluationError)
     number, count = parse_shard(shard, "single")
     mine = [run for index, run in enumerate(plan.runs) if index % count == number - 1]
     result = BenchResult()
@@ -153,7 +154,7 @@ def _carry_out(
 
 def collect_bench(plan: BenchPlan, output_dir: str | Path | None = None) -> BenchResult:
     """Read what the runs of a sweep have found, from the output folder, without running anything."""
-    root = Path(output_dir or plan.output_dir)
+    root = named_path(output_dir or plan.output_dir, "output_dir", EvaluationError)
     result = BenchResult()
     for run in plan.runs:
         result.add(run, _finished(root / run.folder), root / run.folder)

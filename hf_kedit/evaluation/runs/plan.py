@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ...data.loading import requests_of
 from ...errors import EvaluationError, check_choice, shown
 from ...requests import EditRequest
-from ...storage.records import read_rows
+from ...storage.records import read_rows, rows_given
 from ..report.case_result import CaseResult
 
 if TYPE_CHECKING:
@@ -123,18 +123,14 @@ def parse_shard(shard: str | None, setting: str) -> tuple[int, int]:
 
 def read_requests(dataset: Any, limit: int | None) -> list[EditRequest]:
     """The first ``limit`` requests of whatever the user passed."""
-    if isinstance(dataset, Mapping) and not isinstance(dataset, EditRequest) and "prompt" not in dataset:
-        raise EvaluationError(
-            f"this is a dict of splits ({', '.join(map(str, dataset))}), not a data set; pass one of them"
-        )
-    path = Path(dataset) if isinstance(dataset, (str, Path)) else None
-    if path is not None:
-        dataset = read_rows(path)
-    if isinstance(dataset, Iterable) and not isinstance(dataset, Mapping):
-        dataset = list(itertools.islice(dataset, limit))
-        if not dataset:
-            raise EvaluationError("there is nothing to evaluate: the data set is empty")
-    return requests_of(dataset, path)
+    if isinstance(dataset, EditRequest):
+        return [dataset]
+    path = dataset if isinstance(dataset, (str, Path)) else None
+    rows = rows_given(dataset, EvaluationError) if path is None else read_rows(path)
+    first = list(itertools.islice(rows, limit))
+    if not first:
+        raise EvaluationError("there is nothing to evaluate: the data set is empty")
+    return requests_of(first, path)
 
 
 def check_requests(model: EditableModel, cases: Sequence[Case], strict: bool = True) -> None:

@@ -118,9 +118,8 @@ class BenchPlan:
             ConfigError: if the file cannot be read.
             EvaluationError: for an unknown key or name (the nearest known one is given), or a value of a wrong type.
         """
-        file = Path(path)
-        plan = cls.from_dict(read_mapping(file))
-        return replace(plan, output_dir=file.parent / plan.output_dir)
+        plan = cls.from_dict(read_mapping(path))
+        return replace(plan, output_dir=Path(path).parent / plan.output_dir)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> BenchPlan:

@@ -6,6 +6,7 @@ that they ask about. Numbers before the edit therefore come from the unedited mo
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -79,7 +80,7 @@ class Scenario(ABC):
             DataError: if there is no such file or data set.
         """
         file = source if path is None else path
-        if isinstance(file, (str, Path)) and Path(file).is_file() and (source is None or path is None):
+        if isinstance(file, (str, Path)) and os.path.isfile(file) and (source is None or path is None):
             source, path = self._layout(Path(file)), file
         elif source is None:
             source = next(iter(self.layouts.values()), None)

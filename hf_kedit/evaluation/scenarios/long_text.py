@@ -10,6 +10,7 @@ arXiv 2402.09394) ask for texts. The model writes them greedily, and they are co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ class LongText(Scenario):
     def read(self, source: Any = None, path: Any = None, **options: Any) -> Any:
         """As every scenario; of AKEW the paragraphs, unless ``edit_input`` says otherwise."""
         file = Path(str(source if path is None else path))
-        if str(source).startswith("akew/") or (file.is_file() and str(self._layout(file)).startswith("akew/")):
+        if str(source).startswith("akew/") or (os.path.isfile(file) and str(self._layout(file)).startswith("akew/")):
             options = {"edit_input": "unstructured", **options}
         return super().read(source, path, **options)
 
