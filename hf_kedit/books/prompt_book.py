@@ -105,11 +105,14 @@ class _TextPrompter(Passable):
 
     def attach(self) -> None:
         """Stand before the model."""
-        self.model.rewrite = lambda text: text if self.is_passing else self.front(text)
+        self.model.rewrite = self._rewritten
 
     def detach(self) -> None:
         """Leave it alone."""
         self.model.rewrite = None
+
+    def _rewritten(self, text: str) -> str:
+        return text if self.is_passing else self.front(text)
 
 
 def _demonstration(saved: Any, processor: Any) -> str:

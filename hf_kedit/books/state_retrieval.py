@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,7 @@ class StateReader:
             ConfigError: if the name has no valid layer.
         """
         layer = self.layer_of(name)
-        return EmbeddingRetriever(lambda texts: self.states(texts, layer), name)
+        return EmbeddingRetriever(partial(self.states, layer=layer), name)
 
     def layer_of(self, name: str) -> int:
         """The block that a name means; raises as `retriever` does."""

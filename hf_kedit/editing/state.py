@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -100,12 +101,12 @@ class EditedModel(nn.Module):
                 else check_anatomy(base_model, resolve_anatomy(base_model, anatomy))
             )
             self.ledger = Ledger(base_model)
-            self.sites = SiteBook(base_model, self.ledger, lambda: self.tokenizer)
-            reader = StateReader(
-                self.base_model, self.anatomy, lambda: self.tokenizer, lambda: all_disabled(self.books.values())
-            )
+            # No lambdas: copy.deepcopy takes them as they are, so that a copy would ask the model that it is one of.
+            tokenizer_now, processor_now = partial(getattr, self, "tokenizer"), partial(getattr, self, "processor")
+            self.sites = SiteBook(base_model, self.ledger, tokenizer_now)
+            reader = StateReader(self.base_model, self.anatomy, tokenizer_now, self._unedited)
             own = None if isinstance(base_model, RemoteModel) else reader
-            self.prompts = PromptBook(base_model, lambda: self.tokenizer, own, self.ledger, lambda: self.processor)
+            self.prompts = PromptBook(base_model, tokenizer_now, own, self.ledger, processor_now)
             self.books: dict[str, Book] = {"weights": self.ledger, "adapter": self.sites, "prompt": self.prompts}
             self._corpus = corpus if isinstance(corpus, Corpus) else resolve_corpus(corpus, self.processor)
             self.trace: dict[str, torch.Tensor] | None = None
@@ -115,6 +116,10 @@ class EditedModel(nn.Module):
             if config is None:
                 said = f"{self.base_model_id}: no method is named; edits are made by {self.edit_config.in_words}"
                 info_once(logger, said)
+
+    def _unedited(self) -> Switch[None]:
+        """The model without any edits inside the block."""
+        return all_disabled(self.books.values())
 
     def _start_afresh(self) -> None:
         """Forget what belongs to the edits that were made: the model as it is now counts as unedited."""

@@ -21,7 +21,7 @@ from ..books.prompting import Prompter
 from ..books.retrieval import find_retriever
 from ..books.router import Address, EditRoute, EditRouter, Encoder, RouteCandidate, encoder_of_words
 from ..books.site_book import SiteBook, SiteMemory, register_memory
-from ..books.sites import Decider, Frame, SiteCall, SiteFunction, needs_whole_prompt, prompt_lengths
+from ..books.sites import Decider, Frame, SiteCall, SiteFunction, Sites, needs_whole_prompt, prompt_lengths
 from ..engine.forward import device_of
 from ..errors import ArtifactError, ConfigError
 from ..logging import get_logger, warn_once
@@ -79,6 +79,11 @@ def _is_reading() -> bool:
     return _READ.get() is not None
 
 
+def _is_asleep(sites: Sites) -> bool:
+    """Whether calls go to the model as it is: its edits are switched off, or its states are read."""
+    return sites.is_disabled or _is_reading()
+
+
 @register_memory
 class RoutedChanges(SiteMemory):
     """Solutions of which a row gets that of the edit that its prompt asks for, or none.
@@ -124,9 +129,8 @@ class RoutedChanges(SiteMemory):
         self._tokenizer, self._model = book.tokenizer, book.model
         if any(shelf.holds_texts for shelf in self.shelves):
             self.front = Prompter(
-                self._model, book.tokenizer, self._prefixes, asleep=lambda: book.sites.is_disabled or _is_reading(),
-                together=True,
-            )  # fmt: skip
+                self._model, book.tokenizer, self._prefixes, asleep=partial(_is_asleep, book.sites), together=True
+            )
         return self.decide
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -374,7 +378,12 @@ class RoutedChanges(SiteMemory):
 
 def word_vectors(model: nn.Module) -> Callable[[], torch.Tensor]:
     """A function that gives the word vectors of a transformers model, ``[vocabulary, d]``."""
-    return lambda: model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    return partial(_word_vectors_of, model)  # and no lambda: a copy of the model is to have its own
+
+
+def _word_vectors_of(model: nn.Module) -> torch.Tensor:
+    vectors: torch.Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    return vectors
 
 
 def embeddings_of(name: str) -> Encoder:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -162,7 +163,7 @@ class Workbench:
     @property
     def reader(self) -> StateReader:
         """Reads states of the unedited model, for retrievers."""
-        return StateReader(self.model, self.anatomy, lambda: self.tokenizer, self.unedited)
+        return StateReader(self.model, self.anatomy, partial(getattr, self, "tokenizer"), self.unedited)
 
     def note(self, name: str, value: torch.Tensor) -> None:
         """Keep an intermediate tensor if a trace is wanted."""

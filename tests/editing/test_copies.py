@@ -1,0 +1,53 @@
+"""Copies of a model (`copy.deepcopy`) and two `EditableModel`s on one model: each is edited and asked by itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from hf_kedit import AutoMethodConfig, EditableModel, GRACEConfig, PromptConfig, ROMEConfig
+from tests.methods.at_sites import facts, prompt_logits
+
+ROME: dict[str, Any] = {"v_num_grad_steps": 8, "context_templates": ["{}"], "mom2_adjustment": False}
+BASE = {"edit_type": "rome", **ROME}
+CONFIGS: dict[str, Any] = {
+    "rome": ROMEConfig(**ROME),
+    "grace": GRACEConfig(num_steps=20),
+    "auto": AutoMethodConfig(encoder="words", base=BASE),
+    "auto, fact in front": AutoMethodConfig(encoder="words", base=BASE, in_context=True),
+    "auto by states": AutoMethodConfig(encoder="words", base=BASE, states="model"),
+    "prompt": PromptConfig(),
+    "prompt by states": PromptConfig(retriever="model"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_copy_and_the_model_that_it_is_one_of_do_not_know_each_other(name: str) -> None:
+    first, second = facts(2)
+    asked = first.filled_prompt
+    model = EditableModel.from_pretrained("kedit/world-llama", CONFIGS[name])
+    before = prompt_logits(model, asked)
+    model.edit(first)
+    after = prompt_logits(model, asked)
+    assert not torch.equal(after, before)
+    made = copy.deepcopy(model)
+    assert torch.equal(prompt_logits(made, asked), after)
+    with model.disable_edits():
+        assert torch.equal(prompt_logits(model, asked), before)
+        assert torch.equal(prompt_logits(made, asked), after)
+    with made.disable_edits():
+        assert torch.equal(prompt_logits(made, asked), before)
+        assert torch.equal(prompt_logits(model, asked), after)
+
+    made.edit(second)
+    assert len(made.edits) == 2 and len(model.edits) == 1
+    assert torch.equal(prompt_logits(model, asked), after)
+    made.rollback("all")
+    assert torch.equal(prompt_logits(made, asked), before)
+    assert torch.equal(prompt_logits(model, asked), after) and len(model.edits) == 1
+    again = copy.deepcopy(model)
+    model.rollback("all")
+    assert torch.equal(prompt_logits(again, asked), after) and torch.equal(prompt_logits(model, asked), before)
