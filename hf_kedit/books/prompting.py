@@ -27,7 +27,7 @@ from ..tokens import TokenBatch, context_length, pad_id, pad_rows
 from .call_rows import CallRows, moved, take_rows, wanted_columns
 from .prefixed_rows import PrefixWriter, shows_pictures
 from .prefixes import Prefix, RowText, reading_behind
-from .sites import prompt_ends
+from .sites import OTHER_WRAPPER, prompt_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,10 +80,25 @@ class Prompter(Passable):
 
     # ------------------------------------------------------------------ attaching
 
+    def check_place(self) -> None:
+        """Raise if another one has taken the place of the model's ``forward``: neither could leave before the other.
+
+        Raises:
+            ConfigError: saying so.
+        """
+        there = getattr(getattr(self.model.__dict__.get("forward"), "func", None), "__self__", self)
+        if isinstance(there, Prompter) and there is not self:
+            raise ConfigError(OTHER_WRAPPER)
+
     def attach(self) -> None:
-        """Take the place of the model's ``forward`` and ``generate``."""
+        """Take the place of the model's ``forward`` and ``generate``.
+
+        Raises:
+            ConfigError: if another `EditableModel` has taken it.
+        """
         if self._before is not None:
             return
+        self.check_place()
         own = self.model.__dict__
         with uninterrupted():
             self._before = {name: own.get(name) for name in ("forward", "generate")}

@@ -178,6 +178,12 @@ def _first(mask: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------- wrapping
 
 
+OTHER_WRAPPER = (
+    "another EditableModel has edits in this very model, and what each of them decides about a prompt would be lost on"
+    " the other: edit with one of them, roll the edits of the other back, or wrap a copy (copy.deepcopy)"
+)
+
+
 class Sites:
     """The wrapped submodules of one model.
 
@@ -222,8 +228,12 @@ class Sites:
 
         Raises:
             LayerError: if there is no such module.
-            ConfigError: if another owner has wrapped one of them.
+            ConfigError: if another owner has wrapped one of them, or another `EditableModel` the same model and one of
+                both decides by the tokens.
         """
+        other = Sites.of(self.model)
+        if other is not self and other.paths and (decide is not None or other._deciders):
+            raise ConfigError(OTHER_WRAPPER)
         for path in functions:
             get_module(self.model, path)
             if self.paths.get(path, owner) != owner:

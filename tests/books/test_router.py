@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from hf_kedit.books.router import MOST_WORDS, Address, EditRouter, asked_about, encoder_of_words, is_claim
+from hf_kedit.books import router as routing
+from hf_kedit.books.router import (
+    MOST_WORDS,
+    SAME,
+    UNRELATED,
+    Address,
+    EditRoute,
+    EditRouter,
+    asked_about,
+    encoder_of_words,
+    is_claim,
+)
 from hf_kedit.text.relations import COMMON_RELATIONS
 
 _VOCABULARY = {word: i for i, word in enumerate(sorted({w for text in COMMON_RELATIONS for w in text.split()}))}
@@ -198,3 +209,53 @@ def test_the_words_of_a_model_as_an_encoder() -> None:
 @pytest.mark.parametrize(("words", "claimed"), [(MOST_WORDS, True), (MOST_WORDS + 1, False)])
 def test_a_question_has_at_most_so_many_words(words: int, claimed: bool) -> None:
     assert is_claim(" ".join(["word"] * words), 0.9, 0.1, 0.0) is claimed
+
+
+@pytest.mark.parametrize(
+    ("asked", "similarity", "rival", "slack", "claimed"),
+    [
+        ("the job of it is", 0.5, 0.75, 0.25, False),  # as much nearer as is allowed is too much
+        ("the job of it is", 0.5, 0.625, 0.25, True),
+        ("the job of it is", 0.5, 0.5, 0.0, False),
+        ("the job of it is", UNRELATED, 0.0, 0.0, True),
+        ("the job of it is", UNRELATED - 1e-6, 0.0, 1.0, False),
+        ("it", SAME, 0.0, 1.0, False),
+        ("it", 1.0, 1.0, 0.0, True),  # the edit's own wording is the name: nothing is nearer
+    ],
+)
+def test_where_a_claim_begins(asked: str, similarity: float, rival: float, slack: float, claimed: bool) -> None:
+    assert is_claim(asked, similarity, rival, slack) is claimed
+
+
+@pytest.mark.parametrize(("alike", "claimed"), [(0.6, True), (0.61, False)])
+def test_where_a_state_is_alike(alike: float, claimed: bool) -> None:
+    """The cosine of the two states is 0.6; just enough is enough. Whether the prompt names the subject is told."""
+    one = EditRouter(counts, 0.0, alike).with_addresses(
+        [address("capital", "The capital of York is", "York")], states=torch.tensor([[1.0, 0.0]])
+    )
+
+    def read(prompts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[0.6, 0.8]]).repeat(len(prompts), 1)
+
+    assert one.route(["Where do they sit?", "York sits in"], read) == (
+        [EditRoute(0, False), EditRoute(0, True)] if claimed else [None, None]
+    )
+    found = one.explain("Where do they sit?", read)
+    assert [c.edit_id for c in found] == (["capital"] if claimed else [])
+
+
+def test_a_name_counts_again_where_it_stands_by_itself(router: EditRouter) -> None:
+    """Inside of a longer name it does not, wherever in that it stands."""
+    more = router.with_addresses([address("mayor", "The mayor of Ada York City is", "Ada York City")])
+    assert route(more, "The mayor of Ada York City is") == "mayor"
+    assert route(more, "The mother tongue of Ada York is") == "tongue"
+    assert {c.edit_id for c in more.explain("The capital of York, not of Ada York City, is")} == {"mayor", "capital"}
+
+
+def test_what_is_forgotten_is_found_again(router: EditRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_REMEMBERED", 2)
+    prompts = ["The capital of York is", "They say", "The mother tongue of Ada York is"]
+    for _ in range(2):
+        assert [route(router, prompt) for prompt in prompts] == ["capital", None, "tongue"]
+    assert len(router._known) <= 2
+    assert [found and found.place for found in router.route(prompts)] == [1, None, 0]
