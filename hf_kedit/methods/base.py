@@ -17,6 +17,7 @@ import torch
 
 from ..books.book import Book, all_disabled
 from ..books.ledger import Ledger, WeightDelta
+from ..books.prompt_book import PromptBook
 from ..books.retrieval import Retriever
 from ..books.site_book import SiteBook
 from ..books.state_retrieval import StateReader
@@ -463,7 +464,10 @@ def check_composition(kind: str, books: Mapping[str, Book]) -> None:
 
     Raises:
         UnsupportedModelError: saying which edits are in the way.
+        ConfigError: if another `EditableModel` keeps edits in prompts before the same model.
     """
+    if kind == "prompt" and isinstance(book := books[kind], PromptBook):
+        book.check_place()
     apart = {"adapter": "prompt", "prompt": "adapter"}.get(kind)
     if apart is not None and books[apart].edit_ids:
         raise UnsupportedModelError(

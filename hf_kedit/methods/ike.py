@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeInt
 
 from ..books.prefixed_rows import PrefixWriter
 from ..books.prefixes import Prefix
-from ..books.prompt_book import MOST_CHOICES, SAME_PICTURE, PromptBook, PromptEntry
+from ..books.prompt_book import MOST_CHOICES, SAME_PICTURE, PromptEntry
 from ..books.prompting import Prompter
 from ..books.retrieval import LEXICAL, Passage, Remembering, Retriever, find_retriever
 from ..config import EditConfig, ModelProfile
@@ -166,8 +166,6 @@ class InContext(Method):
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Check that each text fits in front of its own prompt, which could not be asked otherwise."""
         super().check(requests)
-        if isinstance(book := self.bench.books[self.capabilities.kind], PromptBook):
-            book.check_place()
         if not isinstance(self.bench.model, RemoteModel):  # whose context nobody knows
             check_room(self.bench, requests, self.text, self.config.separator, self.reader)
 
