@@ -225,6 +225,11 @@ class EditConfig(metaclass=_OldNames):
         return f"{self.edit_type}{where}"
 
     @property
+    def reads_files(self) -> bool:
+        """Whether fields that were not given may come from a file of the model."""
+        return True
+
+    @property
     def given(self) -> dict[str, Any]:
         """The fields that were set when the config was made, or changed since, with their values."""
         named: frozenset[str] = self.__dict__["_given"]
@@ -248,7 +253,7 @@ class EditConfig(metaclass=_OldNames):
         dependent = self.model_dependent_fields()
         given = {name for name, value in self.given.items() if value is not None or name not in dependent}
         chosen: dict[str, Any] = {}
-        packaged = find_hparams(self.edit_type, profile.name) if files else None
+        packaged = find_hparams(self.edit_type, profile.name) if files and self.reads_files else None
         if packaged is not None:
             path, values = packaged
             known = type(self)._known(values, str(path))
@@ -471,8 +476,9 @@ class AutoEditConfig:
         """Return the config of ``method`` with the packaged hyperparameters of ``model``, if there are any."""
         cls = config_class(method)
         packaged = find_hparams(cls.edit_type, model)
-        data = cls._known(packaged[1], str(packaged[0])) if packaged else {}
-        return cls(**{**data, **cls._known(_renamed(cls, values, "the call"), "the call")})
+        own = cls._known(_renamed(cls, values, "the call"), "the call")
+        data = cls._known(packaged[1], str(packaged[0])) if packaged and cls(**own).reads_files else {}
+        return cls(**{**data, **own})
 
     @staticmethod
     def from_pretrained(path: str | Path) -> EditConfig:

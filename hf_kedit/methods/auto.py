@@ -102,6 +102,11 @@ class AutoMethodConfig(WrappingConfig):
         self.check_base(EditConfig.from_dict(self.base_unnamed))
 
     @property
+    def reads_files(self) -> bool:
+        """What a file says was chosen for the base method in it: whoever names another one gets none of the rest."""
+        return "base" not in self.given
+
+    @property
     def bases(self) -> list[EditConfig]:
         """The configs of the base methods; where there are two, the second is for prompts that name no subject."""
         return [EditConfig.from_dict(base) for base in (self.base, self.base_unnamed) if base is not None]
