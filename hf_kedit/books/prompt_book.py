@@ -268,18 +268,8 @@ class PromptBook:
 
     # ------------------------------------------------------------------ changes
 
-    def check_place(self) -> None:
-        """Raise if another `EditableModel` keeps edits in prompts before the same model.
-
-        Raises:
-            ConfigError: saying what to do.
-        """
-        if isinstance(self.prompter, Prompter):
-            self.prompter.check_place()
-
     def apply(self, batch_id: str, changes: Sequence[Any], edit_ids: Sequence[str]) -> None:
         """Add one entry per edit."""
-        self.check_place()
         added = [
             dataclasses.replace(change, edit_id=edit_id) for change, edit_id in zip(changes, edit_ids, strict=True)
         ]

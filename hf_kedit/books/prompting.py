@@ -27,7 +27,7 @@ from ..tokens import TokenBatch, context_length, pad_id, pad_rows
 from .call_rows import CallRows, moved, take_rows, wanted_columns
 from .prefixed_rows import PrefixWriter, shows_pictures
 from .prefixes import Prefix, RowText, reading_behind
-from .sites import OTHER_WRAPPER, prompt_ends
+from .sites import prompt_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +49,12 @@ class _Looks:
 Router = Callable[[Sequence[RowText]], Sequence["Prefix | None"]]
 _INSIDE: ContextVar[tuple[Prompter, ...]] = ContextVar("kedit_prompters", default=())
 """Whose own calls are under way here: several threads may call one model."""
+
+
+def _whose(method: Any) -> Prompter | None:
+    """The one that took the place of a model's method by this one."""
+    one = getattr(getattr(method, "func", None), "__self__", None)
+    return one if isinstance(one, Prompter) else None
 
 
 class Prompter(Passable):
@@ -76,44 +82,46 @@ class Prompter(Passable):
     ):
         self.model, self.writer, self.router, self._looks = model, PrefixWriter(tokenizer), router, looks
         self._asleep, self._together = asleep, together
-        self._before: dict[str, Any] | None = None
+        self._before: dict[str, Any] | None = None  # what the model itself had under these names
+        self._plain: dict[str, Any] = {}  # what calls are handed on to
 
     # ------------------------------------------------------------------ attaching
 
-    def check_place(self) -> None:
-        """Raise if another one has taken the place of the model's ``forward``: neither could leave before the other.
-
-        Raises:
-            ConfigError: saying so.
-        """
-        there = getattr(getattr(self.model.__dict__.get("forward"), "func", None), "__self__", self)
-        if isinstance(there, Prompter) and there is not self:
-            raise ConfigError(OTHER_WRAPPER)
+    @staticmethod
+    def all_before(model: PreTrainedModel) -> list[Prompter]:
+        """Those that stand before a model, the one that is asked first at the head."""
+        found = []
+        one = _whose(model.__dict__.get("forward"))
+        while one is not None:
+            found.append(one)
+            one = _whose(one._plain["forward"])
+        return found
 
     def attach(self) -> None:
-        """Take the place of the model's ``forward`` and ``generate``.
-
-        Raises:
-            ConfigError: if another `EditableModel` has taken it.
-        """
+        """Take the place of the model's ``forward`` and ``generate``."""
         if self._before is not None:
             return
-        self.check_place()
         own = self.model.__dict__
         with uninterrupted():
             self._before = {name: own.get(name) for name in ("forward", "generate")}
+            self._plain = {name: getattr(self.model, name) for name in self._before}
             for name, mine in (("forward", self._forward), ("generate", self._generate)):
-                plain: Any = getattr(self.model, name)
-                own[name] = functools.wraps(plain)(functools.partial(mine, plain))  # with the model's signature
+                own[name] = functools.wraps(self._plain[name])(functools.partial(mine))  # with the model's signature
 
     def detach(self) -> None:
-        """Give the model its own methods back."""
+        """Give the model its own methods back, or those that stood before it to the one that came later."""
+        if self._before is None:
+            return
+        above = next((one for one in self.all_before(self.model) if _whose(one._plain["forward"]) is self), None)
         with uninterrupted():
-            for name, value in (self._before or {}).items():
-                del self.model.__dict__[name]
-                if value is not None:  # another wrapper of the instance (accelerate's hooks)
-                    self.model.__dict__[name] = value
-            self._before = None
+            if above is not None:
+                above._before, above._plain = self._before, dict(self._plain)
+            else:
+                for name, value in self._before.items():
+                    del self.model.__dict__[name]
+                    if value is not None:  # another wrapper of the instance (accelerate's hooks)
+                        self.model.__dict__[name] = value
+            self._before = None  # calls that are under way go on to what they were handed on to
 
     def own_calls(self) -> Switch[None]:
         """The calls that this thread makes inside the block go to the model as they are."""
@@ -132,7 +140,8 @@ class Prompter(Passable):
 
     # ------------------------------------------------------------------ one forward
 
-    def _forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        plain = self._plain["forward"]
         given = named_arguments(type(self.model), args, kwargs)
         rows = None if self._lets_pass else CallRows.read(given)
         if rows is None:
@@ -300,7 +309,8 @@ class Prompter(Passable):
 
     # ------------------------------------------------------------------ generation
 
-    def _generate(self, plain: Callable[..., Any], inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        plain = self._plain["generate"]
         given = dict(kwargs)
         if inputs is not None:
             given["input_ids"] = inputs

@@ -17,9 +17,10 @@ import torch
 
 from ..books.book import Book, all_disabled
 from ..books.ledger import Ledger, WeightDelta
-from ..books.prompt_book import PromptBook
+from ..books.prompting import Prompter
 from ..books.retrieval import Retriever
 from ..books.site_book import SiteBook
+from ..books.sites import OTHER_WRAPPER
 from ..books.state_retrieval import StateReader
 from ..config import EditConfig, ModelProfile, register_config
 from ..engine.examples import Example, Objective, encode_examples
@@ -466,8 +467,11 @@ def check_composition(kind: str, books: Mapping[str, Book]) -> None:
         UnsupportedModelError: saying which edits are in the way.
         ConfigError: if another `EditableModel` keeps edits in prompts before the same model.
     """
-    if kind == "prompt" and isinstance(book := books[kind], PromptBook):
-        book.check_place()
+    own, sites = getattr(books["prompt"], "prompter", None), books["adapter"]
+    if kind == "prompt" and isinstance(own, Prompter) and isinstance(sites, SiteBook):
+        ours = [own, *(memory.front for memory in sites.memories.values())]
+        if not all(any(one is mine for mine in ours) for one in Prompter.all_before(own.model)):
+            raise ConfigError(OTHER_WRAPPER)
     apart = {"adapter": "prompt", "prompt": "adapter"}.get(kind)
     if apart is not None and books[apart].edit_ids:
         raise UnsupportedModelError(
