@@ -110,4 +110,14 @@ def running(changes: Sequence[tuple[nn.Module, Change]]) -> Switch[None]:
 def forget_graphs() -> None:
     """Have compiled graphs made again: they do not see hooks that come or go."""
     if "torch._dynamo" in sys.modules:
+        tell_hooks_apart()
         torch._dynamo.reset()
+
+
+def tell_hooks_apart() -> None:
+    """Have the compiler look whether a module has hooks before it takes the graph of another one of the same kind.
+
+    It does not by default: the graph of the first layer, which nobody edits, would serve the edited one.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False

@@ -36,7 +36,7 @@ from ..engine.forward import named_arguments
 from ..engine.weights import get_module
 from ..errors import ConfigError
 from ..logging import get_logger, warn_once
-from .beside import forget_graphs
+from .beside import forget_graphs, tell_hooks_apart
 
 logger = get_logger(__name__)
 _IGNORED = -100
@@ -339,6 +339,7 @@ class Sites:
 
     @torch.compiler.disable
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tell_hooks_apart()  # the compiler may have been loaded since the edit; the layers are compiled after this
         frame = self._frame(named_arguments(type(self.model), args, kwargs))
         if not self._disabled:
             for owner, decide in list(self._deciders.items()):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hf_kedit import EditableModel
 from hf_kedit.books.sites import Frame, SiteCall, SiteFunction, Sites, held_decision, prompt_lengths
 from hf_kedit.errors import ConfigError, LayerError
 from hf_kedit.tokens import pad_rows
@@ -307,3 +308,14 @@ def test_compiled_models_see_sites_that_come_and_go() -> None:
     torch.testing.assert_close(logits(compiled, SHORT), logits(model, SHORT))
     sites.detach("edit")
     torch.testing.assert_close(logits(compiled, LONG), plain)
+
+
+@pytest.mark.slow
+def test_an_upper_layer_is_not_compiled_as_a_lower_one() -> None:
+    """The compiler takes one graph for all layers of a kind, and did not ask whether one of them has a site."""
+    model = EditableModel.from_pretrained("kedit/world-llama", "grace")
+    model.edit(prompt="By profession {} is a", subject="Tarosk Boayond", target_new="plumber")
+    ids = model.tokenizer("By profession Tarosk Boayond is a", return_tensors="pt")["input_ids"]  # type: ignore[misc]
+    compiled: Any = torch.compile(model.base_model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
