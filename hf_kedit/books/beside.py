@@ -119,5 +119,6 @@ def tell_hooks_apart() -> None:
 
     It does not by default: the graph of the first layer, which nobody edits, would serve the edited one.
     """
-    if "torch._dynamo" in sys.modules:
+    # Asked first, because to set a value has the compiler look at all of its settings again.
+    if "torch._dynamo" in sys.modules and torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False

@@ -106,7 +106,8 @@ class Prompter(Passable):
             self._before = {name: own.get(name) for name in ("forward", "generate")}
             self._plain = {name: getattr(self.model, name) for name in self._before}
             for name, mine in (("forward", self._forward), ("generate", self._generate)):
-                own[name] = functools.wraps(self._plain[name])(functools.partial(mine))  # with the model's signature
+                # With the model's signature, which a bound method has no place for.
+                own[name] = functools.wraps(self._plain[name])(functools.partial(mine))
 
     def detach(self) -> None:
         """Give the model its own methods back, or those that stood before it to the one that came later."""

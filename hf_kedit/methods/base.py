@@ -467,12 +467,12 @@ def check_composition(kind: str, books: Mapping[str, Book]) -> None:
         UnsupportedModelError: saying which edits are in the way.
         ConfigError: if another `EditableModel` keeps edits in prompts before the same model.
     """
+    apart = {"adapter": "prompt", "prompt": "adapter"}.get(kind)
     own, sites = getattr(books["prompt"], "prompter", None), books["adapter"]
-    if kind == "prompt" and isinstance(own, Prompter) and isinstance(sites, SiteBook):
+    if apart is not None and isinstance(own, Prompter) and isinstance(sites, SiteBook):
         ours = [own, *(memory.front for memory in sites.memories.values())]
         if not all(any(one is mine for mine in ours) for one in Prompter.all_before(own.model)):
             raise ConfigError(OTHER_WRAPPER)
-    apart = {"adapter": "prompt", "prompt": "adapter"}.get(kind)
     if apart is not None and books[apart].edit_ids:
         raise UnsupportedModelError(
             "edits at sites (codebooks, side memories) look at prompts themselves, and edits in prompts put text in"

@@ -76,6 +76,18 @@ def test_two_on_one_model_take_turns(name: str) -> None:
     assert torch.equal(prompt_logits(one, first.filled_prompt), after)
 
 
+@pytest.mark.parametrize(("first", "then"), [("prompt", "auto, fact in front"), ("auto, fact in front", "prompt")])
+def test_two_ways_to_put_a_text_in_front_take_turns(first: str, then: str) -> None:
+    wanted, other = facts(2)
+    one = EditableModel.from_pretrained("kedit/world-llama", CONFIGS[first])
+    two = EditableModel(one.base_model, CONFIGS[then], one.tokenizer)
+    one.edit(wanted)
+    after = prompt_logits(one, wanted.filled_prompt)
+    with pytest.raises(ConfigError, match="another EditableModel"):
+        two.edit(other)
+    assert two.edits == [] and torch.equal(prompt_logits(one, wanted.filled_prompt), after)
+
+
 def test_two_change_the_weights_of_one_model_and_the_last_one_leaves_first() -> None:
     first, second = facts(2)
     one = EditableModel.from_pretrained("kedit/world-llama", CONFIGS["rome"])
