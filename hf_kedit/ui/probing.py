@@ -11,7 +11,7 @@ import torch
 
 from ..editing import EditSession
 from ..engine.forward import device_of, frozen_eval
-from ..errors import RequestError
+from ..errors import RequestError, UnsupportedModelError
 from ..evaluation import generate_answers, score_pairs
 from ..locate import LensReading, Trace, causal_trace, logit_lens
 from ..model import EditableModel
@@ -102,6 +102,9 @@ def _both_chances(model: EditableModel, prompt: str) -> list[Chance]:
     return sorted(found, key=lambda chance: -max(chance.before, chance.after))
 
 
+_IN_FRONT = "An edit puts a text in front of this sentence: with it, the model has no layers for the sentence alone."
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Where an answer comes from.
@@ -109,10 +112,11 @@ class Inspection:
     Args:
         subject: that the prompt is about.
         before: what every layer of the model itself would answer.
-        after: the same with the visitor's edits; ``None`` if there are none.
+        after: the same with the visitor's edits; ``None`` if there are none, or they have no layers to show.
         words: the best answers, as whole words.
         trace: which states carry the fact; ``None`` if it could not be traced.
         why_not: the reason then.
+        no_lens: why ``after`` is missing, if there are edits.
     """
 
     subject: str
@@ -121,6 +125,7 @@ class Inspection:
     words: list[str]
     trace: Trace | None
     why_not: str = ""
+    no_lens: str = ""
 
 
 def inspect_prompt(session: EditSession, off: Sequence[str], prompt: str, subject: str, *, edited: bool) -> Inspection:
@@ -144,9 +149,15 @@ def inspect_prompt(session: EditSession, off: Sequence[str], prompt: str, subjec
         with model.disable_edits():
             before, words = logit_lens(model, prompt), top_answers(model, prompt)
             traced = None if edited else _trace(model, prompt, subject, words)
-        after, now = (logit_lens(model, prompt), top_answers(model, prompt)) if model.edits else (None, words)
-        trace, why_not = traced or _trace(model, prompt, subject, now)
-    return Inspection(subject, before, after, [*now, *words], trace, why_not)
+        after, no_lens, now = None, "", words
+        if model.edits:
+            now = top_answers(model, prompt)
+            try:
+                after = logit_lens(model, prompt)
+            except UnsupportedModelError:  # not the model's layers, which were read above
+                no_lens = _IN_FRONT
+        trace, why_not = traced or ((None, no_lens) if no_lens else _trace(model, prompt, subject, now))
+    return Inspection(subject, before, after, [*now, *words], trace, why_not, no_lens)
 
 
 def _trace(model: EditableModel, prompt: str, subject: str, words: Sequence[str]) -> tuple[Trace | None, str]:

@@ -303,6 +303,7 @@ def inspection(seen: Inspection) -> str:
             cls="k-soft",
         ),
         tag("div", lens_strip(seen.before, seen.after, seen.words), cls="k-scroll"),
+        hint(seen.no_lens) if seen.no_lens else None,
         tag("h3", "Which words carry the fact"),
     ]
     if seen.trace is None:

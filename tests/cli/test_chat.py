@@ -73,7 +73,7 @@ def test_what_is_saved_is_loaded(typed: Type, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("auto", "answers it: the model's state at its end is 1.00 like that at the edit's end (0.75 is enough)"),
+        ("auto", "answers it: what is asked ('by profession it is a') is 1.00 near to it"),
         ("rome", "1 edit in the weights, which act on every question"),
         ("prompt", "is put in front of it: New Fact: By profession Tarosk Boayond is a plumber"),
         ("grace", "/before shows whether"),

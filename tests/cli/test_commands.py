@@ -193,7 +193,7 @@ def test_flags_win_over_set_over_file(kedit: Run, tmp_path: Path) -> None:
 def test_edit_says_which_method_it_chose(kedit: Run) -> None:
     words = "edit -m kedit/world-gpt2 --subject X --no-eval --no-side-effects".split()
     done = kedit(*words, "-p", "{} works as a", "-t", "plumber")
-    assert done.exit_code == 0 and "1 edit with auto (core at layer 0, 1, 2; subject not named: prompt)" in done.output
+    assert done.exit_code == 0 and "1 edit with auto (rome at layer 2)" in done.output
 
 
 def test_a_file_of_another_method(kedit: Run, tmp_path: Path) -> None:

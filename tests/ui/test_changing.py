@@ -9,6 +9,7 @@ import pytest
 from hf_kedit import EditableModel
 from hf_kedit.engine.weights import model_digest
 from hf_kedit.errors import KeditError, RequestError, UnknownEditError, VisitError
+from hf_kedit.ui import views
 from hf_kedit.ui.changing import MOST_LINES, EditForm, change, request_of, says_now, switch, undo
 from hf_kedit.ui.examples import Examples, subject_for
 from hf_kedit.ui.probing import compare, inspect_prompt
@@ -222,6 +223,19 @@ def test_looking_inside(model: EditableModel, examples: Examples, visitor: Visit
     assert seen.trace is None and "Name what" in seen.why_not
     with pytest.raises(RequestError):
         inspect_prompt(visitor.session, [], " ", "", edited=False)
+
+
+def test_looking_inside_behind_a_text(model: EditableModel, examples: Examples, visitor: Visitor) -> None:
+    """Rows that are read behind a text have no layers of their own; the model itself has."""
+    request = examples.requests[0]
+    prompt, subject = request.filled_prompt, request.subject or ""
+    change(visitor, form_of(examples, method="prompt"), examples, quiet)
+    seen = inspect_prompt(visitor.session, [], prompt, subject, edited=False)
+    assert seen.after is None and len(seen.before.layers) == model.anatomy.num_layers
+    assert "a text in front" in seen.no_lens and seen.no_lens in views.inspection(seen)
+    assert seen.trace is not None and seen.trace.answer.strip() == request.ground_truth[0]
+    seen = inspect_prompt(visitor.session, [], prompt, subject, edited=True)
+    assert seen.trace is None and seen.why_not == seen.no_lens
 
 
 def test_edits_that_the_model_came_with_are_in_the_history(examples: Examples) -> None:

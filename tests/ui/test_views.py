@@ -103,7 +103,7 @@ def test_words_that_differ_are_marked() -> None:
 
 def test_an_edit_in_plain_words(examples: Examples, visitor: Visitor) -> None:
     request = examples.requests[0]
-    entry = change(visitor, form_of(examples, method="grace"), examples, quiet)
+    entry = change(visitor, form_of(examples, method="auto"), examples, quiet)
     text = Shape(views.edit_result(entry)).text
     for words in ("Done.", "1 of 1says it now", "12 of 12neighbours unchanged", f"was: {request.ground_truth[0]}"):
         assert words in text
